@@ -1,0 +1,51 @@
+# The first python3 that is new enough; `make PYTHON=/path/to/python test` takes another.
+PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
+VENV := .venv
+BIN := $(VENV)/bin
+DEMO := demo-out
+# libgomp's default spinning costs a time slice per parallel region as soon as cores are shared
+export OMP_WAIT_POLICY ?= PASSIVE
+
+.PHONY: help demo test lint format types pytest coverage clean
+.DEFAULT_GOAL := help
+
+help:  ## list what can be made
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
+
+demo: $(VENV)/installed  ## set up, then make pseudo masks of the embedded pictures, offline
+	$(BIN)/python -m tests.demo_run $(DEMO)
+
+test: lint types pytest  ## set up with the development extras, then lint, types and all tests
+
+lint: $(VENV)/installed-dev  ## ruff: rules and format
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(VENV)/installed-dev  ## mypy, strict, on the package
+	$(BIN)/mypy
+
+pytest: $(VENV)/installed-dev  ## all tests
+	$(BIN)/python -m pytest
+
+format: $(VENV)/installed-dev  ## mend what ruff can mend
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:  ## remove the virtual environment and what was built or tried
+	rm -rf $(VENV) $(DEMO) build *.egg-info .pytest_cache .mypy_cache .ruff_cache
+
+$(VENV)/bin/python:
+	@test -n "$(PYTHON)" || { echo "Python 3.11 or newer isn't on the PATH; give it: make PYTHON=/path/to/python" >&2; exit 2; }
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/installed: setup.cfg pyproject.toml | $(VENV)/bin/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable .
+	@touch $@
+
+# pydensecrf2 has no wheels: without a C++ compiler, or on Python 3.13, its tests report themselves as skipped
+$(VENV)/installed-dev: $(VENV)/installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev,export]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[crf]' \
+		|| echo "NOTE: pydensecrf2 did not build here; the tests that compare with it will be skipped" >&2
+	@touch $@

@@ -1,0 +1,71 @@
+"""Every error this package raises on purpose.
+
+    WsssError
+    +-- ConfigError              an option, a YAML file or a combination of them
+    +-- ClassSetError            a class set that can't be read or contradicts itself
+    +-- LabelError               a label file: unreadable, unknown class, unsafe image id
+    +-- ImageError               one picture or mask that can't be used
+    +-- WeightsError             CLIP weights or their tokenizer
+    +-- MissingDependencyError   an optional package that the chosen option needs
+    +-- CacheError               the pseudo-mask cache
+    |   +-- CacheFormatError     written by another format version, or not a cache
+    |   +-- CacheLockedError     another process writes the same shard
+    |   +-- CacheRecordError     one image's record is missing or damaged
+    |   +-- CacheWriteError      disk full, read-only, permission
+    +-- EvaluationError          ground truth and predictions that don't fit together
+
+The message of each says what is wrong, where, and how to mend it, in one line: the command line
+prints it as it stands and exits with code 2.
+"""
+
+
+class WsssError(Exception):
+    """Base class: catch it to catch everything that this package raises on purpose."""
+
+
+class ConfigError(WsssError):
+    """An option, a configuration file, or a combination of them can't be used."""
+
+
+class ClassSetError(WsssError):
+    """A class set can't be read or contradicts itself."""
+
+
+class LabelError(WsssError):
+    """A label file can't be read, names an unknown class or holds an unsafe image id."""
+
+
+class ImageError(WsssError):
+    """One picture or mask can't be used; the run reports it, skips it and goes on."""
+
+
+class WeightsError(WsssError):
+    """CLIP weights or their tokenizer can't be found or read."""
+
+
+class MissingDependencyError(WsssError):
+    """The chosen option needs an optional package that isn't installed."""
+
+
+class CacheError(WsssError):
+    """Base class of what can go wrong with the pseudo-mask cache."""
+
+
+class CacheFormatError(CacheError):
+    """The folder or file isn't a cache, or another format version wrote it."""
+
+
+class CacheLockedError(CacheError):
+    """Another process is writing the same shard."""
+
+
+class CacheRecordError(CacheError):
+    """The record of one image is missing or damaged."""
+
+
+class CacheWriteError(CacheError):
+    """The cache can't be written: disk full, read-only, no permission."""
+
+
+class EvaluationError(WsssError):
+    """Ground truth and predictions don't fit together."""
