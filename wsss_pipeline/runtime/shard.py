@@ -1,0 +1,67 @@
+"""A run's share of the images when several runs divide the work."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from wsss_pipeline.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Shard:
+    """Share ``index`` (0-based) of ``count``."""
+
+    index: int = 0
+    count: int = 1
+
+    def select(self, image_ids: Iterable[str]) -> list[str]:
+        """The ids of this share, in their order.
+
+        An id's share depends on the id and ``count`` alone, not on the other ids, so that runs which see
+        different lists still agree.
+        """
+        if self.count == 1:
+            return list(image_ids)
+        return [image_id for image_id in image_ids if _hash(image_id) % self.count == self.index]
+
+
+def parse_shard(text: str) -> Shard:
+    """``I/N`` with I from 0 to N-1.
+
+    Raises:
+        ConfigError: any other text.
+    """
+    match = re.fullmatch(r"(\d{1,6})/(\d{1,6})", text)
+    if match is None or not int(match[1]) < int(match[2]):
+        raise ConfigError(f"--shard {text}: write I/N with I from 0 to N-1, for example 0/4")
+    return Shard(int(match[1]), int(match[2]))
+
+
+def shard_of_environment(environment: Mapping[str, str] = os.environ) -> Shard:
+    """The share that a SLURM array task or a torchrun rank stands for; everything where there's neither.
+
+    Raises:
+        ConfigError: the variables contradict each other.
+    """
+    for index_name, count_name, first_name in (
+        ("SLURM_ARRAY_TASK_ID", "SLURM_ARRAY_TASK_COUNT", "SLURM_ARRAY_TASK_MIN"),
+        ("RANK", "WORLD_SIZE", ""),
+    ):
+        if index_name in environment and count_name in environment:
+            try:
+                first = int(environment.get(first_name, "0"))
+                return parse_shard(f"{int(environment[index_name]) - first}/{int(environment[count_name])}")
+            except ValueError as error:
+                raise ConfigError(
+                    f"{index_name}={environment[index_name]!r} and {count_name}={environment[count_name]!r} "
+                    "aren't numbers; unset them or give --shard I/N"
+                ) from error
+    return Shard()
+
+
+def _hash(image_id: str) -> int:
+    return int.from_bytes(hashlib.sha256(image_id.encode("utf-8", "surrogateescape")).digest()[:8], "big")
