@@ -1,0 +1,86 @@
+"""Class-aware attention-based affinity (CAA): CAMs spread along CLIP's own attention.
+
+Source: CLIP-ES (arXiv 2212.09506), section 3.4, as its published code computes it: three Sinkhorn rounds,
+symmetrised, squared, and the class's box mask on the source cells.
+"""
+
+from __future__ import annotations
+
+import cv2
+import numpy as np
+import torch
+from torch import Tensor
+
+
+def refine_cams(cams: Tensor, attention: Tensor, threshold: float, rounds: int = 3) -> Tensor:
+    """CAMs after affinity: ``S S (box * cam)`` with S the symmetrised Sinkhorn matrix.
+
+    S is never built, nor its square: two scaling vectors stand for it, and all classes go through
+    together, so the cost is a few products of the attention with K columns.
+
+    Args:
+        cams: float32 (K, h, w) in [0, 1].
+        attention: float32 (hw, hw), at least 0.
+        threshold: of the box mask, see ``box_masks``.
+        rounds: of Sinkhorn normalisation.
+
+    Returns:
+        float32 (K, h, w), at least 0, not normalised; all 0 where the box mask is empty.
+    """
+    rows, columns = sinkhorn_scaling(attention, rounds)
+
+    def symmetric(vectors: Tensor) -> Tensor:
+        forward = rows[:, None] * (attention @ (columns[:, None] * vectors))
+        backward = columns[:, None] * (attention.T @ (rows[:, None] * vectors))
+        return (forward + backward) / 2
+
+    masked = (cams * box_masks(cams, threshold)).flatten(1).T
+    return symmetric(symmetric(masked)).T.reshape(cams.shape)
+
+
+def sinkhorn_scaling(attention: Tensor, rounds: int) -> tuple[Tensor, Tensor]:
+    """Vectors r, c such that ``diag(r) A diag(c)`` is A after ``rounds`` Sinkhorn rounds.
+
+    A round divides the columns by their sums, then the rows by theirs.
+
+    Args:
+        attention: float32 (n, n), at least 0.
+        rounds: 0 gives ones.
+
+    Returns:
+        float32 (n,) twice.
+    """
+    rows = attention.new_ones(len(attention))
+    columns = attention.new_ones(len(attention))
+    # a cell that nobody attends to has a column of zeros: it stays zero instead of turning into NaN
+    smallest = torch.finfo(attention.dtype).tiny
+    for _ in range(rounds):
+        columns = 1 / (rows @ attention).clamp_min(smallest)
+        rows = 1 / (attention @ columns).clamp_min(smallest)
+    return rows, columns
+
+
+def box_masks(cams: Tensor, threshold: float) -> Tensor:
+    """Per class, the union of the bounding boxes of the CAM's connected parts above a threshold.
+
+    The CAM is rounded down to 256 steps and compared with ``int(threshold * its largest step)``; parts
+    are 8-connected. As in the published code no box reaches the last row or column of the grid, so a part
+    that lies there alone has an empty box.
+
+    Args:
+        cams: float32 (K, h, w) in [0, 1].
+        threshold: in [0, 1], relative to the largest value.
+
+    Returns:
+        float32 (K, h, w) of 0 and 1 on the device of ``cams``.
+    """
+    # one copy to the host for all classes: connected components have no tensor form
+    steps = (cams.detach() * 255).to(torch.uint8).cpu().numpy()
+    masks = np.zeros(steps.shape, dtype=np.float32)
+    last_row, last_column = steps.shape[1] - 1, steps.shape[2] - 1
+    for step, mask in zip(steps, masks, strict=True):
+        foreground = (step > int(threshold * step.max())).astype(np.uint8)
+        _, _, boxes, _ = cv2.connectedComponentsWithStats(foreground, connectivity=8)
+        for left, top, width, height, _ in boxes[1:]:  # the first is the background
+            mask[top : min(top + height, last_row), left : min(left + width, last_column)] = 1
+    return torch.from_numpy(masks).to(cams.device)
