@@ -1,0 +1,102 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from wsss_pipeline.data.image_ids import check_image_id, find_images, without_image_suffix
+from wsss_pipeline.errors import ImageError, LabelError
+
+
+@pytest.mark.parametrize(
+    "image_id", ["a", "a/b", "2007_000032", "x.y", "a b/c", "..a", "a..", "猫/犬", "x" * 1000]
+)
+def test_safe_ids_come_back_unchanged(image_id: str) -> None:
+    assert check_image_id(image_id, "labels.txt line 1") == image_id
+
+
+@pytest.mark.parametrize(
+    "image_id",
+    [
+        *("", "  ", "/etc/passwd", "C:/x", "c:x", "a\\b", "a\0b", "a\nb", "a\x1b[31m", "a\x85b", "a\udcffb"),
+        *(".", "..", "a/..", "../a", "a/./b", "a//b", "a/", "x" * 1001),
+    ],
+)
+def test_unsafe_ids_are_refused_in_one_line_with_their_origin(image_id: str) -> None:
+    with pytest.raises(LabelError, match=r"labels\.txt line 7") as caught:
+        check_image_id(image_id, "labels.txt line 7")
+    assert str(caught.value).isprintable()
+    assert len(str(caught.value)) < 300
+
+
+def test_only_suffixes_of_pictures_are_cut_off() -> None:
+    texts = ["a/b.jpg", "a.JPEG", "a.b", "a.tar.png", "a", "v1.0/a"]
+    assert [without_image_suffix(text) for text in texts] == ["a/b", "a", "a.b", "a.tar", "a", "v1.0/a"]
+
+
+def make(root: Path, *names: str) -> None:
+    for name in names:
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).touch()
+
+
+def test_pictures_are_found_in_all_depths_sorted_by_id(tmp_path: Path) -> None:
+    make(
+        tmp_path,
+        "b.jpg",
+        "a/z.PNG",
+        "a/c/d.webp",
+        "b.txt",
+        ".hidden.jpg",
+        "._b.jpg",
+        ".cache/x.jpg",
+        "a/y.Tiff",
+    )
+    images = find_images(tmp_path)
+    assert list(images) == ["a/c/d", "a/y", "a/z", "b"]
+    assert images["a/z"] == tmp_path / "a" / "z.PNG"
+
+
+def test_a_folder_without_pictures_gives_none(tmp_path: Path) -> None:
+    assert find_images(tmp_path) == {}
+
+
+def test_two_pictures_with_one_id_are_refused(tmp_path: Path) -> None:
+    make(tmp_path, "a/b.jpg", "a/b.png")
+    with pytest.raises(ImageError, match=r"b\.jpg and .*b\.png have the same image id 'a/b'"):
+        find_images(tmp_path)
+
+
+def test_links_are_followed_without_end_and_each_folder_once(tmp_path: Path) -> None:
+    root, elsewhere = tmp_path / "root", tmp_path / "elsewhere"
+    make(root, "z/a.jpg")
+    make(elsewhere, "b.jpg", "below/c.jpg")
+    (root / "z" / "loop").symlink_to(root)
+    (root / "around").symlink_to(tmp_path)
+    (root / "a_second_way_to_z").symlink_to(root / "z")
+    (root / "linked").symlink_to(elsewhere)
+    (elsewhere / "back").symlink_to(elsewhere)
+    assert list(find_images(root)) == ["linked/b", "linked/below/c", "z/a"]
+
+
+def test_a_linked_picture_counts_even_where_its_file_is_gone(tmp_path: Path) -> None:
+    (tmp_path / "gone.jpg").symlink_to(tmp_path / "nowhere")
+    assert list(find_images(tmp_path)) == ["gone"]
+
+
+def test_a_folder_named_like_a_picture_is_a_folder(tmp_path: Path) -> None:
+    make(tmp_path, "set.jpg/a.png")
+    assert list(find_images(tmp_path)) == ["set.jpg/a"]
+
+
+@pytest.mark.parametrize("name", ["missing", "file.txt"])
+def test_a_root_that_is_no_folder_is_an_error_with_its_name(tmp_path: Path, name: str) -> None:
+    (tmp_path / "file.txt").touch()
+    with pytest.raises(ImageError, match=name):
+        find_images(tmp_path / name)
+
+
+def test_a_file_name_that_cannot_be_an_id_is_an_error(tmp_path: Path) -> None:
+    make(tmp_path, "a\\b.jpg")
+    with pytest.raises(ImageError, match="backslash; rename the file"):
+        find_images(tmp_path)

@@ -1,0 +1,138 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from wsss_pipeline.data.classes import load_class_set
+from wsss_pipeline.data.shortcuts import coco_inputs, read_split, voc_inputs
+from wsss_pipeline.errors import ImageError, LabelError
+
+
+def write(path: Path, text: str = "") -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text, "utf-8")
+    return path
+
+
+@pytest.fixture
+def voc(tmp_path: Path) -> Path:
+    root = tmp_path / "VOC2012"
+    for image_id in ("2007_1", "2007_2", "2007_3"):
+        write(root / "JPEGImages" / f"{image_id}.jpg")
+    write(root / "ImageSets" / "Segmentation" / "train.txt", "2007_2\n2007_1\n")
+    write(root / "ImageSets" / "Segmentation" / "train_aug.txt", "2007_3\n2007_9\n")
+    write(root / "ImageSets" / "Main" / "trainval.txt", "2007_1\n")
+    write(root / "ImageSets" / "Main" / "cat_trainval.txt", "2007_1 -1\n")
+    write(root / "ImageSets" / "Main" / "train_trainval.txt", "2007_1 -1\n")
+    write(root / "labels.json", json.dumps({"2007_1": ["cat"], "2007_2": ["dog"], "2007_3": ["cow"]}))
+    return root
+
+
+def annotate(root: Path, image_id: str, name: str) -> None:
+    write(
+        root / "Annotations" / f"{image_id}.xml",
+        f"<annotation><object><name>{name}</name></object></annotation>",
+    )
+
+
+def test_voc_with_labels_in_json(voc: Path) -> None:
+    inputs = voc_inputs(voc, "train")
+    assert list(inputs.images.items()) == [
+        (image_id, voc / "JPEGImages" / f"{image_id}.jpg") for image_id in ("2007_2", "2007_1")
+    ]
+    assert inputs.labels == {"2007_1": ("cat",), "2007_2": ("dog",)}
+    assert inputs.split == "train"
+    assert inputs.ground_truth is None
+
+
+def test_voc_annotations_come_before_json(voc: Path) -> None:
+    annotate(voc, "2007_1", "sofa")
+    annotate(voc, "2007_3", "not a class, and not in the split")
+    assert voc_inputs(voc, "train").labels == {"2007_1": ("sofa",)}
+
+
+def test_voc_ground_truth_goes_by_the_split(voc: Path) -> None:
+    (voc / "SegmentationClass").mkdir()
+    assert voc_inputs(voc, "train_aug").ground_truth == voc / "SegmentationClass"
+    (voc / "SegmentationClassAug").mkdir()
+    assert voc_inputs(voc, "train_aug").ground_truth == voc / "SegmentationClassAug"
+    assert voc_inputs(voc, "train").ground_truth == voc / "SegmentationClass"
+
+
+def test_voc_keeps_an_id_without_a_picture(voc: Path) -> None:
+    assert voc_inputs(voc, "train_aug").images["2007_9"] == voc / "JPEGImages" / "2007_9.jpg"
+
+
+def test_voc_with_classes_of_ones_own(voc: Path) -> None:
+    write(voc / "labels.json", '{"2007_1": ["ape"]}')
+    assert voc_inputs(voc, "trainval", load_class_set("ape,man")).labels == {"2007_1": ("ape",)}
+
+
+def test_an_unknown_voc_split_lists_those_that_exist(voc: Path) -> None:
+    with pytest.raises(LabelError, match=r"tarin\.txt; there are: train, train_aug, trainval$"):
+        voc_inputs(voc, "tarin")
+
+
+def test_wrong_roots_are_told_apart(voc: Path) -> None:
+    with pytest.raises(LabelError, match=r"did you mean .*VOC2012\?"):
+        voc_inputs(voc.parent, "train")
+    with pytest.raises(LabelError, match="check the folder"):
+        voc_inputs(voc / "JPEGImages", "train")
+    (voc / "labels.json").unlink()
+    with pytest.raises(LabelError, match=r"no labels for this split.*Annotations.*labels\.json"):
+        voc_inputs(voc, "train")
+
+
+def test_voc_without_pictures_is_an_error(voc: Path) -> None:
+    (voc / "JPEGImages").rename(voc / "Images")
+    with pytest.raises(ImageError, match="JPEGImages"):
+        voc_inputs(voc, "train")
+
+
+@pytest.mark.parametrize("split", ["../train", "", "a/b", "..", "train.txt\n"])
+def test_a_split_is_a_plain_name(voc: Path, split: str) -> None:
+    for inputs in (voc_inputs, coco_inputs):
+        with pytest.raises(LabelError, match="split"):
+            inputs(voc, split)
+
+
+@pytest.mark.parametrize("folder", ["train2014", "images/train2014"])
+def test_coco(tmp_path: Path, folder: str) -> None:
+    write(tmp_path / folder / "COCO_1.jpg")
+    write(tmp_path / folder / "COCO_2.jpg")
+    content = {
+        "images": [{"id": 1, "file_name": "COCO_1.jpg"}],
+        "categories": [{"id": 63, "name": "couch"}],
+        "annotations": [{"image_id": 1, "category_id": 63}],
+    }
+    write(tmp_path / "annotations" / "instances_train2014.json", json.dumps(content))
+    inputs = coco_inputs(tmp_path, "train2014")
+    assert inputs.images == {name: tmp_path / folder / f"{name}.jpg" for name in ("COCO_1", "COCO_2")}
+    assert inputs.labels == {"COCO_1": ("sofa",)}
+    assert (inputs.split, inputs.ground_truth) == ("train2014", None)
+    with pytest.raises(LabelError, match=r"instances_val2014\.json; there are: train2014"):
+        coco_inputs(tmp_path, "val2014")
+
+
+def test_coco_without_pictures_is_an_error(tmp_path: Path) -> None:
+    write(tmp_path / "annotations" / "instances_val2014.json", "{}")
+    with pytest.raises(LabelError, match="no pictures for split 'val2014'"):
+        coco_inputs(tmp_path, "val2014")
+
+
+def test_split_lists_keep_their_order(tmp_path: Path) -> None:
+    path = write(tmp_path / "s.txt", "\ufeffb\r\n\r\n a/c.jpg \nb\nwith space\n")
+    assert read_split(path) == ["b", "a/c", "with space"]
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [("", "no image id"), ("a\n../b\n", r"line 2"), ("/JPEGImages/a.jpg /x.png\n", "absolute")],
+)
+def test_bad_split_lists_are_refused(tmp_path: Path, text: str, reason: str) -> None:
+    with pytest.raises(LabelError, match=rf"s\.txt.*{reason}"):
+        read_split(write(tmp_path / "s.txt", text))
+    with pytest.raises(LabelError, match="gone"):
+        read_split(tmp_path / "gone.txt")

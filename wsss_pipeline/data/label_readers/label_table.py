@@ -1,0 +1,119 @@
+"""What every label reader fills: image ids and class names, checked as they come."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Container, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from wsss_pipeline.data.class_entries import ClassEntry, ClassSet
+from wsss_pipeline.data.image_ids import check_image_id, without_image_suffix
+from wsss_pipeline.errors import LabelError
+
+
+class LabelTable:
+    """Image id to class names, both in order of first appearance.
+
+    Args:
+        images: the known image ids. An id of the file may carry the suffix of the picture; what fits no
+            known image is kept all the same.
+        classes: the classes that may occur, by name or alias.
+    """
+
+    def __init__(self, images: Container[str], classes: ClassSet) -> None:
+        self.classes = classes
+        self._images = images
+        self._labels: dict[str, dict[str, None]] = {}
+
+    def add_image(self, text: str, where: str) -> str:
+        """Makes an entry for an image, without labels so far, and gives its id.
+
+        Raises:
+            LabelError: unsafe id.
+        """
+        text = check_image_id(text, where)
+        image_id = text if text in self._images else check_image_id(without_image_suffix(text), where)
+        self._labels.setdefault(image_id, {})
+        return image_id
+
+    def add_label(self, image_id: str, name: str, where: str) -> None:
+        """Adds the class of that name or alias to an image that has an entry.
+
+        Raises:
+            LabelError: unknown class.
+        """
+        self.add_class(image_id, self.class_named(name, where))
+
+    def add_class(self, image_id: str, entry: ClassEntry) -> None:
+        """Adds a class to an image that has an entry."""
+        self._labels[image_id].setdefault(entry.name)
+
+    def class_named(self, name: str, where: str) -> ClassEntry:
+        """The class of that name or alias.
+
+        Raises:
+            LabelError: there is none; the message has the nearest names.
+        """
+        entry = self.classes.find(name.strip())
+        if entry is None:
+            raise LabelError(
+                f"{where}: {self.classes.unknown(name.strip())} (class set '{self.classes.name}')"
+            )
+        return entry
+
+    def labels(self) -> dict[str, tuple[str, ...]]:
+        """Image id to class names."""
+        return {image_id: tuple(names) for image_id, names in self._labels.items()}
+
+
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Turns what the file system refuses below ``path`` (permission, too long a name) into a LabelError."""
+    try:
+        yield
+    except OSError as error:
+        raise LabelError(
+            f"{str(error.filename or path)!r} can't be read: {error.strerror or error}; check the path"
+        ) from error
+
+
+def read_text(file: Path) -> str:
+    """The text of a label file.
+
+    Raises:
+        LabelError: it can't be read, isn't UTF-8 or holds a NUL character.
+    """
+    try:
+        with reading(file):
+            text = file.read_text("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise LabelError(f"{file}: not UTF-8 text (byte {error.start}); save it as UTF-8") from error
+    if "\0" in text:
+        line = text.count("\n", 0, text.index("\0")) + 1
+        raise LabelError(f"{file} line {line}: NUL character; the file is damaged or not text")
+    return text
+
+
+def read_json(file: Path) -> Any:
+    """The content of a JSON file.
+
+    Raises:
+        LabelError: as ``read_text``; also what isn't JSON, or a key that occurs twice in one object,
+            of which JSON readers would silently keep the last.
+    """
+    text = read_text(file)
+    try:
+        return json.loads(text, object_pairs_hook=lambda pairs: _unique_keys(pairs, file))
+    except (ValueError, RecursionError) as error:
+        raise LabelError(f"{file}: not valid JSON: {error}") from error
+
+
+def _unique_keys(pairs: list[tuple[str, Any]], file: Path) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in values if keys.count(key) > 1)
+        raise LabelError(f"{file}: key {twice!r} occurs twice in one object; merge the two entries")
+    return values

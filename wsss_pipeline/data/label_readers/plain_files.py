@@ -1,0 +1,101 @@
+"""Labels as JSON, CSV and plain text."""
+
+from __future__ import annotations
+
+import csv
+import io
+import re
+from pathlib import Path
+from typing import Any
+
+from wsss_pipeline.data.class_entries import ClassEntry
+from wsss_pipeline.data.label_readers.label_table import LabelTable, read_text
+from wsss_pipeline.errors import LabelError
+
+
+def fill_from_json(table: LabelTable, content: Any, file: Path) -> None:
+    """``{"image_id": ["cat", "sofa"]}``.
+
+    Raises:
+        LabelError: another structure, an unsafe id or an unknown class.
+    """
+    form = 'expected {"image_id": ["cat", "sofa"], ...}'
+    if not isinstance(content, dict):
+        raise LabelError(f"{file}: {form}, found {type(content).__name__}")
+    for image, names in content.items():
+        where = f"{file}, image {image!r:.80}"
+        image_id = table.add_image(image, where)
+        if not isinstance(names, list):
+            raise LabelError(f"{where}: {form}; its value is of type {type(names).__name__}, not a list")
+        for name in names:
+            if not isinstance(name, str):
+                raise LabelError(f"{where}: {form}; {name!r:.60} in its list isn't text")
+            table.add_label(image_id, name, where)
+
+
+def fill_from_csv(table: LabelTable, file: Path) -> None:
+    """Header ``image,labels``, labels joined by ``;``; or header ``image,label``, one label a row.
+
+    Rows of the same image add up. An empty cell adds no label. Further columns are passed over.
+
+    Raises:
+        LabelError: no such header, a row without these cells, an unsafe id or an unknown class.
+    """
+    rows = csv.reader(io.StringIO(read_text(file), newline=""), strict=True)
+    try:
+        header = [cell.strip().lower() for cell in next(rows, [])]
+        column = next((name for name in ("labels", "label") if name in header), None)
+        if "image" not in header or column is None:
+            raise LabelError(
+                f"{file} line 1: expected the header image,labels; found {','.join(header)!r:.80}"
+            )
+        image_at, labels_at = header.index("image"), header.index(column)
+        for row in rows:
+            where = f"{file} line {rows.line_num}"
+            if not any(cell.strip() for cell in row):
+                continue
+            if len(row) <= max(image_at, labels_at):
+                raise LabelError(f"{where}: {len(row)} cells where the header has {len(header)}; add a comma")
+            image_id = table.add_image(row[image_at].strip(), where)
+            for name in row[labels_at].split(";"):
+                if name.strip():
+                    table.add_label(image_id, name, where)
+    except csv.Error as error:
+        raise LabelError(f"{file} line {rows.line_num}: not valid CSV: {error}") from error
+
+
+def fill_from_txt(table: LabelTable, file: Path) -> None:
+    """Lines ``image_id name name``, separated by white space; lines of the same image add up.
+
+    A whole number stands for the class of that index, counted from 0 as the published lists of CLIP-ES
+    do, unless a class has that very name. Image ids and class names with spaces can't be written in this
+    form.
+
+    Raises:
+        LabelError: an unsafe id, an unknown class or an index beyond the last class.
+    """
+    for number, line in enumerate(read_text(file).splitlines(), start=1):
+        where = f"{file} line {number}"
+        image, *names = line.split() or [""]
+        if not image:
+            continue
+        image_id = table.add_image(image, where)
+        for name in names:
+            table.add_class(image_id, _named_or_numbered(table, name, where))
+
+
+def _named_or_numbered(table: LabelTable, name: str, where: str) -> ClassEntry:
+    classes = table.classes.classes
+    if re.fullmatch("[0-9]{1,9}", name) and table.classes.find(name) is None:
+        if int(name) >= len(classes):
+            raise LabelError(
+                f"{where}: class index {name}; the {len(classes)} classes of '{table.classes.name}' have "
+                f"the indices 0 to {len(classes) - 1}"
+            )
+        return classes[int(name)]
+    try:
+        return table.class_named(name, where)
+    except LabelError as error:
+        if any(name in entry.name.split() for entry in classes if " " in entry.name):
+            raise LabelError(f"{error}; names with spaces need a .csv or .json file") from error
+        raise

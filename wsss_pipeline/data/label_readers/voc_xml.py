@@ -1,0 +1,63 @@
+"""Labels from a folder of PASCAL VOC annotation files."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from xml.etree import ElementTree
+
+from wsss_pipeline.data.label_readers.label_table import LabelTable, read_text
+from wsss_pipeline.errors import LabelError
+
+# What a document type declares can make a parser blow up memory or read other files.
+_DECLARATION = re.compile("<!(DOCTYPE|ENTITY)", re.IGNORECASE)
+
+
+def fill_from_voc_folder(table: LabelTable, folder: Path) -> None:
+    """All ``.xml`` files below the folder; the image id is the path of the file without its suffix.
+
+    Raises:
+        LabelError: no such files, or one that can't be used.
+    """
+    files = sorted(file for file in folder.rglob("*.xml") if not file.name.startswith("."))
+    if not files:
+        raise LabelError(
+            f"label folder {folder} holds no .xml files; name a folder of VOC annotations or a label file"
+        )
+    fill_from_voc_files(
+        table, ((file.relative_to(folder).with_suffix("").as_posix(), file) for file in files)
+    )
+
+
+def fill_from_voc_files(table: LabelTable, files: Iterable[tuple[str, Path]]) -> None:
+    """Annotation files, each with the id of its image.
+
+    Labels are the ``name`` of each ``object`` directly below the root, parts of objects not counted,
+    objects marked difficult included, as the published code of CLIP-ES reads them.
+
+    Raises:
+        LabelError: not such a file, or an unknown class.
+    """
+    for image, file in files:
+        image_id = table.add_image(image, str(file))
+        for thing in _parse(file).iterfind("object"):
+            name = thing.findtext("name", "").strip()
+            if not name:
+                raise LabelError(f"{file}: an <object> has no <name>; add it or remove the object")
+            table.add_label(image_id, name, str(file))
+
+
+def _parse(file: Path) -> ElementTree.Element:
+    text = read_text(file)
+    if _DECLARATION.search(text):
+        raise LabelError(
+            f"{file}: declares a document type or entities, which isn't safe to read; remove that"
+        )
+    try:
+        root = ElementTree.fromstring(text)
+    except (ElementTree.ParseError, ValueError) as error:
+        raise LabelError(f"{file}: not valid XML: {error}") from error
+    if root.tag != "annotation":
+        raise LabelError(f"{file}: expected <annotation> as in PASCAL VOC, found <{root.tag:.40}>")
+    return root

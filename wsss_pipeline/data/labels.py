@@ -1,0 +1,73 @@
+"""Image-level labels, in any of the forms that people have them in."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from wsss_pipeline.data.class_entries import ClassSet
+from wsss_pipeline.data.label_readers.coco_instances import fill_from_coco, is_coco_instances
+from wsss_pipeline.data.label_readers.label_table import LabelTable, read_json, reading
+from wsss_pipeline.data.label_readers.plain_files import fill_from_csv, fill_from_json, fill_from_txt
+from wsss_pipeline.data.label_readers.voc_xml import fill_from_voc_folder
+from wsss_pipeline.errors import LabelError
+
+
+def read_labels(
+    path: Path | None, images: Mapping[str, Path], classes: ClassSet
+) -> dict[str, tuple[str, ...]]:
+    """Image id to class names, in order of appearance, duplicates dropped.
+
+    What the source says and no more: an image that it doesn't mention has no entry, an id without a
+    picture keeps its own, and an image that is listed without labels has an empty one.
+
+    Args:
+        path: ``.json`` (``{"image_id": ["cat", "sofa"]}`` or COCO instances), ``.csv`` (header
+            ``image,labels`` or ``image,label``), ``.txt`` (lines ``image_id name name``), a folder of VOC
+            XML files, or None: the first folder below the image folder names the class of a picture.
+        images: image id to file, as ``find_images`` gives it. Ids in the source match them with or
+            without the suffix of the picture.
+        classes: names and aliases that may occur.
+
+    Raises:
+        LabelError: the source can't be read, is empty, or holds an unsafe image id or an unknown class.
+    """
+    table = LabelTable(images, classes)
+    if path is None:
+        _fill_from_folders(table, images)
+        return table.labels()
+    with reading(path):
+        _fill(table, path)
+    labels = table.labels()
+    if not labels:
+        raise LabelError(f"{path}: holds no image; check --labels")
+    return labels
+
+
+def _fill(table: LabelTable, path: Path) -> None:
+    suffix = path.suffix.lower()
+    if path.is_dir():
+        fill_from_voc_folder(table, path)
+    elif suffix == ".json":
+        content = read_json(path)
+        if is_coco_instances(content):
+            fill_from_coco(table, content, path)
+        else:
+            fill_from_json(table, content, path)
+    elif suffix == ".csv":
+        fill_from_csv(table, path)
+    elif suffix == ".txt":
+        fill_from_txt(table, path)
+    elif path.exists():
+        raise LabelError(f"{path}: labels are read from .json, .csv, .txt or a folder of VOC .xml files")
+    else:
+        raise LabelError(f"label file {str(path)!r} doesn't exist; check --labels")
+
+
+def _fill_from_folders(table: LabelTable, images: Mapping[str, Path]) -> None:
+    for image_id, file in images.items():
+        folder, slash, _ = image_id.partition("/")
+        if not slash:
+            raise LabelError(f"{file}: lies in no class folder; give --labels, or one folder for each class")
+        table.add_image(image_id, str(file))
+        table.add_label(image_id, folder, str(file))
