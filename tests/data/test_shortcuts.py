@@ -129,10 +129,16 @@ def test_split_lists_keep_their_order(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("text", "reason"),
-    [("", "no image id"), ("a\n../b\n", r"line 2"), ("/JPEGImages/a.jpg /x.png\n", "absolute")],
+    [("", "no image id"), ("a\n../b\n", r"line 2"), ("/images/a.jpg /x.png\n", "absolute")],
 )
 def test_bad_split_lists_are_refused(tmp_path: Path, text: str, reason: str) -> None:
     with pytest.raises(LabelError, match=rf"s\.txt.*{reason}"):
         read_split(write(tmp_path / "s.txt", text))
     with pytest.raises(LabelError, match="gone"):
         read_split(tmp_path / "gone.txt")
+
+
+def test_augmented_lists_as_other_code_bases_write_them(tmp_path: Path) -> None:
+    file = tmp_path / "train_aug.txt"
+    file.write_text("/JPEGImages/2007_000032.jpg /SegmentationClassAug/2007_000032.png\n2007_000039\n")
+    assert read_split(file) == ["2007_000032", "2007_000039"]

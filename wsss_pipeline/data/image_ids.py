@@ -7,12 +7,15 @@ this package writes, so every one goes through ``check_image_id``.
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 from collections import deque
 from pathlib import Path
 
 from wsss_pipeline.errors import ImageError, LabelError
+
+logger = logging.getLogger(__name__)
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp")
 MAX_ID_LENGTH = 1000
@@ -72,10 +75,11 @@ def find_images(root: Path) -> dict[str, Path]:
     A picture is a file with one of ``IMAGE_SUFFIXES``, in any case. Names that begin with a dot are passed
     over. Symbolic links are followed; a folder that several of them lead to is visited once, under its
     own path where it lies below ``root``. A link to a file that doesn't exist counts as a picture, so
-    that reading it fails and is reported instead of the picture vanishing.
+    that reading it fails and is reported instead of the picture vanishing. A file whose name can't be an
+    id is left out with a warning.
 
     Raises:
-        ImageError: a folder can't be read, two pictures have the same id, or a file name can't be an id.
+        ImageError: a folder can't be read, or two pictures have the same id.
     """
     images: dict[str, Path] = {}
     try:
@@ -129,7 +133,8 @@ def _is_picture(entry: os.DirEntry[str]) -> bool:
 def _register(images: dict[str, Path], root: Path, file: Path) -> None:
     image_id = without_image_suffix(file.relative_to(root).as_posix())
     if reason := _objection(image_id):
-        raise ImageError(f"{str(file)!r} can't be used: its image id {reason}; rename the file")
+        logger.warning("%r is left out: its image id %s; rename the file", str(file), reason)
+        return
     if image_id in images:
         raise ImageError(
             f"{images[image_id]} and {file} have the same image id '{image_id}'; rename one of them"

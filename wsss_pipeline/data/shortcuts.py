@@ -103,20 +103,28 @@ def _coco_inputs(root: Path, split: str, classes: ClassSet) -> Inputs:
 def read_split(path: Path) -> list[str]:
     """Image ids from a list, one a line, in its order; duplicates and empty lines dropped.
 
-    An id may carry the suffix of its picture.
+    An id may carry the suffix of its picture. Lines of VOC's augmented lists, as many code bases pass them
+    on (``/JPEGImages/ID.jpg /SegmentationClassAug/ID.png``), stand for the id in them.
 
     Raises:
         LabelError: the file can't be read, holds no id or an unsafe one.
     """
     lines = enumerate(read_text(path).splitlines(), start=1)
     ids = dict.fromkeys(
-        check_image_id(without_image_suffix(line.strip()), f"{path} line {number}")
+        check_image_id(_listed_id(line.strip()), f"{path} line {number}")
         for number, line in lines
         if line.strip()
     )
     if not ids:
         raise LabelError(f"{path}: holds no image id; write one a line")
     return list(ids)
+
+
+def _listed_id(line: str) -> str:
+    folder = "/JPEGImages/"
+    if line.startswith(folder):
+        line = line.split()[0].removeprefix(folder)
+    return without_image_suffix(line)
 
 
 def _voc_split_file(root: Path, split: str, classes: ClassSet) -> Path:
