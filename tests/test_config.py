@@ -14,7 +14,11 @@ def test_defaults_are_those_of_clip_es() -> None:
     config = load_config()
     assert config == MaskConfig()
     assert (config.cam.threshold, config.cam.affinity_layers, config.cam.sinkhorn_rounds) == (0.4, 8, 3)
-    assert (config.crf.bilateral_sxy, config.crf.bilateral_srgb, config.crf.bilateral_weight) == (67.0, 3.0, 4.0)
+    assert (config.crf.bilateral_sxy, config.crf.bilateral_srgb, config.crf.bilateral_weight) == (
+        67.0,
+        3.0,
+        4.0,
+    )
 
 
 def test_presets_load_and_name_their_class_set() -> None:
@@ -44,7 +48,9 @@ def test_flags_that_were_not_given_change_nothing() -> None:
 
 
 def test_yaml_reads_back_to_the_same(tmp_path: Path) -> None:
-    config = load_config("clip-es/coco14", overrides=["templates=['a {}', 'Überblick: {}']", "crf.backend=none"])
+    config = load_config(
+        "clip-es/coco14", overrides=["templates=['a {}', 'Überblick: {}']", "crf.backend=none"]
+    )
     file = tmp_path / "config.yaml"
     file.write_text(to_yaml(config), "utf-8")
     assert load_config(file=file) == config
@@ -76,7 +82,9 @@ def test_bad_settings_are_refused_in_one_line(override: str, message: str) -> No
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("content", ["- a\n- b\n", "a: [", "!!python/object/apply:os.system ['true']", "\x00", "text"])
+@pytest.mark.parametrize(
+    "content", ["- a\n- b\n", "a: [", "!!python/object/apply:os.system ['true']", "\x00", "text"]
+)
 def test_bad_files_are_refused_and_named(tmp_path: Path, content: str) -> None:
     file = tmp_path / "config.yaml"
     file.write_text(content)

@@ -90,7 +90,9 @@ class ImageEncoder:
         """
         height, width = images.shape[-2:]
         if height % self.patch_size or width % self.patch_size:
-            raise ValueError(f"image of {height} x {width} isn't a multiple of the patch size {self.patch_size}")
+            raise ValueError(
+                f"image of {height} x {width} isn't a multiple of the patch size {self.patch_size}"
+            )
         grid = (height // self.patch_size, width // self.patch_size)
         count = len(self._layers) - self._first_affinity_layer
         with torch.no_grad():

@@ -1,0 +1,109 @@
+"""A whole CLIP with random weights and a vocabulary of its own, small enough to be made on the spot."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer
+from tokenizers.models import BPE
+from tokenizers.pre_tokenizers import ByteLevel
+from tokenizers.trainers import BpeTrainer
+from transformers import CLIPConfig, CLIPModel, CLIPVisionModelWithProjection
+
+WORDS = "a clean origami cat dog sofa grass ground tree person people human sky water wall photo of the good small"
+START, END = "<|startoftext|>", "<|endoftext|>"
+
+
+def write_tiny_clip(
+    folder: Path, *, patch_size: int = 16, layers: int = 3, width: int = 64, seed: int = 0
+) -> Path:
+    """A seeded CLIP as a Hugging Face folder: config.json, model.safetensors, vocab.json, merges.txt."""
+    folder.mkdir(parents=True, exist_ok=True)
+    vocabulary_size = write_vocabulary(folder)
+    transformer = {
+        "hidden_size": width,
+        "intermediate_size": 4 * width,
+        "num_attention_heads": max(1, width // 64),
+    }
+    config = CLIPConfig(
+        text_config={
+            **transformer,
+            "num_hidden_layers": 2,
+            "vocab_size": vocabulary_size,
+            "eos_token_id": vocabulary_size - 1,
+            "bos_token_id": vocabulary_size - 2,
+            "pad_token_id": vocabulary_size - 1,
+            "projection_dim": 32,
+        },
+        vision_config={
+            **transformer,
+            "num_hidden_layers": layers,
+            "patch_size": patch_size,
+            "image_size": 4 * patch_size,
+            "projection_dim": 32,
+        },
+        projection_dim=32,
+    )
+    sharpened(CLIPModel(config), seed).save_pretrained(folder)
+    return folder
+
+
+def write_golden_clip(folder: Path, golden: Path) -> Path:
+    """A whole CLIP around the golden vision tower, with a seeded random text tower."""
+    vision = CLIPVisionModelWithProjection.from_pretrained(golden / "vision", dtype=torch.float32)
+    folder.mkdir(parents=True, exist_ok=True)
+    size = write_vocabulary(folder)
+    text: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 256, "num_attention_heads": 1}
+    text |= {"num_hidden_layers": 2, "vocab_size": size, "projection_dim": vision.config.projection_dim}
+    text |= {"eos_token_id": size - 1, "bos_token_id": size - 2, "pad_token_id": size - 1}
+    config = CLIPConfig(
+        text_config=text, vision_config=vision.config.to_dict(), projection_dim=vision.config.projection_dim
+    )
+    model = sharpened(CLIPModel(config), seed=0)
+    model.vision_model.load_state_dict(vision.vision_model.state_dict())
+    model.visual_projection.load_state_dict(vision.visual_projection.state_dict())
+    model.save_pretrained(folder)
+    return folder
+
+
+def write_vocabulary(folder: Path) -> int:
+    """vocab.json and merges.txt of a byte-level BPE in CLIP's form; returns its size."""
+    tokenizer = Tokenizer(BPE(end_of_word_suffix="</w>"))
+    tokenizer.pre_tokenizer = ByteLevel(add_prefix_space=False)
+    letters = sorted(ByteLevel.alphabet())
+    trainer = BpeTrainer(
+        vocab_size=2 * len(letters) + 64,
+        initial_alphabet=letters,
+        end_of_word_suffix="</w>",
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(WORDS.split(), trainer)
+    vocabulary = tokenizer.get_vocab()
+    for token in [*(f"{letter}</w>" for letter in letters), START, END]:
+        vocabulary.setdefault(token, len(vocabulary))
+    merges = json.loads(tokenizer.to_str())["model"]["merges"]
+    lines = ["#version: 0.2", *(" ".join(pair) for pair in merges)]
+    (folder / "merges.txt").write_text("\n".join(lines) + "\n", "utf-8")
+    (folder / "vocab.json").write_text(json.dumps(vocabulary), "utf-8")
+    return len(vocabulary)
+
+
+def sharpened(model: CLIPModel, seed: int) -> CLIPModel:
+    """Weights large enough that attention, CAMs and texts differ from cell to cell and word to word."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in sorted(model.named_parameters()):
+            if name == "logit_scale":
+                parameter.fill_(4.6052)
+            elif "norm" in name and name.endswith("weight"):
+                parameter.copy_(1 + 0.2 * torch.randn(parameter.shape, generator=generator))
+            elif parameter.ndim == 1:
+                parameter.copy_(0.2 * torch.randn(parameter.shape, generator=generator))
+            else:
+                fan_in = parameter[0].numel()
+                gain = 2.5 if "q_proj" in name or "k_proj" in name else 1.0
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * gain / fan_in**0.5)
+    return model.eval()
