@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from importlib import resources
 
 import torch
 import torch.nn.functional as F
@@ -65,3 +66,11 @@ def sharpness(scores: Iterable[Tensor]) -> float:
                 values.var(correction=0) / values.mean().clamp_min(torch.finfo(torch.float64).tiny)
             )
     return total
+
+
+def built_in_templates() -> tuple[str, ...]:
+    """The templates that come with the package to choose from, each with one ``{}``."""
+    import yaml
+
+    text = (resources.files("wsss_pipeline.cam") / "templates.yaml").read_text("utf-8")
+    return tuple(yaml.safe_load(text))

@@ -1,0 +1,86 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from cache_samples import (
+    MASK_SET,
+    damage,
+    make_mask,
+    shards,
+    write_images,
+    write_one,
+)
+
+from wsss_pipeline.cache import (
+    MaskSet,
+    list_mask_sets,
+    open_mask_set,
+    status,
+    verify,
+)
+from wsss_pipeline.errors import CacheFormatError
+
+IDS = [f"image-{number}" for number in range(30)]
+
+
+def test_mask_sets_are_listed_by_name(folder: Path) -> None:
+    other = open_mask_set(folder.parent, MaskSet("coco14", {"other": True}, ("cat",)))
+    (folder.parent / "something else").mkdir()
+    assert list_mask_sets(folder.parent) == [other, folder]
+    assert list_mask_sets(folder) == [folder]
+    with pytest.raises(CacheFormatError, match="doesn't exist"):
+        list_mask_sets(folder / "nowhere")
+
+
+def test_status_counts(folder: Path) -> None:
+    empty = status(folder)
+    assert (empty.images, empty.shards, empty.bytes, empty.bytes_per_image, empty.complete) == (
+        0,
+        0,
+        0,
+        0,
+        False,
+    )
+    write_images(folder, IDS)
+    write_one(folder, IDS[0], like="another")
+    (folder / "shard-0of1-00009.h5.partial").write_bytes(b"")
+    (folder / "shard-0of1-00008.h5.damaged").write_bytes(b"")
+    found = status(folder)
+    assert (found.images, found.shards, found.superseded) == (30, 2, 1)
+    without = [image_id for image_id in ("another", *IDS[1:]) if not make_mask(image_id).labels]
+    assert found.images_without_labels == len(without) > 0
+    assert found.bytes == sum(path.stat().st_size for path in shards(folder))
+    assert found.bytes_per_image == found.bytes / 30
+    assert found.partial == ("shard-0of1-00009.h5.partial",)
+    assert found.damaged == ("shard-0of1-00008.h5.damaged",)
+    assert found.manifest.fingerprint == MASK_SET.fingerprint
+
+
+def test_a_complete_set_is_so_until_a_shard_is_unreadable(folder: Path) -> None:
+    write_images(folder, IDS)
+    assert status(folder).complete
+    shards(folder)[0].write_bytes(b"")
+    found = status(folder)
+    assert not found.complete
+    assert list(found.unreadable) == [shards(folder)[0].name]
+
+
+def test_verify_lists_what_is_damaged(folder: Path) -> None:
+    write_images(folder, IDS)
+    write_images(folder, ["late", "later"])
+    assert verify(folder).ok
+    assert verify(folder).sound == 32
+    first, second = shards(folder)
+    damage(first, "image-1")
+    damage(first, "image-2")
+    write_one(folder, "image-2", like="image-2")
+    second.write_bytes(second.read_bytes()[:-50])
+    seen: list[str] = []
+    report = verify(folder, progress=lambda names: seen.extend(names) or names)
+    assert not report.ok
+    assert list(report.damaged) == ["image-1"]
+    assert first.name in report.damaged["image-1"]
+    assert (report.sound, report.damaged_superseded) == (29, 1)
+    assert list(report.unreadable) == [second.name]
+    assert seen == [path.name for path in shards(folder) if path != second]

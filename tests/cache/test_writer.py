@@ -1,0 +1,331 @@
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+from cache_samples import (
+    MASK_SET,
+    assert_equal,
+    make_digest,
+    make_mask,
+    shards,
+    start_writer,
+    wanted,
+    write_images,
+)
+
+from wsss_pipeline.cache import FinishedRecords, MaskCache, MaskSet, MaskWriter, open_mask_set, verify
+from wsss_pipeline.cache.manifest import read_manifest
+from wsss_pipeline.errors import CacheError, CacheFormatError, CacheLockedError, CacheWriteError
+
+IDS = [f"image-{number}" for number in range(30)]
+
+
+def write_without_closing(folder: Path, image_ids: list[str]) -> None:
+    """As a killed process leaves it: flushed, not finished, the lock free."""
+    writer = MaskWriter(folder).__enter__()
+    for image_id in image_ids:
+        writer.write(image_id, make_mask(image_id), image_digest=make_digest(image_id), seconds=0.0)
+    writer.flush()
+    writer._lock.release()
+
+
+def test_folder_name_holds_name_and_fingerprint(folder: Path) -> None:
+    assert folder.name == f"voc12-{MASK_SET.fingerprint[:12]}"
+    assert open_mask_set(folder.parent, MASK_SET) == folder
+    other = MaskSet("../../my set", {"a": 1}, ("cat",))
+    assert open_mask_set(folder.parent, other).parent == folder.parent
+
+
+def test_a_second_run_finds_everything_done_and_writes_nothing(folder: Path) -> None:
+    write_images(folder, IDS)
+    before = {path.name: path.stat().st_mtime_ns for path in folder.iterdir() if path.suffix != ".lock"}
+    with MaskWriter(folder) as writer:
+        assert writer.done(wanted(IDS)) == set(IDS)
+    after = {path.name: path.stat().st_mtime_ns for path in folder.iterdir() if path.suffix != ".lock"}
+    assert after == before
+
+
+def test_changed_bytes_or_labels_or_missing_cams_are_redone(folder: Path) -> None:
+    write_images(folder, ["a", "b", "c"])
+    write_images(folder, ["with-cams"], cams=True)
+    images = wanted(["a", "b", "c", "with-cams"])
+    images["a"] = ("0" * 64, images["a"][1])
+    images["b"] = (images["b"][0], (*images["b"][1], "sofa"))
+    with MaskWriter(folder) as writer:
+        assert writer.done(images) == {"c", "with-cams"}
+        assert writer.done(images, need_cams=True) == {"with-cams"}
+        record = writer.record("with-cams")
+        assert record is not None
+        assert record.has_cams
+        assert writer.record("never seen") is None
+
+
+def test_a_later_record_takes_the_place_of_an_earlier_one(folder: Path) -> None:
+    write_images(folder, ["a", "b"])
+    with MaskWriter(folder) as writer:
+        writer.write("a", make_mask("first try"), image_digest="1" * 64, seconds=0.0)
+        writer.write("a", make_mask("second try"), image_digest="2" * 64, seconds=0.0)
+    cache = MaskCache.open(folder)
+    assert len(cache) == 2
+    assert_equal(cache["a"], make_mask("second try"))
+    assert cache.record_info("a").image_digest == "2" * 64
+    with h5py.File(folder / "index.h5") as index:
+        assert index["images/a"].attrs["image_digest"] == "2" * 64
+
+
+def test_shards_rotate_and_leave_no_partial_behind(folder: Path) -> None:
+    with MaskWriter(folder, images_per_shard=10) as writer:
+        for image_id in IDS[:25]:
+            writer.write(image_id, make_mask(image_id), image_digest=make_digest(image_id), seconds=0.0)
+        assert len(shards(folder)) == 2
+        writer.flush()
+        assert [path.name for path in folder.glob("*.partial")] == ["shard-0of1-00003.h5.partial"]
+        assert len(MaskCache.open(folder)) == 20, "a partial file isn't read"
+    assert [path.name for path in shards(folder)] == [f"shard-0of1-0000{n}.h5" for n in (1, 2, 3)]
+    assert not list(folder.glob("*.partial"))
+
+
+def test_shards_also_rotate_by_size(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("wsss_pipeline.cache.writer.BYTES_PER_SHARD", 20_000)
+    write_images(folder, IDS)
+    assert len(shards(folder)) > 1
+    assert max(path.stat().st_size for path in shards(folder)) < 30_000
+
+
+def test_many_images_are_flushed_on_their_own(folder: Path) -> None:
+    with MaskWriter(folder) as writer:
+        for number in range(200):
+            writer.write(f"{number}", make_mask(f"{number}"), image_digest="0" * 64, seconds=0.0)
+        assert list(folder.glob("*.partial"))
+
+
+def test_what_a_dead_writer_flushed_is_salvaged(folder: Path) -> None:
+    write_without_closing(folder, IDS)
+    (folder / "shard-0of1-00009.h5.partial.tmp").write_bytes(b"half")
+    with MaskWriter(folder) as writer:
+        assert writer.done(wanted(IDS)) == set(IDS)
+    assert not [path for path in folder.iterdir() if "partial" in path.name]
+    cache = MaskCache.open(folder)
+    for image_id in IDS:
+        assert_equal(cache[image_id], make_mask(image_id))
+
+
+def test_only_sound_records_are_salvaged(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    write_without_closing(folder, ["a", "b"])
+    (partial,) = folder.glob("*.partial")
+    with h5py.File(partial, "r+") as file:
+        del file["images/a/confidence"]
+    with MaskWriter(folder) as writer:
+        assert writer.done(wanted(["a", "b"])) == {"b"}
+    assert "damaged" in caplog.text
+
+
+def test_a_partial_file_that_does_not_open_is_kept_and_reported(
+    folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    write_images(folder, ["a"])
+    (folder / "shard-0of1-00007.h5.partial").write_bytes(b"\x89HDF\r\n\x1a\n and then nothing")
+    with MaskWriter(folder) as writer:
+        assert writer.done(wanted(["a"])) == {"a"}
+    (damaged,) = folder.glob("*.damaged")
+    assert damaged.name in caplog.text
+    assert damaged.read_bytes().startswith(b"\x89HDF")
+
+
+def test_the_partial_file_of_a_living_writer_of_another_share_is_left_alone(folder: Path) -> None:
+    with MaskWriter(folder, 0, 2) as first:
+        first.write("a", make_mask("a"), image_digest="0" * 64, seconds=0.0)
+        first.flush()
+        with MaskWriter(folder, 1, 2) as second:
+            second.write("b", make_mask("b"), image_digest="0" * 64, seconds=0.0)
+        assert list(MaskCache.open(folder)) == ["b"]
+        assert (folder / "shard-0of2-00001.h5.partial").exists()
+    assert list(MaskCache.open(folder)) == ["a", "b"]
+
+
+def test_flipped_bytes_in_a_finished_shard_are_noticed_and_only_those_images_redone(folder: Path) -> None:
+    write_images(folder, IDS)
+    (shard,) = shards(folder)
+    with h5py.File(shard) as file:
+        place = file["images/image-3/confidence"].id.get_chunk_info(0)
+    content = bytearray(shard.read_bytes())
+    content[place.byte_offset + place.size // 2] ^= 0xFF
+    shard.write_bytes(content)
+    with MaskWriter(folder) as writer:
+        done = writer.done(wanted(IDS))
+        assert done == set(IDS) - {"image-3"}
+        writer.write("image-3", make_mask("image-3"), image_digest=make_digest("image-3"), seconds=0.0)
+        assert writer.finish(IDS).complete
+    assert FinishedRecords(folder).done(wanted(IDS), need_cams=False) == set(IDS)
+    assert verify(folder).ok
+
+
+def test_a_damaged_shard_costs_its_own_images_only(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    write_images(folder, ["a"])
+    write_images(folder, ["b"])
+    first = shards(folder)[0]
+    first.write_bytes(first.read_bytes()[:100])
+    cache = MaskCache.open(folder)
+    assert list(cache) == ["b"]
+    assert cache.missing(["b", "a"]) == ["a"]
+    assert list(cache.unreadable) == [first.name]
+    assert first.name in caplog.text
+    with MaskWriter(folder) as writer:
+        assert writer.done(wanted(["a", "b"])) == {"b"}
+
+
+def test_two_writers_of_one_share_exclude_each_other(folder: Path) -> None:
+    process = start_writer("hold", folder)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "holding\n"
+    try:
+        with pytest.raises(CacheLockedError, match=rf"writer-0-of-1\.lock .* process {process.pid} on "):
+            MaskWriter(folder).__enter__()
+        with MaskWriter(folder, 1, 2) as other_share:
+            other_share.write("b", make_mask("b"), image_digest="0" * 64, seconds=0.0)
+    finally:
+        process.communicate("")
+    with MaskWriter(folder), pytest.raises(CacheLockedError, match=f"process {os.getpid()} on "):
+        MaskWriter(folder).__enter__()
+    with MaskWriter(folder):
+        pass
+
+
+def test_completion_needs_every_share(folder: Path) -> None:
+    def completion() -> tuple[int, bool]:
+        found = read_manifest(folder).completion
+        return found.images, found.complete
+
+    assert completion() == (0, False)
+    write_images(folder, IDS[:10], share="0/2")
+    assert completion() == (10, False)
+    write_images(folder, IDS[10:], share="1/2")
+    assert completion() == (30, True)
+    with MaskWriter(folder, 1, 2) as writer:
+        writer.write("new", make_mask("new"), image_digest="0" * 64, seconds=0.0)
+        writer.flush()
+        assert completion() == (30, False)
+        found = writer.finish([*IDS[10:], "new", "failed"])
+        assert (found.shares["1/2"].expected, found.shares["1/2"].missing) == (22, 1)
+    assert completion() == (31, False)
+
+
+def test_an_error_inside_keeps_what_was_written(folder: Path) -> None:
+    def interrupted() -> None:
+        with MaskWriter(folder) as writer:
+            writer.write("a", make_mask("a"), image_digest="0" * 64, seconds=0.0)
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert list(MaskCache.open(folder)) == ["a"]
+    assert not read_manifest(folder).completion.complete
+
+
+def test_a_record_that_fails_half_way_leaves_nothing(folder: Path) -> None:
+    bad = make_mask("bad")
+    object.__setattr__(bad, "labels", ("a\0b",))
+    with MaskWriter(folder) as writer:
+        with pytest.raises(ValueError, match="NULL"):
+            writer.write("bad", bad, image_digest="0" * 64, seconds=0.0)
+        writer.write("good", make_mask("good"), image_digest="0" * 64, seconds=0.0)
+    assert verify(folder).ok
+    assert list(MaskCache.open(folder)) == ["good"]
+
+
+def test_a_disk_that_fills_up_is_one_line_and_loses_nothing_flushed(folder: Path) -> None:
+    write_images(folder, ["before"])
+    process = start_writer("starve", folder, count=60_000)
+    output, _ = process.communicate()
+    assert process.returncode == 0, "HDF5 itself crashes where it can't write"
+    assert output.startswith("CacheWriteError: ")
+    assert str(folder) in output
+    assert "File too large" in output
+    assert output.count("\n") == 1
+    assert not list(folder.glob("*.tmp"))
+    assert verify(folder).ok
+    assert list(MaskCache.open(folder)) == ["before"]
+    with MaskWriter(folder):
+        pass
+    salvaged = MaskCache.open(folder)
+    assert len(salvaged) > 10
+    assert_equal(salvaged["image-0"], make_mask("image-0"))
+
+
+def test_after_a_failed_write_the_writer_refuses_more(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    with MaskWriter(folder, images_per_shard=2) as writer:
+        writer.write("a", make_mask("a"), image_digest="0" * 64, seconds=0.0)
+        monkeypatch.setattr(os, "fsync", fail)
+        with pytest.raises(CacheWriteError, match="No space left on device; free some space"):
+            writer.write("b", make_mask("b"), image_digest="0" * 64, seconds=0.0)
+        monkeypatch.undo()
+        with pytest.raises(CacheWriteError, match="earlier write failed"):
+            writer.write("c", make_mask("c"), image_digest="0" * 64, seconds=0.0)
+    assert len(MaskCache.open(folder)) == 0
+
+
+@pytest.mark.parametrize("name", ["file/cache", "file"])
+def test_a_cache_below_a_file_is_one_line(tmp_path: Path, name: str) -> None:
+    (tmp_path / "file").write_text("not a folder")
+    with pytest.raises(CacheWriteError, match=r"can't be written: .*; choose a path that has no file in it"):
+        open_mask_set(tmp_path / name, MASK_SET)
+
+
+def test_a_read_only_folder_is_one_line(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(self: Path, target: Path) -> Path:
+        raise PermissionError(30, "Read-only file system")
+
+    monkeypatch.setattr(Path, "replace", refuse)
+    with pytest.raises(CacheWriteError, match="Read-only file system; choose a folder"):
+        write_images(folder, ["a"])
+
+
+def test_a_damaged_manifest_is_written_anew_and_the_masks_kept(folder: Path) -> None:
+    write_images(folder, ["a"])
+    manifest = folder / "manifest.json"
+    manifest.write_text(manifest.read_text()[:200])
+    assert open_mask_set(folder.parent, MASK_SET) == folder
+    with MaskWriter(folder) as writer:
+        assert writer.done(wanted(["a"])) == {"a"}
+
+
+def test_another_format_version_is_refused(folder: Path) -> None:
+    manifest = folder / "manifest.json"
+    manifest.write_text(manifest.read_text().replace('"format_version": 1', '"format_version": 2'))
+    for use in (MaskCache.open, lambda path: MaskWriter(path).__enter__()):
+        with pytest.raises(CacheFormatError, match="format version 2, this program reads 1; use "):
+            use(folder)
+    with pytest.raises(CacheFormatError, match="format version 2"):
+        open_mask_set(folder.parent, MASK_SET)
+
+
+def test_a_shard_of_another_mask_set_is_left_out(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    other = open_mask_set(folder.parent, MaskSet("other", {"a": 1}, ("cat", "dog")))
+    write_images(other, ["a"])
+    stray = folder / "shard-0of1-00005.h5"
+    stray.write_bytes(shards(other)[0].read_bytes())
+    assert len(MaskCache.open(folder)) == 0
+    assert "belongs to mask set" in caplog.text
+
+
+def test_a_writer_that_is_not_open_says_so(folder: Path) -> None:
+    with pytest.raises(CacheError, match="with statement"):
+        MaskWriter(folder).write("a", make_mask("a"), image_digest="0" * 64, seconds=0.0)
+
+
+def test_equal_masks_have_equal_digests_whatever_time_they_took(folder: Path) -> None:
+    digests = []
+    for seconds in (0.1, 99.0):
+        with MaskWriter(folder) as writer:
+            writer.write("a", make_mask("a"), image_digest="0" * 64, seconds=seconds)
+        with h5py.File(shards(folder)[-1]) as file:
+            digests.append(file["images/a"].attrs["record_digest"])
+            assert np.isclose(file["images/a"].attrs["seconds"], seconds)
+    assert digests[0] == digests[1]

@@ -1,0 +1,38 @@
+"""The pseudo-mask cache: HDF5 files, keyed by what determines the masks.
+
+``MaskCache`` reads a mask set, ``open_mask_set`` and ``MaskWriter`` make one; the rest looks after it.
+"""
+
+from wsss_pipeline.cache.compaction import GcReport, gc
+from wsss_pipeline.cache.export import ExportFormat, ExportReport, export_masks
+from wsss_pipeline.cache.finished_records import FinishedRecords
+from wsss_pipeline.cache.maintenance import MaskSetStatus, VerifyReport, list_mask_sets, status, verify
+from wsss_pipeline.cache.manifest import MaskSet, open_mask_set
+from wsss_pipeline.cache.mask_cache import MaskCache
+from wsss_pipeline.cache.merging import MergeReport, merge
+from wsss_pipeline.cache.pseudo_mask import PseudoMask, half_percent_confidence
+from wsss_pipeline.cache.records import RecordInfo
+from wsss_pipeline.cache.writer import MaskWriter
+
+__all__ = [
+    "ExportFormat",
+    "ExportReport",
+    "FinishedRecords",
+    "GcReport",
+    "MaskCache",
+    "MaskSet",
+    "MaskSetStatus",
+    "MaskWriter",
+    "MergeReport",
+    "PseudoMask",
+    "RecordInfo",
+    "VerifyReport",
+    "export_masks",
+    "gc",
+    "half_percent_confidence",
+    "list_mask_sets",
+    "merge",
+    "open_mask_set",
+    "status",
+    "verify",
+]
