@@ -88,7 +88,7 @@ def test_bad_settings_are_refused_in_one_line(override: str, message: str) -> No
 def test_bad_files_are_refused_and_named(tmp_path: Path, content: str) -> None:
     file = tmp_path / "config.yaml"
     file.write_text(content)
-    with pytest.raises(ConfigError, match="config.yaml"):
+    with pytest.raises(ConfigError, match=r"config\.yaml"):
         load_config(file=file)
 
 

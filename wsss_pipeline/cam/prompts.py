@@ -42,7 +42,7 @@ def class_embeddings(
     prompts = [template.replace("{}", text) for texts in groups for text in texts for template in templates]
     rows = encode(prompts)
     per_text = F.normalize(rows.view(-1, len(templates), rows.shape[-1]).mean(dim=1), dim=1)
-    parts = per_text.split([len(texts) for texts in groups])
+    parts = torch.split(per_text, [len(texts) for texts in groups])
     fused = F.normalize(torch.stack([part.mean(dim=0) for part in parts]), dim=1)
     count = len(classes.classes)
     return ClassEmbeddings(fused[:count], fused[count:])

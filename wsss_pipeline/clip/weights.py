@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging as stdlib_logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -132,7 +133,7 @@ def load_clip(files: ClipFiles, device: torch.device) -> Clip:
             values, tensors = to_hugging_face(read_openai_weights(files.weights[0]), files.name)
         else:
             values, tensors = _read_config(files.config), _read_tensors(files.weights)
-        config = CLIPConfig(**values)
+        config: Any = CLIPConfig(**values)
         vision = _fill(CLIPVisionModelWithProjection(config.vision_config), tensors, files.name).to(device)
         text = _fill(CLIPTextModelWithProjection(config.text_config), tensors, files.name).to(device)
         tokenizer = _load_tokenizer(files.tokenizer)
@@ -276,7 +277,7 @@ def _quiet_transformers() -> Iterator[None]:
     from transformers.utils import logging
 
     before = logging.get_verbosity()
-    logging.set_verbosity_error()
+    logging.set_verbosity(stdlib_logging.ERROR)
     try:
         yield
     finally:

@@ -50,9 +50,9 @@ def crf_image(image: NDArray[np.uint8], kind: CrfImage) -> NDArray[np.uint8]:
     bgr = np.ascontiguousarray(image[..., ::-1])
     if kind == "bgr":
         return bgr
-    shifted = np.trunc(bgr.astype(np.float32) - REFERENCE_MEAN)
     # through a signed type: a negative float straight to uint8 is undefined, and differs between processors
-    return (shifted.astype(np.int16) & 255).astype(np.uint8)
+    shifted: NDArray[np.int16] = np.trunc(bgr.astype(np.float32) - REFERENCE_MEAN).astype(np.int16)
+    return (shifted % 256).astype(np.uint8)
 
 
 def unary_from_scores(scores: NDArray[np.float16]) -> NDArray[np.float32]:
@@ -73,7 +73,7 @@ def dense_crf(
     image: NDArray[np.uint8],
     unary: NDArray[np.float32],
     parameters: CrfConfig,
-    backend: Literal["pydensecrf", "lattice"],
+    backend: Literal["auto", "pydensecrf", "lattice"] = "auto",
     device: str = "cpu",
 ) -> NDArray[np.float32]:
     """Posterior of a fully connected CRF (Kraehenbuehl and Koltun, NIPS 2011).
@@ -82,13 +82,13 @@ def dense_crf(
         image: uint8 (H, W, 3), see ``crf_image``.
         unary: float32 (L, H, W), negative log probabilities of the labels that are present.
         parameters: kernels and iterations.
-        backend: ``pydensecrf`` runs on the CPU; ``lattice`` on ``device``.
+        backend: ``pydensecrf`` runs on the CPU, ``lattice`` on ``device``; ``auto``: see ``choose_backend``.
         device: torch device for ``lattice``.
 
     Returns:
         float32 (L, H, W), summing to 1 over the labels.
     """
-    if backend == "pydensecrf":
+    if choose_backend(backend, device.partition(":")[0]) == "pydensecrf":
         return _pydensecrf(image, unary, parameters)
     import torch
 

@@ -35,7 +35,10 @@ class Progress:
             from rich.progress import Progress as Bar
 
             self._bar = Bar(
-                BarColumn(), TextColumn("{task.description}"), console=Console(file=self._stream), transient=True
+                BarColumn(),
+                TextColumn("{task.description}"),
+                console=Console(file=self._stream),
+                transient=True,
             )
             self._task = self._bar.add_task(self.line(), total=self.total)
             self._bar.start()

@@ -1,0 +1,103 @@
+"""The ``wsss`` command group: finds the commands, shows errors as one line, sets the exit code.
+
+0    done
+1    done, but some images failed (they are listed)
+2    the command could not do its work: usage, bad input, a cache that can't be written
+130  interrupted; the command that goes on is printed
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import sys
+from typing import Any
+
+import click
+
+from wsss_pipeline import __version__
+from wsss_pipeline.errors import WsssError
+
+# name on the command line -> module under wsss_pipeline.commands; each holds a command called ``command``
+COMMANDS = {
+    "generate-masks": "generate_masks",
+    "evaluate": "evaluate",
+    "export-masks": "export_masks",
+    "preview": "preview",
+    "cache": "cache",
+    "select-prompt": "select_prompt",
+    "doctor": "doctor",
+}
+
+
+class CommandGroup(click.Group):
+    """Loads a command's module when it is asked for, and turns our errors into one line and exit code 2."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """Command names in the order of work."""
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """The command, or None when there's none of that name."""
+        if cmd_name not in COMMANDS:
+            return None
+        module = importlib.import_module(f"wsss_pipeline.commands.{COMMANDS[cmd_name]}")
+        command: click.Command = module.command
+        return command
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the command that was asked for."""
+        try:
+            return super().invoke(ctx)
+        except WsssError as error:
+            click.echo(f"error: {one_line(str(error))}", err=True)
+            ctx.exit(2)
+        except KeyboardInterrupt:
+            click.echo(
+                "interrupted; what was finished is kept, the same command goes on from there", err=True
+            )
+            ctx.exit(130)
+
+
+@click.group(
+    cls=CommandGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110}
+)
+@click.version_option(__version__, prog_name="wsss")
+@click.option(
+    "-v", "--verbose", is_flag=True, help="Also show what is only of interest when something is wrong."
+)
+@click.option("-q", "--quiet", is_flag=True, help="Show warnings and errors only.")
+def main(verbose: bool, quiet: bool) -> None:
+    """Segmentation masks from image-level labels, with a frozen CLIP.
+
+    \b
+    Try it:
+      wsss doctor
+      wsss generate-masks --images photos --labels labels.csv --classes cat,dog --cache cache
+      wsss preview --cache cache --images photos --out preview.png
+    """
+    show_log(logging.DEBUG if verbose else logging.WARNING if quiet else logging.INFO)
+
+
+def show_log(level: int) -> None:
+    """Send the package's log to stderr, a line a message."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(LogLine())
+    logger = logging.getLogger("wsss_pipeline")
+    logger.handlers[:] = [handler]
+    logger.setLevel(level)
+    logger.propagate = False
+
+
+class LogLine(logging.Formatter):
+    """``warning: text`` for warnings and worse, the text alone below."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """One line."""
+        text = one_line(record.getMessage())
+        return f"{record.levelname.lower()}: {text}" if record.levelno >= logging.WARNING else text
+
+
+def one_line(text: str) -> str:
+    """``text`` with line breaks folded and control characters made visible: it may hold names from files."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in " ".join(text.split()))

@@ -1,0 +1,50 @@
+"""``wsss export-masks``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from wsss_pipeline.commands.options import PATH
+
+if TYPE_CHECKING:
+    from wsss_pipeline.cache import ExportFormat
+
+
+@click.command("export-masks")
+@click.option("--cache", type=PATH, required=True, help="A mask set, or a cache folder that holds one.")
+@click.option("--out", type=PATH, required=True, help="Folder to write into.")
+@click.option(
+    "--format",
+    "kind",
+    type=click.Choice(["png", "voc", "coco", "npz"]),
+    default="png",
+    show_default=True,
+    help="png: grey index masks; voc: the same with VOC's palette; coco: one JSON of run-length masks; "
+    "npz: mask, confidence, labels and CAMs.",
+)
+@click.option("--min-confidence", type=float, help="Pixels below it become 255, ignored; the paper has 0.95.")
+@click.pass_context
+def command(
+    context: click.Context, cache: Path, out: Path, kind: ExportFormat, min_confidence: float | None
+) -> None:
+    """Write masks out of the cache as files that other tools read.
+
+    \b
+    Example:
+      wsss export-masks --cache cache --out masks --format voc --min-confidence 0.95
+    """
+    from wsss_pipeline.cache import MaskCache, export_masks
+
+    with MaskCache.open(cache) as masks:
+        report = export_masks(masks, out, kind, min_confidence)
+    for image_id, reason in report.failed.items():
+        click.echo(f"{image_id}: {reason}", err=True)
+    click.echo(
+        f"{report.written} masks written, {report.unchanged} were there already, {len(report.failed)} failed",
+        err=True,
+    )
+    click.echo(out)
+    context.exit(1 if report.failed else 0)

@@ -1,0 +1,115 @@
+"""``wsss generate-masks``."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from wsss_pipeline.commands.options import (
+    PATH,
+    config_options,
+    crf_options,
+    input_options,
+    machine_options,
+    read_options,
+    template_option,
+)
+
+
+@click.command("generate-masks")
+@input_options
+@template_option
+@config_options
+@crf_options
+@click.option(
+    "--cache", type=PATH, default="cache", show_default=True, help="Folder that holds the mask sets."
+)
+@machine_options
+@click.option(
+    "--batch-size",
+    type=click.IntRange(1),
+    default=1,
+    show_default=True,
+    help="Neighbouring images of one size that CLIP sees together.",
+)
+@click.option(
+    "--workers",
+    type=click.IntRange(0),
+    default=1,
+    show_default=True,
+    help="Processes for the CRF beside CLIP (pydensecrf only); 0 computes it in between.",
+)
+@click.option(
+    "--shard", metavar="I/N", help="Share I (from 0) of N.  [default: from SLURM arrays or torchrun]"
+)
+@click.option("--limit", type=click.IntRange(1), help="At most so many images.")
+@click.option("--store-cams", is_flag=True, help="Keep the CAMs before the CRF in the cache as well.")
+@click.option("--overwrite", is_flag=True, help="Compute again what the cache already holds.")
+@click.option("--dry-run", is_flag=True, help="Say what would be done and how much disk it takes, and stop.")
+@click.option(
+    "--json", "as_json", is_flag=True, help="Print a summary as one line of JSON before the last line."
+)
+@click.pass_context
+def command(
+    context: click.Context,
+    /,
+    cache: Path,
+    device: str,
+    offline: bool,
+    batch_size: int,
+    workers: int,
+    shard: str | None,
+    limit: int | None,
+    store_cams: bool,
+    overwrite: bool,
+    dry_run: bool,
+    as_json: bool,
+    **options: Any,
+) -> None:
+    """Make pseudo masks from images and image-level labels, into the cache.
+
+    What the cache already holds isn't computed again. The last line on stdout is the mask set: the folder
+    that evaluate, preview and export-masks take as --cache.
+
+    \b
+    Examples:
+      wsss generate-masks --images photos --labels labels.csv --classes cat,dog --cache cache
+      wsss generate-masks --voc VOCdevkit/VOC2012 --split train_aug
+    """
+    from wsss_pipeline.runtime.shard import parse_shard, shard_of_environment
+    from wsss_pipeline.stages.dry_run import describe_run
+    from wsss_pipeline.stages.generate_masks import generate_masks
+    from wsss_pipeline.stages.mask_plan import MaskRequest
+
+    config, inputs = read_options(options)
+    request = MaskRequest(
+        images=inputs.images,
+        labels=inputs.labels,
+        class_set=inputs.class_set,
+        config=config,
+        cache_dir=cache,
+        device=device,
+        shard=parse_shard(shard) if shard else shard_of_environment(),
+        limit=limit,
+        batch_size=batch_size,
+        workers=workers,
+        store_cams=store_cams,
+        overwrite=overwrite,
+        offline=offline,
+    )
+    if dry_run:
+        click.echo("\n".join(describe_run(request)))
+        return
+    report = generate_masks(request)
+    click.echo("\n".join(report.lines()), err=True)
+    if as_json:
+        click.echo(json.dumps(report.as_dict()))
+    if report.interrupted:
+        click.echo(f"interrupted; go on with: {shlex.join(['wsss', *sys.argv[1:]])}", err=True)
+    click.echo(report.path)
+    context.exit(130 if report.interrupted else 1 if report.failed else 0)

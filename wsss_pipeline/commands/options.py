@@ -1,0 +1,115 @@
+"""Options that several commands share, and their way into the configuration."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    from wsss_pipeline.config import MaskConfig
+    from wsss_pipeline.stages.mask_inputs import MaskInputs
+
+Command = Callable[..., Any]
+
+PATH = click.Path(path_type=Path)
+
+# option as click names it -> dotted key of the configuration
+CONFIG_KEYS = {
+    "clip": "clip.weights",
+    "tokenizer": "clip.tokenizer",
+    "precision": "clip.precision",
+    "max_pixels": "max_pixels",
+    "crf": "crf.backend",
+    "crf_image": "crf.image",
+}
+
+
+def read_options(options: dict[str, Any]) -> tuple[MaskConfig, MaskInputs]:
+    """Configuration and inputs out of what ``input_options``, ``config_options`` and ``crf_options`` took."""
+    from wsss_pipeline.stages.mask_inputs import read_inputs
+
+    flags = {key: options.get(name) for name, key in CONFIG_KEYS.items()}
+    others = {name: value for name, value in options.items() if name not in CONFIG_KEYS}
+    return read_inputs(flags=flags, **others)
+
+
+def _all(*options: Callable[[Command], Command]) -> Callable[[Command], Command]:
+    def decorate(command: Command) -> Command:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return decorate
+
+
+input_options = _all(
+    click.option("--images", type=PATH, help="Folder of images, searched with all below it."),
+    click.option(
+        "--labels",
+        type=PATH,
+        help="Image-level labels: .json, .csv, .txt, a folder of VOC XML, or COCO instances JSON. "
+        "Without it the images lie in one folder per class.",
+    ),
+    click.option("--classes", help="voc12, coco14, a YAML file, or names: cat,dog."),
+    click.option("--voc", type=PATH, help="VOC2012 folder, instead of --images and --labels."),
+    click.option("--coco", type=PATH, help="COCO folder, instead of --images and --labels."),
+    click.option("--split", help="With --voc or --coco: which part, for example train_aug or train2014."),
+)
+
+config_options = _all(
+    click.option(
+        "--clip",
+        metavar="ID_OR_PATH",
+        help="CLIP: hub id, Hugging Face folder, or OpenAI .pt file.  [default: openai/clip-vit-base-patch16]",
+    ),
+    click.option("--tokenizer", metavar="ID_OR_PATH", help="Its vocabulary, where a .pt has none beside it."),
+    click.option(
+        "--precision",
+        type=click.Choice(["auto", "fp32", "bf16", "fp16"]),
+        help="Of CLIP's matrix products.  [default: auto, which is fp32]",
+    ),
+    click.option(
+        "--max-pixels",
+        type=int,
+        help="Larger images are scaled to this area for CLIP and the CRF; the mask keeps the image's size.  "
+        "[default: 1048576]",
+    ),
+    click.option("--preset", metavar="NAME", help="Published settings: clip-es/voc12 or clip-es/coco14."),
+    click.option("--config", "config_file", type=PATH, help="YAML file of settings."),
+    click.option(
+        "--set",
+        "overrides",
+        metavar="KEY=VALUE",
+        multiple=True,
+        help="One setting, for example cam.threshold=0.7; may be repeated.",
+    ),
+)
+
+template_option = click.option(
+    "--template",
+    "templates",
+    metavar="TEXT",
+    multiple=True,
+    help="Prompt template with one {}; repeated ones are averaged.  [default: that of the class set]",
+)
+
+crf_options = _all(
+    click.option(
+        "--crf",
+        type=click.Choice(["auto", "pydensecrf", "lattice", "none"]),
+        help="Dense CRF.  [default: auto, which is lattice on a GPU, else pydensecrf where it is installed]",
+    ),
+    click.option(
+        "--crf-image",
+        type=click.Choice(["bgr", "reference"]),
+        help="What the CRF sees: the picture, or the picture as the published script alters it.  [default: bgr]",
+    ),
+)
+
+machine_options = _all(
+    click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N."),
+    click.option("--offline", is_flag=True, help="Use only what is on this machine already."),
+)

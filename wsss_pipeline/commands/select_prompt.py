@@ -1,0 +1,77 @@
+"""``wsss select-prompt``."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+
+from wsss_pipeline.commands.options import (
+    PATH,
+    config_options,
+    input_options,
+    machine_options,
+    read_options,
+    template_option,
+)
+
+
+@click.command("select-prompt")
+@input_options
+@template_option
+@click.option(
+    "--out", type=PATH, help="YAML file to write the best template into, for generate-masks --config."
+)
+@click.option("--limit", type=click.IntRange(1), help="At most so many images.")
+@click.option("--top", type=click.IntRange(1), default=10, show_default=True, help="Rows of the table.")
+@config_options
+@machine_options
+@click.option("--json", "as_json", is_flag=True, help="Print JSON for machines.")
+@click.pass_context
+def command(
+    context: click.Context,
+    /,
+    out: Path | None,
+    limit: int | None,
+    top: int,
+    device: str,
+    offline: bool,
+    as_json: bool,
+    templates: tuple[str, ...],
+    **options: Any,
+) -> None:
+    """Rank prompt templates by their sharpness on labelled images; the smallest is the best.
+
+    Without --template, the list that comes with the package is ranked. Images with one class say nothing.
+
+    \b
+    Example:
+      wsss select-prompt --images photos --labels labels.csv --classes cat,dog --out prompt.yaml
+      wsss generate-masks --images photos --labels labels.csv --classes cat,dog --config prompt.yaml
+    """
+    from wsss_pipeline.cam.prompts import built_in_templates
+    from wsss_pipeline.stages.select_prompt import select_prompt, write_choice
+
+    config, inputs = read_options(options)
+    ranking = select_prompt(
+        inputs.images,
+        inputs.labels,
+        inputs.class_set,
+        templates or built_in_templates(),
+        config,
+        limit=limit,
+        device=device,
+        offline=offline,
+    )
+    if as_json:
+        click.echo(json.dumps({"ranked": ranking.ranked, "images": ranking.images, "failed": ranking.failed}))
+    else:
+        click.echo(f"sharpness   template ({len(ranking.ranked)} ranked on {ranking.images} images)")
+        for template, value in ranking.ranked[:top]:
+            click.echo(f"{value:9.4f}   {template}")
+    if out is not None:
+        write_choice(ranking.ranked[0][0], out)
+        click.echo(f"the best one is in {out}", err=True)
+    context.exit(1 if ranking.failed else 0)

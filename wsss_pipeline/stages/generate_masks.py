@@ -1,0 +1,82 @@
+"""Stage one: photographs with image-level labels -> pseudo masks in the cache.
+
+Nothing that the cache already holds is computed again, and CLIP is loaded only where something is left
+to compute. One bad image is reported, skipped and counted; it never ends the run.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+
+import torch
+
+from wsss_pipeline.cache import MaskWriter, open_mask_set
+from wsss_pipeline.cam.prompts import class_embeddings
+from wsss_pipeline.clip.image_encoder import ImageEncoder
+from wsss_pipeline.clip.text_encoder import TextEncoder
+from wsss_pipeline.clip.weights import load_clip
+from wsss_pipeline.data.images import file_digest
+from wsss_pipeline.errors import ImageError
+from wsss_pipeline.stages.class_activation import ClassActivation
+from wsss_pipeline.stages.mask_plan import MaskPlan, MaskRequest, plan_masks
+from wsss_pipeline.stages.mask_report import MaskReport
+from wsss_pipeline.stages.mask_run import MaskRun
+
+logger = logging.getLogger(__name__)
+
+
+def generate_masks(request: MaskRequest) -> MaskReport:
+    """Make the pseudo masks that the cache doesn't hold yet.
+
+    Raises:
+        WsssError: nothing can be computed at all (classes, weights, cache folder); never for one image.
+    """
+    started = time.monotonic()
+    plan = plan_masks(request)
+    for line in plan.lines():
+        logger.info("%s", line)
+    folder = open_mask_set(request.cache_dir, plan.mask_set)
+    report = MaskReport(
+        folder, images=len(plan.image_ids) + len(plan.missing), unlabelled=len(plan.unlabelled)
+    )
+    with MaskWriter(folder, request.shard.index, request.shard.count) as writer:
+        for image_id in plan.missing:
+            report.fail(image_id, "the labels name it, but there is no such image")
+        todo = _left_to_do(request, plan, writer)
+        report.reused = len(plan.image_ids) - len(todo)
+        if todo:
+            logger.info("%d images: %d in the cache, %d to compute", report.images, report.reused, len(todo))
+            activation = _class_activation(plan)
+            MaskRun(request, plan, activation, writer, report).compute(todo)
+        writer.finish([*plan.image_ids, *plan.missing])
+    report.seconds = time.monotonic() - started
+    return report
+
+
+def _left_to_do(request: MaskRequest, plan: MaskPlan, writer: MaskWriter) -> list[str]:
+    """Ids whose masks aren't in the cache, or belong to other bytes or labels."""
+    if request.overwrite:
+        return plan.image_ids
+
+    def is_done(image_id: str) -> bool:
+        record = writer.record(image_id)
+        if record is None or record.labels != request.labels[image_id]:
+            return False
+        if request.store_cams and not record.has_cams:
+            return False
+        try:
+            return record.image_digest == file_digest(request.images[image_id])
+        except ImageError:
+            return False  # reported when it is loaded
+
+    return [image_id for image_id in plan.image_ids if not is_done(image_id)]
+
+
+def _class_activation(plan: MaskPlan) -> ClassActivation:
+    """Load CLIP and embed the classes, once for the whole run."""
+    clip = load_clip(plan.clip, torch.device(plan.device))
+    encoder = ImageEncoder(clip.vision, plan.precision, plan.config.cam.affinity_layers)
+    text = TextEncoder(clip.text, clip.tokenizer)
+    embeddings = class_embeddings(plan.class_set, plan.config.templates, text.encode)
+    return ClassActivation(encoder, embeddings, clip.logit_scale, plan.config.cam)

@@ -1,0 +1,83 @@
+"""Pictures on their way into CLIP: decoded, measured, gathered into batches of one size."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from wsss_pipeline.data.images import file_digest, read_image
+from wsss_pipeline.data.transforms import ClipInputSize, clip_input_size, resize_for_clip
+
+
+@dataclass(frozen=True)
+class LoadedImage:
+    """One picture with its labels.
+
+    ``pixels``: uint8 (H, W, 3) RGB. ``classes``: mask values 1..C in the order of ``labels``.
+    ``clip_size``: what CLIP gets; its ``scale`` is under 1 where the picture was too large.
+    """
+
+    image_id: str
+    digest: str
+    labels: tuple[str, ...]
+    classes: list[int]
+    pixels: NDArray[np.uint8]
+    clip_size: ClipInputSize
+    started: float = field(default_factory=time.monotonic)
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(H, W) of the picture and its mask."""
+        height, width = self.pixels.shape[:2]
+        return height, width
+
+    @property
+    def working_size(self) -> tuple[int, int]:
+        """(h, w) for the CRF: that of the picture, or smaller by ``scale``."""
+        height, width = self.size
+        scale = self.clip_size.scale
+        return max(1, round(height * scale)), max(1, round(width * scale))
+
+    def clip_pixels(self) -> NDArray[np.uint8]:
+        """uint8 (h, w, 3) RGB at ``clip_size``."""
+        return resize_for_clip(self.pixels, self.clip_size.width, self.clip_size.height)
+
+    def working_pixels(self) -> NDArray[np.uint8]:
+        """uint8 (h, w, 3) RGB at ``working_size``."""
+        height, width = self.working_size
+        return self.pixels if self.size == (height, width) else resize_for_clip(self.pixels, width, height)
+
+
+def load_image(
+    image_id: str, file: Path, labels: tuple[str, ...], classes: list[int], patch_size: int, max_pixels: int
+) -> LoadedImage:
+    """Read one picture.
+
+    Raises:
+        ImageError: the file can't be used.
+    """
+    digest = file_digest(file)
+    pixels = read_image(file)
+    size = clip_input_size(pixels.shape[1], pixels.shape[0], patch_size, max_pixels)
+    return LoadedImage(image_id, digest, labels, classes, pixels, size)
+
+
+def batches(images: Iterable[LoadedImage], batch_size: int) -> Iterator[list[LoadedImage]]:
+    """Neighbours of one ``clip_size``, at most ``batch_size`` of them, order kept.
+
+    A picture without classes makes a batch of its own: CLIP has nothing to do for it.
+    """
+    batch: list[LoadedImage] = []
+    for image in images:
+        fits = batch and image.classes and batch[0].classes and image.clip_size == batch[0].clip_size
+        if batch and (not fits or len(batch) == batch_size):
+            yield batch
+            batch = []
+        batch.append(image)
+    if batch:
+        yield batch
