@@ -48,7 +48,9 @@ def test_feature_fusion_is_the_mean_made_a_unit() -> None:
 def test_templates_are_averaged_before_synonyms() -> None:
     entry = ClassEntry("person", synonyms=("human",), fuse="feature")
     found = class_embeddings(class_set(entry, ClassEntry("cat")), ["a {}.", "one {}!"], encode).foreground
-    texts = [F.normalize(encode([f"a {text}.", f"one {text}!"]).mean(dim=0), dim=0) for text in ("person", "human")]
+    texts = [
+        F.normalize(encode([f"a {text}.", f"one {text}!"]).mean(dim=0), dim=0) for text in ("person", "human")
+    ]
     assert torch.allclose(found[0], F.normalize(torch.stack(texts).mean(dim=0), dim=0), atol=1e-6)
     assert torch.allclose(found[1], F.normalize(encode(["a cat.", "one cat!"]).mean(dim=0), dim=0), atol=1e-6)
 

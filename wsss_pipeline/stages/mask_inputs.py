@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from wsss_pipeline.config import MaskConfig, load_config
-from wsss_pipeline.data.classes import ClassSet, load_class_set
+from wsss_pipeline.data.classes import ClassSet, check_template, load_class_set
 from wsss_pipeline.data.image_ids import find_images
 from wsss_pipeline.data.labels import read_labels
 from wsss_pipeline.data.shortcuts import coco_inputs, voc_inputs
@@ -60,6 +60,8 @@ def read_inputs(
         overrides,
         {"classes": classes, "templates": tuple(templates) or None, **(flags or {})},
     )
+    for template in config.templates:
+        check_template(template, "--template")
     if not config.classes:
         raise ConfigError("no classes given; use --classes cat,dog, --classes FILE.yaml or --preset NAME")
     class_set = load_class_set(config.classes)

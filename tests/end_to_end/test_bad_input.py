@@ -1,0 +1,103 @@
+"""Bad input gets one clear line and exit code 2; nothing is written, nothing is a traceback."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.end_to_end.conftest import Run, generate_arguments, write_labels, wsss
+
+
+def only_error(stderr: str) -> str:
+    errors = [line for line in stderr.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1, stderr
+    assert "Traceback" not in stderr
+    return errors[0]
+
+
+@pytest.mark.parametrize(
+    ("labels", "parts"),
+    [
+        ({"cat": ["cat", "sofaa"]}, ["labels.json", "'cat'", "sofaa", "'sofa'"]),
+        ({"../../x": ["cat"]}, ["labels.json", "../../x"]),
+        ({"/etc/passwd": ["cat"]}, ["labels.json", "/etc/passwd"]),
+        ({"a\x00b": ["cat"]}, ["labels.json"]),
+        ({"cat": "cat"}, ["labels.json", "cat"]),
+        ({"cat": [1]}, ["labels.json", "cat"]),
+        ({}, ["labels.json"]),
+    ],
+)
+def test_labels(generate: Run, world: Path, labels: dict[str, list[str]], parts: list[str]) -> None:
+    write_labels(world, labels)
+    result = generate()
+    assert result.exit_code == 2
+    line = only_error(result.stderr)
+    assert all(part in line for part in parts), line
+    assert not (world / "cache").exists()
+
+
+@pytest.mark.parametrize("content", [b"{", b"\xff\xfe", b"[" * 100_000, b""])
+def test_label_files_that_are_no_json(generate: Run, world: Path, content: bytes) -> None:
+    (world / "labels.json").write_bytes(content)
+    result = generate()
+    assert result.exit_code == 2
+    assert "labels.json" in only_error(result.stderr)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "part"),
+    [
+        (["--classes", "cat,cat"], "cat"),
+        (["--classes", "voc21"], "voc12"),
+        (["--classes", "no/such.yaml"], "no/such.yaml"),
+        (["--set", "cam.treshold=1"], "cam.threshold"),
+        (["--preset", "clip-es/voc"], "clip-es/voc12"),
+        (["--config", "no-such.yaml"], "no-such.yaml"),
+        (["--template", "no place"], "no place"),
+        (["--clip", "./no-such-clip"], "no-such-clip"),
+        (["--device", "tpu"], "auto, cpu, cuda"),
+        (["--device", "cuda:99"], "cuda:99"),
+        (["--shard", "4/4"], "4/4"),
+        (["--max-pixels", "1"], "max_pixels"),
+        (["--voc", "nowhere"], "--images"),
+        (["--split", "train"], "--split"),
+    ],
+)
+def test_options(world: Path, clip: Path, arguments: list[str], part: str) -> None:
+    result = wsss(*generate_arguments(world, clip), *arguments)
+    assert result.exit_code == 2
+    assert part in only_error(result.stderr)
+    assert not (world / "cache").exists()
+
+
+def test_no_images_no_classes_no_folder(world: Path, clip: Path) -> None:
+    base = ["generate-masks", "--labels", world / "labels.json", "--clip", clip, "--cache", world / "cache"]
+    assert "--images" in only_error(wsss(*base, "--classes", "voc12").stderr)
+    assert "--classes" in only_error(wsss(*base, "--images", world / "images").stderr)
+    nowhere = wsss(*base, "--classes", "voc12", "--images", world / "nowhere")
+    assert "nowhere" in only_error(nowhere.stderr)
+    voc = wsss("generate-masks", "--clip", clip, "--voc", world / "nothing", "--split", "train")
+    assert "nothing" in only_error(voc.stderr)
+
+
+def test_hostile_names_stay_on_one_line(generate: Run, world: Path) -> None:
+    write_labels(world, {"cat": ["\x1b[31mred\nTraceback"]})
+    result = generate()
+    line = only_error(result.stderr.replace("Traceback", ""))
+    assert "\x1b" not in line
+
+
+def test_two_files_of_one_id(generate: Run, world: Path) -> None:
+    (world / "images" / "cat.jpg").write_bytes((world / "images" / "cat.png").read_bytes())
+    result = generate()
+    assert result.exit_code == 2
+    line = only_error(result.stderr)
+    assert "cat.jpg" in line
+    assert "cat.png" in line
+
+
+def test_json_summary_is_json(generate: Run) -> None:
+    summary = json.loads(generate("--json", "--limit", 1).stdout.splitlines()[0])
+    assert {"path", "images", "computed", "reused", "failed", "without_labels", "seconds"} <= set(summary)

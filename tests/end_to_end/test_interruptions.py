@@ -1,0 +1,169 @@
+"""Signals, kills, a second writer, a disk that is full or read-only: nothing finished is lost."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import h5py
+import pytest
+
+from tests.end_to_end.conftest import LABELS, Run, generate_arguments, mask_set, write_labels
+from wsss_pipeline.cache import MaskCache, verify
+
+ROOT = Path(__file__).parent.parent.parent
+
+
+def many_images(world: Path, count: int) -> None:
+    """The two smallest pictures in turn, under other names, ``count`` in all."""
+    labels = {}
+    for number in range(count):
+        name = ("tiny_odd", "camera_gray")[number % 2]
+        shutil.copy(world / "images" / f"{name}.png", world / "images" / f"{name}_{number}.png")
+        labels[f"{name}_{number}"] = LABELS[name]
+    write_labels(world, labels)
+
+
+def records(path: Path) -> dict[str, tuple[bytes, bytes, tuple[str, ...]]]:
+    with MaskCache.open(path) as cache:
+        return {
+            name: (cache[name].mask.tobytes(), cache[name].confidence.tobytes(), cache[name].labels) for name in cache
+        }
+
+
+def test_kills_at_random_moments_lose_nothing_that_was_finished(world: Path, clip: Path) -> None:
+    many_images(world, 300)
+    chance = random.Random(7)
+    moments = ",".join(f"{chance.randint(0, 4)}:{chance.uniform(0, 0.03):.4f}" for _ in range(24))
+    codes = interrupted_runs(world, clip, "cache", moments)
+    assert codes.count(-signal.SIGKILL) >= 20, codes
+    (path,) = (world / "cache").glob("voc12-*")
+    for shard in path.glob("shard-*.h5"):
+        with h5py.File(shard):  # opens, so it isn't damaged
+            pass
+    assert verify(path).ok
+    assert 0 < len(records(path)) < 300, "the kills came too early, or too late, to test anything"
+    assert interrupted_runs(world, clip, "cache", "-") == [0]
+    assert interrupted_runs(world, clip, "undisturbed", "-") == [0]
+    (other,) = (world / "undisturbed").glob("voc12-*")
+    assert len(records(path)) == 300
+    assert records(path) == records(other)
+
+
+def interrupted_runs(world: Path, clip: Path, cache: str, moments: str) -> list[int]:
+    """Exit codes of runs of generate-masks that are killed at ``moments``, see ``interrupted_run``."""
+    arguments = [str(item) for item in (world / cache, moments, *generate_arguments(world, clip, cache))]
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.end_to_end.interrupted_run", *arguments],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=True,
+    )
+    return [int(line) for line in done.stdout.splitlines() if line.lstrip("-").isdigit()]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_finishes_the_image_and_says_how_to_go_on(
+    world: Path, clip: Path, number: signal.Signals, generate: Run
+) -> None:
+    many_images(world, 200)
+    arguments = [str(item) for item in generate_arguments(world, clip)]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "wsss_pipeline", *arguments],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    deadline = time.monotonic() + 60
+    while not list((world / "cache").glob("*/*.partial")) and time.monotonic() < deadline:
+        time.sleep(0.02)  # the first records are on disk
+    process.send_signal(number)
+    stdout, stderr = process.communicate(timeout=60)
+    assert process.returncode == 130, stderr
+    assert f"{number.name}: finishing the image at hand" in stderr
+    assert f"go on with: wsss {arguments[0]}" in stderr
+    assert "Traceback" not in stderr
+    finished = len(records(Path(stdout.splitlines()[-1])))
+    assert 0 < finished < 200
+    summary = json.loads(generate("--json").stdout.splitlines()[0])
+    assert (summary["reused"], summary["computed"]) == (finished, 200 - finished)
+
+
+def test_a_second_writer_is_told_about_the_first(generate: Run, world: Path) -> None:
+    from wsss_pipeline.cache import MaskWriter
+
+    path = mask_set(generate("--limit", 1))
+    with MaskWriter(path):
+        result = generate()
+    assert result.exit_code == 2
+    (line,) = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert str(os.getpid()) in line
+    assert generate().exit_code == 0
+
+
+def test_a_full_disk_stops_with_one_line_and_the_next_run_goes_on(world: Path, clip: Path, generate: Run) -> None:
+    many_images(world, 200)
+
+    def small_files() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (150_000, 150_000))
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+
+    arguments = [str(item) for item in generate_arguments(world, clip)]
+    done = subprocess.run(
+        [sys.executable, "-m", "wsss_pipeline", *arguments],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+        preexec_fn=small_files,
+    )
+    assert done.returncode == 2, done.stderr
+    assert "Traceback" not in done.stderr
+    assert len([line for line in done.stderr.splitlines() if line.startswith("error: ")]) == 1
+    summary = json.loads(generate("--json").stdout.splitlines()[0])
+    assert summary["reused"] > 0
+    assert summary["reused"] + summary["computed"] == 200
+
+
+def test_a_cache_that_cannot_be_made(generate: Run, world: Path) -> None:
+    (world / "file").write_text("")
+    result = generate(cache="file/cache")
+    assert result.exit_code == 2
+    assert result.stderr.splitlines()[-1].startswith("error: ")
+    assert "file" in result.stderr.splitlines()[-1]
+
+
+def test_a_cache_of_another_format_version(generate: Run) -> None:
+    path = mask_set(generate("--limit", 1))
+    manifest = json.loads((path / "manifest.json").read_text())
+    manifest["format_version"] = 999
+    (path / "manifest.json").write_text(json.dumps(manifest))
+    result = generate()
+    assert result.exit_code == 2
+    assert "999" in result.stderr.splitlines()[-1]
+
+
+def test_flipped_bytes_in_a_finished_shard_are_noticed_and_made_again(generate: Run) -> None:
+    path = mask_set(generate())
+    before = records(path)
+    (shard,) = path.glob("shard-*.h5")
+    content = bytearray(shard.read_bytes())
+    with h5py.File(shard) as file:
+        place = file["images/cat/confidence"].id.get_chunk_info(0).byte_offset
+    content[place + 20] ^= 0xFF
+    shard.write_bytes(content)
+    result = generate("--json")
+    assert json.loads(result.stdout.splitlines()[0])["computed"] >= 1
+    assert records(path) == before
