@@ -40,6 +40,11 @@ class Case:
     refined: torch.Tensor
 
 
+def golden(name: str) -> dict[str, np.ndarray]:
+    with np.load(GOLDEN / "expected" / f"{name}.npz") as file:
+        return dict(file)
+
+
 @pytest.fixture(scope="module")
 def encoder() -> ImageEncoder:
     vision = CLIPVisionModelWithProjection.from_pretrained(GOLDEN / "vision", dtype=torch.float32)
@@ -48,8 +53,7 @@ def encoder() -> ImageEncoder:
 
 @pytest.fixture(scope="module", params=NAMES)
 def case(request: pytest.FixtureRequest, encoder: ImageEncoder) -> Case:
-    expected = dict(np.load(GOLDEN / "expected" / f"{request.param}.npz"))
-    text = np.load(GOLDEN / "expected" / "text.npz")
+    expected, text = golden(request.param), golden("text")
     rows = torch.from_numpy(np.concatenate([text["fg"][expected["label_ids"]], text["bg"]]))
     image = read_image(GOLDEN / "images" / f"{request.param}.png")
     height, width = image.shape[:2]

@@ -7,10 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import Tokenizer
-from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel
-from tokenizers.trainers import BpeTrainer
 from transformers import CLIPConfig, CLIPModel, CLIPVisionModelWithProjection
 
 WORDS = "a clean origami cat dog sofa grass ground tree person people human sky water wall photo of the good small"
@@ -70,25 +67,24 @@ def write_golden_clip(folder: Path, golden: Path) -> Path:
 
 
 def write_vocabulary(folder: Path) -> int:
-    """vocab.json and merges.txt of a byte-level BPE in CLIP's form; returns its size."""
-    tokenizer = Tokenizer(BPE(end_of_word_suffix="</w>"))
-    tokenizer.pre_tokenizer = ByteLevel(add_prefix_space=False)
+    """vocab.json and merges.txt of a byte-level BPE in CLIP's form, a token for each of ``WORDS``; its size."""
     letters = sorted(ByteLevel.alphabet())
-    trainer = BpeTrainer(
-        vocab_size=2 * len(letters) + 64,
-        initial_alphabet=letters,
-        end_of_word_suffix="</w>",
-        show_progress=False,
+    tokens = [*letters, *(f"{letter}</w>" for letter in letters)]
+    merges: list[str] = []
+    for word in WORDS.split():
+        pieces = [*word[:-1], f"{word[-1]}</w>"]
+        while len(pieces) > 1:
+            merged = pieces[0] + pieces[1]
+            if merged not in tokens:
+                merges.append(f"{pieces[0]} {pieces[1]}")
+                tokens.append(merged)
+            pieces[:2] = [merged]
+    tokens += [START, END]
+    (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *merges]) + "\n", "utf-8")
+    (folder / "vocab.json").write_text(
+        json.dumps({token: place for place, token in enumerate(tokens)}), "utf-8"
     )
-    tokenizer.train_from_iterator(WORDS.split(), trainer)
-    vocabulary = tokenizer.get_vocab()
-    for token in [*(f"{letter}</w>" for letter in letters), START, END]:
-        vocabulary.setdefault(token, len(vocabulary))
-    merges = json.loads(tokenizer.to_str())["model"]["merges"]
-    lines = ["#version: 0.2", *(" ".join(pair) for pair in merges)]
-    (folder / "merges.txt").write_text("\n".join(lines) + "\n", "utf-8")
-    (folder / "vocab.json").write_text(json.dumps(vocabulary), "utf-8")
-    return len(vocabulary)
+    return len(tokens)
 
 
 def sharpened(model: CLIPModel, seed: int) -> CLIPModel:

@@ -7,6 +7,7 @@ torch is imported once and each run is a fork. Prints each run's exit code.
 
 from __future__ import annotations
 
+import importlib
 import os
 import signal
 import sys
@@ -19,13 +20,13 @@ def main() -> None:
     cache, moments, arguments = Path(sys.argv[1]), sys.argv[2].split(","), sys.argv[3:]
     import torch
     import transformers
-    import yaml  # noqa: F401
 
-    import wsss_pipeline.stages.generate_masks
     from wsss_pipeline.cache import writer
     from wsss_pipeline.cli import main as wsss
 
     # what a run imports late: the children are to be killed at work, not while they import
+    importlib.import_module("yaml")
+    importlib.import_module("wsss_pipeline.stages.generate_masks")
     assert transformers.CLIPTextModelWithProjection
     assert transformers.CLIPVisionModelWithProjection
     assert transformers.CLIPTokenizer

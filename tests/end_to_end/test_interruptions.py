@@ -35,7 +35,8 @@ def many_images(world: Path, count: int) -> None:
 def records(path: Path) -> dict[str, tuple[bytes, bytes, tuple[str, ...]]]:
     with MaskCache.open(path) as cache:
         return {
-            name: (cache[name].mask.tobytes(), cache[name].confidence.tobytes(), cache[name].labels) for name in cache
+            name: (cache[name].mask.tobytes(), cache[name].confidence.tobytes(), cache[name].labels)
+            for name in cache
         }
 
 
@@ -112,7 +113,9 @@ def test_a_second_writer_is_told_about_the_first(generate: Run, world: Path) -> 
     assert generate().exit_code == 0
 
 
-def test_a_full_disk_stops_with_one_line_and_the_next_run_goes_on(world: Path, clip: Path, generate: Run) -> None:
+def test_a_full_disk_stops_with_one_line_and_the_next_run_goes_on(
+    world: Path, clip: Path, generate: Run
+) -> None:
     many_images(world, 200)
 
     def small_files() -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 from tests.end_to_end.conftest import mask_set, wsss
 from wsss_pipeline.cache import MaskCache
@@ -25,9 +26,15 @@ GOLDEN = Path(os.environ.get("WSSS_GOLDEN", ROOT.parent / "shared" / "golden")) 
 pytestmark = [
     pytest.mark.skipif(not GOLDEN.is_dir(), reason=f"no golden photographs at {GOLDEN}; see WSSS_GOLDEN"),
     pytest.mark.skipif(
-        importlib.util.find_spec("pydensecrf") is None, reason="pydensecrf2 isn't installed; the goldens need it"
+        importlib.util.find_spec("pydensecrf") is None,
+        reason="pydensecrf2 isn't installed; the goldens need it",
     ),
 ]
+
+
+def golden(name: str) -> dict[str, NDArray[np.generic]]:
+    with np.load(GOLDEN / "expected" / f"{name}.npz") as file:
+        return dict(file)
 
 
 @pytest.mark.parametrize(("crf_image", "key"), [("reference", "quirk"), ("bgr", "plain")])
@@ -43,7 +50,7 @@ def test_masks_differ_in_at_most_5_pixels(tmp_path: Path, crf_image: str, key: s
     with MaskCache.open(mask_set(result)) as cache:
         assert set(cache) == set(labels)
         for name in cache:
-            expected = np.load(GOLDEN / "expected" / f"{name}.npz")
+            expected = golden(name)
             record = cache[name]
             assert (record.with_ignore(0.95) != expected[f"mask_{key}"]).sum() <= 5
             assert (record.mask != expected[f"label_{key}"]).sum() <= 5
@@ -60,9 +67,11 @@ def test_text_rows_within_1e_5(name: str, suffix: str) -> None:
     from wsss_pipeline.config import ClipConfig
     from wsss_pipeline.data.classes import load_class_set
 
-    clip = load_clip(locate_clip(ClipConfig(weights=str(GOLDEN / "model")), offline=True), torch.device("cpu"))
+    clip = load_clip(
+        locate_clip(ClipConfig(weights=str(GOLDEN / "model")), offline=True), torch.device("cpu")
+    )
     classes = load_class_set(name)
     rows = class_embeddings(classes, classes.templates, TextEncoder(clip.text, clip.tokenizer).encode)
-    expected = np.load(GOLDEN / "expected" / "text.npz")
+    expected = golden("text")
     assert np.abs(rows.foreground.numpy() - expected[f"fg{suffix}"]).max() < 1e-5
     assert np.abs(rows.background.numpy() - expected[f"bg{suffix}"]).max() < 1e-5

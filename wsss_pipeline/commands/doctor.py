@@ -1,0 +1,43 @@
+"""``wsss doctor``."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+import click
+
+from wsss_pipeline.commands.options import PATH
+
+
+@click.command("doctor")
+@click.option("--cache", type=PATH, default="cache", show_default=True, help="Where masks are to be written.")
+@click.option(
+    "--clip", metavar="ID_OR_PATH", help="CLIP to look for.  [default: openai/clip-vit-base-patch16]"
+)
+@click.option("--tokenizer", metavar="ID_OR_PATH", help="Its vocabulary, where a .pt has none beside it.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON for machines.")
+@click.pass_context
+def command(
+    context: click.Context, /, cache: Path, clip: str | None, tokenizer: str | None, as_json: bool
+) -> None:
+    """Say what is installed here, which device and CRF would be used, and what is missing.
+
+    Nothing is fetched. Exit code 1 where something would stop generate-masks.
+
+    \b
+    Example:
+      wsss doctor --cache cache
+    """
+    from wsss_pipeline.config import load_config
+    from wsss_pipeline.stages.doctor import doctor
+
+    config = load_config(flags={"clip.weights": clip, "clip.tokenizer": tokenizer})
+    checks = doctor(cache, config.clip)
+    if as_json:
+        click.echo(json.dumps([asdict(check) for check in checks]))
+    else:
+        for check in checks:
+            click.echo(f"{check.status:<5} {check.name:<10} {check.text}")
+    context.exit(1 if any(check.status == "fail" for check in checks) else 0)

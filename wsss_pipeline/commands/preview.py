@@ -1,0 +1,32 @@
+"""``wsss preview``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from wsss_pipeline.commands.options import PATH
+
+
+@click.command("preview")
+@click.option("--cache", type=PATH, required=True, help="A mask set, or a cache folder that holds one.")
+@click.option("--images", type=PATH, required=True, help="Folder of the images that the masks belong to.")
+@click.option("--out", type=PATH, default="preview.png", show_default=True, help="PNG file to write.")
+@click.option("--id", "image_ids", multiple=True, help="An image to show; may be repeated.")
+@click.option(
+    "--limit", type=click.IntRange(1, 200), default=12, show_default=True, help="At most so many images."
+)
+def command(cache: Path, images: Path, out: Path, image_ids: tuple[str, ...], limit: int) -> None:
+    """Draw images, pseudo masks, confidence and (where stored) CAMs side by side into one picture.
+
+    Without --id, images are taken evenly from the whole cache.
+
+    \b
+    Example:
+      wsss preview --cache cache --images photos --out preview.png
+    """
+    from wsss_pipeline.data.image_ids import find_images
+    from wsss_pipeline.stages.preview import preview
+
+    click.echo(preview(cache, find_images(images), out, list(image_ids) or None, limit))

@@ -1,0 +1,164 @@
+"""Confusion matrix and the scores read off it.
+
+The rule is that of CLIP-ES (arXiv 2212.09506) and of most weakly supervised segmentation papers: one
+confusion matrix over all images, pixels that are 255 in the ground truth left out, and the mean
+IoU taken over the classes that occur in the ground truth. Published masks are scored without 255.
+Where a prediction does hold 255 ("no label here"), the pixel counts as a miss: it belongs to the union
+of its ground-truth class and to no predicted class.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from wsss_pipeline.data.classes import voc_palette
+from wsss_pipeline.errors import EvaluationError
+
+IGNORE = 255
+
+
+def check_sizes(
+    prediction: NDArray[np.uint8], ground_truth: NDArray[np.uint8], origin: str = "ground truth"
+) -> None:
+    """Passes two masks (H, W) of the same size.
+
+    Raises:
+        EvaluationError: the sizes differ; the message names both, ``origin`` and the likely cause.
+    """
+    if prediction.ndim != 2 or ground_truth.ndim != 2:
+        shapes = f"{ground_truth.shape} and {prediction.shape}"
+        raise EvaluationError(f"{origin}: masks are (H, W) arrays of class indices, not {shapes}")
+    if prediction.shape == ground_truth.shape:
+        return
+    (height, width), (true_height, true_width) = prediction.shape, ground_truth.shape
+    if (height, width) == (true_width, true_height):
+        cause = "one of the two was rotated (EXIF orientation); use images and masks of the same orientation"
+    elif abs(height * true_width - width * true_height) <= max(height, width, true_height, true_width):
+        cause = "one of the two was resized; score masks at the size of the ground truth"
+    else:
+        cause = "they belong to different pictures; check that both folders use the same image ids"
+    raise EvaluationError(
+        f"{origin}: ground truth is {true_width}x{true_height}, prediction is {width}x{height}: {cause}"
+    )
+
+
+def confusion_matrix(
+    prediction: NDArray[np.uint8],
+    ground_truth: NDArray[np.uint8],
+    num_classes: int,
+    origin: str = "ground truth",
+) -> NDArray[np.int64]:
+    """Pixel counts of one image, ready to be added up over a data set.
+
+    Args:
+        prediction: uint8 (H, W), 0 background, 1..num_classes-1 classes, 255 no label.
+        ground_truth: uint8 (H, W), the same values; 255 leaves the pixel out.
+        num_classes: number of classes with the background, 1..255.
+        origin: file or image id, for the messages.
+
+    Returns:
+        int64 (num_classes, num_classes + 1): row ground truth, column prediction; the last column
+        counts the pixels whose prediction is 255.
+
+    Raises:
+        EvaluationError: the sizes differ, or a value is neither a class nor 255.
+    """
+    check_sizes(prediction, ground_truth, origin)
+    # All 65,536 pairs at once: as fast as counting the classes alone, and it finds wrong values too.
+    pairs = (ground_truth.astype(np.uint16) << 8) | prediction
+    counts = np.bincount(pairs.ravel(), minlength=1 << 16).reshape(256, 256)
+    if counts[num_classes:IGNORE].any():
+        raise EvaluationError(_value_message(np.unique(ground_truth), num_classes, origin))
+    if counts[:, num_classes:IGNORE].any():
+        wrong = [value for value in np.unique(prediction) if num_classes <= value < IGNORE]
+        raise EvaluationError(
+            f"{origin}: the prediction holds {_listed(wrong)}, but with {num_classes - 1} classes and the "
+            f"background the largest value is {num_classes - 1}; give the class set it was made with"
+        )
+    columns = [*range(num_classes), IGNORE]
+    return counts[:num_classes, columns].astype(np.int64)
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Scores of one data set, all in [0, 1].
+
+    Attributes:
+        miou: mean IoU over the classes that occur in the ground truth (the published rule).
+        miou_predicted_or_present: mean IoU over the classes that occur in the ground truth or in the
+            predictions; lower than ``miou`` where a class is predicted that is nowhere to be found.
+        per_class_iou: by class name, background first; None where the ground truth lacks the class.
+        pixel_accuracy: share of the pixels that are right.
+        mean_accuracy: share of the pixels that are right, by ground-truth class, then their mean.
+        frequency_weighted_iou: IoU of the classes weighted by their share of the ground truth.
+        ignored_predictions: share of the scored pixels whose prediction is 255, counted as misses.
+    """
+
+    miou: float
+    miou_predicted_or_present: float
+    per_class_iou: dict[str, float | None]
+    pixel_accuracy: float
+    mean_accuracy: float
+    frequency_weighted_iou: float
+    ignored_predictions: float
+
+    @classmethod
+    def from_matrix(cls, matrix: NDArray[np.int64], class_names: Sequence[str]) -> Scores:
+        """Scores of an added-up ``confusion_matrix``.
+
+        Args:
+            matrix: int64 (C, C + 1) as ``confusion_matrix`` returns it.
+            class_names: C names, background first.
+
+        Raises:
+            EvaluationError: no pixel was scored.
+        """
+        in_truth = matrix.sum(axis=1)
+        total = int(in_truth.sum())
+        if total == 0:
+            raise EvaluationError("no pixel to score: every ground-truth pixel is 255 (ignore)")
+        hits = np.diagonal(matrix).astype(np.float64)
+        predicted = matrix[:, :-1].sum(axis=0)
+        union = in_truth + predicted - hits
+        present = in_truth > 0
+        occurring = union > 0
+        iou = np.divide(hits, union, out=np.zeros_like(hits), where=occurring)
+        return cls(
+            miou=float(iou[present].mean()),
+            miou_predicted_or_present=float(iou[occurring].mean()),
+            per_class_iou={
+                name: float(value) if there else None
+                for name, value, there in zip(class_names, iou, present, strict=True)
+            },
+            pixel_accuracy=float(hits.sum() / total),
+            mean_accuracy=float((hits[present] / in_truth[present]).mean()),
+            frequency_weighted_iou=float((in_truth * iou).sum() / total),
+            ignored_predictions=float(matrix[:, -1].sum() / total),
+        )
+
+
+def _value_message(found: NDArray[np.uint8], num_classes: int, origin: str) -> str:
+    values = {int(value) for value in found} - {0, IGNORE}
+    palette = voc_palette().astype(np.float64)
+    grey = np.rint(palette @ (0.299, 0.587, 0.114)).astype(int)
+    if values <= {*grey[:num_classes].tolist(), *grey[[IGNORE]].tolist()}:
+        cause = "these are grey levels of the VOC colours: keep the palette when the PNGs are converted"
+    elif num_classes == 81 and max(values) <= 91:
+        cause = "these are COCO category ids (1..90 with gaps): map them to 1..80 in category order"
+    elif len(values) > num_classes:
+        cause = "these look like grey levels or colours, not classes: ground truth is a PNG of class indices"
+    else:
+        cause = "the ground truth belongs to another class set: give the one that it was made with"
+    return (
+        f"{origin}: ground truth holds {_listed(sorted(values))}, but with {num_classes - 1} classes and the "
+        f"background it may hold 0..{num_classes - 1} and 255; {cause}"
+    )
+
+
+def _listed(values: Sequence[int]) -> str:
+    shown = ", ".join(str(value) for value in values[:12])
+    return f"values {shown}{f' and {len(values) - 12} more' if len(values) > 12 else ''}"

@@ -1,0 +1,150 @@
+"""What is installed, what would be used, what is missing: looked at, never changed."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import platform
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Literal
+
+from wsss_pipeline.clip.weights import locate_clip
+from wsss_pipeline.config import ClipConfig
+from wsss_pipeline.errors import WsssError
+from wsss_pipeline.refine import choose_backend
+
+Status = Literal["ok", "note", "fail"]
+
+LIBRARIES = ("torch", "transformers", "numpy", "h5py", "opencv-python-headless", "Pillow", "click")
+LITTLE_SPACE = 2**30
+
+
+@dataclass(frozen=True)
+class Check:
+    """One thing that was looked at: ``fail`` stops generate-masks, ``note`` is worth knowing."""
+
+    name: str
+    status: Status
+    text: str
+
+
+def doctor(cache_dir: Path, clip: ClipConfig) -> list[Check]:
+    """Look at this machine. Never raises: what goes wrong in a check is its result."""
+    checks: list[Check] = []
+    for name, look in (
+        ("versions", _versions),
+        ("device", _device),
+        ("crf", _crf),
+        ("export", _export),
+        ("cache", lambda: _cache(cache_dir)),
+        ("clip", lambda: _clip(clip)),
+        ("threads", _threads),
+    ):
+        checks += _checked(name, look)
+    return checks
+
+
+def _checked(name: str, look: Callable[[], Iterator[Check]]) -> list[Check]:
+    try:
+        return list(look())
+    except Exception as error:  # a broken installation can raise anything; the doctor still has to answer
+        return [Check(name, "fail", " ".join(f"{type(error).__name__}: {error}".split()))]
+
+
+def _versions() -> Iterator[Check]:
+    yield Check("python", "ok", f"{platform.python_version()} on {platform.platform()}")
+    for library in LIBRARIES:
+        try:
+            yield Check("library", "ok", f"{library} {metadata.version(library)}")
+        except metadata.PackageNotFoundError:
+            yield Check("library", "note", f"{library} isn't installed under this name")
+
+
+def _device() -> Iterator[Check]:
+    import torch
+
+    if torch.cuda.is_available():
+        for index in range(torch.cuda.device_count()):
+            properties = torch.cuda.get_device_properties(index)
+            memory = properties.total_memory / 2**30
+            yield Check("device", "ok", f"cuda:{index} {properties.name}, {memory:.0f} GiB")
+    else:
+        yield Check(
+            "device", "ok", f"cpu, {os.cpu_count()} cores, torch uses {torch.get_num_threads()} threads"
+        )
+
+
+def _crf() -> Iterator[Check]:
+    import torch
+
+    backend = choose_backend("auto", "cuda" if torch.cuda.is_available() else "cpu")
+    yield Check("crf", "ok", f"--crf auto takes {backend} here")
+    if importlib.util.find_spec("pydensecrf") is None:
+        yield Check(
+            "crf",
+            "note",
+            "pydensecrf isn't installed; the lattice backend does the same. "
+            "To have both: pip install 'wsss-pipeline[crf]' (Python 3.11 or 3.12, C++ compiler)",
+        )
+
+
+def _export() -> Iterator[Check]:
+    if importlib.util.find_spec("pycocotools") is None:
+        yield Check(
+            "export",
+            "note",
+            "pycocotools isn't installed; export --format coco needs: pip install 'wsss-pipeline[export]'",
+        )
+    else:
+        yield Check("export", "ok", f"pycocotools {metadata.version('pycocotools')}")
+
+
+def _cache(cache_dir: Path) -> Iterator[Check]:
+    """Write, rename and read an HDF5 file where masks are to go, or in the nearest folder that exists."""
+    import h5py
+
+    folder = next(path for path in (cache_dir.absolute(), *cache_dir.absolute().parents) if path.is_dir())
+    yield Check("hdf5", "ok", f"h5py {h5py.version.version} with HDF5 {h5py.version.hdf5_version}")
+    try:
+        with tempfile.TemporaryDirectory(prefix=".wsss-doctor-", dir=folder) as trial:
+            first, second = Path(trial) / "first.h5", Path(trial) / "second.h5"
+            with h5py.File(first, "w") as file:
+                file["value"] = 42
+            first.rename(second)
+            with h5py.File(second) as file:
+                if file["value"][()] != 42:
+                    raise OSError("what was written isn't what is read")
+    except OSError as error:
+        yield Check("cache", "fail", f"{folder} can't be written: {error}; choose another --cache")
+        return
+    free = shutil.disk_usage(folder).free
+    status: Status = "note" if free < LITTLE_SPACE else "ok"
+    yield Check("cache", status, f"{folder} can be written, {free / 2**30:.1f} GiB free")
+
+
+def _clip(clip: ClipConfig) -> Iterator[Check]:
+    try:
+        files = locate_clip(clip, offline=True)
+    except WsssError as error:
+        yield Check("clip", "note", f"not on this machine yet: {error}")
+        return
+    size = sum(path.stat().st_size for path in files.weights)
+    yield Check(
+        "clip",
+        "ok",
+        f"{clip.weights}: {files.weights[0]}, {size / 2**20:.0f} MiB; words from {files.tokenizer}",
+    )
+
+
+def _threads() -> Iterator[Check]:
+    if os.environ.get("OMP_WAIT_POLICY", "").upper() != "PASSIVE" and platform.system() == "Linux":
+        yield Check(
+            "threads",
+            "note",
+            "where other processes share the cores, OMP_WAIT_POLICY=PASSIVE makes torch much faster",
+        )
