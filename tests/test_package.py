@@ -18,7 +18,19 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "wsss_pipeline"
 
 # Data flows one way: a part imports only itself and what stands before it.
-ORDER = ["errors", "config", "runtime", "data", "clip", "cam", "refine", "cache", "evaluation", "stages"]
+ORDER = [
+    "errors",
+    "config",
+    "runtime",
+    "data",
+    "clip",
+    "cam",
+    "refine",
+    "cache",
+    "evaluation",
+    "demo",
+    "stages",
+]
 ORDER += ["commands", "cli", "__main__"]
 MODULES = sorted(PACKAGE.rglob("*.py"))
 

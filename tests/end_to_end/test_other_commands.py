@@ -45,7 +45,9 @@ class TestEvaluate:
             for name in cache:
                 with Image.open(truth / f"{name}.png") as picture:
                     expected = np.array(picture)
-                for actual, value in zip(expected[expected != 255], cache[name].mask[expected != 255], strict=True):
+                for actual, value in zip(
+                    expected[expected != 255], cache[name].mask[expected != 255], strict=True
+                ):
                     matrix[actual, value] += 1
         diagonal = np.diag(matrix)
         iou = diagonal / np.maximum(1, matrix.sum(0) + matrix.sum(1) - diagonal)
@@ -55,13 +57,17 @@ class TestEvaluate:
         assert scores["mean_accuracy"] == pytest.approx((diagonal[present] / matrix.sum(1)[present]).mean())
         names = ["background", *load_class_set("voc12").names]
         found = [scores["per_class_iou"][name] for name in names]
-        assert found == pytest.approx([value if there else None for value, there in zip(iou, present, strict=True)])
+        assert found == pytest.approx(
+            [value if there else None for value, there in zip(iou, present, strict=True)]
+        )
         assert {"frequency_weighted_iou", "images", "split"} <= set(scores)
         assert scores["images"] == len(LABELS)
 
     def test_a_folder_of_masks_scores_the_same(self, masks: Path, truth: Path, world: Path) -> None:
         wsss("export-masks", "--cache", masks, "--out", world / "voc", "--format", "voc")
-        folder = wsss("evaluate", "--predictions", world / "voc", "--classes", "voc12", "--gt", truth, "--json", "-")
+        folder = wsss(
+            "evaluate", "--predictions", world / "voc", "--classes", "voc12", "--gt", truth, "--json", "-"
+        )
         cache = wsss("evaluate", "--cache", masks, "--gt", truth, "--json", "-")
         assert json.loads(folder.stdout)["miou"] == json.loads(cache.stdout)["miou"]
 
@@ -175,15 +181,39 @@ def test_cache_commands(masks: Path, world: Path, generate: Run) -> None:
     assert "generate-masks" in damaged.stderr
 
 
-@pytest.mark.parametrize("command", [("cache", "ls"), ("cache", "verify"), ("export-masks", "--out", "x"), ("cache", "gc")])
+@pytest.mark.parametrize(
+    "command", [("cache", "ls"), ("cache", "verify"), ("export-masks", "--out", "x"), ("cache", "gc")]
+)
 def test_a_cache_that_is_not_there(command: tuple[str, ...], world: Path) -> None:
     result = wsss(*command, "--cache", world / "nowhere")
     assert result.exit_code == 2
     assert "nowhere" in result.stderr
 
 
+def labelled(world: Path, clip: Path) -> tuple[object, ...]:
+    return (
+        "--images",
+        world / "images",
+        "--labels",
+        world / "labels.json",
+        "--classes",
+        "voc12",
+        "--clip",
+        clip,
+    )
+
+
 def test_select_prompt_writes_what_generate_masks_reads(world: Path, clip: Path, generate: Run) -> None:
-    arguments = ("--images", world / "images", "--labels", world / "labels.json", "--classes", "voc12", "--clip", clip)
+    arguments = (
+        "--images",
+        world / "images",
+        "--labels",
+        world / "labels.json",
+        "--classes",
+        "voc12",
+        "--clip",
+        clip,
+    )
     out = world / "prompt.yaml"
     templates = ("--template", "a {}.", "--template", "the {}!", "--template", "{}")
     result = wsss("select-prompt", *arguments, *templates, "--out", out, "--json")
@@ -195,7 +225,9 @@ def test_select_prompt_writes_what_generate_masks_reads(world: Path, clip: Path,
     assert values[0] < values[-1]
     best = ranking["ranked"][0][0]
     assert yaml.safe_load(out.read_text()) == {"templates": [best]}
-    assert mask_set(generate("--config", out, "--limit", 1)) == mask_set(generate("--template", best, "--limit", 1))
+    assert mask_set(generate("--config", out, "--limit", 1)) == mask_set(
+        generate("--template", best, "--limit", 1)
+    )
     assert "90" not in result.stderr
     whole = wsss("select-prompt", *arguments, "--top", 3)
     assert len(whole.stdout.splitlines()) == 4
@@ -203,7 +235,16 @@ def test_select_prompt_writes_what_generate_masks_reads(world: Path, clip: Path,
 
 def test_select_prompt_needs_images_with_two_classes(world: Path, clip: Path) -> None:
     write_labels(world, {"cat": ["cat"]})
-    arguments = ("--images", world / "images", "--labels", world / "labels.json", "--classes", "voc12", "--clip", clip)
+    arguments = (
+        "--images",
+        world / "images",
+        "--labels",
+        world / "labels.json",
+        "--classes",
+        "voc12",
+        "--clip",
+        clip,
+    )
     result = wsss("select-prompt", *arguments)
     assert result.exit_code == 2
     assert "two classes" in result.stderr
@@ -223,7 +264,9 @@ def test_doctor_looks_and_changes_nothing(world: Path, clip: Path, no_hub: None)
     assert all({"name", "status", "text"} <= set(check) for check in checks)
 
 
-def test_doctor_fails_where_nothing_can_be_written(world: Path, clip: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_doctor_fails_where_nothing_can_be_written(
+    world: Path, clip: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def refuse(*arguments: object, **options: object) -> None:
         raise PermissionError(13, "Permission denied")
 

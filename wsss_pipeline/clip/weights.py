@@ -190,9 +190,10 @@ def _fetch(hub_id: str, offline: bool, patterns: tuple[str, ...] = ()) -> Path:
     try:
         return Path(snapshot_download(hub_id, allow_patterns=wanted, local_files_only=offline))
     except LocalEntryNotFoundError as error:
-        how = "without --offline" if offline else f"where the hub can be reached: `hf download {hub_id}`"
+        how = "once without --offline" if offline else "where the hub can be reached"
         raise WeightsError(
-            f"'{hub_id}' is no folder or file here and isn't in the hub's cache; fetch it {how}"
+            f"'{hub_id}' is no folder or file here and isn't in the hub's cache; "
+            f"fetch it {how}: `hf download {hub_id}`"
         ) from error
     # the hub's client raises its own errors, those of its HTTP library, OSError and ValueError
     except Exception as error:

@@ -24,7 +24,7 @@ cache_option = click.option(
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON for machines.")
 
 
-@click.group("cache")
+@click.group("cache", short_help="Look after the pseudo-mask cache.")
 def command() -> None:
     """Look after the pseudo-mask cache.
 

@@ -11,7 +11,7 @@ import click
 from wsss_pipeline.commands.options import PATH
 
 
-@click.command("doctor")
+@click.command("doctor", short_help="Say what is installed here and what is missing.")
 @click.option("--cache", type=PATH, default="cache", show_default=True, help="Where masks are to be written.")
 @click.option(
     "--clip", metavar="ID_OR_PATH", help="CLIP to look for.  [default: openai/clip-vit-base-patch16]"

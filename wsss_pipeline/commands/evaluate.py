@@ -10,7 +10,7 @@ import click
 from wsss_pipeline.commands.options import PATH
 
 
-@click.command("evaluate")
+@click.command("evaluate", short_help="Score masks against ground truth (mIoU).")
 @click.option("--gt", "ground_truth", type=PATH, required=True, help="Folder of ground-truth index masks.")
 @click.option("--cache", type=PATH, help="Score a mask set, or the only one in a cache folder.")
 @click.option("--predictions", type=PATH, help="Score a folder of index masks instead.")

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from wsss_pipeline.cache import ExportFormat
 
 
-@click.command("export-masks")
+@click.command("export-masks", short_help="Write masks out of the cache as files.")
 @click.option("--cache", type=PATH, required=True, help="A mask set, or a cache folder that holds one.")
 @click.option("--out", type=PATH, required=True, help="Folder to write into.")
 @click.option(

@@ -21,14 +21,14 @@ from wsss_pipeline.commands.options import (
 )
 
 
-@click.command("generate-masks")
+@click.command("generate-masks", short_help="Make pseudo masks from images and labels, into the cache.")
 @input_options
-@template_option
-@config_options
-@crf_options
 @click.option(
     "--cache", type=PATH, default="cache", show_default=True, help="Folder that holds the mask sets."
 )
+@template_option
+@config_options
+@crf_options
 @machine_options
 @click.option(
     "--batch-size",

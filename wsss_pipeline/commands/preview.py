@@ -9,7 +9,7 @@ import click
 from wsss_pipeline.commands.options import PATH
 
 
-@click.command("preview")
+@click.command("preview", short_help="Draw images, masks and confidence into one picture.")
 @click.option("--cache", type=PATH, required=True, help="A mask set, or a cache folder that holds one.")
 @click.option("--images", type=PATH, required=True, help="Folder of the images that the masks belong to.")
 @click.option("--out", type=PATH, default="preview.png", show_default=True, help="PNG file to write.")

@@ -18,7 +18,7 @@ from wsss_pipeline.commands.options import (
 )
 
 
-@click.command("select-prompt")
+@click.command("select-prompt", short_help="Rank prompt templates on labelled images.")
 @input_options
 @template_option
 @click.option(

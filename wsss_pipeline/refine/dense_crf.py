@@ -1,120 +1,125 @@
-"""Dense CRF: one function, two backends; numpy in, numpy out. Importing this needs no torch."""
+"""The dense CRF (Kraehenbuehl and Koltun, NIPS 2011) as CLIP-ES uses it: one function, two backends.
+
+``pydensecrf`` is C++ on one CPU core, ``lattice`` our own in torch for any device; they agree to rounding.
+Arrays in and out; torch is imported only where the lattice or a tensor needs it.
+"""
 
 from __future__ import annotations
 
-import importlib.util
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from wsss_pipeline.config import CrfBackend, CrfConfig, CrfImage
-from wsss_pipeline.errors import MissingDependencyError
+from wsss_pipeline.errors import ConfigError, ImageError, MissingDependencyError
+from wsss_pipeline.refine import pydensecrf_backend
 
-# mean colour, BGR, that the published script subtracts
-REFERENCE_MEAN = np.array([104.008, 116.669, 122.675], dtype=np.float32)
+if TYPE_CHECKING:
+    from torch import Tensor
+
+# Mean of the Caffe models in BGR, as the published script subtracts it.
+REFERENCE_MEAN_BGR = (104.008, 116.669, 122.675)
 
 
 def choose_backend(requested: CrfBackend, device: str) -> Literal["pydensecrf", "lattice", "none"]:
-    """The backend to use: ``auto`` is lattice on a GPU; on a CPU pydensecrf where installed, else lattice.
+    """The backend that a run uses.
+
+    ``auto`` is the lattice on a CUDA device; elsewhere pydensecrf where it is installed, else the lattice.
 
     Args:
-        requested: as the user chose.
-        device: type of the torch device, ``cpu`` or ``cuda``.
+        requested: as configured.
+        device: of the run, such as ``cpu``, ``cuda`` or ``cuda:1``.
 
     Raises:
-        MissingDependencyError: pydensecrf was asked for and isn't installed.
+        MissingDependencyError: pydensecrf was asked for by name and can't be imported.
     """
-    installed = importlib.util.find_spec("pydensecrf") is not None
     if requested == "auto":
-        return "pydensecrf" if device == "cpu" and installed else "lattice"
-    if requested == "pydensecrf" and not installed:
+        on_gpu = device.startswith("cuda")
+        return "lattice" if on_gpu or not pydensecrf_backend.is_available() else "pydensecrf"
+    if requested == "pydensecrf" and not pydensecrf_backend.is_available():
         raise MissingDependencyError(
-            "pydensecrf isn't installed; use --crf lattice, which needs no compiler, or install it with "
-            "`pip install 'wsss-pipeline[crf]'` (Python 3.11 or 3.12 and a C++ compiler)"
+            "--crf pydensecrf: pydensecrf isn't installed or can't be imported; "
+            'pip install "wsss-pipeline[crf]" (Python below 3.13 and a C++ compiler), '
+            "or take --crf lattice, which needs no compiler"
         )
     return requested
-
-
-def crf_image(image: NDArray[np.uint8], kind: CrfImage) -> NDArray[np.uint8]:
-    """The picture as the bilateral kernel sees it.
-
-    Args:
-        image: uint8 (H, W, 3) RGB.
-        kind: ``bgr``: the channels reversed. ``reference``: as the published script makes it on x86: BGR
-            minus the mean colour, truncated toward zero, then modulo 256.
-
-    Returns:
-        uint8 (H, W, 3), contiguous.
-    """
-    bgr = np.ascontiguousarray(image[..., ::-1])
-    if kind == "bgr":
-        return bgr
-    # through a signed type: a negative float straight to uint8 is undefined, and differs between processors
-    shifted: NDArray[np.int16] = np.trunc(bgr.astype(np.float32) - REFERENCE_MEAN).astype(np.int16)
-    return (shifted % 256).astype(np.uint8)
-
-
-def unary_from_scores(scores: NDArray[np.float16]) -> NDArray[np.float32]:
-    """Unary potentials, -log of the scores.
-
-    Args:
-        scores: float16 (L, H, W) in [0, 1]; needn't sum to 1.
-
-    Returns:
-        float32 (L, H, W). Clipped to 1e-5 and taken the logarithm of in half precision, as in the published
-        script, which reads its CAMs from half-precision files.
-    """
-    clipped = np.clip(scores.astype(np.float16, copy=False), np.float16(1e-5), np.float16(1))
-    return (-np.log(clipped)).astype(np.float32)
 
 
 def dense_crf(
     image: NDArray[np.uint8],
     unary: NDArray[np.float32],
     parameters: CrfConfig,
-    backend: Literal["auto", "pydensecrf", "lattice"] = "auto",
+    backend: CrfBackend = "auto",
     device: str = "cpu",
 ) -> NDArray[np.float32]:
-    """Posterior of a fully connected CRF (Kraehenbuehl and Koltun, NIPS 2011).
+    """Posterior of each label at each pixel after mean-field inference.
 
     Args:
-        image: uint8 (H, W, 3), see ``crf_image``.
-        unary: float32 (L, H, W), negative log probabilities of the labels that are present.
-        parameters: kernels and iterations.
-        backend: ``pydensecrf`` runs on the CPU, ``lattice`` on ``device``; ``auto``: see ``choose_backend``.
-        device: torch device for ``lattice``.
+        image: uint8 (H, W, 3) as the bilateral kernel is to see it, see ``crf_image``; the order of its
+            channels matters a little.
+        unary: float32 (L, H, W), L >= 1, finite energies -log p, see ``unary_from_scores``.
+        parameters: of the kernels, and the number of iterations; its ``backend`` and ``image`` aren't read.
+        backend: ``pydensecrf``, ``lattice``, or ``auto``, see ``choose_backend``.
+        device: for the lattice; pydensecrf always runs on the CPU.
 
     Returns:
-        float32 (L, H, W), summing to 1 over the labels.
+        float32 (L, H, W), summing to 1 over L at each pixel.
+
+    Raises:
+        ImageError: image and unary don't fit together.
+        ConfigError: ``none`` for a backend, or kernels too narrow for the lattice.
+        MissingDependencyError: pydensecrf was asked for by name and can't be imported.
     """
-    if choose_backend(backend, device.partition(":")[0]) == "pydensecrf":
-        return _pydensecrf(image, unary, parameters)
-    import torch
-
-    from wsss_pipeline.refine.lattice import lattice_crf
-
-    with torch.no_grad():
-        picture, potentials = torch.from_numpy(image).to(device), torch.from_numpy(unary).to(device)
-        return lattice_crf(picture, potentials, parameters).cpu().numpy()
-
-
-def _pydensecrf(
-    image: NDArray[np.uint8], unary: NDArray[np.float32], parameters: CrfConfig
-) -> NDArray[np.float32]:
-    import pydensecrf.densecrf as densecrf
-
-    labels, height, width = unary.shape
-    model = densecrf.DenseCRF2D(width, height, labels)
-    model.setUnaryEnergy(np.ascontiguousarray(unary.reshape(labels, -1)))
-    if parameters.gaussian_weight:
-        model.addPairwiseGaussian(sxy=parameters.gaussian_sxy, compat=parameters.gaussian_weight)
-    if parameters.bilateral_weight:
-        model.addPairwiseBilateral(
-            sxy=parameters.bilateral_sxy,
-            srgb=parameters.bilateral_srgb,
-            rgbim=np.ascontiguousarray(image),
-            compat=parameters.bilateral_weight,
+    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or image.size == 0:
+        raise ImageError(f"the dense CRF takes a uint8 image (H, W, 3), not {image.dtype} {image.shape}")
+    if unary.dtype != np.float32 or unary.ndim != 3 or unary.shape[1:] != image.shape[:2] or len(unary) == 0:
+        raise ImageError(
+            f"the dense CRF takes a float32 unary (L, {image.shape[0]}, {image.shape[1]}) for this image, "
+            f"not {unary.dtype} {unary.shape}"
         )
-    posterior = np.array(model.inference(parameters.iterations), dtype=np.float32)
-    return posterior.reshape(labels, height, width)
+    chosen = choose_backend(backend, device)
+    if chosen == "pydensecrf":
+        return pydensecrf_backend.infer(image, unary, parameters)
+    if chosen == "lattice":
+        from wsss_pipeline.refine import lattice_backend
+
+        return lattice_backend.infer(image, unary, parameters, device)
+    raise ConfigError("the dense CRF can't run with backend 'none'; take 'auto', 'pydensecrf' or 'lattice'")
+
+
+def unary_from_scores(scores: NDArray[np.floating[Any]] | Tensor) -> NDArray[np.float32]:
+    """Energies -log p from scores, in half precision as the published script does it.
+
+    Args:
+        scores: (1+K, H, W) in [0, 1], background first; any float type, array or tensor on any device.
+            They need not sum to 1. Rounded to float16 first, which is also what the cache stores.
+
+    Returns:
+        float32 (1+K, H, W) whose values are float16 numbers, between 0 and 11.51.
+    """
+    if not isinstance(scores, np.ndarray):
+        scores = scores.detach().half().cpu().numpy()
+    half = scores.astype(np.float16)
+    clipped = np.clip(half, np.float16(1e-5), np.float16(1))
+    # 0 minus, not a sign change: log 1 gives 0 and not -0
+    return (np.float16(0) - np.log(clipped)).astype(np.float32)
+
+
+def crf_image(rgb: NDArray[np.uint8], kind: CrfImage) -> NDArray[np.uint8]:
+    """The picture as the bilateral kernel sees it.
+
+    Args:
+        rgb: uint8 (H, W, 3).
+        kind: ``bgr`` the plain picture; ``reference`` minus the Caffe mean, truncated toward zero and
+            taken modulo 256, which is what the published script's cast of negative floats to uint8 does
+            on x86 (C leaves it undefined; here it is the same everywhere).
+
+    Returns:
+        uint8 (H, W, 3), BGR, contiguous.
+    """
+    bgr = np.ascontiguousarray(rgb[..., ::-1])
+    if kind == "bgr":
+        return bgr
+    centred = bgr.astype(np.float32) - np.array(REFERENCE_MEAN_BGR, dtype=np.float32)
+    return (centred.astype(np.int32) & 255).astype(np.uint8)

@@ -1,178 +1,221 @@
-"""Dense CRF inference in torch on a permutohedral lattice: any device, no compiler.
+"""Gaussian filtering in a few dimensions with the permutohedral lattice, in plain torch on any device.
 
-Source: Kraehenbuehl and Koltun, "Efficient Inference in Fully Connected CRFs with Gaussian Edge Potentials"
-(NIPS 2011); Adams et al., "Fast High-Dimensional Filtering Using the Permutohedral Lattice" (Eurographics
-2010). Equal to pydensecrf with its defaults (diagonal kernels, symmetric normalisation, Potts).
+Source: Adams, Baek and Davis, "Fast High-Dimensional Filtering Using the Permutohedral Lattice",
+Eurographics 2010; arithmetic and rounding as in the C++ code that comes with Kraehenbuehl and Koltun,
+"Efficient Inference in Fully Connected CRFs with Gaussian Edge Potentials", NIPS 2011.
+
+Letters: d features, N points, L values to be filtered per point, M vertices of the lattice that a point
+touches. Every step of the filter is a sparse matrix times values, for which torch has a fused kernel on
+CPU and CUDA under the name ``embedding_bag``; it needs no atomic additions, so results don't vary from
+run to run.
 """
 
 from __future__ import annotations
 
+import math
+from dataclasses import dataclass
+
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from wsss_pipeline.config import CrfConfig
 from wsss_pipeline.errors import ConfigError
 
 
+@dataclass(frozen=True)
+class _Simplices:
+    """Where the points lie: each in a simplex with d+1 vertices.
+
+    rounded: int64 (d+1, N), the simplex's vertex of remainder 0.
+    order: int64 (d+1, N); place of coordinate i of a point when the d+1 differences to ``rounded`` are put
+        in ascending order.
+    weights: float32 (d+1, N), barycentric, of the vertices with remainder 0..d; they sum to 1.
+    """
+
+    rounded: Tensor
+    order: Tensor
+    weights: Tensor
+
+
+@dataclass(frozen=True)
+class _Keys:
+    """Vertices as one int64 each: digit i of the mixed-radix number is coordinate i, i < d.
+
+    vertices: int64 (d+1, N), keys of the vertices around each point.
+    steps: for each of the d+1 directions the difference between a vertex's key and its neighbour's.
+    """
+
+    vertices: Tensor
+    steps: list[int]
+
+
+@dataclass(frozen=True)
+class _WeightedSums:
+    """A sparse matrix (rows, columns) by rows: where a row's entries start, their columns and weights.
+
+    starts: int32 (rows,); columns: int32 (entries,); weights: float32 (entries,). A row may be empty.
+    """
+
+    starts: Tensor
+    columns: Tensor
+    weights: Tensor
+
+    def of(self, values: Tensor) -> Tensor:
+        """The product with ``values``, float32 (columns, L), as float32 (rows, L)."""
+        return F.embedding_bag(self.columns, values, self.starts, mode="sum", per_sample_weights=self.weights)
+
+
 class PermutohedralLattice:
-    """Gaussian filtering of N points with d features; built once, applied to any values.
+    """Filters values that sit on N points with the Gaussian exp(-|f_i - f_j|^2 / 2) of their features.
+
+    The lattice depends on the points alone: build it once, filter as often as needed, any number of values
+    at a time. Building waits for the device (number of vertices, range of the keys), filtering never does.
+    Indices are int32, good for some 350 million points of 5 features.
 
     Args:
-        features: float64 (N, d), each already divided by its kernel's standard deviation.
+        features: float32 (d, N), d >= 1 and N >= 1, in units of the standard deviation; their order
+            matters a little, since the lattice isn't symmetric.
 
     Raises:
-        ConfigError: the features spread over more cells than 64 bits can number.
+        ConfigError: the features spread so far, that is the standard deviations are so small, that a
+            vertex no longer fits into 63 bits.
     """
 
     def __init__(self, features: Tensor) -> None:
-        count, dimensions = features.shape
-        corners, weights = _simplices(features)
-        keys, strides = _pack(corners)
-        vertices, ids = torch.unique(keys.view(-1), return_inverse=True)
-        self._ids = ids.view(count, dimensions + 1)
-        self._weights = weights
-        # the same pairs of point and vertex, sorted by vertex: what a vertex gathers stands together
-        order = torch.argsort(ids, stable=True)
-        self._points = torch.div(order, dimensions + 1, rounding_mode="floor")
-        self._point_weights = weights.reshape(-1)[order]
-        sizes = torch.bincount(ids, minlength=len(vertices))
-        self._offsets = torch.cumsum(sizes, dim=0) - sizes
-        self._neighbours = [_neighbours(vertices, strides, axis) for axis in range(dimensions + 1)]
-        self._gain = 1 / (1 + 2.0**-dimensions)
+        dimensions, points = features.shape
+        simplices = _simplices(features)
+        keys = _keys(simplices)
+        # stable: the points of a vertex stay in order, so the sums don't depend on the sort
+        ordered, entries = keys.vertices.flatten().sort(stable=True)
+        is_first = torch.ones_like(ordered, dtype=torch.bool)
+        torch.ne(ordered[1:], ordered[:-1], out=is_first[1:])
+        starts = is_first.nonzero()[:, 0]
+        numbers = is_first.cumsum(0, dtype=torch.int32) - 1
+        vertices = torch.empty_like(numbers).scatter_(0, entries, numbers)
+
+        # One vertex more, M, without points, stands for every absent neighbour: its value is always 0.
+        self._splat = _WeightedSums(
+            starts=torch.cat([starts, starts.new_tensor([len(ordered)])]).int(),
+            columns=_counted(points, 1, features.device).repeat(dimensions + 1)[entries],
+            weights=simplices.weights.flatten()[entries],
+        )
+        blur_starts = _counted(len(starts) + 1, 3, features.device)
+        blur_weights = features.new_tensor([1.0, 0.5, 0.5]).repeat(len(starts) + 1)
+        self._blurs = [
+            _WeightedSums(blur_starts, _neighbours(ordered[starts], step).flatten(), blur_weights)
+            for step in keys.steps
+        ]
+        attenuation = 1 / (1 + 2.0**-dimensions)
+        self._slice = _WeightedSums(
+            starts=_counted(points, dimensions + 1, features.device),
+            columns=vertices.view(-1, points).T.flatten(),
+            weights=simplices.weights.T.flatten() * attenuation,
+        )
 
     def filter(self, values: Tensor) -> Tensor:
-        """Values (N, L) blurred with the Gaussian of the features, not normalised; float32 (N, L)."""
-        on_vertices = F.embedding_bag(
-            self._points, values, self._offsets, mode="sum", per_sample_weights=self._point_weights
+        """The filtered values, not normalised.
+
+        Args:
+            values: float32 (N, L) on the device of the features.
+
+        Returns:
+            float32 (N, L).
+        """
+        lattice = self._splat.of(values)
+        for blur in self._blurs:
+            lattice = blur.of(lattice)
+        return self._slice.of(lattice)
+
+
+def _counted(count: int, step: int, device: torch.device) -> Tensor:
+    """int32 (count,): 0, step, 2 step, ..."""
+    return torch.arange(0, count * step, step, dtype=torch.int32, device=device)
+
+
+def _simplices(features: Tensor) -> _Simplices:
+    dimensions, points = features.shape
+    size = dimensions + 1
+    embedded = _embed(features)
+    quotient = torch.round(embedded * (1 / size))
+    rounded = quotient * size
+    difference = embedded - rounded
+
+    # Rank 0 for the largest difference; of two equal ones the later ranks higher.
+    rank = torch.zeros((size, points), dtype=torch.int64, device=features.device)
+    for i in range(dimensions):
+        for j in range(i + 1, size):
+            is_less = difference[i] < difference[j]
+            rank[i] += is_less
+            rank[j] += ~is_less
+    # Rounded on their own, the coordinates needn't sum to 0: back into the plane, farthest ones first.
+    rank += quotient.sum(0).long()
+    wrap = size * ((rank < 0).long() - (rank > dimensions).long())
+    rank += wrap
+    rounded += wrap
+
+    order = dimensions - rank
+    scaled = torch.empty_like(embedded).scatter_(0, order, (embedded - rounded) * (1 / size))
+    weights = torch.empty_like(scaled)
+    torch.sub(scaled[1:], scaled[:-1], out=weights[1:])
+    torch.sub(1 + scaled[0], scaled[-1], out=weights[0])
+    return _Simplices(rounded.long(), order, weights)
+
+
+def _embed(features: Tensor) -> Tensor:
+    """Features (d, N) in the plane of d+1 coordinates with sum 0, scaled for the blur's own variance."""
+    dimensions, points = features.shape
+    # rounded to float32 where the C++ code does: a point near a border may else fall into the next simplex
+    deviation = float(np.float32(math.sqrt(2 / 3) * (dimensions + 1)))
+    embedded = features.new_empty((dimensions + 1, points))
+    total = features.new_zeros(points)
+    for j in range(dimensions, 0, -1):
+        coordinate = features[j - 1] * float(np.float32(1 / math.sqrt(j * (j + 1)) * deviation))
+        embedded[j] = total - j * coordinate
+        total = total + coordinate
+    embedded[0] = total
+    return embedded
+
+
+def _keys(simplices: _Simplices) -> _Keys:
+    # The first d coordinates tell a vertex, since all d+1 sum to 0.
+    size = len(simplices.rounded)
+    dimensions = size - 1
+    rounded = simplices.rounded[:dimensions]
+    low, high = torch.stack(rounded.aminmax(dim=1)).tolist()
+    # A vertex lies up to d away from ``rounded``, a neighbour of it another d.
+    radix = [top - bottom + 1 + 4 * dimensions for bottom, top in zip(low, high, strict=True)]
+    if math.prod(radix) >= 2**63:
+        raise ConfigError(
+            "the dense CRF's kernels are too narrow for the lattice on this picture; raise "
+            "'crf.bilateral_sxy', 'crf.bilateral_srgb' or 'crf.gaussian_sxy'"
         )
-        padded = F.pad(on_vertices, (0, 0, 0, 1))  # the last row stands for absent neighbours
-        for before, after in self._neighbours:
-            blurred = padded[:-1] + (padded[before] + padded[after]) / 2
-            padded = F.pad(blurred, (0, 0, 0, 1))
-        return self._gain * F.embedding_bag(self._ids, padded, mode="sum", per_sample_weights=self._weights)
+    place = [math.prod(radix[:i]) for i in range(dimensions)] + [0]
+    places = torch.tensor(place, device=rounded.device)
+
+    # From vertex k to k+1 every coordinate grows by 1, but the one whose turn it is falls by d.
+    falls = torch.empty_like(simplices.order)
+    falls.scatter_(0, simplices.order, size * places[:, None].expand_as(falls))
+    vertices = torch.empty_like(falls)
+    vertices[0] = ((rounded - rounded.new_tensor(low)[:, None]) * places[:dimensions, None]).sum(0)
+    for k in range(dimensions):
+        torch.sub(vertices[k] + sum(place), falls[k], out=vertices[k + 1])
+    return _Keys(vertices, [size * own - sum(place) for own in place])
 
 
-def lattice_crf(image: Tensor, unary: Tensor, parameters: CrfConfig) -> Tensor:
-    """Mean-field posterior of a fully connected CRF with a spatial and a bilateral kernel.
+def _neighbours(keys: Tensor, step: int) -> Tensor:
+    """Indices int32 (M+1, 3): each vertex, its neighbour one step on, and one step back; M where absent.
 
     Args:
-        image: uint8 (H, W, 3).
-        unary: float32 (L, H, W), negative log probabilities, on the same device.
-        parameters: kernels and iterations.
-
-    Returns:
-        float32 (L, H, W), summing to 1 over the labels.
+        keys: int64 (M,), ascending.
+        step: difference of the keys of two neighbours in one direction.
     """
-    labels, height, width = unary.shape
-    potential = -unary.reshape(labels, -1).T.contiguous()
-    kernels = [
-        (parameters.gaussian_weight, _spatial_features(height, width, parameters.gaussian_sxy, unary.device)),
-        (
-            parameters.bilateral_weight,
-            torch.cat(
-                [
-                    _spatial_features(height, width, parameters.bilateral_sxy, unary.device),
-                    image.reshape(-1, 3).double() / parameters.bilateral_srgb,
-                ],
-                dim=1,
-            ),
-        ),
-    ]
-    filters = [(weight, *_normalised(features)) for weight, features in kernels if weight]
-    posterior = torch.softmax(potential, dim=1)
-    for _ in range(parameters.iterations):
-        message = potential.clone()
-        for weight, lattice, norm in filters:
-            message += weight * norm * lattice.filter(norm * posterior)
-        posterior = torch.softmax(message, dim=1)
-    return posterior.T.reshape(labels, height, width)
-
-
-def _normalised(features: Tensor) -> tuple[PermutohedralLattice, Tensor]:
-    """The lattice, and (N, 1) the square root of one over what it makes of ones."""
-    lattice = PermutohedralLattice(features)
-    ones = torch.ones(len(features), 1, device=features.device)
-    return lattice, 1 / torch.sqrt(lattice.filter(ones) + 1e-20)
-
-
-def _spatial_features(height: int, width: int, deviation: float, device: torch.device) -> Tensor:
-    """float64 (H*W, 2): x and y of each pixel, row by row, in standard deviations."""
-    rows = torch.arange(height, dtype=torch.float64, device=device)
-    columns = torch.arange(width, dtype=torch.float64, device=device)
-    y, x = torch.meshgrid(rows, columns, indexing="ij")
-    return torch.stack([x.reshape(-1), y.reshape(-1)], dim=1) / deviation
-
-
-def _simplices(features: Tensor) -> tuple[Tensor, Tensor]:
-    """The simplex around each point: keys of its corners int64 (N, d+1, d), barycentric weights (N, d+1)."""
-    count, d = features.shape
-    elevated = _elevate(features)
-    rounded = torch.round(elevated / (d + 1))
-    excess = rounded.sum(dim=1, keepdim=True).long()
-    rounded = rounded.long() * (d + 1)
-    # rank of each difference, largest first; of equal ones the later counts as smaller
-    difference = elevated - rounded
-    smaller = difference[:, :, None] < difference[:, None, :]
-    equal = difference[:, :, None] == difference[:, None, :]
-    earlier = torch.ones(d + 1, d + 1, dtype=torch.bool, device=features.device).tril(-1)
-    rank = (smaller | (equal & earlier)).sum(dim=2) + excess
-    wrap = (rank < 0).long() - (rank > d).long()
-    rank, rounded = rank + wrap * (d + 1), rounded + wrap * (d + 1)
-    share = (elevated - rounded) / (d + 1)
-    weights = elevated.new_zeros(count, d + 2)
-    weights.scatter_add_(1, d - rank, share)
-    weights.scatter_add_(1, d - rank + 1, -share)
-    weights[:, 0] += 1 + weights[:, d + 1]
-    # corner k adds k to the coordinates of rank up to d-k, and k-(d+1) to the others
-    corner = torch.arange(d + 1, device=features.device)[None, :, None]
-    lifted = rank[:, None, :d] > d - corner
-    keys = rounded[:, None, :d] + corner - (d + 1) * lifted.long()
-    return keys, weights[:, : d + 1].float()
-
-
-def _elevate(features: Tensor) -> Tensor:
-    """Points (N, d) in the plane of d+1 coordinates that sum to 0, scaled for a unit Gaussian; float64 (N, d+1).
-
-    In float32 a point near a border between simplices can land in the wrong one. Its weights hardly change
-    by that, but vertices appear or vanish, and with them blurred values: posteriors move by up to 6e-3.
-    """
-    d = features.shape[1]
-    index = torch.arange(d, dtype=torch.float64, device=features.device)
-    scaled = features * ((2 / 3) ** 0.5 * (d + 1) / torch.sqrt((index + 1) * (index + 2)))
-    tails = F.pad(scaled.flip(1).cumsum(dim=1).flip(1), (0, 1))  # sum over k >= j, for j = 0..d
-    pulled = F.pad(scaled * (index + 1), (1, 0))  # j times the coordinate before, for j = 1..d
-    return tails - pulled
-
-
-def _pack(keys: Tensor) -> tuple[Tensor, list[int]]:
-    """Each key of (..., d) as one int64, and the stride of each coordinate in it.
-
-    A margin keeps neighbours, a few steps away in each coordinate, from running into the next coordinate.
-    """
-    d = keys.shape[-1]
-    flat = keys.reshape(-1, d)
-    lowest, highest = flat.amin(dim=0) - (d + 1), flat.amax(dim=0) + (d + 1)
-    strides, stride = [0] * d, 1
-    for axis, extent in reversed(list(enumerate((highest - lowest + 1).tolist()))):
-        strides[axis] = stride
-        stride *= extent
-    if stride >= 2**62:
-        raise ConfigError(
-            "the CRF's kernels are too narrow for the lattice; raise crf.bilateral_sxy, crf.bilateral_srgb "
-            "or crf.gaussian_sxy, or use --crf pydensecrf"
-        )
-    return ((keys - lowest) * keys.new_tensor(strides)).sum(dim=-1), strides
-
-
-def _neighbours(vertices: Tensor, strides: list[int], axis: int) -> tuple[Tensor, Tensor]:
-    """For each vertex the rows of its two neighbours along one direction; V, one past the end, where absent."""
-    d, count = len(strides), len(vertices)
-    step = ((d + 1) * strides[axis] if axis < d else 0) - sum(strides)
-    wanted = vertices + step
-    place = torch.searchsorted(vertices, wanted).clamp_(max=count - 1)
-    before = torch.where(vertices[place] == wanted, place, count)
-    after = torch.full((count + 1,), count, dtype=torch.long, device=vertices.device)
-    # who has v as the one neighbour is the other neighbour of v
-    after[before] = torch.arange(count, device=vertices.device)
-    return before, after[:count]
+    count = len(keys)
+    wanted = keys + step
+    position = torch.searchsorted(keys, wanted).clamp_(max=count - 1)
+    own = torch.arange(count + 1, device=keys.device)
+    onward = torch.full_like(own, count)
+    onward[:count] = torch.where(keys[position] == wanted, position, count)
+    back = torch.full_like(own, count).scatter_(0, onward, own)
+    back[count] = count
+    return torch.stack([own, onward, back], dim=1).int()
