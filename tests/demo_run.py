@@ -32,9 +32,21 @@ def main() -> None:
         *("--clip", clip, "--cache", out / "cache", "--offline", "--store-cams"),
     )
     masks = done.splitlines()[-1]
-    wsss("export-masks", "--cache", masks, "--out", out / "masks", "--format", "voc", "--min-confidence", "0.95")
+    wsss(
+        "export-masks",
+        "--cache",
+        masks,
+        "--out",
+        out / "masks",
+        "--format",
+        "voc",
+        "--min-confidence",
+        "0.95",
+    )
     wsss("preview", "--cache", masks, "--images", images, "--out", out / "preview.png")
-    print(f"\nLook at {out / 'preview.png'} (pictures, masks, confidence, CAMs) and the PNGs in {out / 'masks'}.")
+    print(
+        f"\nLook at {out / 'preview.png'} (pictures, masks, confidence, CAMs) and the PNGs in {out / 'masks'}."
+    )
     print(f"The masks are in {masks}; run `make demo` again and nothing is computed twice.")
     print("The CLIP of this demo has random weights: the masks show that all works, not what CLIP can do.")
 
