@@ -81,12 +81,20 @@ def main(verbose: bool, quiet: bool) -> None:
 
 def show_log(level: int) -> None:
     """Send the package's log to stderr, a line a message."""
-    handler = logging.StreamHandler(sys.stderr)
+    handler = StderrHandler()
     handler.setFormatter(LogLine())
     logger = logging.getLogger("wsss_pipeline")
     logger.handlers[:] = [handler]
     logger.setLevel(level)
     logger.propagate = False
+
+
+class StderrHandler(logging.Handler):
+    """Prints to whatever stderr is at the moment: while a progress bar is shown, that is a line above it."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Print one message."""
+        print(self.format(record), file=sys.stderr)
 
 
 class LogLine(logging.Formatter):

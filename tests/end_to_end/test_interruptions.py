@@ -101,6 +101,40 @@ def test_a_signal_finishes_the_image_and_says_how_to_go_on(
     assert (summary["reused"], summary["computed"]) == (finished, 200 - finished)
 
 
+def test_a_worker_process_that_dies_does_not_end_the_run(world: Path, clip: Path) -> None:
+    many_images(world, 100)
+    arguments = [str(item) for item in generate_arguments(world, clip)] + ["--workers", "1"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "wsss_pipeline", *arguments],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    deadline = time.monotonic() + 60
+    while not (workers := spawned_children(process.pid)) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    os.kill(workers[0], signal.SIGKILL)
+    stdout, stderr = process.communicate(timeout=120)
+    assert process.returncode == 0, stderr
+    assert "going on without worker processes" in stderr
+    assert len(records(Path(stdout.splitlines()[-1]))) == 100
+
+
+def spawned_children(parent: int) -> list[int]:
+    """Process ids of the CRF workers that a run has started."""
+    found = []
+    for status in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = status.read_text().rpartition(")")[2].split()
+            command = (status.parent / "cmdline").read_bytes()
+        except (FileNotFoundError, ProcessLookupError):
+            continue
+        if int(fields[1]) == parent and b"spawn_main" in command:
+            found.append(int(status.parent.name))
+    return found
+
+
 def test_a_second_writer_is_told_about_the_first(generate: Run, world: Path) -> None:
     from wsss_pipeline.cache import MaskWriter
 
