@@ -62,10 +62,10 @@ class PseudoMask:
             return f"the mask is {mask.dtype} {mask.shape}, not uint8 (H, W)"
         if confidence.dtype != np.uint8 or confidence.shape != mask.shape:
             return f"the confidence is {confidence.dtype} {confidence.shape}, not uint8 {mask.shape}"
-        if mask.max() == IGNORE:
+        if np.max(mask) == IGNORE:
             return "the mask holds 255, which only with_ignore() may set"
-        if confidence.max() > CERTAIN:
-            return f"the confidence goes up to {confidence.max()}, half percents end at {CERTAIN}"
+        if np.max(confidence) > CERTAIN:
+            return f"the confidence goes up to {np.max(confidence)}, half percents end at {CERTAIN}"
         if cams is not None:
             expected = (len(self.labels), *mask.shape)
             if cams.dtype != np.float16 or cams.shape != expected:

@@ -138,14 +138,15 @@ def file_digest(path: Path) -> str:
 def _eight_bit(values: NDArray[np.generic], path: Path) -> NDArray[np.uint8]:
     """Grey values of more than 8 bits (H, W) as uint8."""
     if values.dtype.kind == "f":
-        low, high = float(values.min()), float(values.max())
+        levels = values.astype(np.float64)
+        low, high = float(np.min(levels)), float(np.max(levels))
         if not (low >= 0 and high <= 255):  # so written, NaN is refused too
             raise ImageError(f"{path}: float values run from {low:g} to {high:g}; save them as 8 or 16 bits")
-        return np.rint(values.astype(np.float64) * (255 if high <= 1 else 1)).astype(np.uint8)
+        return np.rint(levels * (255 if high <= 1 else 1)).astype(np.uint8)
     wide = values.astype(np.int64)
-    if wide.min() < 0 or wide.max() > 65535:
+    if np.min(wide) < 0 or np.max(wide) > 65535:
         raise ImageError(
-            f"{path}: values run from {wide.min()} to {wide.max()}, beyond 16 bits; save them as 8 or 16 bits"
+            f"{path}: values run from {np.min(wide)} to {np.max(wide)}, beyond 16 bits; save them as 8 or 16 bits"
         )
     return ((wide + 128) // 257).astype(np.uint8)
 
