@@ -10,13 +10,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from tests.openai_clip import openai_state_dict, write_torchscript
 from tests.tiny_clip import write_tiny_clip
 from wsss_pipeline.clip.image_encoder import ImageEncoder
+from wsss_pipeline.clip.sources import locate_clip
 from wsss_pipeline.clip.text_encoder import TextEncoder
-from wsss_pipeline.clip.weights import load_clip, locate_clip
+from wsss_pipeline.clip.weights import load_clip
 from wsss_pipeline.config import ClipConfig
 from wsss_pipeline.errors import ConfigError, WeightsError
 
@@ -58,8 +60,6 @@ def test_all_sources_give_the_same_features(folder: Path, tmp_path: Path, kind: 
         source = tmp_path / "bin"
         shutil.copytree(folder, source)
         (source / "model.safetensors").unlink()
-        from safetensors.torch import load_file
-
         torch.save(load_file(folder / "model.safetensors"), source / "pytorch_model.bin")
     expected = features(folder)
     actual = features(source, tokenizer=None if kind == "torch bin" else folder)
@@ -207,6 +207,35 @@ def test_the_hubs_own_cache_is_used_offline(
     monkeypatch.setattr(_snapshot_download.constants, "HF_HUB_CACHE", str(tmp_path))
     files = locate_clip(ClipConfig(weights="someone/clip"), offline=True)
     assert files.digest() == locate_clip(ClipConfig(weights=str(folder)), offline=True).digest()
+
+
+@pytest.mark.parametrize("form", ["safetensors", "bin"])
+def test_a_hub_repository_is_fetched_in_one_form_only(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, form: str
+) -> None:
+    repository, local = tmp_path / "repository", tmp_path / "local"
+    shutil.copytree(folder, repository)
+    torch.save(load_file(folder / "model.safetensors"), repository / "pytorch_model.bin")
+    (repository / "tf_model.h5").write_bytes(b"not wanted")
+    if form == "bin":
+        (repository / "model.safetensors").unlink()
+
+    def snapshot_download(repo_id: str, allow_patterns: list[str], local_files_only: bool) -> str:
+        assert (repo_id, local_files_only) == ("someone/clip", False)
+        local.mkdir(exist_ok=True)
+        for pattern in allow_patterns:
+            for file in repository.glob(pattern):
+                shutil.copy(file, local)
+        return str(local)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    files = locate_clip(ClipConfig(weights="someone/clip"))
+    assert [path.name for path in files.weights] == [
+        "model.safetensors" if form == "safetensors" else "pytorch_model.bin"
+    ]
+    assert not (local / "tf_model.h5").exists()
+    assert (local / "pytorch_model.bin").exists() == (form == "bin")
+    assert load_clip(files, torch.device("cpu")).logit_scale == pytest.approx(100, rel=1e-3)
 
 
 def test_digest_follows_content_not_place(folder: Path, tmp_path: Path) -> None:

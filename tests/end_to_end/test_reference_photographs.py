@@ -63,7 +63,8 @@ def test_text_rows_within_1e_5(name: str, suffix: str) -> None:
     import torch
 
     from wsss_pipeline.cam.prompts import class_embeddings
-    from wsss_pipeline.clip.weights import load_clip, locate_clip
+    from wsss_pipeline.clip.sources import locate_clip
+    from wsss_pipeline.clip.weights import load_clip
     from wsss_pipeline.config import ClipConfig
     from wsss_pipeline.data.classes import load_class_set
 

@@ -13,7 +13,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Literal
 
-from wsss_pipeline.clip.weights import locate_clip
+from wsss_pipeline.clip.sources import locate_clip
 from wsss_pipeline.config import ClipConfig
 from wsss_pipeline.errors import WsssError
 from wsss_pipeline.refine import choose_backend

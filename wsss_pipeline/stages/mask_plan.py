@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from wsss_pipeline.cache import MaskSet
-from wsss_pipeline.clip.weights import ClipFiles, locate_clip
+from wsss_pipeline.clip.sources import ClipFiles, locate_clip
 from wsss_pipeline.config import MaskConfig
 from wsss_pipeline.data.classes import ClassSet
 from wsss_pipeline.refine import choose_backend

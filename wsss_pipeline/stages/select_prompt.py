@@ -18,8 +18,9 @@ from torch import Tensor
 
 from wsss_pipeline.cam.prompts import class_embeddings, sharpness
 from wsss_pipeline.clip.image_encoder import ImageEncoder
+from wsss_pipeline.clip.sources import locate_clip
 from wsss_pipeline.clip.text_encoder import TextEncoder
-from wsss_pipeline.clip.weights import load_clip, locate_clip
+from wsss_pipeline.clip.weights import load_clip
 from wsss_pipeline.config import MaskConfig
 from wsss_pipeline.data.classes import ClassSet, check_template
 from wsss_pipeline.data.images import read_image

@@ -1,0 +1,207 @@
+"""Finding a CLIP: hub id, local Hugging Face folder, or OpenAI's ``.pt`` file. Nothing is loaded here."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from wsss_pipeline.config import ClipConfig
+from wsss_pipeline.errors import WeightsError
+
+# all of OpenAI's models share one vocabulary
+OPENAI_TOKENIZER = "openai/clip-vit-base-patch16"
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "vocab.json",
+    "merges.txt",
+    "special_tokens_map.json",
+    "added_tokens.json",
+)
+# read without running anything in them; the others only with torch's weights_only
+SAFE_WEIGHT_FILES = ("model.safetensors", "model-*-of-*.safetensors")
+WEIGHT_FILES = (*SAFE_WEIGHT_FILES, "pytorch_model.bin", "pytorch_model-*-of-*.bin")
+VOCABULARY_FILES = ("tokenizer.json", "vocab.json", "merges.txt", "added_tokens.json")
+# what of a config.json changes the computation
+ARCHITECTURE = (
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "patch_size",
+    "image_size",
+    "hidden_act",
+    "layer_norm_eps",
+    "max_position_embeddings",
+    "vocab_size",
+    "eos_token_id",
+)
+
+
+@dataclass(frozen=True)
+class ClipFiles:
+    """A CLIP found on this machine, not loaded yet.
+
+    ``weights``: one or several files; ``config``: config.json, or None for OpenAI's ``.pt``, whose tensors
+    say it all; ``tokenizer``: folder.
+    """
+
+    name: str
+    weights: tuple[Path, ...]
+    config: Path | None
+    tokenizer: Path
+
+    def digest(self) -> str:
+        """SHA-256 (hexadecimal) of all that determines features and text rows: weights, architecture, vocabulary.
+
+        Raises:
+            WeightsError: a file can't be read.
+        """
+        architecture = _architecture(read_config(self.config)) if self.config else None
+        content = {
+            "weights": [_file_digest(path) for path in self.weights],
+            "architecture": architecture,
+            "vocabulary": {
+                name: _file_digest(self.tokenizer / name)
+                for name in VOCABULARY_FILES
+                if (self.tokenizer / name).is_file()
+            },
+        }
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def locate_clip(config: ClipConfig, offline: bool = False) -> ClipFiles:
+    """Find the files, fetching them from the hub where needed and allowed.
+
+    Args:
+        config: names weights and maybe a tokenizer.
+        offline: use only what is on this machine, the hub's own cache included.
+
+    Raises:
+        WeightsError: not found, not reachable, or not a CLIP.
+    """
+    path = Path(config.weights).expanduser()
+    if path.is_file():
+        return ClipFiles(
+            config.weights, (path,), None, _locate_tokenizer(config.tokenizer, path.parent, offline)
+        )
+    if path.is_dir():
+        return _in_folder(config.weights, path, config.tokenizer, offline)
+    if (
+        config.weights.endswith(".pt")
+        or config.weights.count("/") > 1
+        or config.weights[:1] in (".", "/", "~")
+    ):
+        raise WeightsError(
+            f"CLIP weights {config.weights} don't exist; give a folder, an OpenAI .pt file or a hub id"
+        )
+    return _in_folder(config.weights, _fetch_model(config.weights, offline), config.tokenizer, offline)
+
+
+def _in_folder(name: str, folder: Path, tokenizer: str | None, offline: bool) -> ClipFiles:
+    config = folder / "config.json"
+    if not config.is_file():
+        raise WeightsError(f"{name}: no config.json in {folder}; give a Hugging Face folder of a CLIP model")
+    values = read_config(config)
+    if "vision_config" not in values or "text_config" not in values:
+        kind = values.get("model_type", "unknown kind")
+        raise WeightsError(f"{name} is a model of type {kind}, not a whole CLIP with vision and text tower")
+    weights = _weight_files(folder)
+    if not weights:
+        raise WeightsError(f"{name}: no model.safetensors in {folder}; fetch the weights as well")
+    return ClipFiles(name, weights, config, _locate_tokenizer(tokenizer, folder, offline))
+
+
+def _weight_files(folder: Path) -> tuple[Path, ...]:
+    """Whole or in parts; a repository may hold the same weights in several forms, of which one is enough."""
+    for pattern in WEIGHT_FILES:
+        if found := sorted(folder.glob(pattern)):
+            return tuple(found)
+    return ()
+
+
+def _fetch_model(hub_id: str, offline: bool) -> Path:
+    """The folder of a model in the hub's cache; older repositories have no safetensors."""
+    wanted = ("config.json", *TOKENIZER_FILES)
+    folder = _fetch(hub_id, offline, (*wanted, *SAFE_WEIGHT_FILES))
+    return folder if _weight_files(folder) else _fetch(hub_id, offline, (*wanted, *WEIGHT_FILES))
+
+
+def _locate_tokenizer(tokenizer: str | None, beside: Path, offline: bool) -> Path:
+    if tokenizer is None and _has_vocabulary(beside):
+        return beside
+    wanted = tokenizer or OPENAI_TOKENIZER
+    if _has_vocabulary(Path(wanted).expanduser()):
+        return Path(wanted).expanduser()
+    if tokenizer is not None and Path(wanted).expanduser().exists():
+        raise WeightsError(
+            f"--tokenizer {wanted} holds neither tokenizer.json nor vocab.json with merges.txt"
+        )
+    try:
+        return _fetch(wanted, offline, TOKENIZER_FILES)
+    except WeightsError as error:
+        raise WeightsError(
+            f"no vocabulary: neither beside the weights in {beside} (tokenizer.json, or vocab.json with merges.txt) "
+            f"nor at {wanted}: {error}; give a folder with --tokenizer"
+        ) from error
+
+
+def _has_vocabulary(folder: Path) -> bool:
+    pair = (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file()
+    return pair or (folder / "tokenizer.json").is_file()
+
+
+def _fetch(hub_id: str, offline: bool, patterns: tuple[str, ...]) -> Path:
+    """The folder of a snapshot in the hub's own cache, fetched where that is allowed."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(hub_id, allow_patterns=list(patterns), local_files_only=offline))
+    except LocalEntryNotFoundError as error:
+        how = "once without --offline" if offline else "where the hub can be reached"
+        raise WeightsError(
+            f"'{hub_id}' is no folder or file here and isn't in the hub's cache; "
+            f"fetch it {how}: `hf download {hub_id}`"
+        ) from error
+    # the hub's client raises its own errors, those of its HTTP library, OSError and ValueError
+    except Exception as error:
+        reason = " ".join(str(error).split())[:200]
+        raise WeightsError(
+            f"'{hub_id}' is no folder or file here and can't be fetched from the hub: {reason}"
+        ) from error
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """The content of a config.json.
+
+    Raises:
+        WeightsError: it can't be read, or holds something else.
+    """
+    try:
+        values = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise WeightsError(f"{path} can't be read: {error}") from error
+    if not isinstance(values, dict):
+        raise WeightsError(f"{path} holds no configuration; fetch it again")
+    return values
+
+
+def _architecture(values: Mapping[str, Any]) -> dict[str, Any]:
+    towers = {name: values.get(name) for name in ("vision_config", "text_config")}
+    return {
+        name: {key: tower[key] for key in ARCHITECTURE if key in tower} if isinstance(tower, dict) else {}
+        for name, tower in towers.items()
+    }
+
+
+def _file_digest(path: Path) -> str:
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise WeightsError(f"{path} can't be read: {error.strerror}") from error
