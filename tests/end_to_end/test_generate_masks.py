@@ -89,15 +89,16 @@ def test_what_changes_masks_changes_the_mask_set(generate: Run) -> None:
     assert {mask_set(generate("--limit", 1, *arguments)) for arguments in same} == {plain}
 
 
+@pytest.mark.parametrize("crf", ["auto", "lattice"])
 @pytest.mark.parametrize("arguments", [("--batch-size", 4), ("--workers", 2), ("--shard", "0/1")])
 def test_masks_do_not_depend_on_how_they_are_made(
-    generate: Run, world: Path, arguments: tuple[object, ...]
+    generate: Run, world: Path, arguments: tuple[object, ...], crf: str
 ) -> None:
     for copy in ("cat", "motorcycle"):  # neighbours of one size, for batches
         shutil.copy(world / "images" / f"{copy}.png", world / "images" / f"{copy}2.png")
     write_labels(world, dict(sorted({**LABELS, "cat2": ["sofa"], "motorcycle2": ["car"]}.items())))
-    plain = mask_set(generate())
-    other = mask_set(generate(*arguments, cache="other"))
+    plain = mask_set(generate("--crf", crf))
+    other = mask_set(generate("--crf", crf, *arguments, cache="other"))
     assert contents(plain) == contents(other)
 
 

@@ -43,7 +43,6 @@ def doctor(cache_dir: Path, clip: ClipConfig) -> list[Check]:
         ("export", _export),
         ("cache", lambda: _cache(cache_dir)),
         ("clip", lambda: _clip(clip)),
-        ("threads", _threads),
     ):
         checks += _checked(name, look)
     return checks
@@ -139,12 +138,3 @@ def _clip(clip: ClipConfig) -> Iterator[Check]:
         "ok",
         f"{clip.weights}: {files.weights[0]}, {size / 2**20:.0f} MiB; words from {files.tokenizer}",
     )
-
-
-def _threads() -> Iterator[Check]:
-    if os.environ.get("OMP_WAIT_POLICY", "").upper() != "PASSIVE" and platform.system() == "Linux":
-        yield Check(
-            "threads",
-            "note",
-            "where other processes share the cores, OMP_WAIT_POLICY=PASSIVE makes torch much faster",
-        )

@@ -70,6 +70,8 @@ def _prepare_worker() -> None:
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), signal.SIG_IGN)
     cv2.setNumThreads(1)
+    # torch comes later, if at all: several processes with a thread pool each would only get in their own way
+    os.environ.update(OMP_NUM_THREADS="1", OMP_WAIT_POLICY="PASSIVE")
     threading.Thread(target=_die_with_parent, daemon=True).start()
 
 

@@ -66,7 +66,7 @@ class MaskRun:
         self._activation = activation
         self._writer = writer
         self._report = report
-        self._workers = request.workers if plan.config.crf.backend == "pydensecrf" else 0
+        self._workers = request.workers if _runs_on_cpu(plan) else 0
         self._pool: ProcessPoolExecutor | None = None
         self._pending: deque[Pending] = deque()
         self._warned_of_rotation = False
@@ -208,6 +208,12 @@ class MaskRun:
                 "%s has an EXIF rotation tag, maybe others too: it is ignored, masks fit the stored pixels",
                 file,
             )
+
+
+def _runs_on_cpu(plan: MaskPlan) -> bool:
+    """Whether the CRF is work for other processes; the lattice on a GPU stays in the one that holds it."""
+    backend = plan.config.crf.backend
+    return backend == "pydensecrf" or (backend == "lattice" and plan.device == "cpu")
 
 
 def _is_out_of_memory(error: RuntimeError) -> bool:
