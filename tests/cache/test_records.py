@@ -97,8 +97,11 @@ def test_everything_in_a_record_is_under_its_digest(folder: Path) -> None:
         with h5py.File(shard, "r+") as file:
             kept = file["images/a"].attrs[name]
             file["images/a"].attrs[name] = value
-        with pytest.raises(CacheRecordError, match=rf"'a' in .*{shard.name} is damaged .*cache verify"):
-            MaskCache.open(folder)["a"]
+        with (
+            MaskCache.open(folder) as cache,
+            pytest.raises(CacheRecordError, match=rf"'a' in .*{shard.name} is damaged .*cache verify"),
+        ):
+            cache["a"]
         with h5py.File(shard, "r+") as file:
             file["images/a"].attrs[name] = kept
     assert_equal(MaskCache.open(folder)["a"], make_mask("a"))
