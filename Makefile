@@ -7,7 +7,7 @@ DEMO := demo-out
 # libgomp's default spinning costs a time slice per parallel region as soon as cores are shared
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: help demo test lint format types pytest coverage clean
+.PHONY: help demo test lint format types pytest clean
 .DEFAULT_GOAL := help
 
 help:  ## list what can be made

@@ -1,0 +1,95 @@
+"""Affinity against its definition with whole matrices; boxes by hand."""
+
+from __future__ import annotations
+
+import torch
+
+from wsss_pipeline.cam.affinity import box_masks, refine_cams, sinkhorn_scaling
+from wsss_pipeline.cam.scores import assemble, upscale_cams
+
+
+def attention(cells: int, seed: int = 0) -> torch.Tensor:
+    """Row-stochastic float64, well away from uniform."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.softmax(2 * torch.randn(cells, cells, generator=generator, dtype=torch.float64), dim=1)
+
+
+def test_refined_cams_equal_the_definition_with_whole_matrices() -> None:
+    weights = attention(20)
+    cams = torch.rand(3, 4, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    normalised = weights.clone()
+    for _ in range(3):
+        normalised /= normalised.sum(dim=0, keepdim=True)
+        normalised /= normalised.sum(dim=1, keepdim=True)
+    symmetric = (normalised + normalised.T) / 2
+    masks = box_masks(cams, 0.6).double()
+    expected = torch.stack(
+        [
+            (((symmetric @ symmetric) * mask.flatten()) @ cam.flatten()).view(4, 5)
+            for cam, mask in zip(cams, masks, strict=True)
+        ]
+    )
+    assert torch.allclose(refine_cams(cams, weights, 0.6, rounds=3), expected, atol=1e-12)
+    assert not torch.allclose(refine_cams(cams, weights, 0.6, rounds=1), expected, atol=1e-4)
+
+
+def test_many_sinkhorn_rounds_make_it_doubly_stochastic() -> None:
+    weights = attention(12)
+    rows, columns = sinkhorn_scaling(weights, 200)
+    scaled = rows[:, None] * weights * columns
+    assert torch.allclose(scaled.sum(dim=0), torch.ones(12, dtype=torch.float64))
+    assert torch.allclose(scaled.sum(dim=1), torch.ones(12, dtype=torch.float64))
+
+
+def test_cells_that_nobody_attends_to_do_not_spoil_the_rest() -> None:
+    weights = attention(12).float()
+    weights[:, 3] = 0
+    weights[5] = 0
+    refined = refine_cams(torch.rand(2, 3, 4), weights, 0.1)
+    assert torch.isfinite(refined).all()
+
+
+def boxes(picture: str, threshold: float = 0.5) -> str:
+    """The box mask of a picture in which # is 1 and + is 0.5, drawn the same way."""
+    rows = picture.split()
+    values = {"#": 1.0, "+": 0.5, ".": 0.0}
+    cam = torch.tensor([[values[cell] for cell in row] for row in rows])[None] * 0.9999999
+    found = box_masks(cam, threshold)[0]
+    return " ".join("".join("#" if cell else "." for cell in row) for row in found)
+
+
+def test_boxes_are_unions_over_parts() -> None:
+    assert boxes("#.... .#... ..... ..... .....") == "##... ##... ..... ..... ....."  # corners connect
+    assert boxes("#.... ..... ..#.. ...#. .....") == "#.... ..... ..##. ..##. ....."
+    assert boxes("###.. #.#.. ###.. ..... .....") == "###.. ###.. ###.. ..... ....."
+
+
+def test_no_box_reaches_the_last_row_or_column() -> None:
+    assert boxes("...#. ...## ..... ..### ..###") == "...#. ...#. ..... ..##. ....."
+    assert boxes("..... ..... ..... ..... #####") == "..... ..... ..... ..... ....."
+    assert boxes("....# ....# ..... ..... .....") == "..... ..... ..... ..... ....."
+
+
+def test_the_threshold_is_relative_and_strict() -> None:
+    # the peak is 254 steps, half of it 127: the + cells have exactly 127 and stay out
+    assert boxes("#+... ..... ..... ..... .....", threshold=0.5) == "#.... ..... ..... ..... ....."
+    assert boxes("#+... ..... ..... ..... .....", threshold=0.49) == "##... ..... ..... ..... ....."
+
+
+def test_an_empty_map_has_no_box() -> None:
+    assert not box_masks(torch.zeros(1, 4, 4), 0.4).any()
+
+
+def test_upscaling_normalises_before_it_and_not_after() -> None:
+    cams = torch.zeros(1, 3, 3)
+    cams[0, 1, 1] = 7.0
+    found = upscale_cams(cams, (4, 4))
+    assert found.shape == (1, 4, 4)
+    # the nearest pixels lie 3/8 of a cell off the centre of the middle cell, both ways
+    assert abs(float(found.max()) - (5 / 8) ** 2) < 1e-5
+    assert upscale_cams(cams, (3, 3)).max() > 0.999
+
+
+def test_the_background_is_what_the_largest_class_leaves() -> None:
+    cams = torch.tensor([[[0.25, 0.5]], [[0.75, 0.0]]])
+    assert torch.equal(assemble(cams), torch.tensor([[[0.25, 0.5]], [[0.25, 0.5]], [[0.75, 0.0]]]))

@@ -1,0 +1,85 @@
+"""Softmax-GradCAM on cases that can be computed by hand, or another way."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from wsss_pipeline.cam.softmax_gradcam import min_max, normalise_cams, softmax_gradcam
+
+
+def example(batch: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Tokens (B, 1+6, 8), a pooled embedding (B, 5) that depends on them, text rows (4, 5)."""
+    generator = torch.Generator().manual_seed(seed)
+    tokens = torch.randn(batch, 7, 8, generator=generator, requires_grad=True)
+    projection = torch.randn(8, 5, generator=generator)
+    pooled = (tokens[:, 1:].tanh().mean(dim=1) + 0.1 * tokens[:, 0]) @ projection
+    return tokens, pooled, F.normalize(torch.randn(4, 5, generator=generator), dim=1)
+
+
+def by_finite_differences(
+    tokens: torch.Tensor, texts: torch.Tensor, target: int, scale: float
+) -> torch.Tensor:
+    """The raw CAM with each channel's weight from the change of the probability, in float64."""
+    projection = torch.randn(8, 5, generator=generator_after_tokens()).double()
+
+    def probability(moved: torch.Tensor) -> torch.Tensor:
+        pooled = (moved[1:].tanh().mean(dim=0) + 0.1 * moved[0]) @ projection
+        return torch.softmax(scale * F.normalize(pooled, dim=0) @ texts.double().T, dim=0)[target]
+
+    base, step = tokens.double(), 1e-6
+    gradient = torch.zeros(7, 8, dtype=torch.float64)
+    for place in range(7):
+        for channel in range(8):
+            moved = base.clone()
+            moved[place, channel] += step
+            gradient[place, channel] = (probability(moved) - probability(base)) / step
+    return (base[1:] @ gradient[1:].mean(dim=0)).view(2, 3)
+
+
+def generator_after_tokens() -> torch.Generator:
+    """The generator of ``example`` with one image, after its tokens."""
+    generator = torch.Generator().manual_seed(0)
+    torch.randn(1, 7, 8, generator=generator)
+    return generator
+
+
+@pytest.mark.parametrize("target", [0, 1])
+def test_equals_finite_differences(target: int) -> None:
+    tokens, pooled, texts = example(1)
+    (cams,) = softmax_gradcam(tokens, pooled, (2, 3), [texts], [2], 10.0)
+    expected = by_finite_differences(tokens[0].detach(), texts, target, 10.0)
+    assert torch.allclose(cams[target].double(), expected, atol=1e-5)
+
+
+def test_images_of_a_batch_do_not_touch_each_other() -> None:
+    tokens, pooled, texts = example(3, seed=1)
+    together = softmax_gradcam(tokens, pooled, (2, 3), [texts, texts[1:], texts], [2, 1, 3], 10.0)
+    assert [len(cams) for cams in together] == [2, 1, 3]
+    for image, (rows, count) in enumerate(((texts, 2), (texts[1:], 1), (texts, 3))):
+        tokens, pooled, _ = example(3, seed=1)
+        full = softmax_gradcam(tokens, pooled, (2, 3), [rows] * 3, [count] * 3, 10.0)
+        assert torch.allclose(together[image], full[image], atol=1e-7)
+
+
+def test_background_words_change_the_maps() -> None:
+    tokens, pooled, texts = example(1)
+    (without,) = softmax_gradcam(tokens, pooled, (2, 3), [texts[:2]], [2], 10.0)
+    tokens, pooled, _ = example(1)
+    (with_words,) = softmax_gradcam(tokens, pooled, (2, 3), [texts], [2], 10.0)
+    assert not torch.allclose(without, with_words, atol=1e-4)
+    # two classes alone share one probability: what speaks for one speaks against the other
+    assert torch.allclose(without[0], -without[1], atol=1e-6)
+
+
+def test_a_weak_map_stays_weak_and_a_strong_one_peaks_just_below_1() -> None:
+    weak = min_max(torch.tensor([[[0.0, 3e-8]]]))
+    assert weak.max() == pytest.approx(3e-8 / 1.3e-7, rel=1e-4)
+    strong = normalise_cams(torch.tensor([[[-5.0, 0.0], [1.0, 2.0]]]))
+    assert int(strong.max() * 255) == 254
+    assert torch.allclose(strong, torch.tensor([[[0.0, 0.0], [0.5, 1.0]]]), atol=1e-6)
+
+
+def test_a_map_without_a_positive_cell_is_0() -> None:
+    assert not normalise_cams(torch.tensor([[[-3.0, -1.0], [-2.0, -5.0]]])).any()
