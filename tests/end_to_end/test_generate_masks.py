@@ -8,10 +8,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
-from tests.end_to_end.conftest import LABELS, Run, mask_set, write_labels, wsss
+from tests.end_to_end.conftest import GOLDEN, LABELS, Run, mask_set, write_labels, wsss
 from wsss_pipeline.cache import MaskCache
+from wsss_pipeline.cam.prompts import ClassEmbeddings
 from wsss_pipeline.data.classes import load_class_set
 
 
@@ -40,6 +42,25 @@ def test_masks_of_the_present_classes_in_the_size_of_the_pictures(generate: Run,
             assert set(np.unique(record.mask)) <= {0, *(names.index(label) for label in labels)}
             assert cache.record_info(image_id).scale == 1.0
         assert any(len(np.unique(cache[image_id].mask)) > 1 for image_id in cache), "all masks are empty"
+
+
+@pytest.mark.parametrize("crf", ["auto", "lattice"])
+@pytest.mark.parametrize(("crf_image", "key"), [("bgr", "plain"), ("reference", "quirk")])
+def test_masks_equal_the_published_ones(
+    generate: Run, monkeypatch: pytest.MonkeyPatch, crf: str, crf_image: str, key: str
+) -> None:
+    """The golden text rows stand in for a text tower; all else is the command's own."""
+    with np.load(GOLDEN / "expected" / "text.npz") as text:
+        rows = ClassEmbeddings(torch.from_numpy(text["fg"]), torch.from_numpy(text["bg"]))
+    monkeypatch.setattr("wsss_pipeline.stages.generate_masks.class_embeddings", lambda *arguments: rows)
+    path = mask_set(generate("--store-cams", "--crf", crf, "--crf-image", crf_image, "--precision", "fp32"))
+    with MaskCache.open(path) as cache:
+        for name in LABELS:
+            record = cache[name]
+            with np.load(GOLDEN / "expected" / f"{name}.npz") as expected:
+                assert (record.with_ignore(0.95) != expected[f"mask_{key}"]).sum() <= 5
+                assert (record.mask != expected[f"label_{key}"]).sum() <= 5
+                assert np.abs(record.cams.astype(np.float32) - expected["refined_high"]).max() < 1e-3
 
 
 def test_a_second_run_computes_nothing_and_loads_no_clip(

@@ -1,0 +1,39 @@
+"""Batches of neighbours."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from wsss_pipeline.data.transforms import ClipInputSize
+from wsss_pipeline.stages.loaded_image import LoadedImage, batches
+
+
+def image(name: str, width: int, labelled: bool = True) -> LoadedImage:
+    pixels = np.zeros((16, width, 3), np.uint8)
+    return LoadedImage(name, "", (), [1] if labelled else [], pixels, ClipInputSize(width, 16, 1.0))
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "expected"),
+    [
+        (1, ["a", "b", "c", "D", "e", "f", "g", "h"]),
+        (2, ["ab", "c", "D", "e", "fg", "h"]),
+        (9, ["abc", "D", "e", "fgh"]),
+    ],
+)
+def test_neighbours_of_one_size_in_order_and_never_too_many(batch_size: int, expected: list[str]) -> None:
+    images = [image(name, 32, labelled=name != "D") for name in "abcD"]
+    images += [image("e", 48), *(image(name, 32) for name in "fgh")]
+    found = ["".join(item.image_id for item in batch) for batch in batches(images, batch_size)]
+    assert found == expected
+
+
+def test_a_scaled_picture_has_a_smaller_working_size() -> None:
+    scaled = LoadedImage("a", "", (), [1], np.zeros((100, 30, 3), np.uint8), ClipInputSize(16, 48, 0.5))
+    assert scaled.size == (100, 30)
+    assert scaled.working_size == (50, 15)
+    assert scaled.working_pixels().shape == (50, 15, 3)
+    assert scaled.clip_pixels().shape == (48, 16, 3)
+    strip = LoadedImage("a", "", (), [1], np.zeros((1, 30, 3), np.uint8), ClipInputSize(16, 16, 0.1))
+    assert strip.working_size == (1, 3)
