@@ -1,20 +1,22 @@
 """OpenAI's CLIP ``.pt`` files, read as data: no code in them runs, no pickle is trusted.
 
 The published files are TorchScript archives: a zip with a pickle of the module tree and the tensors' bytes
-beside it. The pickle is read by an unpickler that knows tensors, containers and inert objects, and nothing
-else. A plain state dict goes through ``torch.load(weights_only=True)``.
+beside it. The pickle is read by an unpickler that makes inert records and containers and nothing else; the
+tensors are read from the zip after that. A plain state dict goes through ``torch.load(weights_only=True)``.
 """
 
 from __future__ import annotations
 
 import io
+import math
 import pickle
 import warnings
 import zipfile
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -30,7 +32,9 @@ DTYPES = {
     "IntStorage": torch.int32,
     "BoolStorage": torch.bool,
 }
-MAX_PICKLE_BYTES = 2**26
+# what an archive may hold beyond its own size: its code is compressed, and layers share their mask
+ROOM = 2**24
+MAX_NAME = 1000
 
 
 def read_openai_weights(file: Path) -> dict[str, Tensor]:
@@ -39,38 +43,21 @@ def read_openai_weights(file: Path) -> dict[str, Tensor]:
     Raises:
         WeightsError: not such a file, damaged, or with content that only running code could read.
     """
-    try:
-        if _is_torchscript(file):
-            with zipfile.ZipFile(file) as archive:
-                return _read_torchscript(archive)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about pickle protocols; what matters is raised
-            content = torch.load(file, map_location="cpu", weights_only=True)
-    except WeightsError:
-        raise
-    # damaged files make zipfile, pickle and torch raise nearly anything; torch's own words recommend to
-    # trust the file, which is no advice to pass on
-    except Exception as error:
-        reason = (
-            str(error)
-            if isinstance(error, pickle.UnpicklingError) and "weights_only" not in str(error)
-            else ""
-        )
-        raise WeightsError(
-            f"{file} can't be read as OpenAI CLIP weights{reason and ': '}{reason}: damaged, or more than plain "
-            "tensors; use the original .pt file, or a Hugging Face folder"
-        ) from error
-    return _state_dict(content, file)
+    if not _is_torchscript(file):
+        return read_state_dict(file)
+    with _explained(file), zipfile.ZipFile(file) as archive:
+        return _read_torchscript(archive, file.stat().st_size + ROOM)
 
 
-def _is_torchscript(file: Path) -> bool:
-    if not zipfile.is_zipfile(file):
-        return False
-    with zipfile.ZipFile(file) as archive:
-        return any(name.endswith("/constants.pkl") for name in archive.namelist())
+def read_state_dict(file: Path) -> dict[str, Tensor]:
+    """The tensors of a file that ``torch.save`` made of a state dict, bare or under ``state_dict``.
 
-
-def _state_dict(content: Any, file: Path) -> dict[str, Tensor]:
+    Raises:
+        WeightsError: not such a file, damaged, or with content that only running code could read.
+    """
+    with _explained(file), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about pickle protocols; what matters is raised
+        content = torch.load(file, map_location="cpu", weights_only=True)
     if isinstance(content, Mapping) and isinstance(content.get("state_dict"), Mapping):
         content = content["state_dict"]
     if not isinstance(content, Mapping) or not all(isinstance(name, str) for name in content):
@@ -80,23 +67,55 @@ def _state_dict(content: Any, file: Path) -> dict[str, Tensor]:
     }
 
 
-def _read_torchscript(archive: zipfile.ZipFile) -> dict[str, Tensor]:
-    (name,) = [name for name in archive.namelist() if name.endswith("/data.pkl") and name.count("/") == 1]
-    if archive.getinfo(name).file_size > MAX_PICKLE_BYTES:
-        raise WeightsError(f"{archive.filename}: its index is larger than any CLIP's; the file is damaged")
-    root = _TensorUnpickler(archive, name.removesuffix("data.pkl")).load()
-    tensors: dict[str, Tensor] = {}
-    _collect(root, "", tensors)
-    return tensors
+class _RefusedError(pickle.UnpicklingError):
+    """Content that weights never need; its message is fit for users."""
 
 
-def _collect(value: Any, prefix: str, tensors: dict[str, Tensor]) -> None:
-    attributes = value.attributes if isinstance(value, _Inert) else {}
-    for name, item in attributes.items():
-        if isinstance(item, Tensor):
-            tensors[prefix + name] = item
-        else:
-            _collect(item, f"{prefix}{name}.", tensors)
+@contextmanager
+def _explained(file: Path) -> Iterator[None]:
+    """One line for what damaged files make zipfile, pickle and torch raise, which is nearly anything.
+
+    Torch's own words recommend to trust the file, which is no advice to pass on.
+    """
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, OSError) and error.strerror:
+            raise WeightsError(f"{file} can't be read: {error.strerror}") from error
+        reason = f": {error}" if isinstance(error, _RefusedError) else ""
+        raise WeightsError(
+            f"{file} can't be read as CLIP weights{reason}: damaged, or more than plain tensors; "
+            "use the original .pt file, or a Hugging Face folder"
+        ) from error
+
+
+def _is_torchscript(file: Path) -> bool:
+    with _explained(file):
+        if not zipfile.is_zipfile(file):
+            return False
+        with zipfile.ZipFile(file) as archive:
+            return any(name.endswith("/constants.pkl") for name in archive.namelist())
+
+
+class _Storage(NamedTuple):
+    """The bytes of one tensor or several, not read yet."""
+
+    key: str
+    dtype: torch.dtype
+    count: int
+
+
+class _Placed(NamedTuple):
+    """Where in a storage a tensor lies."""
+
+    storage: _Storage
+    offset: int
+    size: tuple[int, ...]
+    stride: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.size) * self.storage.dtype.itemsize
 
 
 class _Inert:
@@ -106,17 +125,11 @@ class _Inert:
         self.attributes: dict[str, Any] = {}
 
     def __setstate__(self, state: Any) -> None:
-        if isinstance(state, dict):
-            self.attributes = state
+        self.attributes = state if isinstance(state, dict) else {}
 
 
-class _TensorUnpickler(pickle.Unpickler):
-    """Unpickles the module tree of a TorchScript archive; any other global is refused."""
-
-    def __init__(self, archive: zipfile.ZipFile, root: str) -> None:
-        super().__init__(io.BytesIO(archive.read(root + "data.pkl")))
-        self._archive = archive
-        self._root = root
+class _TreeUnpickler(pickle.Unpickler):
+    """Unpickles the module tree of a TorchScript archive, tensors as ``_Placed``; other globals are refused."""
 
     def find_class(self, module: str, name: str) -> Any:
         if module.startswith("__torch__"):
@@ -124,23 +137,60 @@ class _TensorUnpickler(pickle.Unpickler):
         if (module, name) == ("collections", "OrderedDict"):
             return OrderedDict
         if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
-            return _rebuild_tensor
+            return lambda storage, offset, size, stride, *_: _Placed(storage, offset, size, stride)
         if module == "torch.jit._pickle":  # lists of numbers and tensors
             return lambda items, *_: list(items)
         if module == "torch" and name in DTYPES:
             return DTYPES[name]
-        raise pickle.UnpicklingError(f"it refers to {module}.{name}, which weights never need")
+        raise _RefusedError(f"it refers to {module}.{name}, which weights never need")
 
-    def persistent_load(self, pid: Any) -> Tensor:
+    def persistent_load(self, pid: Any) -> _Storage:
         kind, dtype, key, _, count = pid
         if kind != "storage" or not isinstance(dtype, torch.dtype) or not str(key).isalnum():
-            raise pickle.UnpicklingError("a storage of unknown kind")
-        data = self._archive.read(f"{self._root}data/{key}")
-        if len(data) != count * dtype.itemsize:
-            raise pickle.UnpicklingError(f"storage {key} has {len(data)} bytes, not {count * dtype.itemsize}")
-        return torch.frombuffer(bytearray(data), dtype=dtype) if data else torch.empty(0, dtype=dtype)
+            raise _RefusedError("it has a storage of unknown kind")
+        return _Storage(str(key), dtype, count)
 
 
-def _rebuild_tensor(storage: Tensor, offset: int, size: Any, stride: Any, *_: Any) -> Tensor:
+def _read_torchscript(archive: zipfile.ZipFile, limit: int) -> dict[str, Tensor]:
+    # by the zip's directory, before anything is unpacked: zipfile reads no more than stands there
+    if sum(entry.file_size for entry in archive.infolist()) > limit:
+        raise _RefusedError("it would unpack to far more than its size")
+    (index,) = [name for name in archive.namelist() if name.endswith("/data.pkl") and name.count("/") == 1]
+    placed = _placed_tensors(_TreeUnpickler(io.BytesIO(archive.read(index))).load())
+    if sum(place.nbytes for place in placed.values()) > limit:
+        raise _RefusedError("its tensors are larger than the file")
+    folder = index.removesuffix("data.pkl") + "data/"
+    storages = {place.storage: _read_storage(archive, folder, place.storage) for place in placed.values()}
     # as_strided checks the bounds itself and raises
-    return torch.as_strided(storage, tuple(size), tuple(stride), offset).clone()
+    return {
+        name: torch.as_strided(storages[place.storage], place.size, place.stride, place.offset)
+        for name, place in placed.items()
+    }
+
+
+def _placed_tensors(root: Any) -> dict[str, _Placed]:
+    """Tensors by dotted name. Each object is entered once, whatever the number of ways that lead to it."""
+    found: dict[str, _Placed] = {}
+    entered: set[int] = set()
+    waiting = [("", root)]
+    while waiting:
+        prefix, value = waiting.pop()
+        if isinstance(value, _Placed):
+            found[prefix.removesuffix(".")] = value
+        elif isinstance(value, _Inert) and id(value) not in entered:
+            entered.add(id(value))
+            if len(prefix) > MAX_NAME:
+                raise _RefusedError("its modules are nested deeper than any CLIP's")
+            waiting += [(f"{prefix}{name}.", item) for name, item in value.attributes.items()]
+    return found
+
+
+def _read_storage(archive: zipfile.ZipFile, folder: str, storage: _Storage) -> Tensor:
+    data = archive.read(folder + storage.key)
+    if len(data) != storage.count * storage.dtype.itemsize:
+        raise _RefusedError(f"storage {storage.key} has {len(data)} bytes, not those of {storage.count} numbers")
+    return (
+        torch.frombuffer(bytearray(data), dtype=storage.dtype)
+        if data
+        else torch.empty(0, dtype=storage.dtype)
+    )
