@@ -102,7 +102,7 @@ class _Storage(NamedTuple):
 
     key: str
     dtype: torch.dtype
-    count: int
+    length: int
 
 
 class _Placed(NamedTuple):
@@ -175,20 +175,22 @@ def _placed_tensors(root: Any) -> dict[str, _Placed]:
     waiting = [("", root)]
     while waiting:
         prefix, value = waiting.pop()
+        if len(prefix) > MAX_NAME:
+            raise _RefusedError("its modules are nested deeper than any CLIP's")
         if isinstance(value, _Placed):
             found[prefix.removesuffix(".")] = value
         elif isinstance(value, _Inert) and id(value) not in entered:
             entered.add(id(value))
-            if len(prefix) > MAX_NAME:
-                raise _RefusedError("its modules are nested deeper than any CLIP's")
             waiting += [(f"{prefix}{name}.", item) for name, item in value.attributes.items()]
     return found
 
 
 def _read_storage(archive: zipfile.ZipFile, folder: str, storage: _Storage) -> Tensor:
     data = archive.read(folder + storage.key)
-    if len(data) != storage.count * storage.dtype.itemsize:
-        raise _RefusedError(f"storage {storage.key} has {len(data)} bytes, not those of {storage.count} numbers")
+    if len(data) != storage.length * storage.dtype.itemsize:
+        raise _RefusedError(
+            f"storage {storage.key} has {len(data)} bytes, not those of {storage.length} numbers"
+        )
     return (
         torch.frombuffer(bytearray(data), dtype=storage.dtype)
         if data
