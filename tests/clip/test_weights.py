@@ -145,6 +145,19 @@ def test_a_tensor_that_reaches_beyond_its_storage_is_refused(tmp_path: Path, fol
         load_clip(files, torch.device("cpu"))
 
 
+def test_an_archive_that_would_unpack_to_far_more_than_its_size_is_refused(
+    tmp_path: Path, folder: Path
+) -> None:
+    whole, bomb = write_torchscript(openai_state_dict(folder), tmp_path / "ViT.pt"), tmp_path / "bomb.pt"
+    with zipfile.ZipFile(whole) as old, zipfile.ZipFile(bomb, "w", zipfile.ZIP_DEFLATED) as new:
+        for name in old.namelist():
+            new.writestr(name, bytes(2**26) if name.endswith("data/0") else old.read(name))
+    assert bomb.stat().st_size < 2**23
+    files = locate_clip(ClipConfig(weights=str(bomb), tokenizer=str(folder)), offline=True)
+    with pytest.raises(WeightsError, match="far more than its size"):
+        load_clip(files, torch.device("cpu"))
+
+
 def test_a_resnet_is_refused(tmp_path: Path, folder: Path) -> None:
     source = tmp_path / "RN50.pt"
     torch.save({"visual.layer1.0.conv1.weight": torch.zeros(1)}, source)
