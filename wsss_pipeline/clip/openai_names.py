@@ -42,6 +42,9 @@ JOINT = re.compile(r"(visual\.)?transformer\.resblocks\.(\d+)\.attn\.in_proj_(we
 def to_hugging_face(tensors: Mapping[str, Tensor], origin: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Configuration values for ``CLIPConfig``, and the tensors in float32 under the library's names.
 
+    Heads are 64 wide and the activation is QuickGELU, as in all of OpenAI's models; tensors don't tell. An
+    OpenCLIP checkpoint has the same names and may have other ones: load it from its Hugging Face folder.
+
     Raises:
         WeightsError: no vision transformer CLIP: a ResNet, or something else; the message names ``origin``.
     """
@@ -51,10 +54,10 @@ def to_hugging_face(tensors: Mapping[str, Tensor], origin: str) -> tuple[dict[st
         )
     try:
         return _configuration(tensors), _renamed(tensors)
-    except (KeyError, IndexError, AttributeError) as error:
-        raise WeightsError(
-            f"{origin} isn't an OpenAI CLIP: {error} is missing or of a wrong shape"
-        ) from error
+    except KeyError as error:
+        raise WeightsError(f"{origin} isn't an OpenAI CLIP: it has no tensor {error}") from error
+    except (IndexError, ValueError) as error:
+        raise WeightsError(f"{origin} isn't an OpenAI CLIP: a tensor has the wrong shape") from error
 
 
 def _configuration(tensors: Mapping[str, Tensor]) -> dict[str, Any]:

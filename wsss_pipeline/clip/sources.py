@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import difflib
 import hashlib
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +17,13 @@ from wsss_pipeline.errors import WeightsError
 
 # all of OpenAI's models share one vocabulary
 OPENAI_TOKENIZER = "openai/clip-vit-base-patch16"
+# their vision transformers, by OpenAI's own names for them
+OPENAI_MODELS = {
+    "vitb32": "openai/clip-vit-base-patch32",
+    "vitb16": OPENAI_TOKENIZER,
+    "vitl14": "openai/clip-vit-large-patch14",
+    "vitl14336px": "openai/clip-vit-large-patch14-336",
+}
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -84,22 +94,48 @@ def locate_clip(config: ClipConfig, offline: bool = False) -> ClipFiles:
     Raises:
         WeightsError: not found, not reachable, or not a CLIP.
     """
-    path = Path(config.weights).expanduser()
-    if path.is_file():
-        return ClipFiles(
-            config.weights, (path,), None, _locate_tokenizer(config.tokenizer, path.parent, offline)
-        )
+    weights = config.weights
+    path = _local(weights, "--clip")
     if path.is_dir():
-        return _in_folder(config.weights, path, config.tokenizer, offline)
-    if (
-        config.weights.endswith(".pt")
-        or config.weights.count("/") > 1
-        or config.weights[:1] in (".", "/", "~")
-    ):
+        return _in_folder(weights, path, config.tokenizer, offline)
+    if path.suffix in (".safetensors", ".bin") and path.is_file():
+        raise WeightsError(f"CLIP weights {weights} are one file of a model; give its folder, {path.parent}")
+    if path.is_file():
+        return ClipFiles(weights, (path,), None, _locate_tokenizer(config.tokenizer, path.parent, offline))
+    if weights.endswith(".pt") or weights.count("/") > 1 or weights[:1] in (".", "/", "~"):
         raise WeightsError(
-            f"CLIP weights {config.weights} don't exist; give a folder, an OpenAI .pt file or a hub id"
+            f"CLIP weights {weights} don't exist; give a folder, an OpenAI .pt file or a hub id{_hint(weights)}"
         )
-    return _in_folder(config.weights, _fetch_model(config.weights, offline), config.tokenizer, offline)
+    return _in_folder(weights, _fetch_model(weights, offline), config.tokenizer, offline)
+
+
+def _local(text: str, option: str) -> Path:
+    """``text`` as a path, that of nothing maybe; one that the system refuses even to look up is an error."""
+    try:
+        path = Path(text).expanduser()
+        path.exists()
+    except (OSError, RuntimeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise WeightsError(f"{option} {text[:100]} can't be looked up: {reason}") from error
+    if not text.strip():
+        raise WeightsError(f"{option} is empty; give a folder, a file or a hub id")
+    return path
+
+
+def _hint(text: str) -> str:
+    """What was probably meant: a model by OpenAI's name, or what has nearly this name on the hub or here."""
+    for name in (text, Path(text).name):
+        plain = re.sub(r"[^a-z0-9]", "", name.lower().removesuffix(".pt"))
+        if plain in OPENAI_MODELS:
+            return f"; did you mean {OPENAI_MODELS[plain]}?"
+    known = [] if text in OPENAI_MODELS.values() else list(OPENAI_MODELS.values())
+    close = difflib.get_close_matches(text, known, n=1, cutoff=0.8)
+    if not close:
+        beside = Path(text).expanduser().parent
+        with contextlib.suppress(OSError):
+            names = [path.name for path in beside.iterdir()]
+            close = [str(beside / name) for name in difflib.get_close_matches(Path(text).name, names, n=1)]
+    return f"; did you mean {close[0]}?" if close else ""
 
 
 def _in_folder(name: str, folder: Path, tokenizer: str | None, offline: bool) -> ClipFiles:
@@ -107,8 +143,9 @@ def _in_folder(name: str, folder: Path, tokenizer: str | None, offline: bool) ->
     if not config.is_file():
         raise WeightsError(f"{name}: no config.json in {folder}; give a Hugging Face folder of a CLIP model")
     values = read_config(config)
-    if "vision_config" not in values or "text_config" not in values:
-        kind = values.get("model_type", "unknown kind")
+    kind = values.get("model_type", "clip")
+    whole = all(isinstance(values.get(tower), dict) for tower in ("vision_config", "text_config"))
+    if kind != "clip" or not whole:
         raise WeightsError(f"{name} is a model of type {kind}, not a whole CLIP with vision and text tower")
     weights = _weight_files(folder)
     if not weights:
@@ -135,9 +172,10 @@ def _locate_tokenizer(tokenizer: str | None, beside: Path, offline: bool) -> Pat
     if tokenizer is None and _has_vocabulary(beside):
         return beside
     wanted = tokenizer or OPENAI_TOKENIZER
-    if _has_vocabulary(Path(wanted).expanduser()):
-        return Path(wanted).expanduser()
-    if tokenizer is not None and Path(wanted).expanduser().exists():
+    path = _local(wanted, "--tokenizer")
+    if _has_vocabulary(path):
+        return path
+    if tokenizer is not None and path.exists():
         raise WeightsError(
             f"--tokenizer {wanted} holds neither tokenizer.json nor vocab.json with merges.txt"
         )
@@ -166,13 +204,13 @@ def _fetch(hub_id: str, offline: bool, patterns: tuple[str, ...]) -> Path:
         how = "once without --offline" if offline else "where the hub can be reached"
         raise WeightsError(
             f"'{hub_id}' is no folder or file here and isn't in the hub's cache; "
-            f"fetch it {how}: `hf download {hub_id}`"
+            f"fetch it {how}: `hf download {hub_id}`{_hint(hub_id)}"
         ) from error
     # the hub's client raises its own errors, those of its HTTP library, OSError and ValueError
     except Exception as error:
         reason = " ".join(str(error).split())[:200]
         raise WeightsError(
-            f"'{hub_id}' is no folder or file here and can't be fetched from the hub: {reason}"
+            f"'{hub_id}' is no folder or file here and can't be fetched from the hub: {reason}{_hint(hub_id)}"
         ) from error
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 from typing import Any
 
@@ -47,11 +48,12 @@ class TextEncoder:
 
     def _encode(self, prompts: Sequence[str]) -> Tensor:
         # padding to the longest of the batch: the mask is causal, so what follows the end token changes nothing
-        tokens = self._tokenizer(list(prompts), padding=True, return_tensors="pt")
+        tokens = self._tokenizer(list(prompts), padding=True, return_tensors="pt", verbose=False)
         for prompt, length in zip(prompts, tokens["attention_mask"].sum(dim=1).tolist(), strict=True):
             if length > self._longest:
+                shown = textwrap.shorten(prompt, 80, placeholder="...")
                 raise ConfigError(
-                    f"the prompt '{prompt}' has {length} tokens, CLIP reads {self._longest}; shorten it"
+                    f"the prompt '{shown}' has {length} tokens, CLIP reads {self._longest}; shorten it"
                 )
         device = next(self._model.parameters()).device
         embeddings = self._model(

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from wsss_pipeline.clip.openai_archive import read_openai_weights
+from wsss_pipeline.clip.openai_archive import read_openai_weights, read_state_dict
 from wsss_pipeline.clip.openai_names import to_hugging_face
 from wsss_pipeline.clip.sources import ClipFiles, read_config
 from wsss_pipeline.errors import WeightsError
@@ -35,8 +35,11 @@ class Clip:
 def load_clip(files: ClipFiles, device: torch.device) -> Clip:
     """Load both towers and the tokenizer.
 
+    Weights come as safetensors or, in older repositories, as ``pytorch_model.bin``, which is a pickle and is
+    read by ``torch.load(weights_only=True)``: no code in it runs.
+
     Raises:
-        WeightsError: damaged, incomplete, or not a vision transformer CLIP.
+        WeightsError: damaged, incomplete, not a vision transformer CLIP, or with another model's vocabulary.
     """
     from transformers import CLIPConfig, CLIPTextModelWithProjection, CLIPVisionModelWithProjection
 
@@ -45,45 +48,85 @@ def load_clip(files: ClipFiles, device: torch.device) -> Clip:
             values, tensors = to_hugging_face(read_openai_weights(files.weights[0]), files.name)
         else:
             values, tensors = read_config(files.config), _read_tensors(files.weights)
-        config: Any = CLIPConfig(**values)
-        vision = _fill(CLIPVisionModelWithProjection(config.vision_config), tensors, files.name).to(device)
-        text = _fill(CLIPTextModelWithProjection(config.text_config), tensors, files.name).to(device)
-        tokenizer = _load_tokenizer(files.tokenizer)
-        scale = tensors.get("logit_scale")
-        if scale is None:
+        if "logit_scale" not in tensors:
             raise WeightsError(f"{files.name} has no logit_scale; it isn't a whole CLIP model")
-    return Clip(vision, text, tokenizer, float(scale.float().exp()))
+        config: Any = CLIPConfig(**values)
+        tokenizer = _load_tokenizer(files.tokenizer)
+        # where the text tower takes its feature; in older configurations this number is wrong
+        config.text_config.eos_token_id = _end_of_text(tokenizer, config.text_config, files)
+        _set_projections(config, tensors)
+        vision = _tower(CLIPVisionModelWithProjection, config.vision_config, tensors, files.name).to(device)
+        text = _tower(CLIPTextModelWithProjection, config.text_config, tensors, files.name).to(device)
+    return Clip(vision, text, tokenizer, float(tensors["logit_scale"].float().exp()))
 
 
 def _read_tensors(files: tuple[Path, ...]) -> dict[str, Tensor]:
+    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     tensors: dict[str, Tensor] = {}
     for path in files:
-        loaded = (
-            load_file(path)
-            if path.suffix == ".safetensors"
-            else torch.load(path, map_location="cpu", weights_only=True)
-        )
-        tensors.update(loaded)
-    return {name: tensor.float() for name, tensor in tensors.items() if tensor.is_floating_point()}
+        if path.suffix != ".safetensors":
+            tensors |= read_state_dict(path)
+            continue
+        try:
+            tensors |= load_file(path)
+        except (SafetensorError, OSError) as error:
+            raise WeightsError(f"{path} can't be read ({_one_line(error)}); fetch it again") from error
+    return tensors
 
 
-def _fill(tower: torch.nn.Module, tensors: Mapping[str, Tensor], name: str) -> torch.nn.Module:
-    own = {key: tensors[key] for key in tower.state_dict() if key in tensors}
-    missing = sorted(set(tower.state_dict()) - set(own))
+def _set_projections(config: Any, tensors: Mapping[str, Tensor]) -> None:
+    """Width of the projections as the tensors have it.
+
+    Configurations of converted OpenCLIP models give it right for the whole, and wrong for the towers.
+    """
+    for tower, name in ((config.vision_config, "visual_projection"), (config.text_config, "text_projection")):
+        if f"{name}.weight" in tensors:
+            tower.projection_dim = len(tensors[f"{name}.weight"])
+
+
+def _tower(kind: Any, config: Any, tensors: Mapping[str, Tensor], name: str) -> Any:
+    """A frozen tower in float32, whatever the configuration's own type, with its part of the tensors."""
+    with torch.device("meta"):  # names and shapes alone: no memory, no random numbers
+        shapes = {key: value.shape for key, value in kind(config).state_dict().items()}
+    missing = sorted(shapes.keys() - tensors.keys())
     if missing:
         raise WeightsError(
             f"{name} lacks {len(missing)} tensors, {missing[0]} among them; it isn't a whole CLIP model"
         )
-    tower.load_state_dict(own)
+    for key, shape in shapes.items():
+        if tensors[key].shape != shape:
+            raise WeightsError(
+                f"{name}: {key} has shape {tuple(tensors[key].shape)} instead of {tuple(shape)}; "
+                "weights and configuration belong to different models"
+            )
+    # copies: what was read may be the mapped file itself, which others can write to
+    own = {key: tensors[key].to(torch.float32, copy=True) for key in shapes}
+    tower = kind.from_pretrained(None, config=config, state_dict=own, dtype=torch.float32)
     return tower.requires_grad_(False).eval()
 
 
 def _load_tokenizer(folder: Path) -> Any:
-    from transformers import CLIPTokenizer
+    import transformers
 
-    return CLIPTokenizer.from_pretrained(folder, local_files_only=True)
+    library: Any = transformers  # which knows this name only at run time
+    return library.CLIPTokenizerFast.from_pretrained(folder, local_files_only=True)
+
+
+def _end_of_text(tokenizer: Any, config: Any, files: ClipFiles) -> int:
+    """The number of the token that ends a text, as the vocabulary has it.
+
+    Raises:
+        WeightsError: the text tower was made for another vocabulary.
+    """
+    end = int(tokenizer("")["input_ids"][-1])
+    if len(tokenizer) > config.vocab_size or end not in (config.eos_token_id, config.vocab_size - 1):
+        raise WeightsError(
+            f"the vocabulary in {files.tokenizer} ({len(tokenizer)} tokens, the end is {end}) isn't that of "
+            f"{files.name} ({config.vocab_size} tokens); give the model's own with --tokenizer"
+        )
+    return end
 
 
 @contextmanager
@@ -94,8 +137,11 @@ def _explained(name: str) -> Iterator[None]:
     except WeightsError:
         raise
     except Exception as error:
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
-        raise WeightsError(f"CLIP {name} can't be loaded: {reason}") from error
+        raise WeightsError(f"CLIP {name} can't be loaded: {_one_line(error)}") from error
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200] or type(error).__name__
 
 
 @contextmanager
@@ -103,9 +149,13 @@ def _quiet_transformers() -> Iterator[None]:
     """The library's warnings and bars are about its own loading; what matters is said by our errors."""
     from transformers.utils import logging
 
-    before = logging.get_verbosity()
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity(stdlib_logging.ERROR)
+    if bars:
+        logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     try:
         yield
     finally:
-        logging.set_verbosity(before)
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()  # type: ignore[no-untyped-call]

@@ -69,7 +69,8 @@ def select_prompt(
         offline: fetch nothing.
 
     Raises:
-        ConfigError: a template without exactly one ``{}``, or no image with two classes.
+        ClassSetError: a template without exactly one ``{}``.
+        ConfigError: no image with two classes that can be used, or a prompt longer than CLIP reads.
         WeightsError: CLIP can't be found or read.
     """
     for template in templates:
