@@ -1,4 +1,7 @@
-"""Finding a CLIP: hub id, local Hugging Face folder, or OpenAI's ``.pt`` file. Nothing is loaded here."""
+"""Finding a CLIP: hub id, local Hugging Face folder, OpenAI's ``.pt`` file, or the package's own small one.
+
+Nothing is loaded here.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,7 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +36,7 @@ TOKENIZER_FILES = (
     "special_tokens_map.json",
     "added_tokens.json",
 )
+DEMO_CLIP = "demo"  # trained on the demo's drawn scenes, part of the package
 # read without running anything in them; the others only with torch's weights_only
 SAFE_WEIGHT_FILES = ("model.safetensors", "model-*-of-*.safetensors")
 WEIGHT_FILES = (*SAFE_WEIGHT_FILES, "pytorch_model.bin", "pytorch_model-*-of-*.bin")
@@ -95,6 +100,9 @@ def locate_clip(config: ClipConfig, offline: bool = False) -> ClipFiles:
         WeightsError: not found, not reachable, or not a CLIP.
     """
     weights = config.weights
+    if weights == DEMO_CLIP:
+        folder = Path(str(resources.files("wsss_pipeline") / "demo" / "clip"))
+        return _in_folder(weights, folder, config.tokenizer, offline)
     path = _local(weights, "--clip")
     if path.is_dir():
         return _in_folder(weights, path, config.tokenizer, offline)

@@ -38,6 +38,11 @@ class Caption:
     text: str
     facts: frozenset[str]
 
+    @property
+    def single(self) -> bool:
+        """Whether it speaks of one thing or one place alone (with its colour or not)."""
+        return sum(" " not in fact for fact in self.facts) == 1
+
 
 def scene_facts(objects: Sequence[DrawnObject], backgrounds: Sequence[str]) -> frozenset[str]:
     """All that a caption of the scene may say."""
@@ -50,9 +55,16 @@ def write_caption(
 ) -> Caption:
     """One caption of a scene with these objects and backgrounds; another wording at each call.
 
-    It tells of all things, or of one, and of the place or not, or of the place alone.
+    It tells of all things, or of one, and of the place or not, or of the place alone. A view may show
+    things alone or a place alone; nothing at all is a ValueError.
     """
+    if not objects and not backgrounds:
+        raise ValueError("a caption needs an object or a background to speak of")
     kind = rng.choice(["one thing", "things", "place", "all"], p=[0.35, 0.15, 0.2, 0.3])
+    if not objects:
+        kind = "place"
+    elif not backgrounds and kind in ("place", "all"):
+        kind = "one thing"
     told = [objects[position] for position in rng.permutation(len(objects))]
     if kind == "one thing":
         told = told[:1]

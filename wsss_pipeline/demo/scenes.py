@@ -39,12 +39,14 @@ class Scene:
         mask: uint8 (H, W), 0 background, 1.. the position in ``CLASS_NAMES`` plus one.
         objects: what stands in it, one entry per class, from back to front.
         backgrounds: one or two background words, the lower one first.
+        horizon: first row of the lower background where there are two, else 0.
     """
 
     image: NDArray[np.uint8]
     mask: NDArray[np.uint8]
     objects: tuple[DrawnObject, ...]
     backgrounds: tuple[str, ...]
+    horizon: int
 
     @property
     def labels(self) -> tuple[str, ...]:
@@ -84,7 +86,7 @@ def draw_scene(
         visible = np.bincount(mask.ravel(), minlength=len(CLASS_NAMES) + 1)
         if all(visible[_index(k)] >= max(1, _LEAST_VISIBLE * a) for k, a in zip(kinds, areas, strict=True)):
             break
-    return Scene(_light(rng, canvas), mask, tuple(objects), backgrounds)
+    return Scene(_light(rng, canvas), mask, tuple(objects), backgrounds, round(horizon * height))
 
 
 def _index(kind: ObjectClass) -> int:

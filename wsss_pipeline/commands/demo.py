@@ -1,0 +1,30 @@
+"""``wsss demo``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from wsss_pipeline.commands.options import PATH
+
+
+@click.command("demo", short_help="Run everything on drawn scenes with the embedded CLIP, offline.")
+@click.option(
+    "--out", type=PATH, default="demo-out", show_default=True, help="Folder for data, cache and pictures."
+)
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of the drawn scenes.")
+def command(out: Path, seed: int) -> None:
+    """Draw a small data set, make pseudo masks of it and score them: the whole pipeline, offline.
+
+    200 training and 100 test scenes are laid out as PASCAL VOC lays out its pictures, and the CLIP that
+    comes with this package was trained on such scenes and their captions. A second run computes nothing
+    twice.
+
+    \b
+    Example:
+      wsss demo --out demo-out
+    """
+    from wsss_pipeline.stages.demo import run_demo
+
+    click.echo("\n".join(run_demo(out, seed).lines()))

@@ -1,0 +1,54 @@
+"""The demo's scenes on disk, laid out as PASCAL VOC lays out its pictures, labels and ground truth."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from xml.etree import ElementTree
+
+import numpy as np
+from PIL import Image
+
+from wsss_pipeline.data.classes import voc_palette
+from wsss_pipeline.demo.scenes import Scene, draw_scene
+
+JPEG_QUALITY = 95
+
+
+def write_voc_folder(root: Path, seed: int, scenes: dict[str, int]) -> None:
+    """Draws scenes to ``JPEGImages``, ``Annotations``, ``SegmentationClass`` and ``ImageSets/Segmentation``.
+
+    Writing the same folder again gives the same bytes; what is there already is written over.
+
+    Args:
+        root: made where it doesn't exist.
+        seed: of the scenes; no scene of one split is in another.
+        scenes: how many by split, such as ``{"train": 200, "val": 100}``.
+
+    Raises:
+        OSError: the folder can't be written.
+    """
+    folders = ("JPEGImages", "Annotations", "SegmentationClass", "ImageSets/Segmentation")
+    for folder in folders:
+        (root / folder).mkdir(parents=True, exist_ok=True)
+    for number, (split, count) in enumerate(scenes.items()):
+        ids = [f"{split}_{index:05d}" for index in range(count)]
+        for index, image_id in enumerate(ids):
+            _write_scene(root, image_id, draw_scene((seed, number, index)))
+        (root / "ImageSets/Segmentation" / f"{split}.txt").write_text("".join(f"{i}\n" for i in ids), "utf-8")
+
+
+def _write_scene(root: Path, image_id: str, scene: Scene) -> None:
+    Image.fromarray(scene.image).save(root / "JPEGImages" / f"{image_id}.jpg", quality=JPEG_QUALITY)
+    mask = Image.fromarray(scene.mask, mode="P")
+    mask.putpalette(np.ascontiguousarray(voc_palette()).tobytes())
+    mask.save(root / "SegmentationClass" / f"{image_id}.png")
+    annotation = ElementTree.Element("annotation")
+    ElementTree.SubElement(annotation, "filename").text = f"{image_id}.jpg"
+    height, width = scene.mask.shape
+    size = ElementTree.SubElement(annotation, "size")
+    for name, value in (("width", width), ("height", height), ("depth", 3)):
+        ElementTree.SubElement(size, name).text = str(value)
+    for label in scene.labels:
+        ElementTree.SubElement(ElementTree.SubElement(annotation, "object"), "name").text = label
+    ElementTree.indent(annotation)
+    ElementTree.ElementTree(annotation).write(root / "Annotations" / f"{image_id}.xml", encoding="utf-8")
