@@ -13,8 +13,8 @@ export OMP_WAIT_POLICY ?= PASSIVE
 help:  ## list what can be made
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
 
-demo: $(VENV)/installed  ## set up, then make pseudo masks of the embedded pictures, offline
-	$(BIN)/python -m tests.demo_run $(DEMO)
+demo: $(VENV)/installed  ## set up, then run everything on drawn scenes with the embedded CLIP, offline
+	$(BIN)/wsss demo --out $(DEMO)
 
 test: lint types pytest  ## set up with the development extras, then lint, types and all tests
 

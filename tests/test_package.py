@@ -27,6 +27,7 @@ ORDER = [
     "cam",
     "refine",
     "cache",
+    "segmentation",
     "evaluation",
     "demo",
     "stages",

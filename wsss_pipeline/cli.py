@@ -22,12 +22,15 @@ from wsss_pipeline.errors import WsssError
 # name on the command line -> module under wsss_pipeline.commands; each holds a command called ``command``
 COMMANDS = {
     "generate-masks": "generate_masks",
+    "train-seg": "train_seg",
     "evaluate": "evaluate",
+    "predict": "predict",
     "export-masks": "export_masks",
     "preview": "preview",
     "cache": "cache",
     "select-prompt": "select_prompt",
     "doctor": "doctor",
+    "demo": "demo",
 }
 
 

@@ -129,9 +129,9 @@ def load_config(
     """
     layers: list[tuple[str, Mapping[str, Any]]] = []
     if file is not None:
-        layers.append((str(file), _file_values(file)))
-    layers += [(f"--set {text}", _override_values(text)) for text in overrides]
-    layers += [(f"'{key}'", _nested(key, value)) for key, value in (flags or {}).items() if value is not None]
+        layers.append((str(file), file_values(file)))
+    layers += [(f"--set {text}", override_values(text)) for text in overrides]
+    layers += [(f"'{key}'", nested(key, value)) for key, value in (flags or {}).items() if value is not None]
     config = _lay(MaskConfig(), layers)
     if preset is None and f"clip-es/{config.classes}" in preset_names():
         preset = f"clip-es/{config.classes}"
@@ -215,25 +215,28 @@ def _preset_values(name: str) -> Mapping[str, Any]:
     if name not in preset_names():
         raise ConfigError(f"unknown preset '{name}'; known: {', '.join(preset_names())}")
     text = (resources.files("wsss_pipeline") / "presets" / f"{name}.yaml").read_text("utf-8")
-    return _yaml_mapping(text, f"preset {name}")
+    return yaml_mapping(text, f"preset {name}")
 
 
-def _file_values(file: Path) -> Mapping[str, Any]:
+def file_values(file: Path) -> Mapping[str, Any]:
+    """The top-level mapping of a YAML file; a ConfigError where it can't be read or isn't one."""
     try:
         text = file.read_text("utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"configuration file {file} can't be read: {error}") from error
-    return _yaml_mapping(text, str(file))
+    return yaml_mapping(text, str(file))
 
 
-def _override_values(text: str) -> Mapping[str, Any]:
+def override_values(text: str) -> Mapping[str, Any]:
+    """``a.b=value`` as a nested mapping; a ConfigError where it isn't of that form."""
     key, separator, value = text.partition("=")
     if not separator or not key.strip():
         raise ConfigError(f"--set {text}: write it as key=value, for example cam.threshold=0.4")
-    return _nested(key.strip(), _yaml(value, f"--set {text}"))
+    return nested(key.strip(), _yaml(value, f"--set {text}"))
 
 
-def _nested(key: str, value: Any) -> dict[str, Any]:
+def nested(key: str, value: Any) -> dict[str, Any]:
+    """``{"a": {"b": value}}`` for the key ``a.b``."""
     *outer, last = key.split(".")
     nested: dict[str, Any] = {last: value}
     for part in reversed(outer):
@@ -241,7 +244,8 @@ def _nested(key: str, value: Any) -> dict[str, Any]:
     return nested
 
 
-def _yaml_mapping(text: str, origin: str) -> Mapping[str, Any]:
+def yaml_mapping(text: str, origin: str) -> Mapping[str, Any]:
+    """YAML text as a mapping, empty where it is; ``origin`` names it in the ConfigError."""
     values = _yaml(text, origin)
     if values is None:
         return {}

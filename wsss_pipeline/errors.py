@@ -12,6 +12,9 @@
     |   +-- CacheLockedError     another process writes the same shard
     |   +-- CacheRecordError     one image's record is missing or damaged
     |   +-- CacheWriteError      disk full, read-only, permission
+    +-- NetworkError             a segmentation network or its initial weights
+    +-- CheckpointError          a trained checkpoint: missing, damaged, or of another kind
+    +-- TrainingError            training can't start or go on: data missing, NaN, changed settings
     +-- EvaluationError          ground truth and predictions that don't fit together
 
 The message of each says what is wrong, where, and how to mend it, in one line: the command line
@@ -65,6 +68,18 @@ class CacheRecordError(CacheError):
 
 class CacheWriteError(CacheError):
     """The cache can't be written: disk full, read-only, no permission."""
+
+
+class NetworkError(WsssError):
+    """A segmentation network is unknown, or its initial weights can't be found or don't fit."""
+
+
+class CheckpointError(WsssError):
+    """A trained checkpoint is missing, damaged or of another kind."""
+
+
+class TrainingError(WsssError):
+    """Training can't start or go on: masks are missing, the loss isn't a number, settings have changed."""
 
 
 class EvaluationError(WsssError):

@@ -97,7 +97,7 @@ def test_the_overlap_rule_turns_vocs_background_into_cocos(caplog: pytest.LogCap
 
 
 def test_built_in_sets_load_without_a_warning(caplog: pytest.LogCaptureFixture) -> None:
-    assert builtin_class_sets() == ["coco14", "voc12"]
+    assert builtin_class_sets() == ["coco14", "demo", "voc12"]
     for name in builtin_class_sets():
         load_class_set(name)
     assert not caplog.records

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 if TYPE_CHECKING:
-    from wsss_pipeline.config import MaskConfig
+    from wsss_pipeline.config import CrfConfig, MaskConfig
+    from wsss_pipeline.segmentation.inference import InferenceConfig
     from wsss_pipeline.stages.mask_inputs import MaskInputs
 
 Command = Callable[..., Any]
@@ -53,7 +54,7 @@ input_options = _all(
         help="Image-level labels: .json, .csv, .txt, a folder of VOC XML, or COCO instances JSON. "
         "Without it the images lie in one folder per class.",
     ),
-    click.option("--classes", help="voc12, coco14, a YAML file, or names: cat,dog."),
+    click.option("--classes", help="voc12, coco14, demo, a YAML file, or names: cat,dog."),
     click.option("--voc", type=PATH, help="VOC2012 folder, instead of --images and --labels."),
     click.option("--coco", type=PATH, help="COCO folder, instead of --images and --labels."),
     click.option("--split", help="With --voc or --coco: which part, for example train_aug or train2014."),
@@ -63,7 +64,7 @@ config_options = _all(
     click.option(
         "--clip",
         metavar="ID_OR_PATH",
-        help="CLIP: hub id, Hugging Face folder, or OpenAI .pt file.  [default: openai/clip-vit-base-patch16]",
+        help="CLIP: hub id, Hugging Face folder, OpenAI .pt file, or demo.  [default: openai/clip-vit-base-patch16]",
     ),
     click.option("--tokenizer", metavar="ID_OR_PATH", help="Its vocabulary, where a .pt has none beside it."),
     click.option(
@@ -113,3 +114,36 @@ machine_options = _all(
     click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N."),
     click.option("--offline", is_flag=True, help="Use only what is on this machine already."),
 )
+
+inference_options = _all(
+    click.option("--scales", metavar="S,S,...", help="Network: look at these scales, e.g. 0.5,0.75,1."),
+    click.option("--flip", is_flag=True, help="Network: look at the mirrored picture too."),
+    click.option("--window", type=click.IntRange(16), help="Network: slide a window of this side over it."),
+    click.option(
+        "--combine",
+        type=click.Choice(["mean", "max"]),
+        default="mean",
+        show_default=True,
+        help="Network: mean of probabilities, or maximum of logits as DeepLabV2 was published.",
+    ),
+    click.option("--crf", is_flag=True, help="Network: refine with the dense CRF."),
+)
+
+
+def read_inference(options: dict[str, Any]) -> tuple[InferenceConfig, CrfConfig | None]:
+    """What ``inference_options`` took."""
+    from wsss_pipeline.config import CrfConfig
+    from wsss_pipeline.errors import ConfigError
+    from wsss_pipeline.segmentation.inference import InferenceConfig
+
+    text = options["scales"] or "1"
+    try:
+        scales = tuple(float(part) for part in text.split(","))
+    except ValueError as error:
+        raise ConfigError(
+            f"--scales {text}: write numbers with commas between them, e.g. 0.5,0.75,1"
+        ) from error
+    if not all(0.05 <= scale <= 20 for scale in scales):
+        raise ConfigError(f"--scales {text}: each must lie between 0.05 and 20")
+    inference = InferenceConfig(scales, options["flip"], options["window"], options["combine"])
+    return inference, CrfConfig() if options["crf"] else None

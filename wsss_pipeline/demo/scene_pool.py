@@ -95,7 +95,7 @@ def _window(
     side = math.exp(rng.uniform(math.log(SMALLEST_PART), 0)) ** 0.5
     h, w = max(1, round(height * side)), max(1, round(width * side))
     if rng.random() < AT_OBJECT_SHARE:
-        drawn = objects[rng.integers(len(objects))]
+        drawn = objects[int(rng.integers(len(objects)))]
         ys, xs = np.nonzero(mask == CLASS_NAMES.index(drawn.name) + 1)
         cy, cx = ys.mean() + 0.12 * h * rng.normal(), xs.mean() + 0.12 * w * rng.normal()
     else:

@@ -122,7 +122,9 @@ def _optimizers(model: Any, plan: TrainingPlan) -> list[torch.optim.Optimizer]:
     """Muon for the matrices inside the layers (Jordan et al., 2024), AdamW at half its rate for the rest."""
     if not hasattr(torch.optim, "Muon"):
         raise MissingDependencyError(f"training needs torch 2.9 or newer, this is {torch.__version__}")
-    inside, decayed, others = [], [], []
+    inside: list[nn.Parameter] = []
+    decayed: list[nn.Parameter] = []
+    others: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
         is_inside = parameter.ndim == 2 and ".layers." in name
         (inside if is_inside else decayed if parameter.ndim > 1 else others).append(parameter)
@@ -177,7 +179,7 @@ def train(
     return losses
 
 
-def _as_it_is(batch: TrainingBatch) -> TrainingBatch:
+def _as_it_is(batch: Any) -> Any:
     return batch
 
 

@@ -52,7 +52,7 @@ class EvaluationResult:
 
     def as_text(self) -> str:
         """Table of per-class IoU in percent, the summary, then what was measured on what."""
-        return "\n".join([*self._class_lines(), "", *self._summary_lines(), "", *self._origin_lines()])
+        return "\n".join([*self._class_lines(), "", *self._summary_lines(), "", *self.origin_lines()])
 
     def _class_lines(self) -> list[str]:
         from rich.cells import cell_len
@@ -87,7 +87,8 @@ class EvaluationResult:
             )
         return lines
 
-    def _origin_lines(self) -> list[str]:
+    def origin_lines(self) -> list[str]:
+        """What was measured on what, a line each."""
         crf = (
             "not known"
             if self.crf is None

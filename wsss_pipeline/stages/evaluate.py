@@ -77,7 +77,9 @@ def evaluate(
         source = _from_folder(predictions, class_names, min_confidence)
 
     truth_files = find_images(ground_truth)
-    image_ids, missing = _choose(truth_files, source, ground_truth, split, allow_missing)
+    image_ids, missing = choose_images(
+        truth_files, source.has, source.description, ground_truth, split, allow_missing
+    )
     matrix, scored, skipped = _add_up(progress(image_ids), truth_files, source)
     if not scored:
         reason = next(iter(skipped.values()))
@@ -95,7 +97,7 @@ def evaluate(
         min_confidence=min_confidence,
         missing=tuple(missing),
         skipped=skipped,
-        warnings=tuple(_warnings(source.class_names, name, len(scored), scores)),
+        warnings=tuple(remarks(source.class_names, name, len(scored), scores)),
     )
 
 
@@ -145,14 +147,19 @@ def _from_folder(
     )
 
 
-def _choose(
+def choose_images(
     truth_files: Mapping[str, Path],
-    source: _Predictions,
+    has: Callable[[str], bool],
+    description: str,
     ground_truth: Path,
     split: Path | None,
     allow_missing: bool,
 ) -> tuple[list[str], list[str]]:
-    """The ids to score and those without a prediction."""
+    """The ids to score, and those for which ``has`` says that there is no prediction.
+
+    Raises:
+        EvaluationError: nothing to score, or a part of a split is missing and ``allow_missing`` is false.
+    """
     wanted = list(truth_files) if split is None else list(dict.fromkeys(read_split(split)))
     if not wanted:
         raise EvaluationError(f"{split or ground_truth}: no image to score in it")
@@ -162,21 +169,19 @@ def _choose(
             f"ground truth {ground_truth} lacks {len(without_truth):,} of the {len(wanted):,} images of {split}, "
             f"the first is '{without_truth[0]}'; give the folder or the split that belongs to the other"
         )
-    missing = [image_id for image_id in wanted if not source.has(image_id)]
+    missing = [image_id for image_id in wanted if not has(image_id)]
     if len(missing) == len(wanted):
         raise EvaluationError(
-            f"{source.description} holds none of the {len(wanted):,} images, such as '{wanted[0]}': "
+            f"{description} holds none of the {len(wanted):,} images, such as '{wanted[0]}': "
             "image ids are paths below the folder without suffix, and must be the same on both sides"
         )
     if missing and split is not None and not allow_missing:
         raise EvaluationError(
-            f"{source.description} lacks {len(missing):,} of the {len(wanted):,} images of {split}, the first is "
+            f"{description} lacks {len(missing):,} of the {len(wanted):,} images of {split}, the first is "
             f"'{missing[0]}'; make them first, or score the others with --allow-missing"
         )
     if missing:
-        logger.warning(
-            "%s lacks %d of %d images; they are left out", source.description, len(missing), len(wanted)
-        )
+        logger.warning("%s lacks %d of %d images; they are left out", description, len(missing), len(wanted))
     absent = set(missing)
     return [image_id for image_id in wanted if image_id not in absent], missing
 
@@ -211,7 +216,8 @@ def _add_up(
     return matrix, scored, skipped
 
 
-def _warnings(class_names: tuple[str, ...], split: str, images: int, scores: Scores) -> Iterable[str]:
+def remarks(class_names: tuple[str, ...], split: str, images: int, scores: Scores) -> Iterable[str]:
+    """What a reader has to know before comparing the number with another one."""
     if images in VOC_TRAIN_AUG_IMAGES and class_names == load_class_set("voc12").names:
         yield (
             f"split {split} has {images:,} images: published figures use train ({VOC_TRAIN_IMAGES:,} images) "

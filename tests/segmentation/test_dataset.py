@@ -1,0 +1,155 @@
+"""Training samples: joint, repeatable in any process, and alive where a picture isn't."""
+
+from __future__ import annotations
+
+import logging
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.data import DataLoader
+
+from wsss_pipeline.data.classes import load_class_set
+from wsss_pipeline.data.image_ids import find_images
+from wsss_pipeline.demo.voc_folder import write_voc_folder
+from wsss_pipeline.errors import TrainingError
+from wsss_pipeline.segmentation.augmentation import Augmentation
+from wsss_pipeline.segmentation.dataset import EpochSampler, SegmentationDataset, training_ids
+from wsss_pipeline.segmentation.mask_sources import GroundTruthMasks
+from wsss_pipeline.segmentation.train_config import AugmentationConfig
+
+CONFIG = AugmentationConfig(crop=64, scale_min=0.5, scale_max=1.5)
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("voc")
+    write_voc_folder(folder, seed=3, scenes={"train": 6})
+    return folder
+
+
+def dataset(root: Path, config: AugmentationConfig = CONFIG, seed: int = 0) -> SegmentationDataset:
+    images = find_images(root / "JPEGImages")
+    source = GroundTruthMasks(root / "SegmentationClass", load_class_set("demo").names)
+    return SegmentationDataset(images, source, list(images), Augmentation(config), seed)
+
+
+def test_a_sample_is_a_function_of_seed_epoch_and_position(root: Path) -> None:
+    data = dataset(root)
+    torch.manual_seed(1)
+    first = data[(0, 2)]
+    torch.manual_seed(2)
+    again = data[(0, 2)]
+    assert torch.equal(first["image"], again["image"])
+    assert torch.equal(first["mask"], again["mask"])
+    others = [data[(1, 2)], dataset(root, seed=1)[(0, 2)]]
+    assert not any(torch.equal(first["image"], other["image"]) for other in others)
+
+
+def test_the_random_numbers_of_the_run_are_left_alone(root: Path) -> None:
+    data = dataset(root)
+    torch.manual_seed(0)
+    expected = torch.rand(3)
+    torch.manual_seed(0)
+    data[(0, 0)]
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_shapes_types_and_padding(root: Path) -> None:
+    small = AugmentationConfig(crop=96, scale_min=0.4, scale_max=0.5)
+    for position in range(6):
+        sample = dataset(root, small)[(0, position)]
+        assert sample["image"].shape == (3, 96, 96)
+        assert sample["image"].dtype == torch.float32
+        assert sample["mask"].dtype == torch.int64
+        outside = sample["mask"] == 255
+        assert outside.sum() > 96 * 96 // 2
+        assert not sample["image"][:, outside].any()
+        assert not sample["confidence"][outside].any()
+        assert (sample["confidence"][~outside] == 1).all()
+
+
+def test_picture_and_mask_stay_together(root: Path) -> None:
+    """Without colour changes a class's pixels are those of the picture: a mask drawn as picture proves it."""
+    images = find_images(root / "JPEGImages")
+    data = dataset(root, AugmentationConfig(crop=64, scale_min=1, scale_max=1, photometric=False))
+    plain = data[(0, 0)]
+    assert set(np.unique(plain["mask"])) <= {*range(11)}
+
+    class Same:
+        class_names = data.source.class_names
+        description = "the picture's own red"
+
+        def has(self, image_id: str) -> bool:
+            return True
+
+        def read(self, image_id: str) -> tuple[np.ndarray, np.ndarray]:  # type: ignore[type-arg]
+            from wsss_pipeline.data.images import read_image
+
+            red = read_image(images[image_id])[..., 0]
+            return (red > 128).astype(np.uint8), (red / np.float32(255)).astype(np.float32)
+
+    joint = SegmentationDataset(images, Same(), list(images), data.augmentation, 0)
+    for place in ((0, 0), (0, 1), (1, 1), (2, 3)):
+        sample = joint[place]
+        red = sample["image"][0] * 0.229 + 0.485
+        assert torch.allclose(red, sample["confidence"], atol=1e-5)
+        assert torch.equal(sample["mask"] == 1, red > 128.5 / 255)
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_workers_give_what_this_process_gives(root: Path, method: str) -> None:
+    data = dataset(root)
+    sampler = EpochSampler(len(data), seed=4)
+
+    def samples(workers: int) -> list[torch.Tensor]:
+        context = {"multiprocessing_context": method} if workers else {}
+        loader = DataLoader(data, batch_size=2, sampler=sampler, num_workers=workers, **context)  # type: ignore[arg-type]
+        return [batch["image"] for batch in islice(loader, 4)]
+
+    for here, there in zip(samples(0), samples(2), strict=True):
+        assert torch.equal(here, there)
+
+
+def test_a_damaged_picture_counts_nothing_and_is_warned_of_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    write_voc_folder(tmp_path, 1, {"train": 2})
+    (tmp_path / "JPEGImages/train_00000.jpg").write_bytes(b"no picture")
+    data = dataset(tmp_path)
+    with caplog.at_level(logging.WARNING):
+        samples = [data[(epoch, 0)] for epoch in range(3)]
+    assert len(caplog.records) == 1
+    assert "train_00000" in caplog.text
+    for sample in samples:
+        assert sample["damaged"]
+        assert (sample["mask"] == 255).all()
+    assert not data[(0, 1)]["damaged"]
+
+
+def test_each_epoch_has_each_image_once_in_another_order() -> None:
+    stream = list(islice(EpochSampler(5, seed=0), 15))
+    epochs = [[position for e, position in stream if e == epoch] for epoch in range(3)]
+    assert [sorted(epoch) for epoch in epochs] == [list(range(5))] * 3
+    assert epochs[0] != epochs[1] or epochs[1] != epochs[2]
+
+
+def test_the_stream_goes_on_anywhere_and_is_shared_out() -> None:
+    stream = list(islice(EpochSampler(7, seed=2), 40))
+    assert list(islice(EpochSampler(7, seed=2, start=16), 24)) == stream[16:]
+    shares = [list(islice(EpochSampler(7, 2, 4, rank, 3), 12)) for rank in range(3)]
+    assert [place for group in zip(*shares, strict=True) for place in group] == stream[4:40]
+
+
+def test_missing_masks_are_refused_or_left_out(root: Path) -> None:
+    data = dataset(root)
+    images = {**data.images, "new": Path("new.jpg")}
+    with pytest.raises(TrainingError, match=r"1 of the 7 images aren't in the ground truth .* \(new\)"):
+        training_ids(images, data.source)
+    assert len(training_ids(images, data.source, allow_missing=True)) == 6
+    with pytest.raises(TrainingError, match="have no picture"):
+        training_ids(data.images, data.source, ["train_00000", "nowhere"])
+    with pytest.raises(TrainingError, match="no image to train on"):
+        training_ids({}, data.source)

@@ -1,0 +1,81 @@
+"""The confidence-guided loss, against numbers worked out by hand."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from wsss_pipeline.segmentation.losses import confidence_weights, segmentation_loss
+
+
+def test_hard_weights_are_all_or_nothing_and_soft_ones_the_confidence() -> None:
+    confidence = torch.tensor([[[190.0, 189.0, 200.0, 0.0]]]) / 200
+    assert confidence_weights(confidence, "hard", 0.95).tolist() == [[[1, 0, 1, 0]]]
+    soft = confidence_weights(confidence, "soft", 0.95)
+    assert soft.flatten().tolist() == pytest.approx([0.95, 0, 1, 0])
+
+
+def logits_for(*probabilities: float) -> torch.Tensor:
+    """(1, 2, 1, N): background has the given probability at each pixel."""
+    values = torch.tensor(probabilities)
+    return torch.stack([values.log(), (1 - values).log()])[None, :, None]
+
+
+def test_the_mean_is_weighted() -> None:
+    logits = logits_for(0.5, 0.25, 0.9)
+    target = torch.tensor([[[0, 1, 255]]])
+    weights = torch.tensor([[[1.0, 0.5, 1.0]]])
+    expected = (math.log(2) + 0.5 * -math.log(0.75)) / 1.5
+    assert segmentation_loss([logits], target, weights).item() == pytest.approx(expected)
+    twice = segmentation_loss([logits, logits], target, weights)
+    assert twice.item() == pytest.approx(2 * expected)
+
+
+def test_balanced_gives_background_and_foreground_a_half_each() -> None:
+    logits = logits_for(0.5, 0.5, 0.5, 0.25)
+    target = torch.tensor([[[0, 0, 0, 1]]])
+    weights = torch.ones(1, 1, 4)
+    expected = (math.log(2) - math.log(0.75)) / 2
+    assert segmentation_loss([logits], target, weights, balanced=True).item() == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("balanced", [False, True])
+def test_nothing_to_learn_from_is_no_loss_and_no_gradient(balanced: bool) -> None:
+    logits = torch.randn(2, 3, 4, 4, requires_grad=True)
+    target = torch.full((2, 4, 4), 255)
+    loss = segmentation_loss([logits], target, torch.ones(2, 4, 4), balanced=balanced)
+    loss.backward()
+    assert loss.item() == 0
+    assert logits.grad is not None
+    assert not logits.grad.any()
+
+
+def test_pixels_without_weight_have_no_gradient() -> None:
+    logits = torch.randn(1, 3, 2, 2, requires_grad=True)
+    weights = torch.tensor([[[1.0, 0.0], [0.0, 1.0]]])
+    segmentation_loss([logits], torch.ones(1, 2, 2, dtype=torch.long), weights).backward()
+    assert logits.grad is not None
+    assert logits.grad.abs().sum(dim=1)[0].gt(0).tolist() == [[True, False], [False, True]]
+
+
+def test_labels_follow_a_smaller_output_by_nearest_pixel() -> None:
+    target = torch.tensor([[[0, 0, 1, 1], [0, 0, 1, 1], [255, 255, 1, 1], [255, 255, 1, 1]]])
+    right = torch.zeros(1, 2, 2, 2)
+    right[0, 0, :, 0], right[0, 1, :, 1] = 20, 20
+    assert segmentation_loss([right], target, torch.ones(1, 4, 4)).item() < 1e-6
+
+
+def test_parts_of_a_batch_add_up_to_the_whole() -> None:
+    """What several processes do: each its own pixels, divided by the pixels of all."""
+    logits, target = torch.randn(4, 3, 5, 5), torch.randint(0, 3, (4, 5, 5))
+    target[0, :4] = 255
+    weights = torch.rand(4, 5, 5)
+    whole = segmentation_loss([logits], target, weights)
+    counts = (weights * (target != 255)).sum()[None]
+    parts = sum(
+        segmentation_loss([logits[part]], target[part], weights[part], total=lambda sums: counts)
+        for part in (slice(0, 1), slice(1, 4))
+    )
+    assert torch.allclose(torch.as_tensor(parts), whole)

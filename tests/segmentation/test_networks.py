@@ -1,0 +1,130 @@
+"""Networks: one calling convention, whatever is inside."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from wsss_pipeline.errors import NetworkError
+from wsss_pipeline.segmentation.networks import DeepLabV2, SegmentationNetwork, build_network
+from wsss_pipeline.segmentation.pretrained import load_pretrained
+from wsss_pipeline.segmentation.train_config import NetworkConfig
+
+NETWORKS = [
+    ("deeplabv3plus", "resnet18"),
+    ("deeplabv2", "resnet18"),
+    ("segformer", "tiny"),
+    ("unet", "mobilenet_v2"),
+]
+
+
+def make(name: str, encoder: str, weights: str = "none") -> SegmentationNetwork:
+    torch.manual_seed(0)
+    return build_network(NetworkConfig(name, encoder, weights), 4)
+
+
+@pytest.mark.parametrize(("name", "encoder"), NETWORKS)
+@pytest.mark.parametrize("size", [(67, 49), (64, 64), (33, 100)])
+def test_logits_have_the_size_of_the_input(name: str, encoder: str, size: tuple[int, int]) -> None:
+    network = make(name, encoder).eval()
+    with torch.no_grad():
+        assert network(torch.randn(2, 3, *size)).shape == (2, 4, *size)
+
+
+@pytest.mark.parametrize(("name", "encoder"), NETWORKS)
+def test_a_batch_of_one_can_be_trained_on(name: str, encoder: str) -> None:
+    outputs = make(name, encoder).train().training_outputs(torch.randn(1, 3, 64, 64))
+    assert all(output.shape[:2] == (1, 4) and output.isfinite().all() for output in outputs)
+
+
+@pytest.mark.parametrize(("name", "encoder"), NETWORKS)
+def test_each_trained_parameter_is_in_one_group(name: str, encoder: str) -> None:
+    network = make(name, encoder)
+    groups = network.parameter_groups(0.1, 0.01, 10)
+    grouped = [id(parameter) for group in groups for parameter in group["params"]]
+    assert len(grouped) == len(set(grouped))
+    assert set(grouped) == {id(parameter) for parameter in network.parameters() if parameter.requires_grad}
+    inside = {id(parameter) for parameter in network.encoder().parameters()}
+    for group in groups:
+        in_encoder = {id(parameter) in inside for parameter in group["params"]}
+        assert in_encoder == {group["lr"] == 0.1}
+
+
+def test_deeplabv2_gives_three_scales_and_their_maximum() -> None:
+    network = make("deeplabv2", "resnet18").train()
+    full, three_quarters, half, maximum = network.training_outputs(torch.randn(1, 3, 64, 64))
+    assert [tuple(x.shape[-2:]) for x in (full, three_quarters, half, maximum)] == [
+        (8, 8),
+        (6, 6),
+        (4, 4),
+        (8, 8),
+    ]
+    assert bool((maximum >= full).all())
+    assert bool((maximum > full).any())
+
+
+def test_deeplabv2_learns_as_published() -> None:
+    network = make("deeplabv2", "resnet18")
+    groups = network.parameter_groups(0.001, 0.0005, 10)
+    assert [group["lr"] for group in groups] == pytest.approx([0.001, 0.01, 0.02])
+    assert [group["weight_decay"] for group in groups] == [0.0005, 0.0005, 0.0]
+    assert len(groups[1]["params"]) == len(groups[2]["params"]) == 4
+
+
+def test_deeplabv2_keeps_its_batch_norm() -> None:
+    network = make("deeplabv2", "resnet18").train()
+    norms = [module for module in network.modules() if isinstance(module, nn.BatchNorm2d)]
+    before = [norm.running_mean.clone() for norm in norms if norm.running_mean is not None]
+    network.training_outputs(torch.randn(2, 3, 64, 64))
+    after = [norm.running_mean for norm in norms if norm.running_mean is not None]
+    assert all(torch.equal(old, new) for old, new in zip(before, after, strict=True))
+    assert not any(norm.training or norm.weight.requires_grad for norm in norms)
+    assert network.training
+
+
+@pytest.mark.parametrize(
+    ("name", "encoder", "message"),
+    [
+        ("resnet", "resnet18", "unknown network 'resnet'; known: deeplabv2, segformer"),
+        ("unet", "resnet17", "can't have the encoder 'resnet17'"),
+        ("deeplabv2", "vgg16", "takes a ResNet of timm"),
+        ("segformer", "mit-b9", "no encoder 'mit-b9'"),
+    ],
+)
+def test_what_does_not_exist_is_named(name: str, encoder: str, message: str) -> None:
+    with pytest.raises(NetworkError, match=message):
+        make(name, encoder)
+
+
+@pytest.mark.parametrize("prefix", ["", "backbone.", "module."])
+def test_an_encoder_takes_weights_from_a_file(tmp_path: Path, prefix: str) -> None:
+    donor, network = make("deeplabv2", "resnet18"), build_network(NetworkConfig("deeplabv2", "resnet18"), 4)
+    state = donor.encoder().state_dict()
+    save_file({prefix + name: value for name, value in state.items()}, tmp_path / "w.safetensors")
+    for place in (tmp_path, tmp_path / "w.safetensors"):
+        load_pretrained(network, NetworkConfig("deeplabv2", "resnet18", str(place)))
+        assert all(torch.equal(value, state[name]) for name, value in network.encoder().state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("weights", "message"),
+    [
+        ("imagenet", "can't be fetched offline; give a file"),
+        ("nowhere.pth", "don't exist; choose imagenet, coco, none"),
+        ("other", "fit 0 of the"),
+        ("pickle.pth", "can't be read as tensors"),
+    ],
+)
+def test_weights_that_cannot_be_used_are_named(tmp_path: Path, weights: str, message: str) -> None:
+    save_file({"x": torch.zeros(1)}, tmp_path / "other.safetensors")
+    (tmp_path / "pickle.pth").write_bytes(b"\x80\x04cos\nsystem\n(S'true'\ntR.")
+    file = tmp_path / ("other.safetensors" if weights == "other" else weights)
+    config = NetworkConfig("deeplabv2", "resnet18", str(file) if file.exists() else weights)
+    network = make("deeplabv2", "resnet18")
+    assert isinstance(network, DeepLabV2)
+    with pytest.raises(NetworkError, match=message):
+        load_pretrained(network, config, offline=True)

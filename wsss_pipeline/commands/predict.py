@@ -1,0 +1,65 @@
+"""``wsss predict``."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from wsss_pipeline.commands.options import PATH, inference_options, read_inference
+
+
+@click.command("predict", short_help="Segment a folder of pictures with a trained network.")
+@click.option("--checkpoint", type=PATH, required=True, help="A training run, or a checkpoint folder.")
+@click.option("--images", type=PATH, required=True, help="Folder of pictures, searched with all below it.")
+@click.option("--out", type=PATH, required=True, help="Folder for masks/, overlays/ and confidence/.")
+@inference_options
+@click.option("--overlays", is_flag=True, help="Also write each mask over its picture.")
+@click.option("--confidence", is_flag=True, help="Also write the label's probability, in half percents.")
+@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
+@click.option("--overwrite", is_flag=True, help="Predict again what is there already.")
+@click.pass_context
+def command(
+    context: click.Context,
+    /,
+    checkpoint: Path,
+    images: Path,
+    out: Path,
+    overlays: bool,
+    confidence: bool,
+    device: str,
+    overwrite: bool,
+    **options: Any,
+) -> None:
+    """Segment every picture of a folder with a trained network.
+
+    Masks are palette PNGs: 0 background, then the classes in the order of the network's config.json. The last
+    line on stdout is their folder. Exit code 1 where pictures couldn't be read.
+
+    \b
+    Example:
+      wsss predict --checkpoint run --images photos --out predictions --overlays
+    """
+    from wsss_pipeline.stages.predict import MASKS, predict
+
+    inference, crf = read_inference(options)
+    report = predict(
+        checkpoint,
+        images,
+        out,
+        inference=inference,
+        crf=crf,
+        overlays=overlays,
+        confidence=confidence,
+        device=device,
+        overwrite=overwrite,
+    )
+    kept = f", {report.kept} were there already" if report.kept else ""
+    click.echo(f"{report.written} masks written{kept}, {len(report.failed)} failed", err=True)
+    if report.interrupted:
+        click.echo(f"interrupted; go on with: {shlex.join(['wsss', *sys.argv[1:]])}", err=True)
+    click.echo(out / MASKS)
+    context.exit(130 if report.interrupted else 1 if report.failed else 0)

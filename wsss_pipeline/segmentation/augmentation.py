@@ -1,0 +1,70 @@
+"""Random scale, crop, flip and colour, jointly for picture, mask and confidence."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torchvision import tv_tensors
+from torchvision.transforms import v2
+from torchvision.transforms.v2 import functional as F
+
+from wsss_pipeline.segmentation.networks import IMAGE_MEAN, IMAGE_STD
+from wsss_pipeline.segmentation.train_config import AugmentationConfig
+
+IGNORE = 255
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """Draws from torch's own random numbers, so whoever seeds them decides what comes out."""
+
+    config: AugmentationConfig
+
+    def __call__(self, image: Tensor, mask: Tensor, confidence: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """One training sample.
+
+        Args:
+            image: uint8 (3, H, W) RGB.
+            mask: uint8 (H, W), 255 where there is no label.
+            confidence: float32 (H, W).
+
+        Returns:
+            float32 (3, S, S) normalised with ImageNet's mean and standard deviation, uint8 (S, S) and float32
+            (S, S), S the crop; beyond the picture's edge the mean colour, 255 and 0.
+        """
+        config = self.config
+        height, width = image.shape[-2:]
+        factor = config.scale_min + (config.scale_max - config.scale_min) * torch.rand(()).item()
+        size = [max(1, round(height * factor)), max(1, round(width * factor))]
+        # nearest for the confidence as well: it belongs to the label that its pixel has
+        nearest = v2.InterpolationMode.NEAREST
+        image = F.resize(tv_tensors.Image(image), size, antialias=True)
+        planes = [F.resize(x[None], size, interpolation=nearest) for x in (mask, confidence)]
+        if config.photometric:
+            image = v2.ColorJitter(0.4, 0.4, 0.4, 0.1)(image)
+        pixels = F.normalize(F.to_dtype(image, torch.float32, scale=True), list(IMAGE_MEAN), list(IMAGE_STD))
+        top, left = (_offset(side, config.crop) for side in size)
+        flip = config.flip and torch.rand(()).item() < 0.5
+        cut = []
+        for plane, fill in ((pixels, 0.0), (planes[0], float(IGNORE)), (planes[1], 0.0)):
+            part = _crop(plane.as_subclass(Tensor), top, left, config.crop, fill)
+            cut.append(part.flip(-1) if flip else part)
+        return cut[0], cut[1][0], cut[2][0]
+
+
+def _offset(side: int, crop: int) -> int:
+    """Where the crop starts; negative where the picture is smaller and lies somewhere inside it."""
+    low, high = min(0, side - crop), max(0, side - crop)
+    return int(torch.randint(low, high + 1, ()).item())
+
+
+def _crop(plane: Tensor, top: int, left: int, crop: int, fill: float) -> Tensor:
+    """(C, crop, crop) out of (C, H, W); what lies outside it is ``fill``."""
+    height, width = plane.shape[-2:]
+    result = plane.new_full((len(plane), crop, crop), fill)
+    y0, x0 = max(0, -top), max(0, -left)
+    y1, x1 = min(crop, height - top), min(crop, width - left)
+    result[:, y0:y1, x0:x1] = plane[:, top + y0 : top + y1, left + x0 : left + x1]
+    return result

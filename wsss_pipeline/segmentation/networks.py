@@ -1,0 +1,250 @@
+"""Segmentation networks behind one factory and one calling convention."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from wsss_pipeline.errors import NetworkError
+from wsss_pipeline.segmentation.train_config import NetworkConfig
+
+IMAGE_MEAN = (0.485, 0.456, 0.406)  # of ImageNet, RGB, for values in [0, 1]
+IMAGE_STD = (0.229, 0.224, 0.225)
+_NORMS = (nn.modules.batchnorm._BatchNorm, nn.LayerNorm, nn.GroupNorm)
+
+
+class SegmentationNetwork(nn.Module, ABC):
+    """Images (B, 3, H, W), normalised with ImageNet's mean and standard deviation, to logits (B, 1+C, H, W).
+
+    H and W may be anything. A subclass sets ``model`` and ``multiple`` and says what its encoder is.
+    """
+
+    model: nn.Module
+    multiple: int = 1  # of pixels, that the model's input sides must be
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits at the size of the input."""
+        height, width = images.shape[-2:]
+        right, below = -width % self.multiple, -height % self.multiple
+        logits = self.logits(F.pad(images, (0, right, 0, below)) if right or below else images)
+        size = (height + below, width + right)
+        if logits.shape[-2:] != size:
+            logits = F.interpolate(logits, size=size, mode="bilinear", align_corners=False)
+        return logits[..., :height, :width]
+
+    def logits(self, images: Tensor) -> Tensor:
+        """Logits of sides that are multiples of ``multiple``, at whatever size the model has them."""
+        output: Tensor = self.model(images)
+        return output
+
+    def training_outputs(self, images: Tensor) -> list[Tensor]:
+        """The logits that the loss is summed over."""
+        return [self(images)]
+
+    @abstractmethod
+    def encoder(self) -> nn.Module:
+        """What comes with pre-trained weights."""
+
+    def parameter_groups(self, lr: float, weight_decay: float, head_factor: float) -> list[dict[str, Any]]:
+        """Groups for the optimiser: encoder at ``lr``, the rest at ``head_factor`` times it.
+
+        Biases and norms have no weight decay.
+        """
+        plain = {
+            id(parameter)
+            for module in self.modules()
+            for name, parameter in module.named_parameters(recurse=False)
+            if isinstance(module, _NORMS) or name == "bias"
+        }
+        inside = {id(parameter) for parameter in self.encoder().parameters()}
+        groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+        for parameter in self.parameters():
+            if parameter.requires_grad:
+                groups.setdefault((id(parameter) in inside, id(parameter) in plain), []).append(parameter)
+        return [
+            {
+                "params": parameters,
+                "lr": lr if in_encoder else lr * head_factor,
+                "weight_decay": 0.0 if is_plain else weight_decay,
+            }
+            for (in_encoder, is_plain), parameters in groups.items()
+        ]
+
+
+class DecoderNetwork(SegmentationNetwork):
+    """A decoder of segmentation-models-pytorch on any of its encoders."""
+
+    multiple = 32
+
+    def __init__(self, decoder: str, encoder: str, num_classes: int) -> None:
+        super().__init__()
+        import segmentation_models_pytorch as smp
+
+        if decoder not in smp.MODEL_ARCHITECTURES_MAPPING:
+            known = ", ".join(["deeplabv2", "segformer", *sorted(set(smp.MODEL_ARCHITECTURES_MAPPING))])
+            raise NetworkError(f"unknown network '{decoder}'; known: {known}")
+        try:
+            self.model = smp.create_model(
+                decoder, encoder_name=encoder, encoder_weights=None, classes=num_classes
+            )
+        except (KeyError, ValueError, RuntimeError, NotImplementedError) as error:
+            reason = " ".join(str(error).split())[:300]
+            raise NetworkError(f"network {decoder} can't have the encoder '{encoder}': {reason}") from error
+
+    def logits(self, images: Tensor) -> Tensor:
+        """As the decoder gives them."""
+        if (
+            self.training
+            and len(images) == 1
+            and any(isinstance(m, nn.AdaptiveAvgPool2d) for m in self.modules())
+        ):
+            # its batch norm after global pooling would see one value per channel; two equal pictures are one
+            return super().logits(images.expand(2, -1, -1, -1))[:1]
+        return super().logits(images)
+
+    def encoder(self) -> nn.Module:
+        """The encoder of segmentation-models-pytorch."""
+        encoder = self.model.encoder
+        assert isinstance(encoder, nn.Module)
+        return encoder
+
+
+class SegFormer(SegmentationNetwork):
+    """SegFormer (Xie et al., NeurIPS 2021) through transformers; ``tiny`` is a small one for small tasks."""
+
+    def __init__(self, encoder: str, num_classes: int) -> None:
+        super().__init__()
+        from transformers import SegformerForSemanticSegmentation
+
+        from wsss_pipeline.segmentation.pretrained import segformer_config
+
+        self.model = SegformerForSemanticSegmentation(segformer_config(encoder, num_classes))
+
+    def logits(self, images: Tensor) -> Tensor:
+        """At a quarter of the input's size."""
+        output: Tensor = self.model(pixel_values=images).logits
+        return output
+
+    def encoder(self) -> nn.Module:
+        """The hierarchical transformer."""
+        encoder = self.model.segformer
+        assert isinstance(encoder, nn.Module)
+        return encoder
+
+
+class _Aspp(nn.Module):
+    """Four dilated convolutions, summed (Chen et al., "DeepLab", TPAMI 2018, section 3.2)."""
+
+    def __init__(self, channels: int, num_classes: int) -> None:
+        super().__init__()
+        self.branches = nn.ModuleList(
+            nn.Conv2d(channels, num_classes, 3, padding=rate, dilation=rate) for rate in (6, 12, 18, 24)
+        )
+        for branch in self.branches:
+            assert isinstance(branch, nn.Conv2d)
+            nn.init.normal_(branch.weight, std=0.01)
+            assert branch.bias is not None
+            nn.init.zeros_(branch.bias)
+
+    def forward(self, features: Tensor) -> Tensor:
+        return torch.stack([branch(features) for branch in self.branches]).sum(dim=0)
+
+
+class DeepLabV2(SegmentationNetwork):
+    """DeepLabV2 as papers on weak supervision train it: output stride 8, summed ASPP, frozen batch norm.
+
+    Args:
+        encoder: a ResNet of timm, such as ``resnet101``.
+        num_classes: with the background.
+    """
+
+    scales = (0.75, 0.5)  # beside 1, in training
+
+    def __init__(self, encoder: str, num_classes: int) -> None:
+        super().__init__()
+        import timm
+
+        if not timm.is_model(encoder) or not encoder.startswith("resnet"):
+            raise NetworkError(f"network deeplabv2 takes a ResNet of timm such as resnet101, not '{encoder}'")
+        backbone: Any = timm.create_model(encoder, features_only=True, output_stride=8, out_indices=(4,))
+        head = _Aspp(backbone.feature_info.channels()[-1], num_classes)
+        self.model = nn.ModuleDict({"backbone": backbone, "head": head})
+        for norm in self._batch_norms():
+            norm.requires_grad_(False)
+        self.train(self.training)
+
+    def train(self, mode: bool = True) -> DeepLabV2:
+        """As usual, but batch norm keeps the statistics that it came with."""
+        super().train(mode)
+        for norm in self._batch_norms():
+            norm.eval()
+        return self
+
+    def logits(self, images: Tensor) -> Tensor:
+        """At an eighth of the input's size."""
+        assert isinstance(self.model, nn.ModuleDict)
+        logits: Tensor = self.model["head"](self.model["backbone"](images)[0])
+        return logits
+
+    def training_outputs(self, images: Tensor) -> list[Tensor]:
+        """Logits at scales 1, 0.75 and 0.5, and their maximum, at the sizes the network has them."""
+        full = self.logits(images)
+        smaller = [
+            self.logits(F.interpolate(images, scale_factor=scale, mode="bilinear", align_corners=False))
+            for scale in self.scales
+        ]
+        alike = [
+            F.interpolate(x, size=full.shape[-2:], mode="bilinear", align_corners=False) for x in smaller
+        ]
+        return [full, *smaller, torch.stack([full, *alike]).amax(dim=0)]
+
+    def encoder(self) -> nn.Module:
+        """The dilated ResNet."""
+        assert isinstance(self.model, nn.ModuleDict)
+        return self.model["backbone"]
+
+    def parameter_groups(self, lr: float, weight_decay: float, head_factor: float) -> list[dict[str, Any]]:
+        """Backbone at ``lr``, ASPP weights at ``head_factor``, ASPP biases at twice that without decay."""
+        assert isinstance(self.model, nn.ModuleDict)
+        head = dict(self.model["head"].named_parameters())
+        return [
+            {
+                "params": [p for p in self.encoder().parameters() if p.requires_grad],
+                "lr": lr,
+                "weight_decay": weight_decay,
+            },
+            {
+                "params": [p for name, p in head.items() if name.endswith("weight")],
+                "lr": lr * head_factor,
+                "weight_decay": weight_decay,
+            },
+            {
+                "params": [p for name, p in head.items() if name.endswith("bias")],
+                "lr": lr * head_factor * 2,
+                "weight_decay": 0.0,
+            },
+        ]
+
+    def _batch_norms(self) -> list[nn.Module]:
+        return [module for module in self.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+
+
+def build_network(config: NetworkConfig, num_classes: int) -> SegmentationNetwork:
+    """A network with fresh weights; ``pretrained.load_pretrained`` gives the encoder its own.
+
+    Args:
+        config: ``weights`` isn't looked at here.
+        num_classes: with the background.
+
+    Raises:
+        NetworkError: no such network or encoder.
+    """
+    if config.name == "deeplabv2":
+        return DeepLabV2(config.encoder, num_classes)
+    if config.name == "segformer":
+        return SegFormer(config.encoder, num_classes)
+    return DecoderNetwork(config.name, config.encoder, num_classes)

@@ -1,0 +1,155 @@
+"""Weights that a network starts from: by name, or from a file or folder of the user's."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from wsss_pipeline.errors import NetworkError
+from wsss_pipeline.segmentation.networks import DecoderNetwork, DeepLabV2, SegFormer, SegmentationNetwork
+from wsss_pipeline.segmentation.train_config import NetworkConfig
+
+# hidden sizes and depths of the encoders (Xie et al., "SegFormer", NeurIPS 2021, table 6)
+_MIT = {
+    "tiny": ((16, 32, 64, 96), (1, 1, 2, 1), 64),
+    "mit-b0": ((32, 64, 160, 256), (2, 2, 2, 2), 256),
+    "mit-b1": ((64, 128, 320, 512), (2, 2, 2, 2), 256),
+    "mit-b2": ((64, 128, 320, 512), (3, 4, 6, 3), 768),
+    "mit-b3": ((64, 128, 320, 512), (3, 4, 18, 3), 768),
+    "mit-b4": ((64, 128, 320, 512), (3, 8, 27, 3), 768),
+    "mit-b5": ((64, 128, 320, 512), (3, 6, 40, 3), 768),
+}
+_LEAST_SHARE = 0.5  # of an encoder's tensors that a file must hold to be its weights
+_PREFIXES = ("module.", "model.", "backbone.", "encoder.", "segformer.", "")
+
+
+def segformer_config(encoder: str, num_classes: int) -> Any:
+    """A ``SegformerConfig`` for a name of the table, or of a local folder.
+
+    Raises:
+        NetworkError: neither.
+    """
+    from transformers import SegformerConfig
+
+    name = encoder.replace("_", "-").removeprefix("nvidia/")
+    if name in _MIT:
+        sizes, depths, decoder = _MIT[name]
+        return SegformerConfig(  # type: ignore[call-arg]
+            hidden_sizes=list(sizes),
+            depths=list(depths),
+            num_attention_heads=[1, 2, 4 if name == "tiny" else 5, 8],
+            decoder_hidden_size=decoder,
+            num_labels=num_classes,
+        )
+    if (Path(encoder) / "config.json").is_file():
+        config = SegformerConfig.from_pretrained(encoder)
+        config.num_labels = num_classes
+        return config
+    raise NetworkError(
+        f"network segformer has no encoder '{encoder}'; choose one of {', '.join(_MIT)}, or a folder with a "
+        "SegFormer's config.json"
+    )
+
+
+def load_pretrained(network: SegmentationNetwork, config: NetworkConfig, offline: bool = False) -> None:
+    """Gives the encoder the weights that ``config.weights`` names; ``none`` leaves it as it is.
+
+    Raises:
+        NetworkError: the weights can't be found or fetched, or aren't those of this encoder.
+    """
+    if config.weights == "none":
+        return
+    path = Path(config.weights).expanduser()
+    if path.exists():
+        _load_encoder(network.encoder(), _read_state(path), config)
+        return
+    if config.weights not in ("imagenet", "coco"):
+        raise NetworkError(
+            f"weights '{config.weights}' don't exist; choose imagenet, coco, none, a file or a folder"
+        )
+    advice = "give a file or folder with --weights, or train from scratch with --weights none"
+    if offline:
+        raise NetworkError(f"{config.weights} weights of {config.encoder} can't be fetched offline; {advice}")
+    try:
+        state = _fetch(network, config)
+    except NetworkError:
+        raise
+    except Exception as error:  # the hub, its mirrors and the disk fail in many ways; all mean the same here
+        reason = " ".join(str(error).split())[:200]
+        raise NetworkError(
+            f"{config.weights} weights of {config.encoder} couldn't be fetched ({reason}); {advice}"
+        ) from error
+    _load_encoder(network.encoder(), state, config)
+
+
+def _fetch(network: SegmentationNetwork, config: NetworkConfig) -> Mapping[str, Tensor]:
+    if config.weights == "coco":
+        if not isinstance(network, DeepLabV2) or config.encoder not in ("resnet50", "resnet101"):
+            raise NetworkError(
+                f"there are no coco weights for {config.name} with {config.encoder}, only for deeplabv2 with "
+                "resnet50 or resnet101; choose imagenet, or give a file"
+            )
+        from torchvision.models import segmentation
+
+        weights = getattr(segmentation, f"DeepLabV3_{config.encoder.replace('resnet', 'ResNet')}_Weights")
+        state: Mapping[str, Tensor] = weights.DEFAULT.get_state_dict(progress=False, weights_only=True)
+        return state
+    if isinstance(network, DeepLabV2):
+        import timm
+
+        backbone: dict[str, Tensor] = timm.create_model(config.encoder, pretrained=True).state_dict()
+        return backbone
+    if isinstance(network, SegFormer):
+        from transformers import SegformerModel
+
+        transformer: dict[str, Tensor] = SegformerModel.from_pretrained(
+            f"nvidia/{config.encoder}"
+        ).state_dict()
+        return transformer
+    assert isinstance(network, DecoderNetwork)
+    import segmentation_models_pytorch as smp
+
+    encoder: dict[str, Tensor] = smp.encoders.get_encoder(config.encoder, weights="imagenet").state_dict()
+    return encoder
+
+
+def _read_state(path: Path) -> Mapping[str, Tensor]:
+    if path.is_dir():
+        found = sorted([*path.glob("*.safetensors"), *path.glob("*.pth"), *path.glob("*.bin")])
+        if not found:
+            raise NetworkError(f"weights {path}: no .safetensors, .pth or .bin file in this folder")
+        path = found[0]
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            return load_file(path)
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # what a damaged or hostile file raises is up to its format
+        reason = " ".join(str(error).split())[:200]
+        raise NetworkError(f"weights {path} can't be read as tensors: {reason}") from error
+    inner: Any = state.get("state_dict", state.get("model", state)) if isinstance(state, dict) else {}
+    if not isinstance(inner, dict):
+        raise NetworkError(f"weights {path} hold no tensors by name")
+    state = inner
+    return {name: value for name, value in state.items() if isinstance(value, Tensor)}
+
+
+def _load_encoder(encoder: nn.Module, state: Mapping[str, Tensor], config: NetworkConfig) -> None:
+    """Copies the tensors whose names and shapes fit; names may carry the prefix of a larger model."""
+    own = encoder.state_dict()
+    best: dict[str, Tensor] = {}
+    for prefix in _PREFIXES:
+        names = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+        fitting = {n: v for n, v in names.items() if n in own and own[n].shape == v.shape}
+        best = max(best, fitting, key=len)
+    if len(best) < _LEAST_SHARE * len(own):
+        raise NetworkError(
+            f"weights {config.weights} fit {len(best)} of the {len(own)} tensors of {config.encoder}: they are "
+            "another network's; give those of this encoder"
+        )
+    encoder.load_state_dict(best, strict=False)
