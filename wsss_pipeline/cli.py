@@ -25,6 +25,7 @@ COMMANDS = {
     "train-seg": "train_seg",
     "evaluate": "evaluate",
     "predict": "predict",
+    "export-model": "export_model",
     "export-masks": "export_masks",
     "preview": "preview",
     "cache": "cache",

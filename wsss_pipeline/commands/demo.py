@@ -13,9 +13,17 @@ from wsss_pipeline.commands.options import PATH
 @click.option(
     "--out", type=PATH, default="demo-out", show_default=True, help="Folder for data, cache and pictures."
 )
-@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of the drawn scenes.")
-def command(out: Path, seed: int) -> None:
-    """Draw a small data set, make pseudo masks of it and score them: the whole pipeline, offline.
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of scenes and network.")
+@click.option(
+    "--recipe",
+    type=click.Choice(["demo/deeplabv3plus", "demo/segformer"]),
+    default="demo/deeplabv3plus",
+    show_default=True,
+    help="Of the network.",
+)
+@click.option("--upper-bound", is_flag=True, help="Also train a network on the ground truth.")
+def command(out: Path, seed: int, recipe: str, upper_bound: bool) -> None:
+    """Draw a small data set, make pseudo masks of it, train a network on them and score both, offline.
 
     200 training and 100 test scenes are laid out as PASCAL VOC lays out its pictures, and the CLIP that
     comes with this package was trained on such scenes and their captions. A second run computes nothing
@@ -25,6 +33,10 @@ def command(out: Path, seed: int) -> None:
     Example:
       wsss demo --out demo-out
     """
+    from wsss_pipeline.runtime.training_progress import TrainingProgressBar
+    from wsss_pipeline.segmentation.train_config import load_train_config
     from wsss_pipeline.stages.demo import run_demo
 
-    click.echo("\n".join(run_demo(out, seed).lines()))
+    with TrainingProgressBar(load_train_config(recipe).optimisation.iterations) as bar:
+        report = run_demo(out, seed, recipe, upper_bound=upper_bound, log=bar.log)
+    click.echo("\n".join(report.lines()))

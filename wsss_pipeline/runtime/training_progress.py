@@ -29,18 +29,6 @@ class TrainingProgressBar:
         self._last_line = 0.0
 
     def __enter__(self) -> TrainingProgressBar:
-        if self._stream.isatty():
-            from rich.console import Console
-            from rich.progress import BarColumn, Progress, TextColumn
-
-            self._bar = Progress(
-                BarColumn(),
-                TextColumn("{task.description}"),
-                console=Console(file=self._stream),
-                transient=True,
-            )
-            self._task = self._bar.add_task("starting", total=self._total)
-            self._bar.start()
         return self
 
     def __exit__(
@@ -52,6 +40,8 @@ class TrainingProgressBar:
     def log(self, numbers: dict[str, Any]) -> None:
         """One update more: ``step``, ``loss``, ``lr``, and ``miou`` where it was validated."""
         step, now = numbers["step"], time.monotonic()
+        if self._bar is None and self._stream.isatty():
+            self._start()
         if self._loss is None or step <= self._first[0]:
             self._first, self._loss = (step - 1, now - numbers["seconds"]), numbers["loss"]
         self._loss = 0.9 * self._loss + 0.1 * numbers["loss"]
@@ -62,6 +52,17 @@ class TrainingProgressBar:
         elif now - self._last_line >= SECONDS_BETWEEN_LINES or "miou" in numbers or step == self._total:
             self._last_line = now
             print(text, file=self._stream, flush=True)
+
+    def _start(self) -> None:
+        """At the first update: what comes before training may have a bar of its own."""
+        from rich.console import Console
+        from rich.progress import BarColumn, Progress, TextColumn
+
+        console = Console(file=self._stream)
+        columns = (BarColumn(), TextColumn("{task.description}"))
+        self._bar = Progress(*columns, console=console, transient=True)
+        self._task = self._bar.add_task("", total=self._total)
+        self._bar.start()
 
     def line(self, step: int, lr: float, now: float) -> str:
         """For example ``120/300 updates, loss 0.412, lr 0.0008, 5.1 updates/s, ETA 0:00:35, mIoU 61.20 %``."""

@@ -30,7 +30,8 @@ class SegmentationNetwork(nn.Module, ABC):
         """Logits at the size of the input."""
         height, width = images.shape[-2:]
         right, below = -width % self.multiple, -height % self.multiple
-        logits = self.logits(F.pad(images, (0, right, 0, below)) if right or below else images)
+        # without a condition on the size, which an exported network would be left with
+        logits = self.logits(F.pad(images, (0, right, 0, below)) if self.multiple > 1 else images)
         size = (height + below, width + right)
         if logits.shape[-2:] != size:
             logits = F.interpolate(logits, size=size, mode="bilinear", align_corners=False)

@@ -3,22 +3,31 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
+from wsss_pipeline.data.image_ids import find_images
+from wsss_pipeline.data.shortcuts import read_split
 from wsss_pipeline.demo.voc_folder import write_voc_folder
 from wsss_pipeline.errors import ConfigError
 from wsss_pipeline.evaluation.report import EvaluationResult
+from wsss_pipeline.segmentation.mask_sources import CachedMasks, GroundTruthMasks, MaskSource
+from wsss_pipeline.segmentation.train_config import load_train_config
 from wsss_pipeline.stages.evaluate import evaluate
+from wsss_pipeline.stages.evaluate_network import evaluate_network, load_network_masks
+from wsss_pipeline.stages.evaluation_report import ReportImages, report_with_truth
 from wsss_pipeline.stages.generate_masks import generate_masks
 from wsss_pipeline.stages.mask_inputs import read_inputs
 from wsss_pipeline.stages.mask_plan import MaskRequest
 from wsss_pipeline.stages.preview import preview
+from wsss_pipeline.stages.train_seg import TrainRequest, train_seg
 
 logger = logging.getLogger(__name__)
 
 TRAIN, VAL = "train", "val"
+RECIPE = "demo/deeplabv3plus"
 # what the table calls it -> settings that leave out what comes after
 STEPS: dict[str, tuple[str, ...]] = {
     "CAM": ("cam.affinity=false", "crf.backend=none"),
@@ -60,18 +69,32 @@ class DemoReport:
         return [*rows, "", *(f"{name:{places}}  {path}" for name, path in self.folders.items())]
 
 
-def run_demo(out: Path, seed: int = 0, scenes: tuple[int, int] = (200, 100)) -> DemoReport:
-    """Draws the scenes, makes pseudo masks of the training scenes and scores them.
+def run_demo(
+    out: Path,
+    seed: int = 0,
+    recipe: str = RECIPE,
+    *,
+    upper_bound: bool = False,
+    scenes: tuple[int, int] = (200, 100),
+    overrides: Sequence[str] = (),
+    log: Callable[[dict[str, Any]], None] = lambda numbers: None,
+) -> DemoReport:
+    """Draws the scenes, makes pseudo masks of the training scenes, trains a network on them, scores both.
 
     Running it again on the same folder computes nothing twice.
 
     Args:
-        out: folder for the data set, the cache and the pictures.
-        seed: of the scenes.
+        out: folder for the data set, the cache, the network and the pictures.
+        seed: of the scenes and of the network.
+        recipe: of the network.
+        upper_bound: also train a network on the ground truth.
         scenes: how many for training, how many for testing.
+        overrides: ``key=value`` settings over those of the recipe.
+        log: gets each update's numbers.
 
     Raises:
         ConfigError: ``out`` can't be written.
+        TrainingError: ``out`` holds a demo with other settings.
     """
     data = out / "data"
     report = DemoReport(folders={"data set": data})
@@ -81,14 +104,43 @@ def run_demo(out: Path, seed: int = 0, scenes: tuple[int, int] = (200, 100)) -> 
     except OSError as error:
         raise ConfigError(f"the demo's folder {out} can't be written: {error.strerror or error}") from error
     masks = data
-    for name, overrides in STEPS.items():
+    for name, settings in STEPS.items():
         logger.info("pseudo masks: %s", name)
-        masks = _pseudo_masks(data, out / "cache", overrides)
-        report.add(f"pseudo masks: {name}", _score(data, TRAIN, cache=masks))
+        masks = _pseudo_masks(data, out / "cache", settings)
+        result = evaluate(data / "SegmentationClass", cache=masks, split=_split(data, TRAIN))
+        report.add(f"pseudo masks: {name}", result)
     report.folders["pseudo masks"] = masks
-    images = read_inputs(voc=data, split=TRAIN, classes="demo")[1].images
+    images = find_images(data / "JPEGImages")
     report.folders["preview"] = preview(masks, images, out / "preview.png")
+    sources: dict[str, MaskSource] = {"network": CachedMasks(masks)}
+    if upper_bound:
+        names = sources["network"].class_names
+        sources["network-on-ground-truth"] = GroundTruthMasks(data / "SegmentationClass", names)
+    for name, source in sources.items():
+        config = load_train_config(recipe, None, overrides, {"seed": seed})
+        split = read_split(_split(data, TRAIN))
+        request = TrainRequest(images, source, config, out / name, split, device="auto", workers=1)
+        report.folders[name] = train_seg(request, log).checkpoint
+        _score_network(report, name, data, out)
     return report
+
+
+def _split(data: Path, name: str) -> Path:
+    return data / "ImageSets/Segmentation" / f"{name}.txt"
+
+
+def _score_network(report: DemoReport, name: str, data: Path, out: Path) -> None:
+    """On the test scenes, with a report for the one trained on pseudo masks."""
+    masks = load_network_masks(report.folders[name], data / "JPEGImages")
+    truth = find_images(data / "SegmentationClass")
+    images = ReportImages(masks.images, masks.class_names, None, masks.mask, truth)
+    result = evaluate_network(
+        masks, data / "SegmentationClass", split=_split(data, VAL), on_image=images.add
+    ).last
+    report.add(f"{name}, unseen images", result)
+    if name == "network":
+        report.folders["report"] = out / "report.html"
+        report_with_truth(out / "report.html", result, images, {"checkpoint": str(report.folders[name])})
 
 
 def _pseudo_masks(data: Path, cache: Path, overrides: Sequence[str]) -> Path:
@@ -106,9 +158,3 @@ def _pseudo_masks(data: Path, cache: Path, overrides: Sequence[str]) -> Path:
         offline=True,
     )
     return generate_masks(request).path
-
-
-def _score(data: Path, split: str, cache: Path) -> EvaluationResult:
-    return evaluate(
-        data / "SegmentationClass", cache=cache, split=data / "ImageSets/Segmentation" / f"{split}.txt"
-    )

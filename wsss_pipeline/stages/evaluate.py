@@ -46,6 +46,7 @@ def evaluate(
     min_confidence: float | None = None,
     allow_missing: bool = False,
     progress: Callable[[Sequence[str]], Iterable[str]] = iter,
+    on_image: Callable[[str, NDArray[np.int64]], None] | None = None,
 ) -> EvaluationResult:
     """Scores the masks of ``cache`` or of ``predictions`` (exactly one of them).
 
@@ -60,6 +61,7 @@ def evaluate(
         min_confidence: cache only; pixels below it count as misses.
         allow_missing: score the rest where images of the split have no prediction.
         progress: gets the image ids and yields them while it shows how far the run is.
+        on_image: gets each image's id and confusion matrix, int64 (1+C, 2+C).
 
     Images that can't be read, or whose sizes differ, are left out and listed in ``skipped``.
 
@@ -80,7 +82,7 @@ def evaluate(
     image_ids, missing = choose_images(
         truth_files, source.has, source.description, ground_truth, split, allow_missing
     )
-    matrix, scored, skipped = _add_up(progress(image_ids), truth_files, source)
+    matrix, scored, skipped = _add_up(progress(image_ids), truth_files, source, on_image)
     if not scored:
         reason = next(iter(skipped.values()))
         raise EvaluationError(f"none of the {len(image_ids):,} images could be scored; the first: {reason}")
@@ -187,7 +189,10 @@ def choose_images(
 
 
 def _add_up(
-    image_ids: Iterable[str], truth_files: Mapping[str, Path], source: _Predictions
+    image_ids: Iterable[str],
+    truth_files: Mapping[str, Path],
+    source: _Predictions,
+    on_image: Callable[[str, NDArray[np.int64]], None] | None,
 ) -> tuple[NDArray[np.int64], list[str], dict[str, str]]:
     """Confusion matrix over the images, the ids that are in it, and reasons for those that aren't."""
     num_classes = len(source.class_names) + 1
@@ -205,7 +210,10 @@ def _add_up(
             skipped[image_id] = str(error)
             continue
         # Values that fit no class end the run: they say that the class set is wrong, not the image.
-        matrix += confusion_matrix(prediction, truth, num_classes, str(truth_files[image_id]))
+        counts = confusion_matrix(prediction, truth, num_classes, str(truth_files[image_id]))
+        matrix += counts
+        if on_image is not None:
+            on_image(image_id, counts)
         scored.append(image_id)
         any_ignored = any_ignored or bool((truth == IGNORE).any())
     if scored and any_ignored and not matrix[1:].any():

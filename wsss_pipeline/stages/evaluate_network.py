@@ -40,6 +40,7 @@ class NetworkMasks:
         images: image id to file.
         inference: scales, flip, windows.
         crf: its parameters with the backend resolved; None for none.
+        description: where the network is from.
     """
 
     network: SegmentationNetwork
@@ -48,6 +49,7 @@ class NetworkMasks:
     device: torch.device
     inference: InferenceConfig
     crf: CrfConfig | None = None
+    description: str = "network"
 
     @property
     def variants(self) -> tuple[str, ...]:
@@ -72,6 +74,10 @@ class NetworkMasks:
             assert backend != "auto"
             found[CRF] = dense_crf(picture, unary_from_scores(last), self.crf, backend, str(self.device))
         return found
+
+    def mask(self, image_id: str) -> NDArray[np.uint8]:
+        """uint8 (H, W) of the most refined variant."""
+        return self.masks(image_id)[self.variants[-1]]
 
     def masks(self, image_id: str) -> dict[str, NDArray[np.uint8]]:
         """uint8 (H, W) by variant."""
@@ -125,42 +131,56 @@ class NetworkEvaluation:
         return "\n".join([*lines, "", *self.last.origin_lines()])
 
 
-def evaluate_network(
+def load_network_masks(
     checkpoint: Path,
     images: Path,
-    ground_truth: Path,
     *,
     inference: InferenceConfig | None = None,
     crf: CrfConfig | None = None,
-    split: Path | None = None,
-    allow_missing: bool = False,
     device: str = "auto",
-    progress: Callable[[Sequence[str]], Iterable[str]] = iter,
-) -> NetworkEvaluation:
-    """Scores the network of ``checkpoint``, a training run or a checkpoint folder.
+) -> NetworkMasks:
+    """The network of ``checkpoint``, a training run or a checkpoint folder, over a folder of pictures.
 
     Args:
-        images: folder of pictures, with the same ids as the ground truth.
-        ground_truth, split, allow_missing, progress: as for ``evaluate``.
         inference: how pictures go through the network; as they are, where None.
         crf: refine with the dense CRF; its backend may be ``auto``.
 
     Raises:
-        CheckpointError, EvaluationError, ImageError, LabelError: what can't be read or doesn't fit together.
+        CheckpointError, ImageError, ConfigError: no network, no folder, no such device.
     """
     place = resolve_device(device)
     loaded = load_network(checkpoint, place)
-    pictures, truth_files = find_images(images), find_images(ground_truth)
-    description = f"network {find_checkpoint(checkpoint)}"
-    image_ids, missing = choose_images(
-        truth_files, pictures.__contains__, f"{images}", ground_truth, split, allow_missing
+    return NetworkMasks(
+        loaded.network,
+        loaded.class_names,
+        find_images(images),
+        place,
+        inference or InferenceConfig(),
+        replace(crf, backend=choose_backend(crf.backend, place.type)) if crf is not None else None,
+        f"network {find_checkpoint(checkpoint)}",
     )
-    resolved = replace(crf, backend=choose_backend(crf.backend, place.type)) if crf is not None else None
-    masks = NetworkMasks(
-        loaded.network, loaded.class_names, pictures, place, inference or InferenceConfig(), resolved
+
+
+def evaluate_network(
+    masks: NetworkMasks,
+    ground_truth: Path,
+    *,
+    split: Path | None = None,
+    allow_missing: bool = False,
+    progress: Callable[[Sequence[str]], Iterable[str]] = iter,
+    on_image: Callable[[str, NDArray[np.int64]], None] | None = None,
+) -> NetworkEvaluation:
+    """Scores a network; arguments as for ``evaluate``, ``on_image`` for the most refined variant.
+
+    Raises:
+        EvaluationError, ImageError, LabelError: what can't be read or doesn't fit together.
+    """
+    truth_files = find_images(ground_truth)
+    image_ids, missing = choose_images(
+        truth_files, masks.images.__contains__, "the folder of pictures", ground_truth, split, allow_missing
     )
     skipped: dict[str, str] = {}
-    scores = confusion(masks, progress(image_ids), truth_files, skipped)
+    scores = confusion(masks, progress(image_ids), truth_files, skipped, on_image)
     scored = [image_id for image_id in image_ids if image_id not in skipped]
     split_name = split.stem if split is not None else "all"
     results = {
@@ -170,14 +190,14 @@ def evaluate_network(
             split=split_name,
             id_digest=id_digest(scored),
             ground_truth=str(ground_truth),
-            scored=f"{description} ({name})",
-            crf={"backend": resolved.backend, "image": resolved.image}
-            if resolved is not None and name == CRF
+            scored=f"{masks.description} ({name})",
+            crf={"backend": masks.crf.backend, "image": masks.crf.image}
+            if masks.crf is not None and name == CRF
             else None,
             min_confidence=None,
             missing=tuple(missing),
             skipped=skipped,
-            warnings=tuple(remarks(loaded.class_names, split_name, len(scored), found)),
+            warnings=tuple(remarks(masks.class_names, split_name, len(scored), found)),
         )
         for name, found in scores.items()
     }
@@ -189,6 +209,7 @@ def confusion(
     image_ids: Iterable[str],
     truth_files: Mapping[str, Path],
     skipped: dict[str, str] | None = None,
+    on_image: Callable[[str, NDArray[np.int64]], None] | None = None,
 ) -> dict[str, Scores]:
     """Scores by variant over all images; those that can't be used go into ``skipped`` with the reason.
 
@@ -208,7 +229,10 @@ def confusion(
             problems[image_id] = str(error)
             continue
         for name, mask in found.items():
-            matrices[name] += confusion_matrix(mask, truth, len(names), str(truth_files[image_id]))
+            counts = confusion_matrix(mask, truth, len(names), str(truth_files[image_id]))
+            matrices[name] += counts
+        if on_image is not None:
+            on_image(image_id, counts)
     if not any(matrix.any() for matrix in matrices.values()):
         first = next(iter(problems.values()), "no image")
         raise EvaluationError(f"none of the images could be scored; the first: {first}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -14,15 +14,11 @@ from PIL import Image
 from wsss_pipeline.cache import half_percent_confidence
 from wsss_pipeline.config import CrfConfig
 from wsss_pipeline.data.classes import voc_palette
-from wsss_pipeline.data.image_ids import find_images
 from wsss_pipeline.data.images import read_image
 from wsss_pipeline.errors import ConfigError, ImageError
-from wsss_pipeline.refine import choose_backend
-from wsss_pipeline.runtime.device import resolve_device
 from wsss_pipeline.runtime.interrupts import StopRequest
-from wsss_pipeline.segmentation.checkpoint import load_network
 from wsss_pipeline.segmentation.inference import InferenceConfig
-from wsss_pipeline.stages.evaluate_network import NetworkMasks
+from wsss_pipeline.stages.evaluate_network import NetworkMasks, load_network_masks
 from wsss_pipeline.stages.overlays import mask_over_image
 
 logger = logging.getLogger(__name__)
@@ -71,19 +67,13 @@ def predict(
         CheckpointError, ImageError: no network, no folder.
         ConfigError: ``out`` can't be written.
     """
-    place = resolve_device(device)
-    loaded = load_network(checkpoint, place)
-    pictures = find_images(images)
-    resolved = replace(crf, backend=choose_backend(crf.backend, place.type)) if crf is not None else None
-    masks = NetworkMasks(
-        loaded.network, loaded.class_names, pictures, place, inference or InferenceConfig(), resolved
-    )
+    masks = load_network_masks(checkpoint, images, inference=inference, crf=crf, device=device)
     report = PredictReport(out)
     kinds = {MASKS: ".png"}
     kinds |= {OVERLAYS: ".jpg"} if overlays else {}
     kinds |= {CONFIDENCE: ".png"} if confidence else {}
     with StopRequest() as stop:
-        for image_id in progress(list(pictures)):
+        for image_id in progress(list(masks.images)):
             if stop.requested:
                 report.interrupted = True
                 break

@@ -1,0 +1,123 @@
+"""A trained network for other programs: ONNX, or a Hugging Face folder where the network is SegFormer."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import logging
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from wsss_pipeline.errors import CheckpointError, ConfigError, MissingDependencyError
+from wsss_pipeline.segmentation.checkpoint import LoadedNetwork, load_network
+from wsss_pipeline.segmentation.networks import IMAGE_MEAN, IMAGE_STD, SegFormer, SegmentationNetwork
+
+logger = logging.getLogger(__name__)
+
+ExportFormat = Literal["onnx", "huggingface"]
+
+# a batch and a size other than those traced, and one that no stride divides
+CHECKED_SHAPES = ((1, 3, 96, 128), (3, 3, 67, 49))
+TRACED_SHAPE = (2, 3, 128, 96)
+LARGEST_DIFFERENCE = 1e-3  # of a logit, relative to the largest one
+
+
+def export_model(checkpoint: Path, out: Path, kind: ExportFormat) -> Path:
+    """Writes the network of ``checkpoint`` to ``out``: a ``.onnx`` file, or a folder.
+
+    The ONNX file takes ``images`` float32 (B, 3, H, W), normalised with ImageNet's mean and standard deviation,
+    any B, H and W, and gives ``logits`` (B, 1+C, H, W). It is run on other shapes than the traced one and
+    compared with torch before it gets its name.
+
+    Raises:
+        CheckpointError: no network there, or what was exported doesn't compute the same.
+        ConfigError: the format doesn't fit the network, or ``out`` can't be written.
+        MissingDependencyError: onnx, onnxscript or onnxruntime isn't installed.
+    """
+    loaded = load_network(checkpoint)
+    if kind == "huggingface":
+        return _huggingface(loaded, out)
+    for package in ("onnx", "onnxscript", "onnxruntime"):
+        if importlib.util.find_spec(package) is None:
+            raise MissingDependencyError(f"ONNX export needs {package}: pip install 'wsss-pipeline[export]'")
+    if out.suffix != ".onnx":
+        raise ConfigError(f"--out {out}: end the name of an ONNX file in .onnx")
+    return _onnx(loaded, out)
+
+
+def _onnx(loaded: LoadedNetwork, out: Path) -> Path:
+    dynamic = torch.export.Dim.DYNAMIC
+    partial = out.with_name(f".{out.name}.partial")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        program = torch.onnx.export(
+            loaded.network,
+            (torch.zeros(TRACED_SHAPE),),
+            dynamo=True,
+            input_names=["images"],
+            output_names=["logits"],
+            dynamic_shapes=({0: dynamic, 2: dynamic, 3: dynamic},),
+            verbose=False,
+        )
+        assert program is not None
+        program.model.metadata_props["id2label"] = json.dumps(loaded.config["id2label"])
+        program.save(partial, external_data=False)
+        difference = _largest_difference(loaded.network, partial)
+        if not difference <= LARGEST_DIFFERENCE:
+            partial.unlink()
+            raise CheckpointError(
+                f"the ONNX form of {loaded.config['network']['name']} differs from torch by {difference:.2g} of its "
+                f"largest logit (allowed: {LARGEST_DIFFERENCE:g}); nothing was written"
+            )
+        partial.replace(out)
+    except OSError as error:
+        raise ConfigError(f"{out} can't be written: {error.strerror or error}") from error
+    logger.info(
+        "checked against torch on %d shapes: largest difference %.1e", len(CHECKED_SHAPES), difference
+    )
+    return out
+
+
+@torch.no_grad()
+def _largest_difference(network: SegmentationNetwork, file: Path) -> float:
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
+    generator = torch.Generator().manual_seed(0)
+    worst = 0.0
+    for shape in CHECKED_SHAPES:
+        images = torch.randn(shape, generator=generator)
+        expected: Tensor = network(images)
+        (found,) = session.run(None, {"images": images.numpy()})
+        if found.shape != tuple(expected.shape):
+            return float("inf")
+        difference = np.abs(found - expected.numpy()).max() / max(1e-6, float(expected.abs().max()))
+        worst = max(worst, float(difference))
+    return worst
+
+
+def _huggingface(loaded: LoadedNetwork, out: Path) -> Path:
+    if not isinstance(loaded.network, SegFormer):
+        name = loaded.config["network"]["name"]
+        raise ConfigError(f"transformers has no {name} to load a folder of it with; export it as onnx")
+    from transformers import SegformerImageProcessor
+
+    model: Any = loaded.network.model
+    model.config.id2label = {int(key): name for key, name in loaded.config["id2label"].items()}
+    model.config.label2id = loaded.config["label2id"]
+    processor = SegformerImageProcessor(
+        do_resize=False,  # the network takes any size
+        image_mean=list(IMAGE_MEAN),
+        image_std=list(IMAGE_STD),
+        do_reduce_labels=False,
+    )
+    try:
+        model.save_pretrained(out)
+        processor.save_pretrained(out)
+    except OSError as error:
+        raise ConfigError(f"{out} can't be written: {error.strerror or error}") from error
+    return out
