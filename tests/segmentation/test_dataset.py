@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 from wsss_pipeline.data.classes import load_class_set
 from wsss_pipeline.data.image_ids import find_images
 from wsss_pipeline.demo.voc_folder import write_voc_folder
-from wsss_pipeline.errors import TrainingError
+from wsss_pipeline.errors import ImageError, TrainingError
 from wsss_pipeline.segmentation.augmentation import Augmentation
 from wsss_pipeline.segmentation.dataset import EpochSampler, SegmentationDataset, training_ids
 from wsss_pipeline.segmentation.mask_sources import GroundTruthMasks
@@ -153,3 +153,19 @@ def test_missing_masks_are_refused_or_left_out(root: Path) -> None:
         training_ids(data.images, data.source, ["train_00000", "nowhere"])
     with pytest.raises(TrainingError, match="no image to train on"):
         training_ids({}, data.source)
+
+
+def test_ground_truth_of_other_classes_is_found_before_training(root: Path) -> None:
+    with pytest.raises(ImageError, match=r"holds the value \d+, but there are 1 classes"):
+        GroundTruthMasks(root / "SegmentationClass", ("cat",))
+
+
+def test_a_scaled_mask_lies_where_the_scaled_picture_does() -> None:
+    """A step edge, doubled in size: half a pixel of offset would show."""
+    image = torch.zeros(3, 32, 32, dtype=torch.uint8)
+    image[:, :, 16:] = 255
+    mask = (image[0] > 0).to(torch.uint8)
+    config = AugmentationConfig(64, 2.0, 2.0, flip=False, photometric=False)
+    pixels, labels, _ = Augmentation(config)(image, mask, torch.ones(32, 32))
+    bright = pixels[0] * 0.229 + 0.485 > 0.5
+    assert torch.equal(bright, labels == 1)

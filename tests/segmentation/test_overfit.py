@@ -21,8 +21,8 @@ from wsss_pipeline.stages.train_seg import TrainRequest, train_seg, validation_i
 
 # deeplabv2 keeps the batch norm it is given, which without pre-trained weights normalises nothing: a gentler start
 CASES = [
-    ("deeplabv3plus", "resnet18", 2e-3, 110),
-    ("segformer", "tiny", 3e-3, 450),
+    ("deeplabv3plus", "resnet18", 2e-3, 150),
+    ("segformer", "tiny", 3e-3, 300),
     ("deeplabv2", "resnet18", 1e-3, 250),
 ]
 
@@ -32,19 +32,19 @@ def test_eight_scenes_are_learnt_by_heart(
     tmp_path: Path, name: str, encoder: str, lr: float, iterations: int
 ) -> None:
     root = tmp_path / "voc"
-    write_voc_folder(root, seed=12, scenes={"train": 8})
+    write_voc_folder(root, seed=12, scenes={"train": 8}, size=(64, 48))
     images = find_images(root / "JPEGImages")
     source = GroundTruthMasks(root / "SegmentationClass", load_class_set("demo").names)
     config = TrainConfig(
         network=NetworkConfig(name, encoder, "none"),
-        augmentation=AugmentationConfig(160, 1.0, 1.0, flip=False, photometric=False),
+        augmentation=AugmentationConfig(64, 1.0, 1.0, flip=False, photometric=False),
         optimisation=OptimisationConfig(
             optimizer="adamw",
             lr=lr,
             weight_decay=0.0,
             head_lr_factor=1,
             iterations=iterations,
-            batch=4,
+            batch=8,
             warm_up=10,
             clip_norm=1,
         ),

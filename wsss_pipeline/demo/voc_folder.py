@@ -14,7 +14,9 @@ from wsss_pipeline.demo.scenes import Scene, draw_scene
 JPEG_QUALITY = 95
 
 
-def write_voc_folder(root: Path, seed: int, scenes: dict[str, int]) -> None:
+def write_voc_folder(
+    root: Path, seed: int, scenes: dict[str, int], size: tuple[int, int] = (160, 120)
+) -> None:
     """Draws scenes to ``JPEGImages``, ``Annotations``, ``SegmentationClass`` and ``ImageSets/Segmentation``.
 
     Writing the same folder again gives the same bytes; what is there already is written over.
@@ -22,6 +24,7 @@ def write_voc_folder(root: Path, seed: int, scenes: dict[str, int]) -> None:
     Args:
         root: made where it doesn't exist.
         seed: of the scenes; no scene of one split is in another.
+        size: width and height of the pictures.
         scenes: how many by split, such as ``{"train": 200, "val": 100}``.
 
     Raises:
@@ -33,7 +36,7 @@ def write_voc_folder(root: Path, seed: int, scenes: dict[str, int]) -> None:
     for number, (split, count) in enumerate(scenes.items()):
         ids = [f"{split}_{index:05d}" for index in range(count)]
         for index, image_id in enumerate(ids):
-            _write_scene(root, image_id, draw_scene((seed, number, index)))
+            _write_scene(root, image_id, draw_scene((seed, number, index), *size))
         (root / "ImageSets/Segmentation" / f"{split}.txt").write_text("".join(f"{i}\n" for i in ids), "utf-8")
 
 

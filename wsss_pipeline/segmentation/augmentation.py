@@ -38,8 +38,9 @@ class Augmentation:
         height, width = image.shape[-2:]
         factor = config.scale_min + (config.scale_max - config.scale_min) * torch.rand(()).item()
         size = [max(1, round(height * factor)), max(1, round(width * factor))]
-        # nearest for the confidence as well: it belongs to the label that its pixel has
-        nearest = v2.InterpolationMode.NEAREST
+        # the confidence as well: it belongs to the label that its pixel has. Exact, since plain nearest lies
+        # up to half a pixel beside the picture
+        nearest = v2.InterpolationMode.NEAREST_EXACT
         image = F.resize(tv_tensors.Image(image), size, antialias=True)
         planes = [F.resize(x[None], size, interpolation=nearest) for x in (mask, confidence)]
         if config.photometric:

@@ -15,6 +15,7 @@ from wsss_pipeline.data.images import read_mask
 from wsss_pipeline.errors import ImageError
 
 IGNORE = 255
+CHECKED = 32  # masks of a folder, before training starts
 
 LabelledMask = tuple[NDArray[np.uint8], NDArray[np.float32]]
 
@@ -56,12 +57,21 @@ class CachedMasks:
 
 
 class GroundTruthMasks:
-    """A folder of index masks, certain of every pixel."""
+    """A folder of index masks, certain of every pixel.
+
+    Some of the masks are read at once: values that are no class say that the class set is wrong, not a mask.
+
+    Raises:
+        ImageError: the folder or one of these masks can't be used.
+    """
 
     def __init__(self, folder: Path, class_names: Sequence[str]) -> None:
         self._files = find_images(folder)
         self.class_names = tuple(class_names)
         self.description = f"ground truth {folder}"
+        ids = list(self._files)
+        for image_id in ids[:: max(1, len(ids) // CHECKED)]:
+            self.read(image_id)
 
     def has(self, image_id: str) -> bool:
         """Whether the folder holds it."""

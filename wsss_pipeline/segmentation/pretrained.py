@@ -143,10 +143,12 @@ def _load_encoder(encoder: nn.Module, state: Mapping[str, Tensor], config: Netwo
     """Copies the tensors whose names and shapes fit; names may carry the prefix of a larger model."""
     own = encoder.state_dict()
     best: dict[str, Tensor] = {}
-    for prefix in _PREFIXES:
-        names = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
-        fitting = {n: v for n, v in names.items() if n in own and own[n].shape == v.shape}
-        best = max(best, fitting, key=len)
+    # the encoder may itself be a wrapper around the model that the file is of
+    for mine in ("", "model."):
+        for theirs in _PREFIXES:
+            names = {mine + n.removeprefix(theirs): v for n, v in state.items() if n.startswith(theirs)}
+            fitting = {n: v for n, v in names.items() if n in own and own[n].shape == v.shape}
+            best = max(best, fitting, key=len)
     if len(best) < _LEAST_SHARE * len(own):
         raise NetworkError(
             f"weights {config.weights} fit {len(best)} of the {len(own)} tensors of {config.encoder}: they are "
