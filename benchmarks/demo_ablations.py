@@ -48,6 +48,8 @@ VARIANTS = (
     "CAM + CAA",
     "CAM + CAA + CRF",
     "CAM + CAA + CRF, no synonyms",
+    "CAM + CAA of two iterations",
+    "CAM + CAA of two iterations + CRF",
 )
 
 
@@ -68,32 +70,37 @@ class StageOne:
 
     def masks(self, scene: Scene) -> dict[str, NDArray[np.uint8]]:
         """A mask (H, W) by variant."""
-        features = self.encoder.encode(to_clip_tensor(scene.image)[None])
+        picture = to_clip_tensor(scene.image)[None]
+        features = self.encoder.encode(picture)
         present = [self.classes.index(name) for name in scene.labels]
         rows = [value - 1 for value in present]
         background = self.embeddings.background
         foreground, plain = self.embeddings.foreground[rows], self.plain.foreground[rows]
-        cams = self.cams(features, torch.cat([foreground, background]), len(rows))
+        cams = self.cams(picture, torch.cat([foreground, background]), len(rows))
         maps = {
             VARIANTS[0]: normalise_cams(cosine_gradcam(features, foreground)),
-            VARIANTS[1]: self.cams(features, foreground, len(rows)),
+            VARIANTS[1]: self.cams(picture, foreground, len(rows)),
             VARIANTS[2]: cams,
             VARIANTS[3]: cams,
             VARIANTS[4]: self.refined(cams, features),
             VARIANTS[5]: self.refined(cams, features),
             VARIANTS[6]: self.refined(
-                self.cams(features, torch.cat([plain, background]), len(rows)), features
+                self.cams(picture, torch.cat([plain, background]), len(rows)), features
             ),
+            VARIANTS[7]: self.refined(cams, features, 2),
+            VARIANTS[8]: self.refined(cams, features, 2),
         }
         return {name: self.label(scene, present, found, "CRF" in name) for name, found in maps.items()}
 
-    def cams(self, features: DenseFeatures, texts: Tensor, count: int) -> Tensor:
+    def cams(self, picture: Tensor, texts: Tensor, count: int) -> Tensor:
+        features = self.encoder.encode(picture)  # anew: the backward pass frees what it has used
         raw = softmax_gradcam(features.tokens, features.pooled, features.grid, [texts], [count], self.scale)
         return normalise_cams(raw[0])
 
-    def refined(self, cams: Tensor, features: DenseFeatures) -> Tensor:
+    def refined(self, cams: Tensor, features: DenseFeatures, iterations: int | None = None) -> Tensor:
         cam = self.config.cam
-        return refine_cams(cams, features.attention[0], cam.threshold, cam.sinkhorn_rounds)
+        iterations = iterations or cam.affinity_iterations
+        return refine_cams(cams, features.attention[0], cam.threshold, iterations, cam.sinkhorn_rounds)
 
     def label(self, scene: Scene, present: Sequence[int], cams: Tensor, with_crf: bool) -> NDArray[np.uint8]:
         size = (scene.mask.shape[0], scene.mask.shape[1])

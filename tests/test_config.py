@@ -22,7 +22,7 @@ def test_defaults_are_those_of_clip_es() -> None:
 
 
 def test_presets_load_and_name_their_class_set() -> None:
-    assert preset_names() == ["clip-es/coco14", "clip-es/voc12"]
+    assert preset_names() == ["clip-es/coco14", "clip-es/demo", "clip-es/voc12"]
     assert load_config("clip-es/coco14").classes == "coco14"
     assert load_config("clip-es/coco14").cam.threshold == 0.7
 
@@ -95,5 +95,5 @@ def test_bad_files_are_refused_and_named(tmp_path: Path, content: str) -> None:
 def test_missing_file_and_unknown_preset() -> None:
     with pytest.raises(ConfigError, match="can't be read"):
         load_config(file=Path("/nonexistent/config.yaml"))
-    with pytest.raises(ConfigError, match="known: clip-es/coco14, clip-es/voc12"):
+    with pytest.raises(ConfigError, match="known: clip-es/coco14, clip-es/demo, clip-es/voc12"):
         load_config("clip-es/voc")

@@ -43,6 +43,7 @@ class CamConfig:
 
     affinity: bool = True
     affinity_layers: int = 8
+    affinity_iterations: int = 2  # t in the paper; 1 where an object is only a few patches wide
     sinkhorn_rounds: int = 3
     threshold: float = 0.4  # of the box mask, in CAM units; the published code has 0.7 for COCO
 
@@ -85,6 +86,7 @@ class MaskConfig:
 # Smallest and largest value that makes sense, by dotted key; both ends are allowed.
 RANGES: dict[str, tuple[float, float]] = {
     "cam.affinity_layers": (1, 1000),
+    "cam.affinity_iterations": (1, 100),
     "cam.sinkhorn_rounds": (0, 1000),
     "cam.threshold": (0.0, 1.0),
     "crf.iterations": (0, 1000),

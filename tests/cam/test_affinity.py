@@ -31,6 +31,11 @@ def test_refined_cams_equal_the_definition_with_whole_matrices() -> None:
     )
     assert torch.allclose(refine_cams(cams, weights, 0.6, rounds=3), expected, atol=1e-12)
     assert not torch.allclose(refine_cams(cams, weights, 0.6, rounds=1), expected, atol=1e-4)
+    masked = (cams * masks).flatten(1)
+    for iterations in (1, 3):
+        power = torch.linalg.matrix_power(symmetric, iterations)
+        refined = refine_cams(cams, weights, 0.6, iterations)
+        assert torch.allclose(refined.flatten(1), masked @ power.T, atol=1e-12)
 
 
 def test_many_sinkhorn_rounds_make_it_doubly_stochastic() -> None:

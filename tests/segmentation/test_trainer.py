@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from wsss_pipeline.data.classes import load_class_set
 from wsss_pipeline.data.image_ids import find_images
 from wsss_pipeline.demo.voc_folder import write_voc_folder
-from wsss_pipeline.errors import TrainingError
+from wsss_pipeline.errors import ConfigError, TrainingError
 from wsss_pipeline.segmentation.mask_sources import GroundTruthMasks
 from wsss_pipeline.segmentation.train_config import (
     AugmentationConfig,
@@ -155,6 +155,22 @@ def test_seeds_differ_in_their_seed_alone(make: Make) -> None:
     assert "without ground truth there is no mIoU" in stage.spread(results)
     scored = [replace(result, miou=value) for result, value in zip(results, (0.5, 0.6), strict=True)]
     assert stage.spread(scored) == "mIoU 55.00 ± 7.07 (standard deviation) over 2 seeds: 50.00, 60.00"
+
+
+def test_a_tracker_gets_every_updates_numbers(make: Make) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    request = make(track="tensorboard")
+    train_seg(request)
+    events = EventAccumulator(str(request.out / "wsss"))
+    events.Reload()
+    assert [event.step for event in events.Scalars("loss")] == [1, 2, 3, 4, 5, 6]
+    assert [event.value for event in events.Scalars("loss")] == pytest.approx(losses(request.out))
+
+
+def test_an_unknown_tracker_is_named(make: Make) -> None:
+    with pytest.raises(ConfigError, match="--track notebook"):
+        train_seg(make(track="notebook"))
 
 
 def test_schedules() -> None:

@@ -12,16 +12,19 @@ import torch
 from torch import Tensor
 
 
-def refine_cams(cams: Tensor, attention: Tensor, threshold: float, rounds: int = 3) -> Tensor:
-    """CAMs after affinity: ``S S (box * cam)`` with S the symmetrised Sinkhorn matrix.
+def refine_cams(
+    cams: Tensor, attention: Tensor, threshold: float, iterations: int = 2, rounds: int = 3
+) -> Tensor:
+    """CAMs after affinity: ``S^t (box * cam)`` with S the symmetrised Sinkhorn matrix.
 
-    S is never built, nor its square: two scaling vectors stand for it, and all classes go through
+    S is never built, nor its powers: two scaling vectors stand for it, and all classes go through
     together, so the cost is a few products of the attention with K columns.
 
     Args:
         cams: float32 (K, h, w) in [0, 1].
         attention: float32 (hw, hw), at least 0.
         threshold: of the box mask, see ``box_masks``.
+        iterations: t, how often the CAM is spread; at least 1.
         rounds: of Sinkhorn normalisation.
 
     Returns:
@@ -34,8 +37,10 @@ def refine_cams(cams: Tensor, attention: Tensor, threshold: float, rounds: int =
         backward = columns[:, None] * (attention.T @ (rows[:, None] * vectors))
         return (forward + backward) / 2
 
-    masked = (cams * box_masks(cams, threshold)).flatten(1).T
-    return symmetric(symmetric(masked)).T.reshape(cams.shape)
+    spread = (cams * box_masks(cams, threshold)).flatten(1).T
+    for _ in range(iterations):
+        spread = symmetric(spread)
+    return spread.T.reshape(cams.shape)
 
 
 def sinkhorn_scaling(attention: Tensor, rounds: int) -> tuple[Tensor, Tensor]:

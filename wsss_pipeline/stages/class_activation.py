@@ -25,7 +25,7 @@ class ClassActivation:
         encoder: the frozen image encoder.
         embeddings: unit rows of all classes (C, P) and of the background words (G, P).
         logit_scale: CLIP's factor on the cosine.
-        config: affinity on or off, box threshold, Sinkhorn rounds.
+        config: affinity on or off, box threshold, iterations, Sinkhorn rounds.
     """
 
     def __init__(
@@ -69,7 +69,13 @@ class ClassActivation:
         cams = [normalise_cams(maps) for maps in raw]
         if self._config.affinity:
             cams = [
-                refine_cams(maps, attention, self._config.threshold, self._config.sinkhorn_rounds)
+                refine_cams(
+                    maps,
+                    attention,
+                    self._config.threshold,
+                    self._config.affinity_iterations,
+                    self._config.sinkhorn_rounds,
+                )
                 for maps, attention in zip(cams, features.attention, strict=True)
             ]
         if not all(bool(torch.isfinite(maps).all()) for maps in cams):

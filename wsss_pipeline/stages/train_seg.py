@@ -113,6 +113,8 @@ def train_seg(
     if accelerator.is_main_process:
         _prepare_folder(request, ids, accelerator.num_processes)
     accelerator.wait_for_everyone()
+    if request.track:
+        accelerator.init_trackers("wsss")
     torch.manual_seed(config.seed)
     class_names = request.source.class_names
     network = build_network(config.network, 1 + len(class_names))
@@ -173,13 +175,13 @@ def _accelerator(request: TrainRequest) -> Accelerator:
             log_with=request.track,
             project_dir=str(request.out),
         )
-        if request.track:
-            accelerator.init_trackers("wsss")
-    except (ImportError, ValueError) as error:
+    except ValueError as error:
         reason = " ".join(str(error).split())[:200]
+        raise ConfigError(f"--track {request.track}: {reason}") from error
+    if request.track and not accelerator.log_with:  # accelerate leaves out a tracker that isn't installed
         raise MissingDependencyError(
-            f"--track {request.track}: {reason}; for tensorboard, pip install 'wsss-pipeline[track]'"
-        ) from error
+            f"--track {request.track} isn't installed; for tensorboard, pip install 'wsss-pipeline[track]'"
+        )
     return accelerator
 
 
