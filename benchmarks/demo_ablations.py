@@ -70,31 +70,37 @@ class StageOne:
 
     def masks(self, scene: Scene) -> dict[str, NDArray[np.uint8]]:
         """A mask (H, W) by variant."""
-        picture = to_clip_tensor(scene.image)[None]
-        features = self.encoder.encode(picture)
+        features = self.encoder.encode(to_clip_tensor(scene.image)[None])
         present = [self.classes.index(name) for name in scene.labels]
         rows = [value - 1 for value in present]
         background = self.embeddings.background
         foreground, plain = self.embeddings.foreground[rows], self.plain.foreground[rows]
-        cams = self.cams(picture, torch.cat([foreground, background]), len(rows))
+        cams = self.cams(features, torch.cat([foreground, background]), len(rows))
         maps = {
             VARIANTS[0]: normalise_cams(cosine_gradcam(features, foreground)),
-            VARIANTS[1]: self.cams(picture, foreground, len(rows)),
+            VARIANTS[1]: self.cams(features, foreground, len(rows)),
             VARIANTS[2]: cams,
             VARIANTS[3]: cams,
             VARIANTS[4]: self.refined(cams, features),
             VARIANTS[5]: self.refined(cams, features),
             VARIANTS[6]: self.refined(
-                self.cams(picture, torch.cat([plain, background]), len(rows)), features
+                self.cams(features, torch.cat([plain, background]), len(rows)), features
             ),
             VARIANTS[7]: self.refined(cams, features, 2),
             VARIANTS[8]: self.refined(cams, features, 2),
         }
         return {name: self.label(scene, present, found, "CRF" in name) for name, found in maps.items()}
 
-    def cams(self, picture: Tensor, texts: Tensor, count: int) -> Tensor:
-        features = self.encoder.encode(picture)  # anew: the backward pass frees what it has used
-        raw = softmax_gradcam(features.tokens, features.pooled, features.grid, [texts], [count], self.scale)
+    def cams(self, features: DenseFeatures, texts: Tensor, count: int) -> Tensor:
+        raw = softmax_gradcam(
+            features.tokens,
+            features.pooled,
+            features.grid,
+            [texts],
+            [count],
+            self.scale,
+            features.mean_token_gradients,
+        )
         return normalise_cams(raw[0])
 
     def refined(self, cams: Tensor, features: DenseFeatures, iterations: int | None = None) -> Tensor:
@@ -111,13 +117,11 @@ class StageOne:
 
 def cosine_gradcam(features: DenseFeatures, texts: Tensor) -> Tensor:
     """GradCAM (K, h, w) of each class's cosine by itself, as before softmax-GradCAM."""
-    cosines = F.normalize(features.pooled[0], dim=0) @ texts.T
-    maps = []
-    for cosine in cosines:
-        (gradient,) = torch.autograd.grad(cosine, features.tokens, retain_graph=True)
-        weights = gradient[0, 1:].mean(dim=0)
-        maps.append((features.tokens[0, 1:].detach() @ weights).view(features.grid))
-    return torch.stack(maps)
+    embedding = features.pooled[0]
+    unit = F.normalize(embedding, dim=0)
+    gradients = (texts - (texts @ unit)[:, None] * unit) / embedding.norm()
+    weights = features.mean_token_gradients(0, gradients)
+    return (weights @ features.tokens[0, 1:].T).view(-1, *features.grid)
 
 
 def without_synonyms(classes: ClassSet) -> ClassSet:

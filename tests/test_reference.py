@@ -60,10 +60,18 @@ def case(request: pytest.FixtureRequest, encoder: ImageEncoder) -> Case:
     target = clip_input_size(width, height, encoder.patch_size, 1_048_576)
     features = encoder.encode(to_clip_tensor(resize_for_clip(image, target.width, target.height))[None])
     count = len(expected["label_ids"])
-    (raw,) = softmax_gradcam(features.tokens, features.pooled, features.grid, [rows], [count], LOGIT_SCALE)
+    (raw,) = softmax_gradcam(
+        features.tokens,
+        features.pooled,
+        features.grid,
+        [rows],
+        [count],
+        LOGIT_SCALE,
+        features.mean_token_gradients,
+    )
     cams = normalise_cams(raw)
     attention = features.attention[0]
-    pooled = features.pooled[0].detach()
+    pooled = features.pooled[0]
     logits = LOGIT_SCALE * (pooled / pooled.norm()) @ rows.T
     return Case(expected, logits, pooled, raw, cams, attention, refine_cams(cams, attention, threshold=0.4))
 

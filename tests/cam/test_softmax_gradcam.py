@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -16,6 +18,23 @@ def example(batch: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torc
     projection = torch.randn(8, 5, generator=generator)
     pooled = (tokens[:, 1:].tanh().mean(dim=1) + 0.1 * tokens[:, 0]) @ projection
     return tokens, pooled, F.normalize(torch.randn(4, 5, generator=generator), dim=1)
+
+
+def gradients_of(tokens: torch.Tensor, pooled: torch.Tensor) -> Callable[[int, torch.Tensor], torch.Tensor]:
+    """Mean over the patches of the gradients at the tokens, by autograd."""
+
+    def mean_token_gradients(image: int, rows: torch.Tensor) -> torch.Tensor:
+        found = [torch.autograd.grad(pooled[image], tokens, row, retain_graph=True)[0] for row in rows]
+        return torch.stack([gradient[image, 1:].mean(dim=0) for gradient in found])
+
+    return mean_token_gradients
+
+
+def maps_of(
+    tokens: torch.Tensor, pooled: torch.Tensor, texts: list[torch.Tensor], counts: list[int]
+) -> list[torch.Tensor]:
+    found = softmax_gradcam(tokens, pooled, (2, 3), texts, counts, 10.0, gradients_of(tokens, pooled))
+    return [maps.detach() for maps in found]
 
 
 def by_finite_differences(
@@ -48,26 +67,26 @@ def generator_after_tokens() -> torch.Generator:
 @pytest.mark.parametrize("target", [0, 1])
 def test_equals_finite_differences(target: int) -> None:
     tokens, pooled, texts = example(1)
-    (cams,) = softmax_gradcam(tokens, pooled, (2, 3), [texts], [2], 10.0)
+    (cams,) = maps_of(tokens, pooled, [texts], [2])
     expected = by_finite_differences(tokens[0].detach(), texts, target, 10.0)
     assert torch.allclose(cams[target].double(), expected, atol=1e-5)
 
 
 def test_images_of_a_batch_do_not_touch_each_other() -> None:
     tokens, pooled, texts = example(3, seed=1)
-    together = softmax_gradcam(tokens, pooled, (2, 3), [texts, texts[1:], texts], [2, 1, 3], 10.0)
+    together = maps_of(tokens, pooled, [texts, texts[1:], texts], [2, 1, 3])
     assert [len(cams) for cams in together] == [2, 1, 3]
     for image, (rows, count) in enumerate(((texts, 2), (texts[1:], 1), (texts, 3))):
         tokens, pooled, _ = example(3, seed=1)
-        full = softmax_gradcam(tokens, pooled, (2, 3), [rows] * 3, [count] * 3, 10.0)
+        full = maps_of(tokens, pooled, [rows] * 3, [count] * 3)
         assert torch.allclose(together[image], full[image], atol=1e-7)
 
 
 def test_background_words_change_the_maps() -> None:
     tokens, pooled, texts = example(1)
-    (without,) = softmax_gradcam(tokens, pooled, (2, 3), [texts[:2]], [2], 10.0)
+    (without,) = maps_of(tokens, pooled, [texts[:2]], [2])
     tokens, pooled, _ = example(1)
-    (with_words,) = softmax_gradcam(tokens, pooled, (2, 3), [texts], [2], 10.0)
+    (with_words,) = maps_of(tokens, pooled, [texts], [2])
     assert not torch.allclose(without, with_words, atol=1e-4)
     # two classes alone share one probability: what speaks for one speaks against the other
     assert torch.allclose(without[0], -without[1], atol=1e-6)

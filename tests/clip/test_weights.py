@@ -41,7 +41,12 @@ def features(weights: Path, tokenizer: Path | None = None) -> tuple[Tensor, Tens
     images = torch.randn(1, 3, 48, 80, generator=torch.Generator().manual_seed(1))
     dense = ImageEncoder(clip.vision).encode(images)
     text = TextEncoder(clip.text, clip.tokenizer).encode(PROMPTS)
-    return dense.patches.detach(), dense.attention, text, clip.logit_scale
+    return (
+        torch.cat([dense.tokens.flatten(), dense.pooled.flatten()]),
+        dense.attention,
+        text,
+        clip.logit_scale,
+    )
 
 
 @pytest.mark.parametrize("kind", ["torchscript", "state dict", "nested state dict", "torch bin"])

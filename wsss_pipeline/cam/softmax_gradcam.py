@@ -7,7 +7,7 @@ classes compete.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -25,35 +25,48 @@ def softmax_gradcam(
     texts: Sequence[Tensor],
     num_classes: Sequence[int],
     logit_scale: float,
+    mean_token_gradients: Callable[[int, Tensor], Tensor],
 ) -> list[Tensor]:
     """Raw class activation maps, before ReLU and normalisation.
 
     Args:
-        tokens: float32 (B, 1+hw, D), class token first; requires grad.
-        pooled: float32 (B, P), image embeddings as a differentiable function of ``tokens``.
+        tokens: float32 (B, 1+hw, D), class token first.
+        pooled: float32 (B, P), image embeddings.
         grid: (h, w).
         texts: per image, float32 (K+G, P) unit rows: its K present classes, then G background words.
         num_classes: per image, its K (at least 1).
         logit_scale: factor on the cosine (CLIP: about 100).
+        mean_token_gradients: of image i and gradients (K, P) at its row of ``pooled``, the mean over its
+            patches of the gradients (K, D) at its ``tokens``.
 
     Returns:
         Per image, float32 (K, h, w).
     """
-    probabilities = [
-        torch.softmax(logit_scale * F.normalize(embedding, dim=0) @ F.normalize(rows, dim=1).T, dim=0)
-        for embedding, rows in zip(pooled, texts, strict=True)
-    ]
-    rounds = max(num_classes)
-    maps: list[list[Tensor]] = [[] for _ in texts]
-    for position in range(rounds):
-        members = [image for image, count in enumerate(num_classes) if position < count]
-        # images don't touch each other, so the gradient of the sum holds each image's own
-        target = torch.stack([probabilities[image][position] for image in members]).sum()
-        (gradient,) = torch.autograd.grad(target, tokens, retain_graph=position < rounds - 1)
-        for image in members:
-            weights = gradient[image, 1:].mean(dim=0)
-            maps[image].append((tokens[image, 1:].detach() @ weights).view(grid))
-    return [torch.stack(found) for found in maps]
+    maps = []
+    for image, (rows, count) in enumerate(zip(texts, num_classes, strict=True)):
+        gradients = probability_gradients(pooled[image], rows, count, logit_scale)
+        weights = mean_token_gradients(image, gradients)
+        maps.append((weights @ tokens[image, 1:].T).view(count, *grid))
+    return maps
+
+
+def probability_gradients(embedding: Tensor, texts: Tensor, num_classes: int, logit_scale: float) -> Tensor:
+    """Gradient of each class's softmax probability at an image embedding.
+
+    Args:
+        embedding: float (P,), not normalised.
+        texts: float (K+G, P), the rows that compete.
+        num_classes: K, the first rows.
+        logit_scale: factor on the cosine.
+
+    Returns:
+        float (K, P).
+    """
+    unit, rows = F.normalize(embedding, dim=0), F.normalize(texts, dim=1)
+    probabilities = torch.softmax(logit_scale * rows @ unit, dim=0)
+    at_logits = torch.diag(probabilities)[:num_classes] - probabilities[:num_classes, None] * probabilities
+    at_unit = logit_scale * at_logits @ rows
+    return (at_unit - (at_unit @ unit)[:, None] * unit) / embedding.norm()
 
 
 def normalise_cams(raw: Tensor) -> Tensor:

@@ -2,20 +2,22 @@
 
 The modules that hold the weights are those of ``transformers``; the forward pass is ours, since class
 activation maps need what the library's own doesn't give: a position table for any grid, attention
-averaged over heads and layers without keeping a map per head, and a last block whose input is a leaf of
-the autograd graph while the rest of the network records nothing.
+averaged over heads and layers without keeping a map per head, and gradients at the last block's input.
 
 Source: CLIP-ES (arXiv 2212.09506), sections 3.2 and 3.4, as its published code computes it.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from wsss_pipeline.clip.last_block import LastBlock
 
 DTYPES: dict[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -26,23 +28,19 @@ class DenseFeatures:
 
     Attributes:
         grid: (h, w).
-        tokens: float32 (B, 1+hw, D), the normalised input of the last self-attention, class token
-            first; a leaf that requires grad.
-        patches: float32 (B, hw, P), projected patch tokens of the last block, not normalised; a
-            differentiable function of ``tokens``.
+        tokens: float32 (B, 1+hw, D), the normalised input of the last self-attention, class token first.
+        pooled: float32 (B, P), mean over the patch embeddings, not normalised; the class token takes no part.
         attention: float32 (B, hw, hw), mean over heads and over the last layers of the softmax
-            attention, class-token row and column dropped without renormalising; no grad.
+            attention, class-token row and column dropped without renormalising.
+        mean_token_gradients: of image i and the gradients (K, P) of K scores at its pooled embedding, the
+            mean over its patches of the gradients at its tokens, float32 (K, D).
     """
 
     grid: tuple[int, int]
     tokens: Tensor
-    patches: Tensor
+    pooled: Tensor
     attention: Tensor
-
-    @property
-    def pooled(self) -> Tensor:
-        """float32 (B, P): mean over the patch embeddings, not normalised; the class token takes no part."""
-        return self.patches.mean(dim=1)
+    mean_token_gradients: Callable[[int, Tensor], Tensor]
 
 
 class ImageEncoder:
@@ -50,9 +48,9 @@ class ImageEncoder:
 
     Args:
         vision: a ``transformers.CLIPVisionModelWithProjection`` in float32, on the device to use.
-            With a precision under fp32 its linear layers before the last block are cast in place.
-        precision: of the matrix products before the last block. Residual stream, normalisation,
-            softmax and the whole last block stay in float32.
+            With a precision under fp32 its blocks' linear layers are cast in place.
+        precision: of the blocks' matrix products. Residual stream, normalisation and softmax stay in
+            float32, and so does what leads from the tokens to the class activation maps.
         affinity_layers: over how many last layers the attention is averaged (CLIP-ES: 8); a shallower
             model uses all it has.
     """
@@ -65,19 +63,19 @@ class ImageEncoder:
         self._embeddings = model.embeddings
         self._pre_norm: nn.Module = model.pre_layrnorm
         self._layers: list[Any] = list(model.encoder.layers)
-        self._post_norm: nn.Module = model.post_layernorm
-        self._projection: nn.Module = vision.visual_projection
         self._first_affinity_layer = max(0, len(self._layers) - affinity_layers)
         self._dtype = DTYPES[precision]
         for layer in self._layers[:-1]:
             for linear in _linear_layers(layer):
                 linear.to(self._dtype)
+        self._last = LastBlock(self._layers[-1], model.post_layernorm, vision.visual_projection, self._dtype)
 
     @property
     def device(self) -> torch.device:
         """Where images must lie."""
         return self._embeddings.class_embedding.device  # type: ignore[no-any-return]
 
+    @torch.no_grad()
     def encode(self, images: Tensor) -> DenseFeatures:
         """Dense features of a batch.
 
@@ -95,17 +93,22 @@ class ImageEncoder:
             )
         grid = (height // self.patch_size, width // self.patch_size)
         count = len(self._layers) - self._first_affinity_layer
-        with torch.no_grad():
-            hidden = self._embed(images, grid)
-            cells = grid[0] * grid[1]
-            attention = hidden.new_zeros(len(images), cells, cells)
-            for index, layer in enumerate(self._layers[:-1]):
-                wanted = attention if index >= self._first_affinity_layer else None
-                hidden = self._trunk_block(layer, hidden, wanted)
-            tokens = self._layers[-1].layer_norm1(hidden)
-        tokens.requires_grad_()
-        patches = self._last_block(hidden, tokens, attention)
-        return DenseFeatures(grid, tokens, patches, attention.div_(count))
+        hidden = self._embed(images, grid)
+        cells = grid[0] * grid[1]
+        attention = hidden.new_zeros(len(images), cells, cells)
+        for index, layer in enumerate(self._layers[:-1]):
+            wanted = attention if index >= self._first_affinity_layer else None
+            hidden = self._trunk_block(layer, hidden, wanted)
+        passes = [self._last.forward(image) for image in hidden]
+        for total, last in zip(attention, passes, strict=True):
+            total.add_(last.probabilities[:, 1:, 1:].mean(dim=0)).div_(count)
+        return DenseFeatures(
+            grid,
+            torch.stack([last.tokens for last in passes]),
+            torch.stack([last.pooled for last in passes]),
+            attention,
+            lambda image, gradients: self._last.mean_token_gradients(passes[image], gradients),
+        )
 
     def _embed(self, images: Tensor, grid: tuple[int, int]) -> Tensor:
         patches = self._embeddings.patch_embedding(images).flatten(2).transpose(1, 2)
@@ -127,17 +130,6 @@ class ImageEncoder:
                 torch.matmul(probabilities.to(self._dtype), value[:, head], out=mixed[:, head])
         hidden = hidden + layer.self_attn.out_proj(_join_heads(mixed))
         return hidden + layer.mlp(layer.layer_norm2(hidden).to(self._dtype))  # type: ignore[no-any-return]
-
-    def _last_block(self, hidden: Tensor, tokens: Tensor, attention: Tensor) -> Tensor:
-        layer = self._layers[-1]
-        with torch.enable_grad():
-            query, key, value = _project(layer.self_attn, tokens, layer.self_attn.num_heads)
-            probabilities = _softmax_attention(query, key)
-            attention.add_(probabilities.detach()[:, :, 1:, 1:].mean(dim=1))
-            # the residual branch takes no gradient: Grad-CAM looks at the input of the attention
-            hidden = hidden + layer.self_attn.out_proj(_join_heads(probabilities @ value))
-            hidden = hidden + layer.mlp(layer.layer_norm2(hidden))
-            return self._projection(self._post_norm(hidden)[:, 1:])  # type: ignore[no-any-return]
 
 
 def resize_position_table(table: Tensor, grid: tuple[int, int]) -> Tensor:

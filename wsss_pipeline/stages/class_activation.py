@@ -64,7 +64,13 @@ class ClassActivation:
         ]
         counts = [len(present) for present in classes]
         raw = softmax_gradcam(
-            features.tokens, features.pooled, features.grid, texts, counts, self._logit_scale
+            features.tokens,
+            features.pooled,
+            features.grid,
+            texts,
+            counts,
+            self._logit_scale,
+            features.mean_token_gradients,
         )
         cams = [normalise_cams(maps) for maps in raw]
         if self._config.affinity:
