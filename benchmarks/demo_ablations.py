@@ -66,7 +66,7 @@ class StageOne:
         self.embeddings = class_embeddings(self.classes, self.classes.templates, text.encode)
         plain = without_synonyms(self.classes)
         self.plain = class_embeddings(plain, plain.templates, text.encode)
-        self.backend = choose_backend("auto", "cpu")
+        self.backend = choose_backend("auto")
 
     def masks(self, scene: Scene) -> dict[str, NDArray[np.uint8]]:
         """A mask (H, W) by variant."""

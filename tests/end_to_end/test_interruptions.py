@@ -18,6 +18,7 @@ import pytest
 
 from tests.end_to_end.conftest import LABELS, Run, generate_arguments, mask_set, write_labels
 from wsss_pipeline.cache import MaskCache, verify
+from wsss_pipeline.refine import pydensecrf_backend
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -106,9 +107,13 @@ def test_a_signal_finishes_the_image_and_says_how_to_go_on(
     assert (summary["reused"], summary["computed"]) == (finished, 200 - finished)
 
 
+@pytest.mark.skipif(
+    not pydensecrf_backend.is_available(),
+    reason="the optional package pydensecrf isn't installed, and no other backend has worker processes",
+)
 def test_a_worker_process_that_dies_does_not_end_the_run(world: Path, clip: Path) -> None:
     many_images(world, 100)
-    process = start(world, clip, "--workers", "1")
+    process = start(world, clip, "--workers", "1", "--crf", "pydensecrf")
     deadline = time.monotonic() + 60
     while not (workers := spawned_children(process.pid)) and time.monotonic() < deadline:
         time.sleep(0.02)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -12,8 +13,17 @@ import torch.nn.functional as F
 from wsss_pipeline.config import CrfConfig
 from wsss_pipeline.data.images import read_image
 from wsss_pipeline.errors import ConfigError
-from wsss_pipeline.refine import crf_image, dense_crf, pydensecrf_backend, unary_from_scores
+from wsss_pipeline.refine import (
+    crf_image,
+    dense_crf,
+    lattice_backend,
+    pydensecrf_backend,
+    unary_from_scores,
+)
 from wsss_pipeline.refine.lattice import PermutohedralLattice
+from wsss_pipeline.refine.lattice_cpu import build_lattice
+
+Infer = Callable[[np.ndarray, np.ndarray, CrfConfig], np.ndarray]
 
 PICTURES = sorted((Path(__file__).parent.parent / "golden" / "images").glob("*.png"))
 
@@ -33,13 +43,26 @@ def smooth_unary(labels: int, size: tuple[int, int]) -> np.ndarray:
     return unary_from_scores(torch.cat([1 - cams.amax(dim=0, keepdim=True), cams]))
 
 
+def compiled(image: np.ndarray, unary: np.ndarray, parameters: CrfConfig) -> np.ndarray:
+    return dense_crf(image, unary, parameters, "lattice", "cpu")
+
+
+def in_torch(image: np.ndarray, unary: np.ndarray, parameters: CrfConfig) -> np.ndarray:
+    """What runs on a GPU, on the CPU."""
+    return lattice_backend.infer(image, unary, parameters, "cpu")
+
+
+both_ways = pytest.mark.parametrize("infer", [compiled, in_torch])
+
+
 @needs_pydensecrf
+@both_ways
 @pytest.mark.parametrize("labels", [2, 3, 4, 5, 6])
 @pytest.mark.parametrize("picture", PICTURES, ids=lambda path: path.stem)
-def test_agrees_with_pydensecrf(picture: Path, labels: int) -> None:
+def test_agrees_with_pydensecrf(picture: Path, labels: int, infer: Infer) -> None:
     image = crf_image(read_image(picture), "bgr")
     unary = smooth_unary(labels, image.shape[:2])
-    ours = dense_crf(image, unary, CrfConfig(), "lattice")
+    ours = infer(image, unary, CrfConfig())
     theirs = dense_crf(image, unary, CrfConfig(), "pydensecrf")
     assert (ours.argmax(axis=0) == theirs.argmax(axis=0)).mean() >= 0.9999
     # 1e-5 where both are built for the same x86; points on a border between two simplices may fall
@@ -49,19 +72,23 @@ def test_agrees_with_pydensecrf(picture: Path, labels: int) -> None:
 
 
 @needs_pydensecrf
+@both_ways
 @pytest.mark.parametrize("size", [(1, 1), (1, 40), (40, 1), (17, 29)])
 @pytest.mark.parametrize("is_constant", [False, True])
-def test_agrees_with_pydensecrf_on_degenerate_pictures(size: tuple[int, int], is_constant: bool) -> None:
+def test_agrees_with_pydensecrf_on_degenerate_pictures(
+    size: tuple[int, int], is_constant: bool, infer: Infer
+) -> None:
     image = np.random.default_rng(0).integers(0, 256, (*size, 3), dtype=np.uint8)
     image = np.full_like(image, 77) if is_constant else image
     unary = smooth_unary(3, size)
-    ours = dense_crf(image, unary, CrfConfig(), "lattice")
+    ours = infer(image, unary, CrfConfig())
     theirs = dense_crf(image, unary, CrfConfig(), "pydensecrf")
     assert np.abs(ours - theirs).max() < 1e-4
 
 
 @needs_pydensecrf
-def test_agrees_with_pydensecrf_for_other_parameters() -> None:
+@both_ways
+def test_agrees_with_pydensecrf_for_other_parameters(infer: Infer) -> None:
     image = crf_image(read_image(PICTURES[0]), "reference")
     parameters = CrfConfig(
         iterations=4,
@@ -72,7 +99,7 @@ def test_agrees_with_pydensecrf_for_other_parameters() -> None:
         bilateral_weight=7.0,
     )
     unary = smooth_unary(3, image.shape[:2])
-    ours, theirs = (dense_crf(image, unary, parameters, backend) for backend in ("lattice", "pydensecrf"))
+    ours, theirs = infer(image, unary, parameters), dense_crf(image, unary, parameters, "pydensecrf")
     assert np.abs(ours - theirs).max() < 5e-3
 
 
@@ -87,6 +114,38 @@ def test_is_near_the_exact_gaussian_filter(dimensions: int) -> None:
     # the lattice is an approximation: the values range over 2, a wrong neighbour costs several tenths
     assert (ours - exact).abs().max() < 0.25
     assert (ours - exact).abs().mean() < 0.06
+
+
+@pytest.mark.parametrize("columns", [1, 2, 3, 4, 9])
+@pytest.mark.parametrize(("dimensions", "spread"), [(1, 9.0), (2, 30.0), (3, 4.0), (5, 40.0)])
+def test_the_compiled_lattice_filters_like_the_one_in_torch(
+    dimensions: int, spread: float, columns: int
+) -> None:
+    features = torch.randn((dimensions, 4001), generator=seeded(dimensions)) * spread
+    values = torch.rand((4001, columns), generator=seeded(columns))
+    padded = torch.cat([features, torch.zeros(dimensions, 3)], dim=1)
+    expected = PermutohedralLattice(padded).filter(torch.cat([values, torch.zeros(3, columns)]))[:4001]
+    found = np.ones((4001, columns), np.float32)
+    build_lattice(features.numpy(), pad_to=4).add_filtered(values.numpy(), found)
+    torch.testing.assert_close(torch.from_numpy(found) - 1, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_the_compiled_lattice_takes_factors_before_and_after() -> None:
+    features = torch.rand((3, 50), generator=seeded(1)).numpy()
+    values, before, after = (torch.rand((50, 1), generator=seeded(n)).numpy() for n in (2, 3, 4))
+    lattice = build_lattice(features)
+    plain, weighted = np.zeros_like(values), np.zeros_like(values)
+    lattice.add_filtered(values * before, plain)
+    lattice.weighted(before[:, 0], after[:, 0]).add_filtered(values, weighted)
+    np.testing.assert_allclose(weighted, plain * after, rtol=1e-5)
+
+
+def test_coordinates_that_span_almost_63_bits_are_ordered_as_well() -> None:
+    wide = torch.randn((5, 300), generator=seeded(5)) * 120
+    values = torch.rand((300, 1), generator=seeded(6))
+    found = np.zeros((300, 1), np.float32)
+    build_lattice(wide.numpy()).add_filtered(values.numpy(), found)
+    torch.testing.assert_close(torch.from_numpy(found), PermutohedralLattice(wide).filter(values))
 
 
 def test_is_linear_and_treats_each_column_alone() -> None:
@@ -115,11 +174,12 @@ def test_repeats_to_the_bit() -> None:
     assert torch.equal(first, second)
 
 
-def test_kernels_too_narrow_for_the_keys_are_refused() -> None:
+@both_ways
+def test_kernels_too_narrow_for_the_keys_are_refused(infer: Infer) -> None:
     image = np.random.default_rng(0).integers(0, 256, (20, 20, 3), dtype=np.uint8)
     parameters = CrfConfig(bilateral_sxy=0.01, bilateral_srgb=0.01)
     with pytest.raises(ConfigError, match=r"crf\.bilateral_srgb"):
-        dense_crf(image, smooth_unary(2, (20, 20)), parameters, "lattice")
+        infer(image, smooth_unary(2, (20, 20)), parameters)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")

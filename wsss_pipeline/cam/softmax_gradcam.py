@@ -66,7 +66,9 @@ def probability_gradients(embedding: Tensor, texts: Tensor, num_classes: int, lo
     probabilities = torch.softmax(logit_scale * rows @ unit, dim=0)
     at_logits = torch.diag(probabilities)[:num_classes] - probabilities[:num_classes, None] * probabilities
     at_unit = logit_scale * at_logits @ rows
-    return (at_unit - (at_unit @ unit)[:, None] * unit) / embedding.norm()
+    tangent = torch.addcmul(at_unit, (at_unit @ unit)[:, None], unit, value=-1)
+    gradients: Tensor = tangent / embedding.norm()
+    return gradients
 
 
 def normalise_cams(raw: Tensor) -> Tensor:

@@ -142,10 +142,10 @@ class LastBlock:
         inside *= scale * state.slope[1:]
         hidden += inner.backward(_back(inside, mlp.fc1) * self._layer.layer_norm2.weight)
         mixed = _back(hidden, self._layer.self_attn.out_proj)
-        return mixed.unflatten(-1, (self._heads, -1)).permute(2, 0, 1, 3)
+        return mixed.view(*mixed.shape[:2], self._heads, -1).permute(2, 0, 1, 3)
 
     def _split(self, projected: Tensor) -> Tensor:
-        return projected.unflatten(-1, (self._heads, -1)).transpose(0, 1)
+        return projected.view(len(projected), self._heads, -1).transpose(0, 1)
 
     @staticmethod
     def _factor(query: Tensor) -> float:

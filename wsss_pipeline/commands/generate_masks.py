@@ -42,7 +42,7 @@ from wsss_pipeline.commands.options import (
     type=click.IntRange(0),
     default=1,
     show_default=True,
-    help="Processes for the CRF on the CPU, beside CLIP; 0 computes it in between.",
+    help="Threads for the CRF on the CPU, beside CLIP; 0 computes it in between.",
 )
 @click.option(
     "--shard", metavar="I/N", help="Share I (from 0) of N.  [default: from SLURM arrays or torchrun]"

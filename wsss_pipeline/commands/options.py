@@ -101,7 +101,7 @@ crf_options = _all(
     click.option(
         "--crf",
         type=click.Choice(["auto", "pydensecrf", "lattice", "none"]),
-        help="Dense CRF.  [default: auto, which is lattice on a GPU, else pydensecrf where it is installed]",
+        help="Dense CRF.  [default: auto, which is lattice]",
     ),
     click.option(
         "--crf-image",

@@ -1,7 +1,8 @@
 """The dense CRF (Kraehenbuehl and Koltun, NIPS 2011) as CLIP-ES uses it: one function, two backends.
 
-``pydensecrf`` is C++ on one CPU core, ``lattice`` our own in torch for any device; they agree to rounding.
-Arrays in and out; torch is imported only where the lattice or a tensor needs it.
+``lattice`` is our own, compiled for one CPU core or in torch on a GPU; ``pydensecrf`` is C++ on one CPU core, half
+as fast, to compare with. They agree to rounding. Arrays in and out; torch is imported only where a GPU's lattice
+or a tensor needs it.
 """
 
 from __future__ import annotations
@@ -22,26 +23,24 @@ if TYPE_CHECKING:
 REFERENCE_MEAN_BGR = (104.008, 116.669, 122.675)
 
 
-def choose_backend(requested: CrfBackend, device: str) -> Literal["pydensecrf", "lattice", "none"]:
+def choose_backend(requested: CrfBackend) -> Literal["pydensecrf", "lattice", "none"]:
     """The backend that a run uses.
 
-    ``auto`` is the lattice on a CUDA device; elsewhere pydensecrf where it is installed, else the lattice.
+    ``auto`` is the lattice.
 
     Args:
         requested: as configured.
-        device: of the run, such as ``cpu``, ``cuda`` or ``cuda:1``.
 
     Raises:
         MissingDependencyError: pydensecrf was asked for by name and can't be imported.
     """
     if requested == "auto":
-        on_gpu = device.startswith("cuda")
-        return "lattice" if on_gpu or not pydensecrf_backend.is_available() else "pydensecrf"
+        return "lattice"
     if requested == "pydensecrf" and not pydensecrf_backend.is_available():
         raise MissingDependencyError(
             "--crf pydensecrf: pydensecrf isn't installed or can't be imported; "
             'pip install "wsss-pipeline[crf]" (Python below 3.13 and a C++ compiler), '
-            "or take --crf lattice, which needs no compiler"
+            "or take --crf lattice, which needs no compiler and is faster"
         )
     return requested
 
@@ -78,10 +77,14 @@ def dense_crf(
             f"the dense CRF takes a float32 unary (L, {image.shape[0]}, {image.shape[1]}) for this image, "
             f"not {unary.dtype} {unary.shape}"
         )
-    chosen = choose_backend(backend, device)
+    chosen = choose_backend(backend)
     if chosen == "pydensecrf":
         return pydensecrf_backend.infer(image, unary, parameters)
     if chosen == "lattice":
+        if device == "cpu":
+            from wsss_pipeline.refine import mean_field_cpu
+
+            return mean_field_cpu.infer(image, unary, parameters)
         from wsss_pipeline.refine import lattice_backend
 
         return lattice_backend.infer(image, unary, parameters, device)

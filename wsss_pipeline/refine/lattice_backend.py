@@ -1,4 +1,4 @@
-"""Mean-field inference of the dense CRF on our own permutohedral lattice: torch, any device, no compiler."""
+"""Mean-field inference of the dense CRF on our own permutohedral lattice: torch, for GPUs."""
 
 from __future__ import annotations
 
@@ -8,12 +8,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from wsss_pipeline.config import CrfConfig
+from wsss_pipeline.refine.kernel_features import POINTS_AT_A_TIME, bilateral_features, position_features
 from wsss_pipeline.refine.lattice import PermutohedralLattice
-
-# pydensecrf takes the pixels by fours and fills the last four up with points whose features are 0. These
-# carry no values, but the lattice then has the vertices around them, which link dark pixels to each other:
-# worth up to 0.03 in the posterior of a few pixels, so we add the same points.
-POINTS_AT_A_TIME = 4
 
 
 @torch.no_grad()
@@ -52,18 +48,10 @@ def _softmax(logits: Tensor) -> Tensor:
 
 
 def _kernels(image: NDArray[np.uint8], parameters: CrfConfig) -> list[tuple[NDArray[np.float32], float]]:
-    """Features float32 (d, N) and weight of the kernels in use: position alone, position and colour."""
+    """Features float32 (d, N) and weight of the kernels in use."""
     height, width = image.shape[:2]
-    # NumPy divides alike for every device, where a GPU would multiply by the reciprocal
-    rows, columns = np.indices((height, width), dtype=np.float32).reshape(2, -1)
-    position = np.stack([columns, rows])
-    colour = image.reshape(-1, 3).T.astype(np.float32)
-    bilateral = [
-        position / np.float32(parameters.bilateral_sxy),
-        colour / np.float32(parameters.bilateral_srgb),
-    ]
     kernels = [
-        (position / np.float32(parameters.gaussian_sxy), parameters.gaussian_weight),
-        (np.concatenate(bilateral), parameters.bilateral_weight),
+        (position_features(height, width, parameters.gaussian_sxy), parameters.gaussian_weight),
+        (bilateral_features(image, parameters), parameters.bilateral_weight),
     ]
     return [(features, weight) for features, weight in kernels if weight]

@@ -87,7 +87,7 @@ def plan_masks(request: MaskRequest) -> MaskPlan:
     config = replace(
         request.config,
         templates=request.config.templates or class_set.templates,
-        crf=replace(request.config.crf, backend=choose_backend(request.config.crf.backend, device.type)),
+        crf=replace(request.config.crf, backend=choose_backend(request.config.crf.backend)),
     )
     clip = locate_clip(config.clip, offline=request.offline)
     share = request.shard.select(request.labels)[: request.limit]

@@ -6,7 +6,7 @@ import logging
 import time
 from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import Executor, Future
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -67,13 +67,13 @@ class MaskRun:
         self._writer = writer
         self._report = report
         self._workers = request.workers if _runs_on_cpu(plan) else 0
-        self._pool: ProcessPoolExecutor | None = None
+        self._pool: Executor | None = None
         self._pending: deque[Pending] = deque()
         self._warned_of_rotation = False
 
     def compute(self, todo: list[str]) -> None:
         """Compute and write the masks of ``todo``, in order, until done or asked to stop."""
-        self._pool = start_workers(self._workers) if self._workers else None
+        self._pool = start_workers(self._workers, self._plan.config.crf.backend) if self._workers else None
         try:
             with StopRequest() as stop, Progress(len(todo)) as self._progress:
                 for batch in batches(self._load(todo, stop), self._request.batch_size):
@@ -211,7 +211,7 @@ class MaskRun:
 
 
 def _runs_on_cpu(plan: MaskPlan) -> bool:
-    """Whether the CRF is work for other processes; the lattice on a GPU stays in the one that holds it."""
+    """Whether the CRF is work for other cores; on a GPU the lattice stays in the process that holds it."""
     backend = plan.config.crf.backend
     return backend == "pydensecrf" or (backend == "lattice" and plan.device == "cpu")
 
