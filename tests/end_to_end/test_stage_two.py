@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -80,7 +81,7 @@ def test_evaluation_shows_the_variants_side_by_side(root: Path, run: Path, tmp_p
     values = json.loads((tmp_path / "scores.json").read_text())
     assert list(values["variants"]) == ["raw", "scales 0.5,1 flip", "+CRF"]
     assert values["miou"] == values["variants"]["+CRF"]["miou"]
-    assert values["variants"]["raw"]["crf"] is None
+    assert values["variants"]["raw"]["crf"] == {"backend": "none"}
     assert values["crf"]["image"] == "bgr"
     assert {"per_class_iou", "pixel_accuracy", "mean_accuracy", "frequency_weighted_iou", "images"} <= set(
         values
@@ -144,9 +145,23 @@ class Page(HTMLParser):
         assert self.open.pop() == tag
 
 
-def read_page(file: Path) -> Page:
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="no chromium is installed here")
+
+
+def chromium(page: Path, *arguments: str) -> str:
+    """What a headless browser prints."""
+    assert CHROMIUM is not None
+    common = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--window-size=1000,1500"]
+    done = subprocess.run(
+        [*common, *arguments, page.as_uri()], capture_output=True, text=True, timeout=120, check=True
+    )
+    return done.stdout
+
+
+def read_page(text: str) -> Page:
     page = Page()
-    page.feed(file.read_text("utf-8"))
+    page.feed(text)
     assert page.open == []
     assert "script" not in page.tags
     assert all(source.startswith("data:image/jpeg;base64,") for source in page.loads)
@@ -167,7 +182,7 @@ def test_the_report_of_a_network_is_one_self_contained_page(root: Path, run: Pat
         *("--report", tmp_path / "report.html"),
     )
     assert result.exit_code == 0, result.output
-    page = read_page(tmp_path / "report.html")
+    page = read_page((tmp_path / "report.html").read_text("utf-8"))
     assert len(page.loads) == 9 * 3, "picture, prediction and ground truth of each image"
     text = (tmp_path / "report.html").read_text("utf-8")
     assert "Worst images" in text
@@ -205,10 +220,26 @@ def test_a_report_without_ground_truth_escapes_names(hostile: Path) -> None:
     assert result.exit_code == 0, result.output
     assert "2 images looked at, none scored" in result.stderr
     text = report.read_text("utf-8")
-    read_page(report)
+    read_page(text)
     assert "&lt;script&gt;alert(1)" in text
     assert "&lt;script&gt;alert(3)" in text
     assert "Lowest mean confidence" in text
+
+
+@needs_chromium
+def test_a_browser_shows_the_report_and_runs_nothing_in_it(hostile: Path, tmp_path: Path) -> None:
+    report = tmp_path / "a report.html"
+    arguments = ("--cache", hostile / "cache", "--images", hostile / "images", "--report", report)
+    assert wsss("evaluate", *arguments).exit_code == 0
+    page = read_page(chromium(report, "--dump-dom"))
+    assert len(page.loads) == 2 * 3, "picture, pseudo mask and confidence of each image"
+    chromium(report, f"--screenshot={tmp_path / 'page.png'}")
+    with Image.open(tmp_path / "page.png") as shot:
+        pixels = np.asarray(shot.convert("RGB"))
+    assert pixels.shape == (1500, 1000, 3)
+    # the pictures are coloured noise, the rest of the page is nearly grey
+    saturated = pixels.max(axis=2).astype(int) - pixels.min(axis=2) > 100
+    assert saturated.mean() > 0.005
 
 
 def test_export_to_onnx_and_to_hugging_face(root: Path, run: Path, tmp_path: Path) -> None:

@@ -193,7 +193,7 @@ def evaluate_network(
             scored=f"{masks.description} ({name})",
             crf={"backend": masks.crf.backend, "image": masks.crf.image}
             if masks.crf is not None and name == CRF
-            else None,
+            else {"backend": "none"},
             min_confidence=None,
             missing=tuple(missing),
             skipped=skipped,
