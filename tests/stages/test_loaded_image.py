@@ -11,7 +11,9 @@ from wsss_pipeline.stages.loaded_image import LoadedImage, batches
 
 def image(name: str, width: int, labelled: bool = True) -> LoadedImage:
     pixels = np.zeros((16, width, 3), np.uint8)
-    return LoadedImage(name, "", (), [1] if labelled else [], pixels, ClipInputSize(width, 16, 1.0))
+    return LoadedImage(
+        name, "", (0, 0, 0), (), [1] if labelled else [], pixels, ClipInputSize(width, 16, 1.0)
+    )
 
 
 @pytest.mark.parametrize(
@@ -30,10 +32,14 @@ def test_neighbours_of_one_size_in_order_and_never_too_many(batch_size: int, exp
 
 
 def test_a_scaled_picture_has_a_smaller_working_size() -> None:
-    scaled = LoadedImage("a", "", (), [1], np.zeros((100, 30, 3), np.uint8), ClipInputSize(16, 48, 0.5))
+    scaled = LoadedImage(
+        "a", "", (0, 0, 0), (), [1], np.zeros((100, 30, 3), np.uint8), ClipInputSize(16, 48, 0.5)
+    )
     assert scaled.size == (100, 30)
     assert scaled.working_size == (50, 15)
     assert scaled.working_pixels().shape == (50, 15, 3)
     assert scaled.clip_pixels().shape == (48, 16, 3)
-    strip = LoadedImage("a", "", (), [1], np.zeros((1, 30, 3), np.uint8), ClipInputSize(16, 16, 0.1))
+    strip = LoadedImage(
+        "a", "", (0, 0, 0), (), [1], np.zeros((1, 30, 3), np.uint8), ClipInputSize(16, 16, 0.1)
+    )
     assert strip.working_size == (1, 3)

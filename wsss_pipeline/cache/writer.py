@@ -23,7 +23,7 @@ from wsss_pipeline.cache.manifest import (
 from wsss_pipeline.cache.pseudo_mask import PseudoMask
 from wsss_pipeline.cache.records import RecordInfo
 from wsss_pipeline.cache.salvage import finish_shard, salvage, take_over_partials
-from wsss_pipeline.cache.shard_names import ShardName, next_sequence
+from wsss_pipeline.cache.shard_names import INDEX, ShardName, next_sequence
 from wsss_pipeline.cache.shards import ShardBuilder
 from wsss_pipeline.errors import CacheError, CacheWriteError
 
@@ -75,6 +75,7 @@ class MaskWriter:
         self._index_is_stale = False
         self._is_marked_incomplete = False
         self._failed = False
+        self._places: Mapping[str, str] = {}
 
     def __enter__(self) -> MaskWriter:
         self._fingerprint = read_manifest(self._folder).fingerprint
@@ -167,7 +168,8 @@ class MaskWriter:
         """
         self._finish_shard()
         with set_lock(self._folder):
-            listing = self._update_index()
+            listing = self._current_listing()
+            self._places = listing.places
             missing = sum(image_id not in listing.places for image_id in expected_ids)
             completion = read_manifest(self._folder).completion
             shares = self._other_shares(completion)
@@ -176,6 +178,11 @@ class MaskWriter:
             completion = Completion(len(listing.places), dict(sorted(shares.items())), is_complete)
             update_completion(self._folder, completion)
         return completion
+
+    @property
+    def places(self) -> Mapping[str, str]:
+        """Image id to the finished shard that holds its record, as of ``finish``."""
+        return self._places
 
     def close(self) -> None:
         """Finish the shard at hand, write the index, let go of the lock; nothing more the second time."""
@@ -258,6 +265,15 @@ class MaskWriter:
             for share, item in completion.shares.items()
             if share.endswith(f"/{self._count}") and share != f"{self._index}/{self._count}"
         }
+
+    def _current_listing(self) -> Listing:
+        """What lies in the folder, with an index that says the same; the caller holds the set's lock."""
+        is_new = self._index_is_stale or self._finished is None or bool(self._finished.checked)
+        listing = list_records(self._folder, self._fingerprint)
+        trusted = read_trusted(self._folder)
+        if is_new or not (self._folder / INDEX).exists() or set(trusted) != set(listing.places.values()):
+            return self._update_index()
+        return listing
 
     def _update_index(self) -> Listing:
         """Write the index from what lies in the folder; the caller holds the set's lock."""

@@ -50,6 +50,11 @@ from wsss_pipeline.commands.options import (
 @click.option("--limit", type=click.IntRange(1), help="At most so many images.")
 @click.option("--store-cams", is_flag=True, help="Keep the CAMs before the CRF in the cache as well.")
 @click.option("--overwrite", is_flag=True, help="Compute again what the cache already holds.")
+@click.option(
+    "--check-bytes",
+    is_flag=True,
+    help="Read every finished image again, even where size and time are the same.",
+)
 @click.option("--dry-run", is_flag=True, help="Say what would be done and how much disk it takes, and stop.")
 @click.option(
     "--json", "as_json", is_flag=True, help="Print a summary as one line of JSON before the last line."
@@ -67,6 +72,7 @@ def command(
     limit: int | None,
     store_cams: bool,
     overwrite: bool,
+    check_bytes: bool,
     dry_run: bool,
     as_json: bool,
     **options: Any,
@@ -100,6 +106,7 @@ def command(
         workers=workers,
         store_cams=store_cams,
         overwrite=overwrite,
+        check_bytes=check_bytes,
         offline=offline,
     )
     if dry_run:

@@ -11,7 +11,7 @@ import time
 
 import torch
 
-from wsss_pipeline.cache import MaskWriter, open_mask_set
+from wsss_pipeline.cache import KnownImages, MaskWriter, file_status, open_mask_set
 from wsss_pipeline.cam.prompts import class_embeddings
 from wsss_pipeline.clip.image_encoder import ImageEncoder
 from wsss_pipeline.clip.text_encoder import TextEncoder
@@ -43,32 +43,41 @@ def generate_masks(request: MaskRequest) -> MaskReport:
     with MaskWriter(folder, request.shard.index, request.shard.count) as writer:
         for image_id in plan.missing:
             report.fail(image_id, "the labels name it, but there is no such image")
-        todo = _left_to_do(request, plan, writer)
+        known = KnownImages(folder, request.shard.index, request.shard.count)
+        todo = _left_to_do(request, plan, writer, known)
         report.reused = len(plan.image_ids) - len(todo)
         if todo:
             logger.info("%d images: %d in the cache, %d to compute", report.images, report.reused, len(todo))
             activation = _class_activation(plan)
-            MaskRun(request, plan, activation, writer, report).compute(todo)
+            MaskRun(request, plan, activation, writer, report, known).compute(todo)
         writer.finish([*plan.image_ids, *plan.missing])
+        known.save(writer.places)
     report.seconds = time.monotonic() - started
     return report
 
 
-def _left_to_do(request: MaskRequest, plan: MaskPlan, writer: MaskWriter) -> list[str]:
+def _left_to_do(request: MaskRequest, plan: MaskPlan, writer: MaskWriter, known: KnownImages) -> list[str]:
     """Ids whose masks aren't in the cache, or belong to other bytes or labels."""
     if request.overwrite:
         return plan.image_ids
 
     def is_done(image_id: str) -> bool:
+        file, labels = request.images[image_id], request.labels[image_id]
+        if not request.check_bytes and known.is_done(image_id, file, labels, request.store_cams):
+            return True
         record = writer.record(image_id)
-        if record is None or record.labels != request.labels[image_id]:
+        if record is None or record.labels != labels:
             return False
         if request.store_cams and not record.has_cams:
             return False
         try:
-            return record.image_digest == file_digest(request.images[image_id])
-        except ImageError:
+            status = file_status(file)
+            if record.image_digest != file_digest(file):
+                return False
+        except (OSError, ImageError):
             return False  # reported when it is loaded
+        known.note(image_id, status, labels, record.has_cams)
+        return True
 
     return [image_id for image_id in plan.image_ids if not is_done(image_id)]
 

@@ -10,20 +10,24 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from wsss_pipeline.cache import Status, file_status
 from wsss_pipeline.data.images import file_digest, read_image
 from wsss_pipeline.data.transforms import ClipInputSize, clip_input_size, resize_for_clip
+from wsss_pipeline.errors import ImageError
 
 
 @dataclass(frozen=True)
 class LoadedImage:
     """One picture with its labels.
 
-    ``pixels``: uint8 (H, W, 3) RGB. ``classes``: mask values 1..C in the order of ``labels``.
+    ``status``: of the file, before it was read. ``pixels``: uint8 (H, W, 3) RGB. ``classes``: mask values 1..C
+    in the order of ``labels``.
     ``clip_size``: what CLIP gets; its ``scale`` is under 1 where the picture was too large.
     """
 
     image_id: str
     digest: str
+    status: Status
     labels: tuple[str, ...]
     classes: list[int]
     pixels: NDArray[np.uint8]
@@ -61,10 +65,14 @@ def load_image(
     Raises:
         ImageError: the file can't be used.
     """
+    try:
+        status = file_status(file)
+    except (OSError, ValueError) as error:
+        raise ImageError(f"{file}: can't be read: {error}; replace or remove it") from error
     digest = file_digest(file)
     pixels = read_image(file)
     size = clip_input_size(pixels.shape[1], pixels.shape[0], patch_size, max_pixels)
-    return LoadedImage(image_id, digest, labels, classes, pixels, size)
+    return LoadedImage(image_id, digest, status, labels, classes, pixels, size)
 
 
 def batches(images: Iterable[LoadedImage], batch_size: int) -> Iterator[list[LoadedImage]]:

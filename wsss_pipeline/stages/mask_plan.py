@@ -25,6 +25,7 @@ class MaskRequest:
 
     ``images``: image id to file. ``labels``: image id to class names in order of appearance; an empty
     tuple means that none of the classes is present. ``limit``: at most so many images of the share.
+    ``check_bytes``: read every image whose mask is there, whatever its size and times say.
     """
 
     images: Mapping[str, Path]
@@ -39,6 +40,7 @@ class MaskRequest:
     workers: int = 0
     store_cams: bool = False
     overwrite: bool = False
+    check_bytes: bool = False
     offline: bool = False
 
 

@@ -19,7 +19,9 @@ class MaskReport:
     ``path``: the mask set, a folder that ``MaskCache.open`` reads. ``images``: this run's share.
     ``reused``: found in the cache. ``without_labels``: of the computed ones, those with no class: all
     background. ``scaled``: of the computed ones, those over ``max_pixels``. ``unlabelled``: images that
-    the labels don't name, left out. ``failed``: image id to reason.
+    the labels don't name, left out. ``failed``: image id to reason. ``busy``: stage to the seconds it worked;
+    the CRF's are shared by ``workers`` threads or processes. ``computing``: seconds from the first image to the
+    last, without loading CLIP.
     """
 
     path: Path
@@ -32,6 +34,9 @@ class MaskReport:
     failed: dict[str, str] = field(default_factory=dict)
     interrupted: bool = False
     seconds: float = 0.0
+    computing: float = 0.0
+    busy: dict[str, float] = field(default_factory=dict)
+    workers: int = 0
 
     def fail(self, image_id: str, reason: str) -> None:
         """Note one image that can't be used, and warn."""
@@ -48,6 +53,7 @@ class MaskReport:
         if self.computed:
             rate = self.computed / max(self.seconds, 1e-9)
             lines.append(f"{self.computed} masks computed in {self.seconds:.1f} s ({rate:.2f} images/s)")
+            lines += self._busy_line()
         if self.reused:
             lines.append(f"{self.reused} masks reused from the cache")
         if self.reused and not self.computed and not self.failed:
@@ -68,3 +74,15 @@ class MaskReport:
         if left:
             lines.append(f"{left} images are left to do")
         return lines
+
+    def _busy_line(self) -> list[str]:
+        """How busy each stage was, and which one the others waited for."""
+        if not self.busy or not self.computing:
+            return []
+        shares = {
+            stage: seconds / self.computing / (max(1, self.workers) if stage == "CRF" else 1)
+            for stage, seconds in self.busy.items()
+        }
+        slowest = max(shares, key=lambda stage: shares[stage])
+        listed = ", ".join(f"{stage} {100 * share:.0f} %" for stage, share in shares.items())
+        return [f"busy: {listed}; waiting on {slowest}"]

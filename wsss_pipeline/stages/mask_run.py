@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from wsss_pipeline.cache import MaskWriter, PseudoMask
+from wsss_pipeline.cache import KnownImages, MaskWriter, PseudoMask
 from wsss_pipeline.cache.pseudo_mask import CERTAIN
 from wsss_pipeline.cam.scores import assemble, upscale_cams
 from wsss_pipeline.data.images import has_rotation
@@ -51,7 +51,7 @@ class Pending:
 
 
 class MaskRun:
-    """One run over the images that are left to do; its doings go into ``report``."""
+    """One run over the images that are left to do; its doings go into ``report`` and ``known``."""
 
     def __init__(
         self,
@@ -60,19 +60,24 @@ class MaskRun:
         activation: ClassActivation,
         writer: MaskWriter,
         report: MaskReport,
+        known: KnownImages,
     ) -> None:
         self._request = request
         self._plan = plan
         self._activation = activation
         self._writer = writer
         self._report = report
+        self._known = known
         self._workers = request.workers if _runs_on_cpu(plan) else 0
         self._pool: Executor | None = None
         self._pending: deque[Pending] = deque()
         self._warned_of_rotation = False
+        report.workers = self._workers
+        report.busy = dict.fromkeys(("reading", "CLIP", "CRF", "writing"), 0.0)
 
     def compute(self, todo: list[str]) -> None:
         """Compute and write the masks of ``todo``, in order, until done or asked to stop."""
+        started = time.monotonic()
         self._pool = start_workers(self._workers, self._plan.config.crf.backend) if self._workers else None
         try:
             with StopRequest() as stop, Progress(len(todo)) as self._progress:
@@ -84,6 +89,15 @@ class MaskRun:
         finally:
             if self._pool is not None:
                 self._pool.shutdown(cancel_futures=True)
+            self._report.computing += time.monotonic() - started
+
+    @contextmanager
+    def _busy(self, stage: str) -> Iterator[None]:
+        started = time.monotonic()
+        try:
+            yield
+        finally:
+            self._report.busy[stage] += time.monotonic() - started
 
     @contextmanager
     def _one_image(self, image_id: str) -> Iterator[None]:
@@ -110,7 +124,7 @@ class MaskRun:
             if stop.requested:
                 return
             image = None
-            with self._one_image(image_id):
+            with self._one_image(image_id), self._busy("reading"):
                 file, labels = self._request.images[image_id], self._request.labels[image_id]
                 classes = [self._plan.class_set.index(name) for name in labels]
                 image = load_image(image_id, file, labels, classes, patch_size, max_pixels)
@@ -124,9 +138,10 @@ class MaskRun:
             self._submit_background(batch[0])
             return
         try:
-            found = self._activation.cams(
-                [image.clip_pixels() for image in batch], [image.classes for image in batch]
-            )
+            with self._busy("CLIP"):
+                found = self._activation.cams(
+                    [image.clip_pixels() for image in batch], [image.classes for image in batch]
+                )
         except (ImageError, MemoryError, RuntimeError) as error:
             if len(batch) == 1:
                 with self._one_image(batch[0].image_id):
@@ -184,13 +199,16 @@ class MaskRun:
         self, pending: Pending, mask: NDArray[np.uint8], confidence: NDArray[np.uint8], seconds: float
     ) -> None:
         image, report = pending.image, self._report
-        self._writer.write(
-            image.image_id,
-            PseudoMask(mask, confidence, image.labels, pending.cams),
-            image_digest=image.digest,
-            seconds=pending.seconds + seconds,
-            scale=image.clip_size.scale,
-        )
+        report.busy["CRF"] += seconds
+        with self._busy("writing"):
+            self._writer.write(
+                image.image_id,
+                PseudoMask(mask, confidence, image.labels, pending.cams),
+                image_digest=image.digest,
+                seconds=pending.seconds + seconds,
+                scale=image.clip_size.scale,
+            )
+        self._known.note(image.image_id, image.status, image.labels, pending.cams is not None)
         report.computed += 1
         report.without_labels += not image.classes
         report.scaled += image.clip_size.scale < 1

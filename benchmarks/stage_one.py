@@ -1,0 +1,234 @@
+"""Speed of ``generate-masks`` against the published way of working, on the same pictures in one run.
+
+    OMP_WAIT_POLICY=PASSIVE python benchmarks/stage_one.py [--images DIR] [--count 24] [--device cuda]
+    OMP_WAIT_POLICY=PASSIVE python benchmarks/stage_one.py --scaling 100 1000 10000
+
+A CLIP ViT-B/16 with seeded random weights is made on the spot: speed doesn't depend on what they mean. Every
+few pictures the ways take turns, so what else the machine does hits all alike: the plain method of
+``plain_method.py`` (checked first against the published code's outputs), then the whole command, reading, CRF
+and cache included, in float32 and in bfloat16. Seconds are those from the first picture to the last, without
+loading CLIP. Without --images, scenes are drawn at VOC's size.
+
+--scaling runs the embedded CLIP over small drawn scenes and says how throughput and memory go with their number.
+"""
+
+from __future__ import annotations
+
+import argparse
+import resource
+import tempfile
+import time
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from plain_method import PlainMethod, check
+from transformers import AutoTokenizer, CLIPConfig, CLIPModel
+
+from wsss_pipeline.cache import MaskCache
+from wsss_pipeline.cam.prompts import class_embeddings
+from wsss_pipeline.clip.sources import locate_clip
+from wsss_pipeline.clip.text_encoder import TextEncoder
+from wsss_pipeline.clip.weights import Clip, load_clip
+from wsss_pipeline.config import load_config
+from wsss_pipeline.data.classes import load_class_set
+from wsss_pipeline.data.image_ids import find_images
+from wsss_pipeline.data.images import read_image
+from wsss_pipeline.data.transforms import clip_input_size, resize_for_clip, to_clip_tensor
+from wsss_pipeline.demo.voc_folder import write_voc_folder
+from wsss_pipeline.stages.generate_masks import generate_masks
+from wsss_pipeline.stages.mask_plan import MaskRequest
+from wsss_pipeline.stages.mask_report import MaskReport
+
+CLASSES = "voc12"
+TURN = 6  # pictures
+PLAIN, FP32, BF16 = "plain", "fp32", "bf16"
+
+
+def write_clip(folder: Path) -> Path:
+    """A seeded CLIP ViT-B/16 with the embedded CLIP's vocabulary."""
+    torch.manual_seed(0)
+    demo = locate_clip(load_config(flags={"clip.weights": "demo", "classes": "demo"}).clip, offline=True)
+
+    tokenizer = AutoTokenizer.from_pretrained(demo.tokenizer)
+    config = CLIPConfig(
+        vision_config={"patch_size": 16, "image_size": 224},
+        text_config={
+            "vocab_size": len(tokenizer),
+            "bos_token_id": tokenizer.bos_token_id,
+            "eos_token_id": tokenizer.eos_token_id,
+            "pad_token_id": tokenizer.pad_token_id,
+        },
+    )
+    model = CLIPModel(config)
+    for name, parameter in model.named_parameters():
+        if "q_proj.weight" in name or "k_proj.weight" in name:
+            parameter.data.mul_(6)  # sharp attention, as trained models have it
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@dataclass
+class Ways:
+    """The ways of making masks, and what each has taken so far."""
+
+    images: dict[str, Path]
+    labels: dict[str, tuple[str, ...]]
+    clip_folder: Path
+    work: Path
+    device: str
+    workers: int
+    seconds: Counter[str] = field(default_factory=Counter)
+    busy: Counter[str] = field(default_factory=Counter)
+    masks: dict[str, dict[str, NDArray[np.uint8]]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        config = load_config(flags={"clip.weights": str(self.clip_folder), "classes": CLASSES})
+        clip = load_clip(locate_clip(config.clip, offline=True), torch.device("cpu"))
+        self.classes = load_class_set(CLASSES)
+        self.method = self._plain_method(clip)
+
+    def _plain_method(self, clip: Clip) -> PlainMethod:
+        text = TextEncoder(clip.text, clip.tokenizer)
+        rows = class_embeddings(self.classes, self.classes.templates, text.encode)
+        return PlainMethod(clip.vision, rows.foreground, rows.background, clip.logit_scale)
+
+    def plain(self, ids: list[str]) -> None:
+        started = time.perf_counter()
+        for image_id in ids:
+            image = read_image(self.images[image_id])
+            size = clip_input_size(image.shape[1], image.shape[0], 16, 1 << 20)
+            clip_input = to_clip_tensor(resize_for_clip(image, size.width, size.height))[None]
+            rows = [self.classes.index(name) - 1 for name in self.labels[image_id]]
+            self.masks.setdefault(PLAIN, {})[image_id] = self.method.mask(image, clip_input, rows)
+        self.seconds[PLAIN] += time.perf_counter() - started
+
+    def command(self, ids: list[str], precision: str) -> None:
+        report = self._generate(ids, precision)
+        assert not report.failed
+        self.seconds[precision] += report.computing
+        self.busy += Counter({f"{precision} {stage}": seconds for stage, seconds in report.busy.items()})
+        with MaskCache.open(report.path) as cache:
+            self.masks.setdefault(precision, {}).update({image_id: cache[image_id].mask for image_id in ids})
+
+    def _generate(self, ids: list[str], precision: str) -> MaskReport:
+        flags = {"clip.weights": str(self.clip_folder), "clip.precision": precision, "classes": CLASSES}
+        return generate_masks(
+            MaskRequest(
+                images=self.images,
+                labels={image_id: self.labels[image_id] for image_id in ids},
+                class_set=self.classes,
+                config=load_config(flags=flags),
+                cache_dir=self.work / f"{precision}-{ids[0]}",
+                device=self.device,
+                workers=self.workers,
+                offline=True,
+            )
+        )
+
+    def equal(self, way: str, other: str) -> float:
+        """Share of equal pixels."""
+        pairs = [(self.masks[way][key], self.masks[other][key]) for key in self.masks[way]]
+        return sum(int((a == b).sum()) for a, b in pairs) / sum(a.size for a, _ in pairs)
+
+
+def choose_pictures(
+    folder: Path | None, work: Path, count: int
+) -> tuple[dict[str, Path], dict[str, tuple[str, ...]]]:
+    """``count`` pictures and 1 to 4 seeded labels for each."""
+    if folder is None:
+        write_voc_folder(work / "scenes", seed=8, scenes={"train": count}, size=(500, 375))
+        folder = work / "scenes" / "JPEGImages"
+    images = dict(list(find_images(folder).items())[:count])
+    generator = np.random.default_rng(0)
+    names = load_class_set(CLASSES).names
+    labels = {}
+    for number, image_id in enumerate(images):
+        chosen = generator.choice(len(names), 1 + number % 4, replace=False)
+        labels[image_id] = tuple(names[index] for index in chosen)
+    return images, labels
+
+
+def compare(options: argparse.Namespace, work: Path) -> None:
+    print(f"plain method against the published code: refined CAMs within {check():.1e}")
+    images, labels = choose_pictures(options.images, work, options.count)
+    ways = Ways(images, labels, write_clip(work / "clip"), work, options.device, options.workers)
+    ids = list(images)
+    ways.plain(ids[:1])  # the first calls warm up
+    for precision in (FP32, BF16):
+        ways.command(ids[:1], precision)
+    ways.seconds.clear()
+    ways.busy.clear()
+    for start in range(0, len(ids), TURN):
+        turn = ids[start : start + TURN]
+        ways.plain(turn)
+        for precision in (FP32, BF16):
+            ways.command([*turn], precision)
+    print(
+        f"{len(ids)} pictures, {options.device}, {torch.get_num_threads()} threads, {options.workers} for the CRF\n"
+    )
+    print("| way | s an image | times as fast | pixels as plain | busy |")
+    print("| --- | ---: | ---: | ---: | --- |")
+    for way in (PLAIN, FP32, BF16):
+        busy = ", ".join(
+            f"{key.split()[1]} {value / len(ids):.2f} s"
+            for key, value in ways.busy.items()
+            if key.startswith(way)
+        )
+        seconds = ways.seconds[way]
+        print(
+            f"| {way} | {seconds / len(ids):.3f} | {ways.seconds[PLAIN] / seconds:.2f} "
+            f"| {100 * ways.equal(way, PLAIN):.3f} % | {busy} |"
+        )
+
+
+def scale(options: argparse.Namespace, work: Path) -> None:
+    print("| images | images/s | peak memory MiB | cache bytes an image | second run, images/s checked |")
+    print("| ---: | ---: | ---: | ---: | ---: |")
+    for count in sorted(options.scaling):
+        root = work / f"scenes-{count}"
+        write_voc_folder(root, seed=9, scenes={"train": count}, size=(80, 64))
+        images = find_images(root / "JPEGImages")
+        classes = load_class_set("demo")
+        request = MaskRequest(
+            images=images,
+            labels=dict.fromkeys(images, (classes.names[0],)),
+            class_set=classes,
+            config=load_config(flags={"clip.weights": "demo", "classes": "demo"}),
+            cache_dir=work / f"cache-{count}",
+            device=options.device,
+            workers=options.workers,
+            offline=True,
+        )
+        first = generate_masks(request)
+        again = generate_masks(request)
+        assert (first.computed, again.reused) == (count, count)
+        size = sum(file.stat().st_size for file in first.path.glob("shard-*.h5"))
+        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        print(
+            f"| {count:,} | {count / first.computing:.1f} | {memory:.0f} | {size / count:.0f} "
+            f"| {count / again.seconds:,.0f} |",
+            flush=True,
+        )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--images", type=Path, help="folder of pictures")
+    parser.add_argument("--count", type=int, default=24)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--workers", type=int, default=1, help="threads for the CRF")
+    parser.add_argument("--scaling", type=int, nargs="+", metavar="N")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        (scale if options.scaling else compare)(options, Path(folder))
+
+
+if __name__ == "__main__":
+    main()

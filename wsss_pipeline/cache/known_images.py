@@ -1,0 +1,112 @@
+"""What the last run found out about each image, so that the next one needn't read it again.
+
+As git's index does it: an image file whose size and times are as they were is believed to hold the bytes that it
+held then, and a shard whose size and time are as they were to hold the same records. One file for each share
+of the work, beside the shards; it may be deleted at any time, which costs no more than reading once.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from wsss_pipeline.cache.files import write_atomically
+from wsss_pipeline.cache.index import stamp
+
+logger = logging.getLogger(__name__)
+
+Status = tuple[int, int, int]  # size in bytes; times of modification and of change in nanoseconds
+
+# A file may change twice within one tick of its clock: what was read so soon after a change isn't believed.
+SETTLED_NS = 2 * 10**9
+
+
+def file_status(path: Path) -> Status:
+    """What tells whether a file has changed; take it before reading the file.
+
+    Raises:
+        OSError: it isn't there.
+    """
+    found = path.stat()
+    return found.st_size, found.st_mtime_ns, found.st_ctime_ns
+
+
+class KnownImages:
+    """The images of one share of a mask set.
+
+    Args:
+        folder: of the mask set.
+        index: 0-based share of the work.
+        count: number of shares.
+    """
+
+    def __init__(self, folder: Path, index: int, count: int) -> None:
+        self._folder = folder
+        self._path = folder / f"known-{index}-of-{count}.json"
+        self._images, shards = self._read()
+        self._believed = {name for name, known in shards.items() if self._stamp(name) == known}
+        self._noted: dict[str, list[Any]] = {}
+
+    def is_done(self, image_id: str, file: Path, labels: tuple[str, ...], need_cams: bool) -> bool:
+        """Whether the set holds this image's mask for the bytes that ``file`` has and for these labels.
+
+        False where that isn't known without reading. A file that isn't there is no done image.
+        """
+        entry = self._images.get(image_id)
+        if entry is None:
+            return False
+        shard, status, known_labels, has_cams = entry
+        if shard not in self._believed or known_labels != list(labels) or (need_cams and not has_cams):
+            return False
+        try:
+            return bool(status == list(file_status(file)))
+        except OSError:
+            return False
+
+    def note(self, image_id: str, status: Status, labels: tuple[str, ...], has_cams: bool) -> None:
+        """The set holds the mask for the bytes that a file of this status had."""
+        if time.time_ns() - max(status[1], status[2]) > SETTLED_NS:
+            self._noted[image_id] = ["", list(status), list(labels), has_cams]
+
+    def save(self, places: Mapping[str, str]) -> None:
+        """Write what is known for the next run.
+
+        Args:
+            places: image id to the shard that holds its mask.
+
+        Raises:
+            CacheWriteError: disk full, read-only, ...
+        """
+        if not self._noted:
+            return
+        images = {
+            image_id: [places[image_id], *entry[1:]]
+            for image_id, entry in (self._images | self._noted).items()
+            if image_id in places
+        }
+        shards = {name: self._stamp(name) for name in sorted({entry[0] for entry in images.values()})}
+        content = json.dumps({"shards": shards, "images": images}, separators=(",", ":"))
+        write_atomically(self._path, content.encode("utf-8", "surrogatepass"), durable=False)
+
+    def _read(self) -> tuple[dict[str, list[Any]], dict[str, list[int]]]:
+        try:
+            content = json.loads(self._path.read_bytes().decode("utf-8", "surrogatepass"))
+            images, shards = content["images"], content["shards"]
+            if all(len(entry) == 4 for entry in images.values()):
+                return dict(images), dict(shards)
+        except FileNotFoundError:
+            return {}, {}
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            pass
+        logger.warning("%s can't be read; the images are looked at again", self._path)
+        return {}, {}
+
+    def _stamp(self, shard: str) -> list[int] | None:
+        try:
+            return list(stamp(self._folder / Path(shard).name))
+        except OSError:
+            return None
