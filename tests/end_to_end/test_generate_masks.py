@@ -101,7 +101,7 @@ def test_what_changes_masks_changes_the_mask_set(generate: Run) -> None:
         ("--crf-image", "reference"),
         ("--crf", "none"),
         ("--set", "cam.threshold=0.5"),
-        ("--precision", "bf16"),
+        ("--precision", "fp16"),
         ("--max-pixels", "5000"),
     ]
     paths = {mask_set(generate("--limit", 1, *arguments)) for arguments in others}

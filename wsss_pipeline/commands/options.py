@@ -70,7 +70,7 @@ config_options = _all(
     click.option(
         "--precision",
         type=click.Choice(["auto", "fp32", "bf16", "fp16"]),
-        help="Of CLIP's matrix products.  [default: auto, which is fp32]",
+        help="Of CLIP's matrix products.  [default: auto, which is bf16 where the device is fast at it, else fp32]",
     ),
     click.option(
         "--max-pixels",

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, Literal
 
 from wsss_pipeline.config import Precision
 from wsss_pipeline.errors import ConfigError
@@ -37,10 +38,23 @@ def resolve_device(requested: str) -> torch.device:
     return device
 
 
-def resolve_precision(requested: Precision) -> ResolvedPrecision:
-    """The precision of CLIP's matrix products; ``auto`` is fp32, which the published masks need.
+def resolve_precision(requested: Precision, device: torch.device) -> ResolvedPrecision:
+    """The precision of CLIP's matrix products; ``auto`` is bf16 where the device has fast ones, else fp32.
 
-    bf16 and fp16 change the masks (measured on CLIP-ES: CAMs move by up to 0.03 and 0.3), so they are the
-    user's choice, and part of the cache's fingerprint.
+    bf16 moves a few masks' edges (see docs/performance.md), fp16 more; the precision is part of the cache's
+    fingerprint, and its manifest says which it was.
     """
-    return "fp32" if requested == "auto" else requested
+    if requested != "auto":
+        return requested
+    return "bf16" if has_fast_bf16(device) else "fp32"
+
+
+def has_fast_bf16(device: torch.device) -> bool:
+    """Whether bf16 products are faster than fp32: GPUs from Ampere on, CPUs with AVX512-BF16 or AMX."""
+    import torch
+
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    tell: Callable[[], Mapping[str, Any]] = getattr(torch.cpu, "get_capabilities", dict)
+    capabilities = tell()  # an older torch has no such function
+    return any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16"))

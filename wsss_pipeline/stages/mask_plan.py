@@ -85,7 +85,7 @@ def plan_masks(request: MaskRequest) -> MaskPlan:
     """
     class_set = request.class_set
     device = resolve_device(request.device)
-    precision = resolve_precision(request.config.clip.precision)
+    precision = resolve_precision(request.config.clip.precision, device)
     config = replace(
         request.config,
         templates=request.config.templates or class_set.templates,

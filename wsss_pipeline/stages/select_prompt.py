@@ -81,8 +81,9 @@ def select_prompt(
             "no image with two classes or more, and sharpness compares the classes of an image; "
             "label some images with all that is in them"
         )
-    clip = load_clip(locate_clip(config.clip, offline=offline), resolve_device(device))
-    encoder = ImageEncoder(clip.vision, resolve_precision(config.clip.precision))
+    place = resolve_device(device)
+    clip = load_clip(locate_clip(config.clip, offline=offline), place)
+    encoder = ImageEncoder(clip.vision, resolve_precision(config.clip.precision, place))
     embeddings, failed = _image_embeddings(encoder, {i: images[i] for i in usable}, config.max_pixels)
     if not embeddings:
         raise ConfigError(
