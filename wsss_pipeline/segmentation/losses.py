@@ -54,9 +54,9 @@ def _one(
 ) -> Tensor:
     size = logits.shape[-2:]
     if target.shape[-2:] != size:
-        # uint8 holds every label; interpolate takes no integers wider than that
-        target = F.interpolate(target[:, None].to(torch.uint8), size=size, mode="nearest")[:, 0].long()
-        weights = F.interpolate(weights[:, None], size=size, mode="nearest")[:, 0]
+        # exact: plain nearest lies half a cell beside the logits. uint8, for interpolate takes no wider integers
+        target = F.interpolate(target[:, None].to(torch.uint8), size=size, mode="nearest-exact")[:, 0].long()
+        weights = F.interpolate(weights[:, None], size=size, mode="nearest-exact")[:, 0]
     weights = weights * (target != IGNORE)
     entropy = F.cross_entropy(logits.float(), target, ignore_index=IGNORE, reduction="none")
     masks = [target == 0, (target != 0) & (target != IGNORE)] if balanced else [target != IGNORE]

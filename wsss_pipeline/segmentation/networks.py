@@ -171,7 +171,9 @@ class DeepLabV2(SegmentationNetwork):
 
         if not timm.is_model(encoder) or not encoder.startswith("resnet"):
             raise NetworkError(f"network deeplabv2 takes a ResNet of timm such as resnet101, not '{encoder}'")
-        backbone: Any = timm.create_model(encoder, features_only=True, output_stride=8, out_indices=(4,))
+        backbone: Any = timm.create_model(
+            encoder, features_only=True, output_stride=8, out_indices=(4,), zero_init_last=False
+        )
         head = _Aspp(backbone.feature_info.channels()[-1], num_classes)
         self.model = nn.ModuleDict({"backbone": backbone, "head": head})
         for norm in self._batch_norms():
