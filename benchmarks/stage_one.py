@@ -39,6 +39,7 @@ from wsss_pipeline.data.image_ids import find_images
 from wsss_pipeline.data.images import read_image
 from wsss_pipeline.data.transforms import clip_input_size, resize_for_clip, to_clip_tensor
 from wsss_pipeline.demo.voc_folder import write_voc_folder
+from wsss_pipeline.runtime.device import images_at_a_time
 from wsss_pipeline.stages.generate_masks import generate_masks
 from wsss_pipeline.stages.mask_plan import MaskRequest
 from wsss_pipeline.stages.mask_report import MaskReport
@@ -168,9 +169,8 @@ def compare(options: argparse.Namespace, work: Path) -> None:
         ways.plain(turn)
         for precision in (FP32, BF16):
             ways.command([*turn], precision)
-    print(
-        f"{len(ids)} pictures, {options.device}, {torch.get_num_threads()} threads, {options.workers} for the CRF\n"
-    )
+    at_a_time = f"{options.workers} images at a time"
+    print(f"{len(ids)} pictures, {options.device}, {torch.get_num_threads()} threads, {at_a_time}\n")
     print("| way | s an image | times as fast | pixels as plain | busy |")
     print("| --- | ---: | ---: | ---: | --- |")
     for way in (PLAIN, FP32, BF16):
@@ -223,7 +223,7 @@ def main() -> None:
     parser.add_argument("--images", type=Path, help="folder of pictures")
     parser.add_argument("--count", type=int, default=24)
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--workers", type=int, default=1, help="threads for the CRF")
+    parser.add_argument("--workers", type=int, default=images_at_a_time(), help="images at a time")
     parser.add_argument("--scaling", type=int, nargs="+", metavar="N")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:

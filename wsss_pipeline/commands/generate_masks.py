@@ -35,14 +35,12 @@ from wsss_pipeline.commands.options import (
     type=click.IntRange(1),
     default=1,
     show_default=True,
-    help="Neighbouring images of one size that CLIP sees together.",
+    help="On a GPU: neighbouring images of one size that CLIP sees together.",
 )
 @click.option(
     "--workers",
     type=click.IntRange(0),
-    default=1,
-    show_default=True,
-    help="Threads for the CRF on the CPU, beside CLIP; 0 computes it in between.",
+    help="Images that the CPU works on at a time.  [default: one a core, at most 8]",
 )
 @click.option(
     "--shard", metavar="I/N", help="Share I (from 0) of N.  [default: from SLURM arrays or torchrun]"
@@ -67,7 +65,7 @@ def command(
     device: str,
     offline: bool,
     batch_size: int,
-    workers: int,
+    workers: int | None,
     shard: str | None,
     limit: int | None,
     store_cams: bool,
@@ -87,6 +85,7 @@ def command(
       wsss generate-masks --images photos --labels labels.csv --classes cat,dog --cache cache
       wsss generate-masks --voc VOCdevkit/VOC2012 --split train_aug
     """
+    from wsss_pipeline.runtime.device import images_at_a_time
     from wsss_pipeline.runtime.shard import parse_shard, shard_of_environment
     from wsss_pipeline.stages.dry_run import describe_run
     from wsss_pipeline.stages.generate_masks import generate_masks
@@ -103,7 +102,7 @@ def command(
         shard=parse_shard(shard) if shard else shard_of_environment(),
         limit=limit,
         batch_size=batch_size,
-        workers=workers,
+        workers=images_at_a_time() if workers is None else workers,
         store_cams=store_cams,
         overwrite=overwrite,
         check_bytes=check_bytes,

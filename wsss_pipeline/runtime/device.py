@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal
 
 from wsss_pipeline.config import Precision
@@ -58,3 +60,28 @@ def has_fast_bf16(device: torch.device) -> bool:
     tell: Callable[[], Mapping[str, Any]] = getattr(torch.cpu, "get_capabilities", dict)
     capabilities = tell()  # an older torch has no such function
     return any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16"))
+
+
+MOST_IMAGES_AT_A_TIME = 8  # by default: each takes some 200 MB in CLIP ViT-B/16, a large one 1 GB
+
+
+def images_at_a_time() -> int:
+    """How many images a CPU works on side by side: as many as this process may use cores, up to a limit."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(cores, MOST_IMAGES_AT_A_TIME)
+
+
+@contextmanager
+def single_threaded_torch() -> Iterator[None]:
+    """Each torch operation runs in one thread, so that several images can be worked on side by side.
+
+    Their results then depend neither on how many there are nor on the number of cores.
+    """
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

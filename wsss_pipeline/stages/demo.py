@@ -13,6 +13,7 @@ from wsss_pipeline.data.shortcuts import read_split
 from wsss_pipeline.demo.voc_folder import write_voc_folder
 from wsss_pipeline.errors import ConfigError
 from wsss_pipeline.evaluation.report import EvaluationResult
+from wsss_pipeline.runtime.device import images_at_a_time
 from wsss_pipeline.segmentation.mask_sources import CachedMasks, GroundTruthMasks, MaskSource
 from wsss_pipeline.segmentation.train_config import load_train_config
 from wsss_pipeline.stages.evaluate import evaluate
@@ -153,7 +154,7 @@ def _pseudo_masks(data: Path, cache: Path, overrides: Sequence[str]) -> Path:
         class_set=inputs.class_set,
         config=config,
         cache_dir=cache,
-        workers=1,
+        workers=images_at_a_time(),
         store_cams=True,
         offline=True,
     )

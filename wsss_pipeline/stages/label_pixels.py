@@ -8,7 +8,7 @@ import signal
 import threading
 import time
 from collections.abc import Sequence
-from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor
 from multiprocessing.connection import wait
 
 import cv2
@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from wsss_pipeline.cache import half_percent_confidence
-from wsss_pipeline.config import CrfBackend, CrfConfig
+from wsss_pipeline.config import CrfConfig
 from wsss_pipeline.refine import crf_image, dense_crf, unary_from_scores
 
 LabelledPixels = tuple[NDArray[np.uint8], NDArray[np.uint8], float]
@@ -59,13 +59,8 @@ def label_pixels(
     return mask, confidence, time.monotonic() - start
 
 
-def start_workers(count: int, backend: CrfBackend) -> Executor:
-    """A pool for ``label_pixels``: threads where the CRF runs without Python's lock, else processes.
-
-    The processes leave signals to the parent and die with it.
-    """
-    if backend == "lattice":
-        return ThreadPoolExecutor(count, thread_name_prefix="crf")
+def start_workers(count: int) -> ProcessPoolExecutor:
+    """A pool of processes for ``label_pixels``; they leave signals to the parent and die with it."""
     context = multiprocessing.get_context("spawn")
     return ProcessPoolExecutor(count, mp_context=context, initializer=_prepare_worker)
 

@@ -20,8 +20,8 @@ class MaskReport:
     ``reused``: found in the cache. ``without_labels``: of the computed ones, those with no class: all
     background. ``scaled``: of the computed ones, those over ``max_pixels``. ``unlabelled``: images that
     the labels don't name, left out. ``failed``: image id to reason. ``busy``: stage to the seconds it worked;
-    the CRF's are shared by ``workers`` threads or processes. ``computing``: seconds from the first image to the
-    last, without loading CLIP.
+    those of the stages in ``shared`` are the sum over ``workers`` threads or processes. ``computing``: seconds
+    from the first image to the last, without loading CLIP.
     """
 
     path: Path
@@ -37,6 +37,7 @@ class MaskReport:
     computing: float = 0.0
     busy: dict[str, float] = field(default_factory=dict)
     workers: int = 0
+    shared: tuple[str, ...] = ("CRF",)
 
     def fail(self, image_id: str, reason: str) -> None:
         """Note one image that can't be used, and warn."""
@@ -80,7 +81,7 @@ class MaskReport:
         if not self.busy or not self.computing:
             return []
         shares = {
-            stage: seconds / self.computing / (max(1, self.workers) if stage == "CRF" else 1)
+            stage: seconds / self.computing / (max(1, self.workers) if stage in self.shared else 1)
             for stage, seconds in self.busy.items()
         }
         slowest = max(shares, key=lambda stage: shares[stage])

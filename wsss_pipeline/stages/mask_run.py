@@ -5,11 +5,12 @@ from __future__ import annotations
 import logging
 import time
 from collections import deque
-from collections.abc import Iterator
-from concurrent.futures import Executor, Future
+from collections.abc import Callable, Iterator
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from wsss_pipeline.cache.pseudo_mask import CERTAIN
 from wsss_pipeline.cam.scores import assemble, upscale_cams
 from wsss_pipeline.data.images import has_rotation
 from wsss_pipeline.errors import ImageError
+from wsss_pipeline.runtime.device import single_threaded_torch
 from wsss_pipeline.runtime.interrupts import StopRequest
 from wsss_pipeline.runtime.progress import Progress
 from wsss_pipeline.stages.class_activation import ClassActivation
@@ -37,17 +39,21 @@ OUT_OF_MEMORY_TEXTS = ("out of memory", "can't allocate memory", "not enough mem
 
 
 @dataclass(frozen=True)
-class Pending:
-    """An image whose pixels are being labelled.
+class Labelled:
+    """What becomes of an image, the seconds spent on it, and those of CLIP and the CRF not counted elsewhere."""
 
-    ``seconds``: spent on it so far. ``arguments``: to label it here, should its worker process die.
-    """
+    mask: PseudoMask
+    seconds: float
+    clip_seconds: float = 0.0
+    crf_seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class Pending:
+    """An image on its way; ``finish`` waits for it."""
 
     image: LoadedImage
-    cams: NDArray[np.float16] | None
-    seconds: float
-    result: Future[LabelledPixels]
-    arguments: tuple[Any, ...]
+    finish: Callable[[], Labelled]
 
 
 class MaskRun:
@@ -68,20 +74,29 @@ class MaskRun:
         self._writer = writer
         self._report = report
         self._known = known
-        self._workers = request.workers if _runs_on_cpu(plan) else 0
+        crf, on_cpu = plan.config.crf.backend, plan.device == "cpu"
+        # on a CPU each picture stays in one thread from CLIP to CRF; pydensecrf would block all others
+        self._threads = on_cpu and crf != "pydensecrf"
+        self._workers = request.workers if on_cpu or crf == "pydensecrf" else 0
         self._pool: Executor | None = None
         self._pending: deque[Pending] = deque()
         self._warned_of_rotation = False
         report.workers = self._workers
+        report.shared = ("CLIP", "CRF") if self._threads else ("CRF",)
         report.busy = dict.fromkeys(("reading", "CLIP", "CRF", "writing"), 0.0)
 
     def compute(self, todo: list[str]) -> None:
         """Compute and write the masks of ``todo``, in order, until done or asked to stop."""
         started = time.monotonic()
-        self._pool = start_workers(self._workers, self._plan.config.crf.backend) if self._workers else None
         try:
-            with StopRequest() as stop, Progress(len(todo)) as self._progress:
-                for batch in batches(self._load(todo, stop), self._request.batch_size):
+            with (
+                StopRequest() as stop,
+                Progress(len(todo)) as self._progress,
+                single_threaded_torch() if self._threads else nullcontext(),
+            ):
+                self._pool = self._start_pool()
+                images = self._load(todo, stop)
+                for batch in batches(images, 1 if self._threads else self._request.batch_size):
                     self._activate(batch)
                     self._collect(at_most_left=2 * self._workers)
                 self._collect(at_most_left=0)
@@ -90,6 +105,11 @@ class MaskRun:
             if self._pool is not None:
                 self._pool.shutdown(cancel_futures=True)
             self._report.computing += time.monotonic() - started
+
+    def _start_pool(self) -> Executor | None:
+        if not self._workers:
+            return None
+        return ThreadPoolExecutor(self._workers) if self._threads else start_workers(self._workers)
 
     @contextmanager
     def _busy(self, stage: str) -> Iterator[None]:
@@ -102,7 +122,7 @@ class MaskRun:
     @contextmanager
     def _one_image(self, image_id: str) -> Iterator[None]:
         """What goes wrong inside is this image's failure, not the run's."""
-        reason = "ran out of memory; lower --max-pixels or --batch-size"
+        reason = "ran out of memory; lower --max-pixels, --workers or --batch-size"
         try:
             yield
         except ImageError as error:
@@ -135,7 +155,10 @@ class MaskRun:
     def _activate(self, batch: list[LoadedImage]) -> None:
         """CAMs of a batch, handed on to the CRF; an image without classes needs none."""
         if not batch[0].classes:
-            self._submit_background(batch[0])
+            self._pending.append(Pending(batch[0], partial(self._background, batch[0])))
+            return
+        if self._threads:
+            self._submit_whole(batch[0])
             return
         try:
             with self._busy("CLIP"):
@@ -154,22 +177,53 @@ class MaskRun:
             with self._one_image(image.image_id):
                 self._submit(image, cams)
 
-    def _submit_background(self, image: LoadedImage) -> None:
-        result: Future[LabelledPixels] = Future()
-        result.set_result((np.zeros(image.size, np.uint8), np.full(image.size, CERTAIN, np.uint8), 0.0))
-        stored = np.zeros((0, *image.size), np.float16) if self._request.store_cams else None
-        self._pending.append(Pending(image, stored, time.monotonic() - image.started, result, ()))
+    def _background(self, image: LoadedImage) -> Labelled:
+        mask, confidence = np.zeros(image.size, np.uint8), np.full(image.size, CERTAIN, np.uint8)
+        cams = np.zeros((0, *image.size), np.float16) if self._request.store_cams else None
+        seconds = time.monotonic() - image.started
+        return Labelled(PseudoMask(mask, confidence, image.labels, cams), seconds)
+
+    def _submit_whole(self, image: LoadedImage) -> None:
+        """CLIP and CRF of one image in a thread of its own, or here and now where there is none."""
+        if self._pool is not None:
+            self._pending.append(Pending(image, self._pool.submit(self._whole, image).result))
+            return
+        with self._one_image(image.image_id):
+            labelled = self._whole(image)
+            self._pending.append(Pending(image, lambda: labelled))
+
+    def _whole(self, image: LoadedImage) -> Labelled:
+        started = time.monotonic()
+        (cams,) = self._activation.cams([image.clip_pixels()], [image.classes])
+        arguments, stored = self._crf_arguments(image, cams)
+        clip_seconds = time.monotonic() - started
+        mask, confidence, crf_seconds = label_pixels(*arguments)
+        found = PseudoMask(mask, confidence, image.labels, stored)
+        return Labelled(found, clip_seconds + crf_seconds, clip_seconds, crf_seconds)
 
     def _submit(self, image: LoadedImage, cams: Tensor) -> None:
+        arguments, stored = self._crf_arguments(image, cams)
+        seconds = time.monotonic() - image.started
+        result = self._start(arguments)
+
+        def finish() -> Labelled:
+            mask, confidence, crf_seconds = self._result(result, arguments)
+            found = PseudoMask(mask, confidence, image.labels, stored)
+            return Labelled(found, seconds + crf_seconds, crf_seconds=crf_seconds)
+
+        self._pending.append(Pending(image, finish))
+
+    def _crf_arguments(
+        self, image: LoadedImage, cams: Tensor
+    ) -> tuple[tuple[Any, ...], NDArray[np.float16] | None]:
+        """Arguments of ``label_pixels``, and the CAMs that are to be stored."""
         # half precision is what the cache stores and what the published CRF reads
         scores = assemble(upscale_cams(cams, image.working_size).half()).cpu().numpy()
         stored = None
         if self._request.store_cams:
             stored = upscale_cams(cams, image.size).half().cpu().numpy()
         crf, device = self._plan.config.crf, self._plan.device
-        arguments = (image.working_pixels(), scores, image.classes, image.size, crf, device)
-        seconds = time.monotonic() - image.started
-        self._pending.append(Pending(image, stored, seconds, self._start(arguments), arguments))
+        return (image.working_pixels(), scores, image.classes, image.size, crf, device), stored
 
     def _start(self, arguments: tuple[Any, ...]) -> Future[LabelledPixels]:
         if self._pool is not None:
@@ -186,29 +240,28 @@ class MaskRun:
         while len(self._pending) > at_most_left:
             pending = self._pending.popleft()
             with self._one_image(pending.image.image_id):
-                self._write(pending, *self._result(pending))
+                self._write(pending.image, pending.finish())
 
-    def _result(self, pending: Pending) -> LabelledPixels:
+    def _result(self, result: Future[LabelledPixels], arguments: tuple[Any, ...]) -> LabelledPixels:
         try:
-            return pending.result.result()
+            return result.result()
         except BrokenProcessPool:
             self._give_up_workers()
-            return label_pixels(*pending.arguments)
+            return label_pixels(*arguments)
 
-    def _write(
-        self, pending: Pending, mask: NDArray[np.uint8], confidence: NDArray[np.uint8], seconds: float
-    ) -> None:
-        image, report = pending.image, self._report
-        report.busy["CRF"] += seconds
+    def _write(self, image: LoadedImage, labelled: Labelled) -> None:
+        report = self._report
+        report.busy["CLIP"] += labelled.clip_seconds
+        report.busy["CRF"] += labelled.crf_seconds
         with self._busy("writing"):
             self._writer.write(
                 image.image_id,
-                PseudoMask(mask, confidence, image.labels, pending.cams),
+                labelled.mask,
                 image_digest=image.digest,
-                seconds=pending.seconds + seconds,
+                seconds=labelled.seconds,
                 scale=image.clip_size.scale,
             )
-        self._known.note(image.image_id, image.status, image.labels, pending.cams is not None)
+        self._known.note(image.image_id, image.status, image.labels, labelled.mask.cams is not None)
         report.computed += 1
         report.without_labels += not image.classes
         report.scaled += image.clip_size.scale < 1
@@ -226,12 +279,6 @@ class MaskRun:
                 "%s has an EXIF rotation tag, maybe others too: it is ignored, masks fit the stored pixels",
                 file,
             )
-
-
-def _runs_on_cpu(plan: MaskPlan) -> bool:
-    """Whether the CRF is work for other cores; on a GPU the lattice stays in the process that holds it."""
-    backend = plan.config.crf.backend
-    return backend == "pydensecrf" or (backend == "lattice" and plan.device == "cpu")
 
 
 def _is_out_of_memory(error: RuntimeError) -> bool:
