@@ -45,7 +45,7 @@ from wsss_pipeline.stages.mask_plan import MaskRequest
 from wsss_pipeline.stages.mask_report import MaskReport
 
 CLASSES = "voc12"
-TURN = 6  # pictures
+TURN = 12  # pictures
 PLAIN, FP32, BF16 = "plain", "fp32", "bf16"
 
 
