@@ -15,10 +15,10 @@ from functools import cache
 from typing import Any
 
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
 
 from wsss_pipeline.errors import ConfigError
+from wsss_pipeline.refine.compiled import compiled
 
 _FIRST_TABLE = 1 << 14
 MOST_COLUMNS = 4  # that are filtered at a time; for each number of columns there is machine code of its own
@@ -95,7 +95,7 @@ def _argsort(keys: NDArray[np.int64], end: int) -> NDArray[np.int64]:
     return np.sort((keys << bits) | np.arange(len(keys))) & ((1 << bits) - 1)
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def _simplices(features, scales):  # type: ignore[no-untyped-def]  # compiled
     """Per point its simplex's vertex of remainder 0, int32 (N, d), the order of the others, and the weights."""
     points, dimensions = features.shape
@@ -150,7 +150,7 @@ def _simplices(features, scales):  # type: ignore[no-untyped-def]  # compiled
     return rounded, order, weights
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def _slot(table, keys, key):  # type: ignore[no-untyped-def]
     """Where a key is in the hash table, or where it would be put."""
     mask = len(table) - 1
@@ -160,7 +160,7 @@ def _slot(table, keys, key):  # type: ignore[no-untyped-def]
     return slot
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def _number(rounded, order, origin, places, with_origin):  # type: ignore[no-untyped-def]
     """Vertices int32 (N, d+1) numbered in the order they are met, and their keys (M,)."""
     points, dimensions = rounded.shape
@@ -203,7 +203,7 @@ def _number(rounded, order, origin, places, with_origin):  # type: ignore[no-unt
     return vertices, keys[:count].copy()
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def _neighbours(keys, places):  # type: ignore[no-untyped-def]
     """Neighbours (d+1, M, 2) of ascending keys: each vertex's neighbour lies behind that of the one before."""
     count, size = len(keys), len(places)
@@ -225,7 +225,7 @@ def _neighbours(keys, places):  # type: ignore[no-untyped-def]
 def _make_filter(columns: int) -> Any:
     """The filter for a fixed number of columns: known to the compiler, it is several times as fast."""
 
-    @njit(cache=True, nogil=True)
+    @compiled
     def run(vertices, splat, slice_, neighbours, values, result):  # type: ignore[no-untyped-def]
         points, size = vertices.shape
         count = neighbours.shape[1]

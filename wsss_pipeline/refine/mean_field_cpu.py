@@ -9,10 +9,10 @@ from __future__ import annotations
 from functools import lru_cache
 
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
 
 from wsss_pipeline.config import CrfConfig
+from wsss_pipeline.refine.compiled import compiled
 from wsss_pipeline.refine.kernel_features import POINTS_AT_A_TIME, bilateral_features, position_features
 from wsss_pipeline.refine.lattice_cpu import CpuLattice, build_lattice
 
@@ -60,7 +60,7 @@ def _kernel(features: NDArray[np.float32], weight: float) -> CpuLattice:
     return lattice.weighted(norm, norm * np.float32(weight))
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def _softmax(scores, messages, result):  # type: ignore[no-untyped-def]  # compiled
     """Softmax over the labels of scores (N, L) plus messages (N, L-1), of which the first label's is the rest."""
     points, labels = scores.shape

@@ -12,7 +12,7 @@ SECONDS_BETWEEN_LINES = 10.0
 
 
 class TrainingProgressBar:
-    """Shows update, loss, learning rate, updates a second, time left and the last validation's mIoU.
+    """Shows update, loss, learning rate, images a second, time left and the last validation's mIoU.
 
     Args:
         total: number of updates of a run.
@@ -38,7 +38,7 @@ class TrainingProgressBar:
             self._bar.stop()
 
     def log(self, numbers: dict[str, Any]) -> None:
-        """One update more: ``step``, ``loss``, ``lr``, and ``miou`` where it was validated."""
+        """One update more: ``step``, ``loss``, ``lr``, ``images`` of an update, ``seconds``, and ``miou`` where it was validated."""
         step, now = numbers["step"], time.monotonic()
         if self._bar is None and self._stream.isatty():
             self._start()
@@ -46,7 +46,7 @@ class TrainingProgressBar:
             self._first, self._loss = (step - 1, now - numbers["seconds"]), numbers["loss"]
         self._loss = 0.9 * self._loss + 0.1 * numbers["loss"]
         self._miou = numbers.get("miou", self._miou)
-        text = self.line(step, numbers["lr"], now)
+        text = self.line(step, numbers["lr"], numbers["images"], now)
         if self._bar is not None:
             self._bar.update(self._task, completed=step, description=text)
         elif now - self._last_line >= SECONDS_BETWEEN_LINES or "miou" in numbers or step == self._total:
@@ -64,10 +64,10 @@ class TrainingProgressBar:
         self._task = self._bar.add_task("", total=self._total)
         self._bar.start()
 
-    def line(self, step: int, lr: float, now: float) -> str:
-        """For example ``120/300 updates, loss 0.412, lr 0.0008, 5.1 updates/s, ETA 0:00:35, mIoU 61.20 %``."""
+    def line(self, step: int, lr: float, images: int, now: float) -> str:
+        """For example ``120/300 updates, loss 0.412, lr 0.0008, 81 images/s, ETA 0:00:35, mIoU 61.20 %``."""
         rate = (step - self._first[0]) / max(1e-9, now - self._first[1])
         left = timedelta(seconds=round((self._total - step) / rate))
         miou = "" if self._miou is None else f", mIoU {100 * self._miou:.2f} %"
         done = f"{step}/{self._total} updates, loss {self._loss:.3f}, lr {lr:.2g}"
-        return f"{done}, {rate:.1f} updates/s, ETA {left}{miou}"
+        return f"{done}, {images * rate:.3g} images/s, ETA {left}{miou}"

@@ -105,6 +105,11 @@ class Trainer:
         """How far the run is."""
         return self._progress
 
+    @property
+    def _images_per_update(self) -> int:
+        optimisation = self._config.optimisation
+        return optimisation.batch * optimisation.accumulate * self._accelerator.num_processes
+
     def run(self, hooks: TrainingHooks) -> bool:
         """Trains to the end or until ``hooks.stop``; whether the end was reached.
 
@@ -123,6 +128,7 @@ class Trainer:
                 "loss": loss,
                 "lr": self._optimizer.param_groups[0]["lr"],
                 "seconds": time.monotonic() - started,
+                "images": self._images_per_update,
                 "damaged": damaged,
             }
             if hooks.validate is not None and (ended or progress.step % config.validate_every == 0):
@@ -180,11 +186,10 @@ class Trainer:
 
     def _batches(self) -> Iterator[Any]:
         optimisation, accelerator = self._config.optimisation, self._accelerator
-        per_update = optimisation.batch * optimisation.accumulate * accelerator.num_processes
         sampler = EpochSampler(
             len(self._dataset),
             self._config.seed,
-            self._progress.step * per_update,
+            self._progress.step * self._images_per_update,
             accelerator.process_index,
             accelerator.num_processes,
         )
