@@ -38,7 +38,7 @@ class TrainingProgressBar:
             self._bar.stop()
 
     def log(self, numbers: dict[str, Any]) -> None:
-        """One update more: ``step``, ``loss``, ``lr``, ``images`` of an update, ``seconds``, and ``miou`` where it was validated."""
+        """One update more: ``step``, ``loss``, ``lr``, ``images``, ``seconds``, and ``miou`` where validated."""
         step, now = numbers["step"], time.monotonic()
         if self._bar is None and self._stream.isatty():
             self._start()
