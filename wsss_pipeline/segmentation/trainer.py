@@ -108,7 +108,7 @@ class Trainer:
     @property
     def _images_per_update(self) -> int:
         optimisation = self._config.optimisation
-        return optimisation.batch * optimisation.accumulate * self._accelerator.num_processes
+        return optimisation.batch * optimisation.accumulate * int(self._accelerator.num_processes)
 
     def run(self, hooks: TrainingHooks) -> bool:
         """Trains to the end or until ``hooks.stop``; whether the end was reached.
