@@ -15,6 +15,11 @@ from tests.end_to_end.conftest import GOLDEN, LABELS, Run, mask_set, write_label
 from wsss_pipeline.cache import MaskCache
 from wsss_pipeline.cam.prompts import ClassEmbeddings
 from wsss_pipeline.data.classes import load_class_set
+from wsss_pipeline.refine import pydensecrf_backend
+
+needs_pydensecrf = pytest.mark.skipif(
+    not pydensecrf_backend.is_available(), reason="the optional package pydensecrf isn't installed"
+)
 
 
 def contents(path: Path) -> dict[str, tuple[bytes, bytes]]:
@@ -110,7 +115,7 @@ def test_what_changes_masks_changes_the_mask_set(generate: Run) -> None:
     assert {mask_set(generate("--limit", 1, *arguments)) for arguments in same} == {plain}
 
 
-@pytest.mark.parametrize("crf", ["auto", "lattice"])
+@pytest.mark.parametrize("crf", ["lattice", pytest.param("pydensecrf", marks=needs_pydensecrf)])
 @pytest.mark.parametrize("arguments", [("--batch-size", 4), ("--workers", 2), ("--shard", "0/1")])
 def test_masks_do_not_depend_on_how_they_are_made(
     generate: Run, world: Path, arguments: tuple[object, ...], crf: str

@@ -1,4 +1,4 @@
-"""Batches of neighbours."""
+"""Windows and batches."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from wsss_pipeline.data.transforms import ClipInputSize
-from wsss_pipeline.stages.loaded_image import LoadedImage, batches
+from wsss_pipeline.stages.loaded_image import LoadedImage, same_size_batches, windows
 
 
 def image(name: str, width: int, labelled: bool = True) -> LoadedImage:
@@ -16,19 +16,27 @@ def image(name: str, width: int, labelled: bool = True) -> LoadedImage:
     )
 
 
+def names(images: list[LoadedImage]) -> str:
+    return "".join(item.image_id for item in images)
+
+
 @pytest.mark.parametrize(
     ("batch_size", "expected"),
     [
-        (1, ["a", "b", "c", "D", "e", "f", "g", "h"]),
-        (2, ["ab", "c", "D", "e", "fg", "h"]),
-        (9, ["abc", "D", "e", "fgh"]),
+        (1, ["a", "b", "c", "f", "g", "h", "e"]),
+        (2, ["ab", "cf", "gh", "e"]),
+        (9, ["abcfgh", "e"]),
     ],
 )
-def test_neighbours_of_one_size_in_order_and_never_too_many(batch_size: int, expected: list[str]) -> None:
+def test_batches_are_of_one_size_and_never_too_large(batch_size: int, expected: list[str]) -> None:
     images = [image(name, 32, labelled=name != "D") for name in "abcD"]
     images += [image("e", 48), *(image(name, 32) for name in "fgh")]
-    found = ["".join(item.image_id for item in batch) for batch in batches(images, batch_size)]
-    assert found == expected
+    assert [names(batch) for batch in same_size_batches(images, batch_size)] == expected
+
+
+def test_windows_keep_the_order() -> None:
+    images = (image(name, 32) for name in "abcde")
+    assert [names(window) for window in windows(images, 2)] == ["ab", "cd", "e"]
 
 
 def test_a_scaled_picture_has_a_smaller_working_size() -> None:

@@ -35,7 +35,7 @@ from wsss_pipeline.commands.options import (
     type=click.IntRange(1),
     default=1,
     show_default=True,
-    help="On a GPU: neighbouring images of one size that CLIP sees together.",
+    help="On a GPU: images of one size that CLIP sees together.",
 )
 @click.option(
     "--workers",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -75,17 +76,21 @@ def load_image(
     return LoadedImage(image_id, digest, status, labels, classes, pixels, size)
 
 
-def batches(images: Iterable[LoadedImage], batch_size: int) -> Iterator[list[LoadedImage]]:
-    """Neighbours of one ``clip_size``, at most ``batch_size`` of them, order kept.
+def windows(images: Iterable[LoadedImage], length: int) -> Iterator[list[LoadedImage]]:
+    """The images in order, ``length`` at a time."""
+    iterator = iter(images)
+    while window := list(islice(iterator, length)):
+        yield window
 
-    A picture without classes makes a batch of its own: CLIP has nothing to do for it.
-    """
-    batch: list[LoadedImage] = []
-    for image in images:
-        fits = batch and image.classes and batch[0].classes and image.clip_size == batch[0].clip_size
-        if batch and (not fits or len(batch) == batch_size):
-            yield batch
-            batch = []
-        batch.append(image)
-    if batch:
-        yield batch
+
+def same_size_batches(window: Iterable[LoadedImage], batch_size: int) -> list[list[LoadedImage]]:
+    """Images of one ``clip_size``, at most ``batch_size`` of them; one without classes is left out."""
+    groups: dict[tuple[int, int], list[LoadedImage]] = {}
+    for image in window:
+        if image.classes:
+            groups.setdefault((image.clip_size.width, image.clip_size.height), []).append(image)
+    return [
+        group[start : start + batch_size]
+        for group in groups.values()
+        for start in range(0, len(group), batch_size)
+    ]

@@ -28,11 +28,13 @@ from wsss_pipeline.runtime.interrupts import StopRequest
 from wsss_pipeline.runtime.progress import Progress
 from wsss_pipeline.stages.class_activation import ClassActivation
 from wsss_pipeline.stages.label_pixels import LabelledPixels, label_pixels, start_workers
-from wsss_pipeline.stages.loaded_image import LoadedImage, batches, load_image
+from wsss_pipeline.stages.loaded_image import LoadedImage, load_image, same_size_batches, windows
 from wsss_pipeline.stages.mask_plan import MaskPlan, MaskRequest
 from wsss_pipeline.stages.mask_report import MaskReport
 
 logger = logging.getLogger(__name__)
+
+LOOK_AHEAD = 4  # batches that are looked through for images of one size
 
 # torch has no exception class of its own for memory that ran out on the CPU
 OUT_OF_MEMORY_TEXTS = ("out of memory", "can't allocate memory", "not enough memory")
@@ -96,8 +98,8 @@ class MaskRun:
             ):
                 self._pool = self._start_pool()
                 images = self._load(todo, stop)
-                for batch in batches(images, 1 if self._threads else self._request.batch_size):
-                    self._activate(batch)
+                for window in windows(images, self._window_length()):
+                    self._activate(window)
                     self._collect(at_most_left=2 * self._workers)
                 self._collect(at_most_left=0)
                 self._report.interrupted = stop.requested and self._progress.left > 0
@@ -152,14 +154,27 @@ class MaskRun:
             if image is not None:
                 yield image
 
-    def _activate(self, batch: list[LoadedImage]) -> None:
-        """CAMs of a batch, handed on to the CRF; an image without classes needs none."""
-        if not batch[0].classes:
-            self._pending.append(Pending(batch[0], partial(self._background, batch[0])))
-            return
-        if self._threads:
-            self._submit_whole(batch[0])
-            return
+    def _window_length(self) -> int:
+        batch_size = self._request.batch_size
+        return 1 if self._threads or batch_size == 1 else LOOK_AHEAD * batch_size
+
+    def _activate(self, window: list[LoadedImage]) -> None:
+        """CAMs of some images, handed on to the CRF in order; an image without classes needs none."""
+        cams: dict[str, Tensor] = {}
+        if not self._threads:
+            for batch in same_size_batches(window, self._request.batch_size):
+                cams.update(self._cams(batch))
+        for image in window:
+            if not image.classes:
+                self._pending.append(Pending(image, partial(self._background, image)))
+            elif self._threads:
+                self._submit_whole(image)
+            elif image.image_id in cams:
+                with self._one_image(image.image_id):
+                    self._submit(image, cams[image.image_id])
+
+    def _cams(self, batch: list[LoadedImage]) -> dict[str, Tensor]:
+        """CAMs by image id; without those that failed."""
         try:
             with self._busy("CLIP"):
                 found = self._activation.cams(
@@ -169,13 +184,10 @@ class MaskRun:
             if len(batch) == 1:
                 with self._one_image(batch[0].image_id):
                     raise error
-            else:  # one of them may be at fault, or together they are too many
-                for image in batch:
-                    self._activate([image])
-            return
-        for image, cams in zip(batch, found, strict=True):
-            with self._one_image(image.image_id):
-                self._submit(image, cams)
+                return {}
+            # one of them may be at fault, or together they are too many
+            return {key: cams for image in batch for key, cams in self._cams([image]).items()}
+        return {image.image_id: cams for image, cams in zip(batch, found, strict=True)}
 
     def _background(self, image: LoadedImage) -> Labelled:
         mask, confidence = np.zeros(image.size, np.uint8), np.full(image.size, CERTAIN, np.uint8)

@@ -1,0 +1,59 @@
+"""What runs on a GPU, against the CPU; only where there is one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.end_to_end.conftest import mask_set, wsss
+from wsss_pipeline.cache import MaskCache
+from wsss_pipeline.demo.voc_folder import write_voc_folder
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("voc")
+    write_voc_folder(folder, seed=5, scenes={"train": 12})
+    return folder
+
+
+def generate(root: Path, *further: object) -> Path:
+    return mask_set(
+        wsss(
+            *("generate-masks", "--voc", root, "--split", "train", "--classes", "demo", "--clip", "demo"),
+            *("--offline", *further),
+        )
+    )
+
+
+@pytest.mark.parametrize(("precision", "equal"), [("fp32", 0.999), ("bf16", 0.98)])
+def test_masks_of_gpu_and_cpu_agree(root: Path, tmp_path: Path, precision: str, equal: float) -> None:
+    on_cpu = generate(root, "--device", "cpu", "--precision", "fp32", "--cache", tmp_path / "cpu")
+    on_gpu = generate(
+        root,
+        *("--device", "cuda", "--precision", precision, "--batch-size", 5, "--cache", tmp_path / "gpu"),
+    )
+    with MaskCache.open(on_cpu) as expected, MaskCache.open(on_gpu) as found:
+        assert set(found) == set(expected)
+        shares = [(found[key].mask == expected[key].mask).mean() for key in expected]
+    assert sum(shares) / len(shares) >= equal
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_a_network_trains_on_a_gpu(root: Path, tmp_path: Path, precision: str) -> None:
+    result = wsss(
+        *("train-seg", "--gt-masks", root / "SegmentationClass", "--classes", "demo"),
+        *("--images", root / "JPEGImages", "--out", tmp_path / "run", "--network", "segformer"),
+        *("--encoder", "tiny", "--weights", "none", "--crop", 64, "--batch-size", 4, "--iterations", 3),
+        *("--device", "cuda", "--precision", precision),
+    )
+    assert result.exit_code == 0, result.output
+    scored = wsss(
+        *("evaluate", "--checkpoint", tmp_path / "run", "--images", root / "JPEGImages"),
+        *("--gt", root / "SegmentationClass", "--device", "cuda"),
+    )
+    assert scored.exit_code == 0, scored.output
