@@ -48,4 +48,7 @@ $(VENV)/installed-dev: $(VENV)/installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev,export]'
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[crf]' \
 		|| echo "NOTE: pydensecrf2 did not build here; the tests that compare with it will be skipped" >&2
+	@command -v chromium >/dev/null \
+		|| { test "$$(id -u)" = 0 && timeout 180 apt-get install -y -qq --no-install-recommends chromium >/dev/null 2>&1; } \
+		|| echo "NOTE: no chromium here, and none to install; the browser's test of the report will be skipped" >&2
 	@touch $@

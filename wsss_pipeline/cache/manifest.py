@@ -25,7 +25,7 @@ MAX_NAME_LENGTH = 60
 # Their versions go into the manifest, where installed.
 LIBRARIES = (
     *("wsss-pipeline", "torch", "transformers", "numpy", "h5py", "Pillow"),
-    *("opencv-python-headless", "opencv-python", "pydensecrf2"),
+    *("opencv-python-headless", "opencv-python", "numba", "pydensecrf2"),
 )
 
 logger = logging.getLogger(__name__)

@@ -20,7 +20,10 @@ from wsss_pipeline.refine import choose_backend
 
 Status = Literal["ok", "note", "fail"]
 
-LIBRARIES = ("torch", "transformers", "numpy", "h5py", "opencv-python-headless", "Pillow", "click")
+LIBRARIES = (
+    *("torch", "torchvision", "transformers", "segmentation-models-pytorch", "accelerate", "numpy", "numba"),
+    *("h5py", "opencv-python-headless", "Pillow", "click"),
+)
 LITTLE_SPACE = 2**30
 
 
