@@ -101,7 +101,12 @@ RANGES: dict[str, tuple[float, float]] = {
 
 def preset_names() -> list[str]:
     """Names of the presets that come with the package, such as ``clip-es/voc12``."""
-    root = resources.files("wsss_pipeline") / "presets"
+    return packaged_names("presets")
+
+
+def packaged_names(folder: str) -> list[str]:
+    """``family/name`` of each YAML file in a folder of the package."""
+    root = resources.files("wsss_pipeline") / folder
     return sorted(
         f"{family.name}/{file.name.removesuffix('.yaml')}"
         for family in root.iterdir()
@@ -138,7 +143,7 @@ def load_config(
     if preset is None and f"clip-es/{config.classes}" in preset_names():
         preset = f"clip-es/{config.classes}"
     if preset is not None:
-        config = _lay(MaskConfig(), [(f"preset {preset}", _preset_values(preset)), *layers])
+        config = _lay(MaskConfig(), [(f"preset {preset}", packaged_values("preset", preset)), *layers])
     _check_ranges(config)
     return config
 
@@ -213,11 +218,17 @@ def _check_ranges(config: MaskConfig) -> None:
             raise ConfigError(f"'{key}' is {value:g}; it must lie between {low:g} and {high:g}")
 
 
-def _preset_values(name: str) -> Mapping[str, Any]:
-    if name not in preset_names():
-        raise ConfigError(f"unknown preset '{name}'; known: {', '.join(preset_names())}")
-    text = (resources.files("wsss_pipeline") / "presets" / f"{name}.yaml").read_text("utf-8")
-    return yaml_mapping(text, f"preset {name}")
+def packaged_values(kind: str, name: str) -> Mapping[str, Any]:
+    """Content of a YAML file of the package; ``kind`` is ``preset`` or ``recipe``.
+
+    Raises:
+        ConfigError: there is none of that name.
+    """
+    known = packaged_names(f"{kind}s")
+    if name not in known:
+        raise ConfigError(f"unknown {kind} '{name}'; known: {', '.join(known)}")
+    text = (resources.files("wsss_pipeline") / f"{kind}s" / f"{name}.yaml").read_text("utf-8")
+    return yaml_mapping(text, f"{kind} {name}")
 
 
 def file_values(file: Path) -> Mapping[str, Any]:

@@ -7,11 +7,17 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
-from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
 
-from wsss_pipeline.config import file_values, merge, nested, override_values, yaml_mapping
+from wsss_pipeline.config import (
+    file_values,
+    merge,
+    nested,
+    override_values,
+    packaged_names,
+    packaged_values,
+)
 from wsss_pipeline.errors import ConfigError
 
 
@@ -118,14 +124,7 @@ RANGES: dict[str, tuple[float, float]] = {
 
 def recipe_names() -> list[str]:
     """Names of the recipes that come with the package, such as ``voc12/deeplabv2-coco``."""
-    root = resources.files("wsss_pipeline") / "recipes"
-    return sorted(
-        f"{family.name}/{file.name.removesuffix('.yaml')}"
-        for family in root.iterdir()
-        if family.is_dir()
-        for file in family.iterdir()
-        if file.name.endswith(".yaml")
-    )
+    return packaged_names("recipes")
 
 
 def load_train_config(
@@ -141,7 +140,7 @@ def load_train_config(
     """
     config = TrainConfig()
     if recipe is not None:
-        config = merge(config, _recipe_values(recipe), f"recipe {recipe}")
+        config = merge(config, packaged_values("recipe", recipe), f"recipe {recipe}")
     if file is not None:
         config = merge(config, file_values(file), str(file))
     for text in overrides:
@@ -171,13 +170,6 @@ def differing_keys(one: TrainConfig, other: TrainConfig) -> list[str]:
 
     first, second = flat(asdict(one)), flat(asdict(other))
     return [f"{key}: {first[key]}, {second[key]}" for key in first if first[key] != second[key]]
-
-
-def _recipe_values(name: str) -> Mapping[str, Any]:
-    if name not in recipe_names():
-        raise ConfigError(f"unknown recipe '{name}'; known: {', '.join(recipe_names())}")
-    text = (resources.files("wsss_pipeline") / "recipes" / f"{name}.yaml").read_text("utf-8")
-    return yaml_mapping(text, f"recipe {name}")
 
 
 def _check_ranges(config: TrainConfig) -> None:
