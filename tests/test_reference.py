@@ -15,7 +15,8 @@ import pytest
 import torch
 from transformers import CLIPVisionModelWithProjection
 
-from wsss_pipeline.cam.affinity import box_masks, refine_cams, sinkhorn_scaling
+from wsss_pipeline.cam.affinity import refine_cams, sinkhorn_scaling
+from wsss_pipeline.cam.boxes import box_masks
 from wsss_pipeline.cam.scores import upscale_cams
 from wsss_pipeline.cam.softmax_gradcam import normalise_cams, softmax_gradcam
 from wsss_pipeline.clip.image_encoder import ImageEncoder

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from wsss_pipeline.cam.affinity import box_masks, refine_cams, sinkhorn_scaling
+from wsss_pipeline.cam.affinity import refine_cams, sinkhorn_scaling
+from wsss_pipeline.cam.boxes import box_masks, boxes_by_labelling, boxes_by_reachability
 from wsss_pipeline.cam.scores import assemble, upscale_cams
 
 
@@ -98,3 +99,22 @@ def test_upscaling_normalises_before_it_and_not_after() -> None:
 def test_the_background_is_what_the_largest_class_leaves() -> None:
     cams = torch.tensor([[[0.25, 0.5]], [[0.75, 0.0]]])
     assert torch.equal(assemble(cams), torch.tensor([[[0.25, 0.5]], [[0.25, 0.5]], [[0.75, 0.0]]]))
+
+
+def test_boxes_by_matrix_products_are_those_by_labelling() -> None:
+    generator = torch.Generator().manual_seed(3)
+    foregrounds = [torch.rand((6, 9, 13), generator=generator) < share for share in (0.05, 0.2, 0.4, 0.9)]
+    foregrounds += [torch.zeros((2, 5, 5), dtype=torch.bool), torch.ones((1, 4, 6), dtype=torch.bool)]
+    rows = [
+        "########.",
+        ".......#.",
+        ".#####.#.",
+        ".#...#.#.",
+        ".#.#.#.#.",
+        ".#.###.#.",
+        ".#.....#.",
+        ".#######.",
+    ]
+    foregrounds.append(torch.tensor([[[cell == "#" for cell in row] for row in rows]]))
+    for foreground in foregrounds:
+        assert torch.equal(boxes_by_reachability(foreground), boxes_by_labelling(foreground))

@@ -189,3 +189,17 @@ def test_cuda_gives_what_the_cpu_gives() -> None:
     on_cpu, on_gpu = (dense_crf(image, unary, CrfConfig(), "lattice", device) for device in ("cpu", "cuda"))
     assert (on_cpu.argmax(axis=0) == on_gpu.argmax(axis=0)).mean() >= 0.9999
     assert np.abs(on_cpu - on_gpu).max() < 5e-3
+
+
+def test_pictures_that_share_a_lattice_get_what_each_gets_alone() -> None:
+    images = [read_image(PICTURES[0])[:37, :50], read_image(PICTURES[1])[:31, :41]]
+    unaries = [smooth_unary(labels, image.shape[:2]) for labels, image in zip((4, 2), images, strict=True)]
+    together = lattice_backend.infer_batch(
+        [torch.from_numpy(np.ascontiguousarray(image)) for image in images],
+        [torch.from_numpy(unary) for unary in unaries],
+        CrfConfig(),
+    )
+    for image, unary, found in zip(images, unaries, together, strict=True):
+        alone = in_torch(np.ascontiguousarray(image), unary, CrfConfig())
+        assert found.shape == alone.shape
+        assert np.abs(found.numpy() - alone).max() < 1e-6

@@ -6,10 +6,10 @@ symmetrised, squared, and the class's box mask on the source cells.
 
 from __future__ import annotations
 
-import cv2
-import numpy as np
 import torch
 from torch import Tensor
+
+from wsss_pipeline.cam.boxes import box_masks
 
 
 def refine_cams(
@@ -63,29 +63,3 @@ def sinkhorn_scaling(attention: Tensor, rounds: int) -> tuple[Tensor, Tensor]:
         columns = 1 / (rows @ attention).clamp_min(smallest)
         rows = 1 / (attention @ columns).clamp_min(smallest)
     return rows, columns
-
-
-def box_masks(cams: Tensor, threshold: float) -> Tensor:
-    """Per class, the union of the bounding boxes of the CAM's connected parts above a threshold.
-
-    The CAM is rounded down to 256 steps and compared with ``int(threshold * its largest step)``; parts
-    are 8-connected. As in the published code no box reaches the last row or column of the grid, so a part
-    that lies there alone has an empty box.
-
-    Args:
-        cams: float32 (K, h, w) in [0, 1].
-        threshold: in [0, 1], relative to the largest value.
-
-    Returns:
-        float32 (K, h, w) of 0 and 1 on the device of ``cams``.
-    """
-    # one copy to the host for all classes: connected components have no tensor form
-    steps = (cams.detach() * 255).to(torch.uint8).cpu().numpy()
-    masks = np.zeros(steps.shape, dtype=np.float32)
-    last_row, last_column = steps.shape[1] - 1, steps.shape[2] - 1
-    for step, mask in zip(steps, masks, strict=True):
-        foreground = (step > int(threshold * step.max())).astype(np.uint8)
-        _, _, boxes, _ = cv2.connectedComponentsWithStats(foreground, connectivity=8)
-        for left, top, width, height, _ in boxes[1:]:  # the first is the background
-            mask[top : min(top + height, last_row), left : min(left + width, last_column)] = 1
-    return torch.from_numpy(masks).to(cams.device)

@@ -40,7 +40,7 @@ class _Simplices:
 
 @dataclass(frozen=True)
 class _Keys:
-    """Vertices as one int64 each: digit i of the mixed-radix number is coordinate i, i < d.
+    """Vertices as one int64 each: digit i of the mixed-radix number is coordinate i, i < d; then the picture.
 
     vertices: int64 (d+1, N), keys of the vertices around each point.
     steps: for each of the d+1 directions the difference between a vertex's key and its neighbour's.
@@ -76,16 +76,18 @@ class PermutohedralLattice:
     Args:
         features: float32 (d, N), d >= 1 and N >= 1, in units of the standard deviation; their order
             matters a little, since the lattice isn't symmetric.
+        pictures: int64 (N,), from 0: points of different pictures share no vertex, so that several pictures
+            go through one lattice. All points belong to one where None.
 
     Raises:
         ConfigError: the features spread so far, that is the standard deviations are so small, that a
             vertex no longer fits into 63 bits.
     """
 
-    def __init__(self, features: Tensor) -> None:
+    def __init__(self, features: Tensor, pictures: Tensor | None = None) -> None:
         dimensions, points = features.shape
         simplices = _simplices(features)
-        keys = _keys(simplices)
+        keys = _keys(simplices, pictures)
         # stable: the points of a vertex stay in order, so the sums don't depend on the sort
         ordered, entries = keys.vertices.flatten().sort(stable=True)
         is_first = torch.ones_like(ordered, dtype=torch.bool)
@@ -177,15 +179,18 @@ def _embed(features: Tensor) -> Tensor:
     return embedded
 
 
-def _keys(simplices: _Simplices) -> _Keys:
+def _keys(simplices: _Simplices, pictures: Tensor | None) -> _Keys:
     # The first d coordinates tell a vertex, since all d+1 sum to 0.
     size = len(simplices.rounded)
     dimensions = size - 1
     rounded = simplices.rounded[:dimensions]
-    low, high = torch.stack(rounded.aminmax(dim=1)).tolist()
+    numbers = rounded.new_zeros(1) if pictures is None else pictures
+    bounds = [*rounded.aminmax(dim=1), numbers.max()[None]]
+    *ends, last = torch.cat(bounds).tolist()  # at once: each list waits for the device
+    low, high = ends[:dimensions], ends[dimensions:]
     # A vertex lies up to d away from ``rounded``, a neighbour of it another d.
     radix = [top - bottom + 1 + 4 * dimensions for bottom, top in zip(low, high, strict=True)]
-    if math.prod(radix) >= 2**63:
+    if math.prod(radix) * (last + 1) >= 2**63:
         raise ConfigError(
             "the dense CRF's kernels are too narrow for the lattice on this picture; raise "
             "'crf.bilateral_sxy', 'crf.bilateral_srgb' or 'crf.gaussian_sxy'"
@@ -198,6 +203,8 @@ def _keys(simplices: _Simplices) -> _Keys:
     falls.scatter_(0, simplices.order, size * places[:, None].expand_as(falls))
     vertices = torch.empty_like(falls)
     vertices[0] = ((rounded - rounded.new_tensor(low)[:, None]) * places[:dimensions, None]).sum(0)
+    if pictures is not None:
+        vertices[0] += pictures * math.prod(radix)
     for k in range(dimensions):
         torch.sub(vertices[k] + sum(place), falls[k], out=vertices[k + 1])
     return _Keys(vertices, [size * own - sum(place) for own in place])

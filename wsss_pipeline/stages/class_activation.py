@@ -84,7 +84,8 @@ class ClassActivation:
                 )
                 for maps, attention in zip(cams, features.attention, strict=True)
             ]
-        if not all(bool(torch.isfinite(maps).all()) for maps in cams):
+        # one answer for all: each waits for the device
+        if not bool(torch.stack([torch.isfinite(maps).all() for maps in cams]).all()):
             raise ImageError(
                 "CLIP's class activation isn't finite; try --precision fp32, or check the weights"
             )

@@ -20,6 +20,7 @@ from wsss_pipeline.config import CrfConfig
 from wsss_pipeline.refine import crf_image, dense_crf, unary_from_scores
 
 LabelledPixels = tuple[NDArray[np.uint8], NDArray[np.uint8], float]
+CrfArguments = tuple[NDArray[np.uint8], NDArray[np.float16], Sequence[int], tuple[int, int], CrfConfig, str]
 
 
 def label_pixels(

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import islice
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,6 +19,8 @@ from wsss_pipeline.cache import Status, file_status
 from wsss_pipeline.data.images import file_digest, read_image
 from wsss_pipeline.data.transforms import ClipInputSize, clip_input_size, resize_for_clip
 from wsss_pipeline.errors import ImageError
+
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -74,6 +80,33 @@ def load_image(
     pixels = read_image(file)
     size = clip_input_size(pixels.shape[1], pixels.shape[0], patch_size, max_pixels)
     return LoadedImage(image_id, digest, status, labels, classes, pixels, size)
+
+
+def ahead(
+    read: Callable[[str], Result], image_ids: Iterable[str], readers: int, at_most: int
+) -> Iterator[tuple[str, Callable[[], Result]]]:
+    """Each id with what waits for ``read(id)``, in order.
+
+    Args:
+        read: of one id.
+        image_ids: in order.
+        readers: threads that read ahead; with 0, reading happens when it is waited for.
+        at_most: so many are read ahead.
+    """
+    if not readers:
+        yield from ((image_id, partial(read, image_id)) for image_id in image_ids)
+        return
+    pool = ThreadPoolExecutor(readers)
+    under_way: deque[tuple[str, Callable[[], Result]]] = deque()
+    try:
+        for image_id in image_ids:
+            under_way.append((image_id, pool.submit(read, image_id).result))
+            if len(under_way) > at_most:
+                yield under_way.popleft()
+        while under_way:
+            yield under_way.popleft()
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def windows(images: Iterable[LoadedImage], length: int) -> Iterator[list[LoadedImage]]:

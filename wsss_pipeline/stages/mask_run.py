@@ -6,29 +6,28 @@ import logging
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import Executor, Future, ThreadPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager, nullcontext
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-from torch import Tensor
-
-from wsss_pipeline.cache import KnownImages, MaskWriter, PseudoMask
-from wsss_pipeline.cache.pseudo_mask import CERTAIN
-from wsss_pipeline.cam.scores import assemble, upscale_cams
+from wsss_pipeline.cache import KnownImages, MaskWriter
+from wsss_pipeline.config import CrfBackend
 from wsss_pipeline.data.images import has_rotation
 from wsss_pipeline.errors import ImageError
 from wsss_pipeline.runtime.device import single_threaded_torch
 from wsss_pipeline.runtime.interrupts import StopRequest
 from wsss_pipeline.runtime.progress import Progress
 from wsss_pipeline.stages.class_activation import ClassActivation
-from wsss_pipeline.stages.label_pixels import LabelledPixels, label_pixels, start_workers
-from wsss_pipeline.stages.loaded_image import LoadedImage, load_image, same_size_batches, windows
+from wsss_pipeline.stages.labelling import (
+    CrfProcesses,
+    DeviceBatches,
+    Finish,
+    Labelled,
+    Labelling,
+    PictureThreads,
+)
+from wsss_pipeline.stages.loaded_image import LoadedImage, ahead, load_image, same_size_batches, windows
 from wsss_pipeline.stages.mask_plan import MaskPlan, MaskRequest
 from wsss_pipeline.stages.mask_report import MaskReport
 
@@ -36,18 +35,14 @@ logger = logging.getLogger(__name__)
 
 LOOK_AHEAD = 4  # batches that are looked through for images of one size
 
+SHARED_AMONG_WORKERS: dict[type[Labelling], tuple[str, ...]] = {
+    PictureThreads: ("CLIP", "CRF"),
+    CrfProcesses: ("CRF",),
+    DeviceBatches: ("reading",),
+}
+
 # torch has no exception class of its own for memory that ran out on the CPU
 OUT_OF_MEMORY_TEXTS = ("out of memory", "can't allocate memory", "not enough memory")
-
-
-@dataclass(frozen=True)
-class Labelled:
-    """What becomes of an image, the seconds spent on it, and those of CLIP and the CRF not counted elsewhere."""
-
-    mask: PseudoMask
-    seconds: float
-    clip_seconds: float = 0.0
-    crf_seconds: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -55,7 +50,7 @@ class Pending:
     """An image on its way; ``finish`` waits for it."""
 
     image: LoadedImage
-    finish: Callable[[], Labelled]
+    finish: Finish
 
 
 class MaskRun:
@@ -76,42 +71,38 @@ class MaskRun:
         self._writer = writer
         self._report = report
         self._known = known
-        crf, on_cpu = plan.config.crf.backend, plan.device == "cpu"
-        # on a CPU each picture stays in one thread from CLIP to CRF; pydensecrf would block all others
-        self._threads = on_cpu and crf != "pydensecrf"
-        self._workers = request.workers if on_cpu or crf == "pydensecrf" else 0
-        self._pool: Executor | None = None
+        self._way = way_of_labelling(plan.config.crf.backend, plan.device)
         self._pending: deque[Pending] = deque()
         self._warned_of_rotation = False
-        report.workers = self._workers
-        report.shared = ("CLIP", "CRF") if self._threads else ("CRF",)
+        report.workers = request.workers
+        report.shared = SHARED_AMONG_WORKERS[self._way]
         report.busy = dict.fromkeys(("reading", "CLIP", "CRF", "writing"), 0.0)
 
     def compute(self, todo: list[str]) -> None:
         """Compute and write the masks of ``todo``, in order, until done or asked to stop."""
         started = time.monotonic()
+        request, plan, threads = self._request, self._plan, self._way is PictureThreads
+        self._labelling = self._way(
+            self._activation, plan.config.crf, plan.device, request.store_cams, request.workers
+        )
         try:
             with (
                 StopRequest() as stop,
                 Progress(len(todo)) as self._progress,
-                single_threaded_torch() if self._threads else nullcontext(),
+                single_threaded_torch() if threads else nullcontext(),
             ):
-                self._pool = self._start_pool()
-                images = self._load(todo, stop)
-                for window in windows(images, self._window_length()):
-                    self._activate(window)
-                    self._collect(at_most_left=2 * self._workers)
+                batch_size = 1 if threads else request.batch_size
+                length = 1 if batch_size == 1 else LOOK_AHEAD * batch_size
+                readers = request.workers if self._way is DeviceBatches else 0
+                reading = partial(ahead, self._read, todo, readers, length + batch_size)
+                for window in windows(self._loaded(reading(), stop), length):
+                    self._activate(window, batch_size)
+                    self._collect(at_most_left=max(2 * request.workers, batch_size))
                 self._collect(at_most_left=0)
                 self._report.interrupted = stop.requested and self._progress.left > 0
         finally:
-            if self._pool is not None:
-                self._pool.shutdown(cancel_futures=True)
+            self._labelling.stop()
             self._report.computing += time.monotonic() - started
-
-    def _start_pool(self) -> Executor | None:
-        if not self._workers:
-            return None
-        return ThreadPoolExecutor(self._workers) if self._threads else start_workers(self._workers)
 
     @contextmanager
     def _busy(self, stage: str) -> Iterator[None]:
@@ -140,112 +131,54 @@ class MaskRun:
         self._report.fail(image_id, reason)
         self._progress.advance(failed=True)
 
-    def _load(self, todo: list[str], stop: StopRequest) -> Iterator[LoadedImage]:
+    def _read(self, image_id: str) -> tuple[LoadedImage, float]:
+        """A picture, and the seconds that reading it took."""
+        started = time.monotonic()
+        file, labels = self._request.images[image_id], self._request.labels[image_id]
+        classes = [self._plan.class_set.index(name) for name in labels]
         patch_size, max_pixels = self._activation.patch_size, self._plan.config.max_pixels
-        for image_id in todo:
-            if stop.requested:
-                return
-            image = None
-            with self._one_image(image_id), self._busy("reading"):
-                file, labels = self._request.images[image_id], self._request.labels[image_id]
-                classes = [self._plan.class_set.index(name) for name in labels]
-                image = load_image(image_id, file, labels, classes, patch_size, max_pixels)
-                self._warn_of_rotation(file)
-            if image is not None:
-                yield image
+        image = load_image(image_id, file, labels, classes, patch_size, max_pixels)
+        self._warn_of_rotation(file)
+        return image, time.monotonic() - started
 
-    def _window_length(self) -> int:
-        batch_size = self._request.batch_size
-        return 1 if self._threads or batch_size == 1 else LOOK_AHEAD * batch_size
+    def _loaded(
+        self, reading: Iterator[tuple[str, Callable[[], tuple[LoadedImage, float]]]], stop: StopRequest
+    ) -> Iterator[LoadedImage]:
+        """Pictures in order, without those that can't be read, until the end or a request to stop."""
+        with closing(reading):  # type: ignore[type-var]  # a generator
+            for image_id, read in reading:
+                if stop.requested:
+                    return
+                image = None
+                with self._one_image(image_id):
+                    image, seconds = read()
+                    self._report.busy["reading"] += seconds
+                if image is not None:
+                    yield image
 
-    def _activate(self, window: list[LoadedImage]) -> None:
-        """CAMs of some images, handed on to the CRF in order; an image without classes needs none."""
-        cams: dict[str, Tensor] = {}
-        if not self._threads:
-            for batch in same_size_batches(window, self._request.batch_size):
-                cams.update(self._cams(batch))
+    def _activate(self, window: list[LoadedImage], batch_size: int) -> None:
+        """Start labelling some pictures, in order; one without classes needs no CAMs."""
+        started: dict[str, Finish] = {}
+        for batch in same_size_batches(window, batch_size):
+            started.update(self._start(batch))
         for image in window:
             if not image.classes:
-                self._pending.append(Pending(image, partial(self._background, image)))
-            elif self._threads:
-                self._submit_whole(image)
-            elif image.image_id in cams:
-                with self._one_image(image.image_id):
-                    self._submit(image, cams[image.image_id])
+                self._pending.append(Pending(image, partial(self._labelling.background, image)))
+            elif image.image_id in started:
+                self._pending.append(Pending(image, started[image.image_id]))
 
-    def _cams(self, batch: list[LoadedImage]) -> dict[str, Tensor]:
-        """CAMs by image id; without those that failed."""
+    def _start(self, batch: list[LoadedImage]) -> dict[str, Finish]:
+        """By image id, without those that failed."""
         try:
-            with self._busy("CLIP"):
-                found = self._activation.cams(
-                    [image.clip_pixels() for image in batch], [image.classes for image in batch]
-                )
+            found = self._labelling.start(batch)
         except (ImageError, MemoryError, RuntimeError) as error:
             if len(batch) == 1:
                 with self._one_image(batch[0].image_id):
                     raise error
                 return {}
             # one of them may be at fault, or together they are too many
-            return {key: cams for image in batch for key, cams in self._cams([image]).items()}
-        return {image.image_id: cams for image, cams in zip(batch, found, strict=True)}
-
-    def _background(self, image: LoadedImage) -> Labelled:
-        mask, confidence = np.zeros(image.size, np.uint8), np.full(image.size, CERTAIN, np.uint8)
-        cams = np.zeros((0, *image.size), np.float16) if self._request.store_cams else None
-        seconds = time.monotonic() - image.started
-        return Labelled(PseudoMask(mask, confidence, image.labels, cams), seconds)
-
-    def _submit_whole(self, image: LoadedImage) -> None:
-        """CLIP and CRF of one image in a thread of its own, or here and now where there is none."""
-        if self._pool is not None:
-            self._pending.append(Pending(image, self._pool.submit(self._whole, image).result))
-            return
-        with self._one_image(image.image_id):
-            labelled = self._whole(image)
-            self._pending.append(Pending(image, lambda: labelled))
-
-    def _whole(self, image: LoadedImage) -> Labelled:
-        started = time.monotonic()
-        (cams,) = self._activation.cams([image.clip_pixels()], [image.classes])
-        arguments, stored = self._crf_arguments(image, cams)
-        clip_seconds = time.monotonic() - started
-        mask, confidence, crf_seconds = label_pixels(*arguments)
-        found = PseudoMask(mask, confidence, image.labels, stored)
-        return Labelled(found, clip_seconds + crf_seconds, clip_seconds, crf_seconds)
-
-    def _submit(self, image: LoadedImage, cams: Tensor) -> None:
-        arguments, stored = self._crf_arguments(image, cams)
-        seconds = time.monotonic() - image.started
-        result = self._start(arguments)
-
-        def finish() -> Labelled:
-            mask, confidence, crf_seconds = self._result(result, arguments)
-            found = PseudoMask(mask, confidence, image.labels, stored)
-            return Labelled(found, seconds + crf_seconds, crf_seconds=crf_seconds)
-
-        self._pending.append(Pending(image, finish))
-
-    def _crf_arguments(
-        self, image: LoadedImage, cams: Tensor
-    ) -> tuple[tuple[Any, ...], NDArray[np.float16] | None]:
-        """Arguments of ``label_pixels``, and the CAMs that are to be stored."""
-        # half precision is what the cache stores and what the published CRF reads
-        scores = assemble(upscale_cams(cams, image.working_size).half()).cpu().numpy()
-        stored = None
-        if self._request.store_cams:
-            stored = upscale_cams(cams, image.size).half().cpu().numpy()
-        crf, device = self._plan.config.crf, self._plan.device
-        return (image.working_pixels(), scores, image.classes, image.size, crf, device), stored
-
-    def _start(self, arguments: tuple[Any, ...]) -> Future[LabelledPixels]:
-        if self._pool is not None:
-            try:
-                return self._pool.submit(label_pixels, *arguments)
-            except BrokenProcessPool:
-                self._give_up_workers()
-        result: Future[LabelledPixels] = Future()
-        result.set_result(label_pixels(*arguments))
-        return result
+            return {key: finish for image in batch for key, finish in self._start([image]).items()}
+        return {image.image_id: finish for image, finish in zip(batch, found, strict=True)}
 
     def _collect(self, at_most_left: int) -> None:
         """Write what is ready, oldest first, until no more than so many images wait."""
@@ -253,13 +186,6 @@ class MaskRun:
             pending = self._pending.popleft()
             with self._one_image(pending.image.image_id):
                 self._write(pending.image, pending.finish())
-
-    def _result(self, result: Future[LabelledPixels], arguments: tuple[Any, ...]) -> LabelledPixels:
-        try:
-            return result.result()
-        except BrokenProcessPool:
-            self._give_up_workers()
-            return label_pixels(*arguments)
 
     def _write(self, image: LoadedImage, labelled: Labelled) -> None:
         report = self._report
@@ -279,11 +205,6 @@ class MaskRun:
         report.scaled += image.clip_size.scale < 1
         self._progress.advance()
 
-    def _give_up_workers(self) -> None:
-        if self._pool is not None:
-            logger.warning("a CRF worker process died (out of memory?); going on without worker processes")
-            self._pool = None
-
     def _warn_of_rotation(self, file: Path) -> None:
         if not self._warned_of_rotation and has_rotation(file):
             self._warned_of_rotation = True
@@ -291,6 +212,13 @@ class MaskRun:
                 "%s has an EXIF rotation tag, maybe others too: it is ignored, masks fit the stored pixels",
                 file,
             )
+
+
+def way_of_labelling(crf: CrfBackend, device: str) -> type[Labelling]:
+    """The way that suits CRF and device; see ``labelling``."""
+    if crf == "pydensecrf":
+        return CrfProcesses
+    return PictureThreads if device == "cpu" else DeviceBatches
 
 
 def _is_out_of_memory(error: RuntimeError) -> bool:
