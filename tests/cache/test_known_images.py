@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from wsss_pipeline.cache import KnownImages, file_status
+from wsss_pipeline.cache import KnownImages
+from wsss_pipeline.data.image_files import file_status
 
 LABELS = ("cat", "dog")
 SHARD = "shard-a.h5"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from tests.end_to_end.conftest import GOLDEN, LABELS, Run, mask_set, write_labels, wsss
+from tests.end_to_end.conftest import GOLDEN, LABELS, Run, generate_arguments, mask_set, write_labels, wsss
 from wsss_pipeline.cache import MaskCache
 from wsss_pipeline.cam.prompts import ClassEmbeddings
 from wsss_pipeline.data.classes import load_class_set
@@ -266,3 +267,19 @@ def test_labels_in_folders_and_names_as_classes(world: Path, clip: Path) -> None
     assert mask_set(result).name.startswith("cat-person-bicycle")
     with MaskCache.open(mask_set(result)) as cache:
         assert cache["bird/tiny_odd"].labels == ("bird",)
+
+
+def test_tar_shards_give_the_masks_of_files(generate: Run, world: Path, clip: Path) -> None:
+    expected = mask_set(generate())
+    for number, file in enumerate(sorted((world / "images").glob("*.png"))):
+        with tarfile.open(world / f"{number % 2}.tar", "a") as tar:
+            tar.add(file, file.name)
+    arguments = generate_arguments(world, clip, "from-tar")
+    arguments[arguments.index("--images") + 1] = world / "{0..1}.tar"
+    result = wsss(*arguments)
+    assert result.exit_code == 0, result.stderr
+    with MaskCache.open(expected) as files, MaskCache.open(mask_set(result)) as tars:
+        assert set(files) == set(tars)
+        assert all(np.array_equal(files[key].mask, tars[key].mask) for key in files)
+    again = wsss(*arguments)
+    assert "nothing was left to compute" in again.stderr

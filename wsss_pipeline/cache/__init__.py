@@ -6,7 +6,7 @@
 from wsss_pipeline.cache.compaction import GcReport, gc
 from wsss_pipeline.cache.export import ExportFormat, ExportReport, export_masks
 from wsss_pipeline.cache.finished_records import FinishedRecords
-from wsss_pipeline.cache.known_images import KnownImages, Status, file_status
+from wsss_pipeline.cache.known_images import KnownImages
 from wsss_pipeline.cache.maintenance import MaskSetStatus, VerifyReport, list_mask_sets, status, verify
 from wsss_pipeline.cache.manifest import MaskSet, open_mask_set
 from wsss_pipeline.cache.mask_cache import MaskCache
@@ -28,10 +28,8 @@ __all__ = [
     "MergeReport",
     "PseudoMask",
     "RecordInfo",
-    "Status",
     "VerifyReport",
     "export_masks",
-    "file_status",
     "gc",
     "half_percent_confidence",
     "list_mask_sets",

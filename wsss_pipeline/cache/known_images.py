@@ -16,23 +16,12 @@ from typing import Any
 
 from wsss_pipeline.cache.files import write_atomically
 from wsss_pipeline.cache.index import stamp
+from wsss_pipeline.data.image_files import ImageFile, Status, file_status
 
 logger = logging.getLogger(__name__)
 
-Status = tuple[int, int, int]  # size in bytes; times of modification and of change in nanoseconds
-
 # A file may change twice within one tick of its clock: what was read so soon after a change isn't believed.
 SETTLED_NS = 2 * 10**9
-
-
-def file_status(path: Path) -> Status:
-    """What tells whether a file has changed; take it before reading the file.
-
-    Raises:
-        OSError: it isn't there.
-    """
-    found = path.stat()
-    return found.st_size, found.st_mtime_ns, found.st_ctime_ns
 
 
 class KnownImages:
@@ -51,7 +40,7 @@ class KnownImages:
         self._believed = {name for name, known in shards.items() if self._stamp(name) == known}
         self._noted: dict[str, list[Any]] = {}
 
-    def is_done(self, image_id: str, file: Path, labels: tuple[str, ...], need_cams: bool) -> bool:
+    def is_done(self, image_id: str, file: ImageFile, labels: tuple[str, ...], need_cams: bool) -> bool:
         """Whether the set holds this image's mask for the bytes that ``file`` has and for these labels.
 
         False where that isn't known without reading. A file that isn't there is no done image.

@@ -47,12 +47,16 @@ def _all(*options: Callable[[Command], Command]) -> Callable[[Command], Command]
 
 
 input_options = _all(
-    click.option("--images", type=PATH, help="Folder of images, searched with all below it."),
+    click.option(
+        "--images",
+        type=PATH,
+        help="Folder of images, searched with all below it, or WebDataset archives: 'shards/{000..127}.tar'.",
+    ),
     click.option(
         "--labels",
         type=PATH,
         help="Image-level labels: .json, .csv, .txt, a folder of VOC XML, or COCO instances JSON. "
-        "Without it the images lie in one folder per class.",
+        "Without it they lie beside the images in the archives, or the images in one folder per class.",
     ),
     click.option("--classes", help="voc12, coco14, demo, a YAML file, or names: cat,dog."),
     click.option("--voc", type=PATH, help="VOC2012 folder, instead of --images and --labels."),

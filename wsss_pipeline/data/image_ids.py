@@ -13,6 +13,8 @@ import re
 from collections import deque
 from pathlib import Path
 
+from wsss_pipeline.data.image_files import ImageFile
+from wsss_pipeline.data.tar_images import archives, is_tar_pattern, tar_members
 from wsss_pipeline.errors import ImageError, LabelError
 
 logger = logging.getLogger(__name__)
@@ -69,8 +71,11 @@ def without_image_suffix(path: str) -> str:
     return stem if f"{dot}{ending}".lower() in IMAGE_SUFFIXES else path
 
 
-def find_images(root: Path) -> dict[str, Path]:
+def find_images(root: Path) -> dict[str, ImageFile]:
     """Image id to file for all pictures below ``root``, sorted by id; empty where there are none.
+
+    ``root`` may also stand for tar archives, see ``tar_images``: ids are then names in the archives, in the
+    order of archives and of what is in them.
 
     A picture is a file with one of ``IMAGE_SUFFIXES``, in any case. Names that begin with a dot are passed
     over. Symbolic links are followed; a folder that several of them lead to is visited once, under its
@@ -79,14 +84,19 @@ def find_images(root: Path) -> dict[str, Path]:
     id is left out with a warning.
 
     Raises:
-        ImageError: a folder can't be read, or two pictures have the same id.
+        ImageError: a folder or an archive can't be read, or two pictures have the same id.
     """
-    images: dict[str, Path] = {}
+    images: dict[str, ImageFile] = {}
+    if is_tar_pattern(root):
+        for archive in archives(root):
+            for member in tar_members(archive, IMAGE_SUFFIXES):
+                _register(images, member.name, member)
+        return images
     try:
         for folder in _folders(root):
             for entry in _entries(folder):
                 if Path(entry.name).suffix.lower() in IMAGE_SUFFIXES and _is_picture(entry):
-                    _register(images, root, Path(entry.path))
+                    _register(images, Path(entry.path).relative_to(root).as_posix(), Path(entry.path))
     except OSError as error:
         raise ImageError(
             f"image folder {str(error.filename or root)!r} can't be read: {error.strerror}; "
@@ -130,8 +140,8 @@ def _is_picture(entry: os.DirEntry[str]) -> bool:
     return entry.is_file() or (entry.is_symlink() and not entry.is_dir() and not Path(entry.path).exists())
 
 
-def _register(images: dict[str, Path], root: Path, file: Path) -> None:
-    image_id = without_image_suffix(file.relative_to(root).as_posix())
+def _register(images: dict[str, ImageFile], name: str, file: ImageFile) -> None:
+    image_id = without_image_suffix(name)
     if reason := _objection(image_id):
         logger.warning("%r is left out: its image id %s; rename the file", str(file), reason)
         return

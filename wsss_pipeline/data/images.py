@@ -9,11 +9,11 @@ ignored. Of an animation or a file with several pages the first one counts.
 from __future__ import annotations
 
 import hashlib
-import stat
 import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +22,7 @@ from PIL import Image, UnidentifiedImageError
 from PIL.TiffImagePlugin import TiffImageFile
 from PIL.WebPImagePlugin import WebPImageFile
 
+from wsss_pipeline.data.image_files import ImageFile, check_file, open_file
 from wsss_pipeline.errors import ImageError
 
 # Nothing with more pixels is decoded; an RGB picture of that size takes 400 MB. It lies under the number
@@ -34,7 +35,7 @@ _FORMATS = ("BMP", "GIF", "JPEG", "PNG", TiffImageFile.format, WebPImageFile.for
 _ORIENTATION = 0x0112
 
 
-def read_image(path: Path) -> NDArray[np.uint8]:
+def read_image(path: ImageFile) -> NDArray[np.uint8]:
     """A picture as uint8 (H, W, 3), RGB.
 
     ===========================  =====================================================================
@@ -65,7 +66,7 @@ def read_image(path: Path) -> NDArray[np.uint8]:
         return np.array(picture.convert("RGB"))
 
 
-def read_mask(path: Path) -> NDArray[np.uint8]:
+def read_mask(path: ImageFile) -> NDArray[np.uint8]:
     """An index mask as uint8 (H, W): class indices as stored, 0 background, 255 ignore.
 
     Palette files give their indices, whatever the palette; 1-bit files 0 and 1; 16- and 32-bit integer
@@ -92,7 +93,7 @@ def read_mask(path: Path) -> NDArray[np.uint8]:
         return values.astype(np.uint8)
 
 
-def image_size(path: Path) -> tuple[int, int]:
+def image_size(path: ImageFile) -> tuple[int, int]:
     """(width, height) from the header alone, of the array that ``read_image`` would give.
 
     Raises:
@@ -102,7 +103,7 @@ def image_size(path: Path) -> tuple[int, int]:
         return picture.size
 
 
-def has_rotation(path: Path) -> bool:
+def has_rotation(path: ImageFile) -> bool:
     """Whether an EXIF orientation other than upright is present, which ``read_image`` ignores.
 
     Reads the header only; a damaged EXIF block counts as none.
@@ -121,21 +122,21 @@ def has_rotation(path: Path) -> bool:
     return orientation in range(2, 9)
 
 
-def file_digest(path: Path) -> str:
+def file_digest(path: ImageFile) -> str:
     """SHA-256 of the file's bytes, 64 hexadecimal digits.
 
     Raises:
         ImageError: the file can't be read.
     """
     try:
-        _check_file(path)
-        with path.open("rb") as file:
+        check_file(path)
+        with open_file(path) as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except (OSError, ValueError) as error:
         raise _unusable(path, error) from error
 
 
-def _eight_bit(values: NDArray[np.generic], path: Path) -> NDArray[np.uint8]:
+def _eight_bit(values: NDArray[np.generic], path: ImageFile) -> NDArray[np.uint8]:
     """Grey values of more than 8 bits (H, W) as uint8."""
     if values.dtype.kind == "f":
         levels = values.astype(np.float64)
@@ -152,13 +153,14 @@ def _eight_bit(values: NDArray[np.generic], path: Path) -> NDArray[np.uint8]:
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[Image.Image]:
+def _opened(path: ImageFile) -> Iterator[Image.Image]:
     """The file's first picture, header read and size checked; whatever goes wrong is an ImageError."""
     try:
         with ExitStack() as stack:
             stack.enter_context(_quiet_pillow)
-            _check_file(path)
-            picture = stack.enter_context(Image.open(path, formats=_FORMATS))
+            check_file(path)
+            source = path if isinstance(path, Path) else BytesIO(path.read_bytes())
+            picture = stack.enter_context(Image.open(source, formats=_FORMATS))
             width, height = picture.size
             if width < 1 or height < 1:
                 raise ImageError(f"{path}: its header says {width} x {height} pixels; the file is damaged")
@@ -174,21 +176,13 @@ def _opened(path: Path) -> Iterator[Image.Image]:
         raise _unusable(path, error) from error
 
 
-def _check_file(path: Path) -> None:
-    status = path.stat()
-    if not stat.S_ISREG(status.st_mode):
-        raise ImageError(f"{path}: not a file; name a picture")
-    if status.st_size == 0:
-        raise ImageError(f"{path}: the file is empty; replace or remove it")
-
-
-def _too_large(path: Path, size: str) -> ImageError:
+def _too_large(path: ImageFile, size: str) -> ImageError:
     return ImageError(
         f"{path}: its header says {size}, the limit is {MAX_DECODED_PIXELS}; scale it down or remove it"
     )
 
 
-def _unusable(path: Path, error: Exception) -> ImageError:
+def _unusable(path: ImageFile, error: Exception) -> ImageError:
     if isinstance(error, UnidentifiedImageError):
         reason = "not a picture (JPEG, PNG, BMP, GIF, TIFF, WebP), or its header is damaged"
     elif isinstance(error, OSError) and error.strerror:

@@ -6,15 +6,17 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from wsss_pipeline.data.class_entries import ClassSet
+from wsss_pipeline.data.image_files import ImageFile
 from wsss_pipeline.data.label_readers.coco_instances import fill_from_coco, is_coco_instances
 from wsss_pipeline.data.label_readers.label_table import LabelTable, read_json, reading
 from wsss_pipeline.data.label_readers.plain_files import fill_from_csv, fill_from_json, fill_from_txt
+from wsss_pipeline.data.label_readers.tar_labels import fill_from_tar, has_labels
 from wsss_pipeline.data.label_readers.voc_xml import fill_from_voc_folder
 from wsss_pipeline.errors import LabelError
 
 
 def read_labels(
-    path: Path | None, images: Mapping[str, Path], classes: ClassSet
+    path: Path | None, images: Mapping[str, ImageFile], classes: ClassSet
 ) -> dict[str, tuple[str, ...]]:
     """Image id to class names, in order of appearance, duplicates dropped.
 
@@ -24,7 +26,8 @@ def read_labels(
     Args:
         path: ``.json`` (``{"image_id": ["cat", "sofa"]}`` or COCO instances), ``.csv`` (header
             ``image,labels`` or ``image,label``), ``.txt`` (lines ``image_id name name``), a folder of VOC
-            XML files, or None: the first folder below the image folder names the class of a picture.
+            XML files, or None: the labels beside the pictures in tar archives; without such the first folder
+            below the image folder names the class of a picture.
         images: image id to file, as ``find_images`` gives it. Ids in the source match them with or
             without the suffix of the picture.
         classes: names and aliases that may occur.
@@ -34,7 +37,10 @@ def read_labels(
     """
     table = LabelTable(images, classes)
     if path is None:
-        _fill_from_folders(table, images)
+        if has_labels(images):
+            fill_from_tar(table, images)
+        else:
+            _fill_from_folders(table, images)
         return table.labels()
     with reading(path):
         _fill(table, path)
@@ -64,7 +70,7 @@ def _fill(table: LabelTable, path: Path) -> None:
         raise LabelError(f"label file {str(path)!r} doesn't exist; check --labels")
 
 
-def _fill_from_folders(table: LabelTable, images: Mapping[str, Path]) -> None:
+def _fill_from_folders(table: LabelTable, images: Mapping[str, ImageFile]) -> None:
     for image_id, file in images.items():
         folder, slash, _ = image_id.partition("/")
         if not slash:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from wsss_pipeline.data.classes import ClassSet, load_class_set
+from wsss_pipeline.data.image_files import ImageFile
 from wsss_pipeline.data.image_ids import check_image_id, find_images, without_image_suffix
 from wsss_pipeline.data.label_readers.label_table import LabelTable, read_text, reading
 from wsss_pipeline.data.label_readers.voc_xml import fill_from_voc_files
@@ -25,7 +26,7 @@ class Inputs:
         ground_truth: folder of index masks, where the data set brings one.
     """
 
-    images: dict[str, Path]
+    images: dict[str, ImageFile]
     labels: dict[str, tuple[str, ...]]
     split: str
     ground_truth: Path | None
@@ -142,7 +143,7 @@ def _voc_split_file(root: Path, split: str, classes: ClassSet) -> Path:
     raise _no_split(folders[0] / f"{split}.txt", sorted(segmentation | (main - of_one_class)))
 
 
-def _voc_labels(root: Path, images: dict[str, Path], classes: ClassSet) -> dict[str, tuple[str, ...]]:
+def _voc_labels(root: Path, images: dict[str, ImageFile], classes: ClassSet) -> dict[str, tuple[str, ...]]:
     annotations = root / "Annotations"
     files = [(image_id, annotations / f"{image_id}.xml") for image_id in images]
     files = [(image_id, file) for image_id, file in files if file.is_file()]

@@ -6,13 +6,13 @@ import hashlib
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TypedDict
 
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
+from wsss_pipeline.data.image_files import ImageFile
 from wsss_pipeline.data.images import read_image
 from wsss_pipeline.errors import CacheRecordError, ImageError, TrainingError
 from wsss_pipeline.segmentation.augmentation import IGNORE, Augmentation
@@ -50,7 +50,7 @@ class SegmentationDataset(Dataset[Sample]):
     A picture or mask that can't be used is warned of once a process and gives a sample without labels.
     """
 
-    images: Mapping[str, Path]
+    images: Mapping[str, ImageFile]
     source: MaskSource
     image_ids: Sequence[str]
     augmentation: Augmentation
@@ -129,7 +129,7 @@ class EpochSampler(Sampler[tuple[int, int]]):
 
 
 def training_ids(
-    images: Mapping[str, Path],
+    images: Mapping[str, ImageFile],
     source: MaskSource,
     split: Sequence[str] | None = None,
     allow_missing: bool = False,

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from wsss_pipeline.cache import MaskCache
 from wsss_pipeline.data.classes import load_class_set
+from wsss_pipeline.data.image_files import ImageFile
 from wsss_pipeline.data.image_ids import find_images
 from wsss_pipeline.data.images import read_mask
 from wsss_pipeline.data.shortcuts import read_split
@@ -150,7 +151,7 @@ def _from_folder(
 
 
 def choose_images(
-    truth_files: Mapping[str, Path],
+    truth_files: Mapping[str, ImageFile],
     has: Callable[[str], bool],
     description: str,
     ground_truth: Path,
@@ -190,7 +191,7 @@ def choose_images(
 
 def _add_up(
     image_ids: Iterable[str],
-    truth_files: Mapping[str, Path],
+    truth_files: Mapping[str, ImageFile],
     source: _Predictions,
     on_image: Callable[[str, NDArray[np.int64]], None] | None,
 ) -> tuple[NDArray[np.int64], list[str], dict[str, str]]:

@@ -13,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 
 from wsss_pipeline.config import CrfConfig
+from wsss_pipeline.data.image_files import ImageFile
 from wsss_pipeline.data.image_ids import find_images
 from wsss_pipeline.data.images import read_image, read_mask
 from wsss_pipeline.errors import EvaluationError, ImageError
@@ -45,7 +46,7 @@ class NetworkMasks:
 
     network: SegmentationNetwork
     class_names: tuple[str, ...]
-    images: Mapping[str, Path]
+    images: Mapping[str, ImageFile]
     device: torch.device
     inference: InferenceConfig
     crf: CrfConfig | None = None
@@ -207,7 +208,7 @@ def evaluate_network(
 def confusion(
     masks: NetworkMasks,
     image_ids: Iterable[str],
-    truth_files: Mapping[str, Path],
+    truth_files: Mapping[str, ImageFile],
     skipped: dict[str, str] | None = None,
     on_image: Callable[[str, NDArray[np.int64]], None] | None = None,
 ) -> dict[str, Scores]:

@@ -15,6 +15,7 @@ from PIL import Image
 
 from wsss_pipeline.cache import MaskCache, PseudoMask
 from wsss_pipeline.data.classes import voc_palette
+from wsss_pipeline.data.image_files import ImageFile
 from wsss_pipeline.data.images import read_image, read_mask
 from wsss_pipeline.errors import CacheRecordError, EvaluationError, ImageError
 from wsss_pipeline.evaluation.html_report import (
@@ -55,11 +56,11 @@ class ReportImages:
         image_scores: image id to a number, the lower the worse.
     """
 
-    images: Mapping[str, Path]
+    images: Mapping[str, ImageFile]
     class_names: tuple[str, ...]
     cache: MaskCache | None = None
     predict: Callable[[str], Mask] | None = None
-    truth: Mapping[str, Path] = field(default_factory=dict)
+    truth: Mapping[str, ImageFile] = field(default_factory=dict)
     matrix: NDArray[np.int64] | None = None
     image_scores: dict[str, float] = field(default_factory=dict)
 

@@ -11,11 +11,12 @@ import time
 
 import torch
 
-from wsss_pipeline.cache import KnownImages, MaskWriter, file_status, open_mask_set
+from wsss_pipeline.cache import KnownImages, MaskWriter, open_mask_set
 from wsss_pipeline.cam.prompts import class_embeddings
 from wsss_pipeline.clip.image_encoder import ImageEncoder
 from wsss_pipeline.clip.text_encoder import TextEncoder
 from wsss_pipeline.clip.weights import load_clip
+from wsss_pipeline.data.image_files import file_status
 from wsss_pipeline.data.images import file_digest
 from wsss_pipeline.errors import ImageError
 from wsss_pipeline.stages.class_activation import ClassActivation

@@ -9,13 +9,12 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
-from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from wsss_pipeline.cache import Status, file_status
+from wsss_pipeline.data.image_files import ImageFile, Status, file_status
 from wsss_pipeline.data.images import file_digest, read_image
 from wsss_pipeline.data.transforms import ClipInputSize, clip_input_size, resize_for_clip
 from wsss_pipeline.errors import ImageError
@@ -65,7 +64,12 @@ class LoadedImage:
 
 
 def load_image(
-    image_id: str, file: Path, labels: tuple[str, ...], classes: list[int], patch_size: int, max_pixels: int
+    image_id: str,
+    file: ImageFile,
+    labels: tuple[str, ...],
+    classes: list[int],
+    patch_size: int,
+    max_pixels: int,
 ) -> LoadedImage:
     """Read one picture.
 

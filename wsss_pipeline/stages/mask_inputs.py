@@ -8,6 +8,7 @@ from pathlib import Path
 
 from wsss_pipeline.config import MaskConfig, load_config
 from wsss_pipeline.data.classes import ClassSet, check_template, load_class_set
+from wsss_pipeline.data.image_files import ImageFile
 from wsss_pipeline.data.image_ids import find_images
 from wsss_pipeline.data.labels import read_labels
 from wsss_pipeline.data.shortcuts import coco_inputs, voc_inputs
@@ -18,7 +19,7 @@ from wsss_pipeline.errors import ConfigError
 class MaskInputs:
     """Image id to file, image id to class names in order of appearance, and the class set of both."""
 
-    images: Mapping[str, Path]
+    images: Mapping[str, ImageFile]
     labels: Mapping[str, tuple[str, ...]]
     class_set: ClassSet
 

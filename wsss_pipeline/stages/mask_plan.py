@@ -11,6 +11,7 @@ from wsss_pipeline.cache import MaskSet
 from wsss_pipeline.clip.sources import ClipFiles, locate_clip
 from wsss_pipeline.config import MaskConfig
 from wsss_pipeline.data.classes import ClassSet
+from wsss_pipeline.data.image_files import ImageFile, is_there, place
 from wsss_pipeline.refine import choose_backend
 from wsss_pipeline.runtime.device import ResolvedPrecision, resolve_device, resolve_precision
 from wsss_pipeline.runtime.shard import Shard
@@ -28,7 +29,7 @@ class MaskRequest:
     ``check_bytes``: read every image whose mask is there, whatever its size and times say.
     """
 
-    images: Mapping[str, Path]
+    images: Mapping[str, ImageFile]
     labels: Mapping[str, tuple[str, ...]]
     class_set: ClassSet
     config: MaskConfig
@@ -93,7 +94,7 @@ def plan_masks(request: MaskRequest) -> MaskPlan:
     )
     clip = locate_clip(config.clip, offline=request.offline)
     share = request.shard.select(request.labels)[: request.limit]
-    there = {image_id for image_id in share if _is_there(request.images.get(image_id))}
+    there = dict.fromkeys(image_id for image_id in share if _is_there(request.images.get(image_id)))
     return MaskPlan(
         config=config,
         class_set=class_set,
@@ -106,7 +107,7 @@ def plan_masks(request: MaskRequest) -> MaskPlan:
             class_names=class_set.names,
             category_ids=_category_ids(class_set),
         ),
-        image_ids=[image_id for image_id in share if image_id in there],
+        image_ids=sorted(there, key=lambda image_id: place(request.images[image_id])),
         missing=[image_id for image_id in share if image_id not in there],
         unlabelled=[image_id for image_id in request.images if image_id not in request.labels],
     )
@@ -142,5 +143,5 @@ def _category_ids(class_set: ClassSet) -> dict[str, int] | None:
     return ids if len(ids) == len(class_set.classes) else None
 
 
-def _is_there(file: Path | None) -> bool:
-    return file is not None and file.exists()
+def _is_there(file: ImageFile | None) -> bool:
+    return file is not None and is_there(file)

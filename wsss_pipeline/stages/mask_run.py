@@ -9,10 +9,10 @@ from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
 from wsss_pipeline.cache import KnownImages, MaskWriter
 from wsss_pipeline.config import CrfBackend
+from wsss_pipeline.data.image_files import ImageFile
 from wsss_pipeline.data.images import has_rotation
 from wsss_pipeline.errors import ImageError
 from wsss_pipeline.runtime.device import single_threaded_torch
@@ -205,7 +205,7 @@ class MaskRun:
         report.scaled += image.clip_size.scale < 1
         self._progress.advance()
 
-    def _warn_of_rotation(self, file: Path) -> None:
+    def _warn_of_rotation(self, file: ImageFile) -> None:
         if not self._warned_of_rotation and has_rotation(file):
             self._warned_of_rotation = True
             logger.warning(

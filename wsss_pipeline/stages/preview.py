@@ -13,6 +13,7 @@ from PIL import Image
 
 from wsss_pipeline.cache import MaskCache, PseudoMask
 from wsss_pipeline.data.classes import voc_palette
+from wsss_pipeline.data.image_files import ImageFile
 from wsss_pipeline.data.images import read_image
 from wsss_pipeline.errors import CacheRecordError, ConfigError, ImageError
 from wsss_pipeline.stages.contact_sheet import Cell, Header, Label, Row, draw_sheet, fitted_size
@@ -35,7 +36,7 @@ CONFIDENT = 0.95  # the threshold of CLIP-ES's confidence-guided loss
 
 def preview(
     cache: Path,
-    images: Mapping[str, Path],
+    images: Mapping[str, ImageFile],
     out: Path,
     ids: Sequence[str] | None = None,
     limit: int = 12,
@@ -91,7 +92,7 @@ def _choose(masks: MaskCache, path: Path, ids: Sequence[str] | None, limit: int)
     return [everything[place] for place in np.rint(places).astype(int)]
 
 
-def _row(image_id: str, masks: MaskCache, file: Path | None) -> Row:
+def _row(image_id: str, masks: MaskCache, file: ImageFile | None) -> Row:
     """One row; what can't be read is marked and logged."""
     image: Rgb | None = None
     problem = "no picture with this id in the images folder"

@@ -23,6 +23,7 @@ from wsss_pipeline.clip.text_encoder import TextEncoder
 from wsss_pipeline.clip.weights import load_clip
 from wsss_pipeline.config import MaskConfig
 from wsss_pipeline.data.classes import ClassSet, check_template
+from wsss_pipeline.data.image_files import ImageFile
 from wsss_pipeline.data.images import read_image
 from wsss_pipeline.data.transforms import clip_input_size, resize_for_clip, to_clip_tensor
 from wsss_pipeline.errors import ConfigError, ImageError
@@ -42,7 +43,7 @@ class PromptRanking:
 
 
 def select_prompt(
-    images: Mapping[str, Path],
+    images: Mapping[str, ImageFile],
     labels: Mapping[str, tuple[str, ...]],
     class_set: ClassSet,
     templates: Sequence[str],
@@ -118,7 +119,7 @@ def write_choice(template: str, file: Path) -> None:
 
 @torch.no_grad()
 def _image_embeddings(
-    encoder: ImageEncoder, images: Mapping[str, Path], max_pixels: int
+    encoder: ImageEncoder, images: Mapping[str, ImageFile], max_pixels: int
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Unit embeddings float32 (P,) on the CPU by image id, and the reason for each image that failed."""
     found: dict[str, Tensor] = {}

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
+from wsss_pipeline.data.image_files import ImageFile
 from wsss_pipeline.data.image_ids import find_images
 from wsss_pipeline.errors import CheckpointError, ConfigError, MissingDependencyError, TrainingError
 from wsss_pipeline.evaluation.report import id_digest
@@ -44,8 +45,8 @@ CONFIG, DATA = "config.yaml", "data.json"
 class Validation:
     """Ground truth to validate on: image id to picture, and to index mask; both hold the same ids."""
 
-    images: Mapping[str, Path]
-    truth: Mapping[str, Path]
+    images: Mapping[str, ImageFile]
+    truth: Mapping[str, ImageFile]
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,7 @@ class TrainRequest:
     the run's folder. ``workers``: processes that load samples. ``track``: name of an accelerate tracker.
     """
 
-    images: Mapping[str, Path]
+    images: Mapping[str, ImageFile]
     source: MaskSource
     config: TrainConfig
     out: Path

@@ -81,10 +81,10 @@ def fill_from_txt(table: LabelTable, file: Path) -> None:
             continue
         image_id = table.add_image(image, where)
         for name in names:
-            table.add_class(image_id, _named_or_numbered(table, name, where))
+            table.add_class(image_id, named_or_numbered(table, name, where))
 
 
-def _named_or_numbered(table: LabelTable, name: str, where: str) -> ClassEntry:
+def named_or_numbered(table: LabelTable, name: str, where: str) -> ClassEntry:
     classes = table.classes.classes
     if re.fullmatch("[0-9]{1,9}", name) and table.classes.find(name) is None:
         if int(name) >= len(classes):

@@ -1,0 +1,95 @@
+"""Where a picture's bytes lie: in a file of its own, or among others in a tar archive."""
+
+from __future__ import annotations
+
+import io
+import stat
+from dataclasses import dataclass
+from pathlib import Path
+
+from wsss_pipeline.errors import ImageError
+
+# size in bytes; times of modification and of change in nanoseconds; of an archive's member also its place
+Status = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class TarMember:
+    """A file inside an uncompressed tar archive.
+
+    ``offset``, ``size``: of its bytes in the archive. ``labels``: the member beside it that holds its labels.
+    """
+
+    archive: Path
+    name: str
+    offset: int
+    size: int
+    labels: TarMember | None = None
+
+    def __str__(self) -> str:
+        return f"{self.archive}/{self.name}"
+
+    def read_bytes(self) -> bytes:
+        """Its bytes.
+
+        Raises:
+            OSError: the archive can't be read, or ends before the member does.
+        """
+        with self.archive.open("rb") as file:
+            # asked for before memory is: a damaged header may name any size
+            if self.offset + self.size > file.seek(0, io.SEEK_END):
+                raise OSError(None, f"{self.archive} ends in the midst of it", str(self))
+            file.seek(self.offset)
+            return file.read(self.size)
+
+
+ImageFile = Path | TarMember
+
+
+def is_there(file: ImageFile) -> bool:
+    """Whether the file, or the archive, exists."""
+    return (file if isinstance(file, Path) else file.archive).exists()
+
+
+def file_status(file: ImageFile) -> Status:
+    """What tells whether a file has changed; take it before reading the file.
+
+    Raises:
+        OSError: it isn't there.
+    """
+    if isinstance(file, TarMember):
+        found = file.archive.stat()
+        return file.size, found.st_mtime_ns, found.st_ctime_ns, file.offset
+    found = file.stat()
+    return found.st_size, found.st_mtime_ns, found.st_ctime_ns
+
+
+def place(file: ImageFile) -> tuple[str, int]:
+    """Sorts files so that an archive is read from its beginning to its end; files of their own stay as they are."""
+    return ("", 0) if isinstance(file, Path) else (str(file.archive), file.offset)
+
+
+def check_file(file: ImageFile) -> None:
+    """
+    Raises:
+        ImageError: not a regular file, or empty.
+        OSError: it isn't there.
+    """
+    if isinstance(file, TarMember):
+        size = file.size
+    else:
+        status = file.stat()
+        size = status.st_size
+        if not stat.S_ISREG(status.st_mode):
+            raise ImageError(f"{file}: not a file; name a picture")
+    if size == 0:
+        raise ImageError(f"{file}: the file is empty; replace or remove it")
+
+
+def open_file(file: ImageFile) -> io.BufferedReader | io.BytesIO:
+    """The bytes; the caller closes.
+
+    Raises:
+        OSError: it can't be read.
+    """
+    return file.open("rb") if isinstance(file, Path) else io.BytesIO(file.read_bytes())

@@ -1,0 +1,83 @@
+"""Pictures in WebDataset shards: uncompressed tar archives, read where they are and never unpacked."""
+
+from __future__ import annotations
+
+import glob
+import logging
+import tarfile
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path, PurePosixPath
+
+from braceexpand import braceexpand
+
+from wsss_pipeline.data.image_files import TarMember
+from wsss_pipeline.errors import ImageError
+
+logger = logging.getLogger(__name__)
+
+MOST_ARCHIVES = 1_000_000
+LABEL_SUFFIXES = (".json", ".cls")  # what WebDataset files call a sample's labels
+
+
+def is_tar_pattern(images: Path) -> bool:
+    """Whether ``--images`` names archives: ``shards/a.tar``, ``shards/{000..127}.tar``, ``shards/*.tar``."""
+    return images.suffix == ".tar" and not images.is_dir()
+
+
+def archives(pattern: Path) -> list[Path]:
+    """The archives that a pattern stands for, in its order.
+
+    Args:
+        pattern: a path, in which ``{000..127}`` and ``{a,b}`` are expanded as WebDataset does, then ``*``, ``?``
+            and ``[...]`` as a shell does.
+
+    Raises:
+        ImageError: braces that don't close, more than a million archives, or none.
+    """
+    try:
+        names = list(islice(braceexpand(str(pattern)), MOST_ARCHIVES + 1))
+    except ValueError as error:
+        raise ImageError(f"--images {pattern}: {error}; write it like 'shards/{{000..127}}.tar'") from error
+    if len(names) > MOST_ARCHIVES:
+        raise ImageError(f"--images {pattern}: stands for over {MOST_ARCHIVES:,} archives; name fewer")
+    found = [path for name in names for path in (sorted(glob.glob(name)) if glob.has_magic(name) else [name])]  # noqa: PTH207
+    if not found:
+        raise ImageError(f"--images {pattern}: there are no such archives")
+    return [Path(path) for path in dict.fromkeys(found)]
+
+
+def tar_members(archive: Path, suffixes: tuple[str, ...]) -> Iterator[TarMember]:
+    """Its regular files with one of ``suffixes`` (lower case), each with its labels, in their order.
+
+    Only headers are read. Names that begin with a dot or ``__`` are passed over. What follows a damaged header
+    is left out with a warning.
+
+    Raises:
+        ImageError: it isn't an uncompressed tar archive, or can't be read.
+    """
+    members: dict[str, TarMember] = {}
+    try:
+        with tarfile.open(archive, "r:") as tar:
+            _fill(members, archive, tar)
+    except (OSError, tarfile.TarError, ValueError) as error:
+        if not members:
+            reason = getattr(error, "strerror", None) or error
+            raise ImageError(
+                f"{archive}: can't be read as an uncompressed tar archive: {reason}; replace or remove it"
+            ) from error
+        logger.warning("%s is damaged behind %s: %s; the rest is left out", archive, [*members][-1], error)
+    for name, member in members.items():
+        if PurePosixPath(name).suffix.lower() in suffixes:
+            beside = (members.get(name[: name.rindex(".")] + suffix) for suffix in LABEL_SUFFIXES)
+            labels = next((labels for labels in beside if labels is not None), None)
+            yield TarMember(archive, name, member.offset, member.size, labels)
+
+
+def _fill(members: dict[str, TarMember], archive: Path, tar: tarfile.TarFile) -> None:
+    while (header := tar.next()) is not None:
+        tar.members = []  # type: ignore[attr-defined]  # else all headers stay in memory
+        name = header.name.removeprefix("./")
+        is_hidden = any(part.startswith((".", "__")) for part in name.split("/") if part != "..")
+        if header.isreg() and not header.issparse() and not is_hidden:
+            members[name] = TarMember(archive, name, header.offset_data, header.size)
