@@ -1,11 +1,13 @@
-"""The precision that ``auto`` stands for."""
+"""What ``auto`` stands for."""
 
 from __future__ import annotations
+
+import os
 
 import pytest
 import torch
 
-from wsss_pipeline.runtime.device import resolve_precision
+from wsss_pipeline.runtime.device import images_at_a_time, resolve_device, resolve_precision
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 
@@ -38,3 +40,19 @@ def test_auto_on_a_gpu(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, i
 def test_what_was_asked_for_is_what_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": True}, raising=False)
     assert [resolve_precision(name, CPU) for name in ("fp32", "bf16", "fp16")] == ["fp32", "bf16", "fp16"]
+
+
+def test_each_process_of_torchrun_gets_a_gpu_and_a_part_of_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    found = []
+    for rank in range(3):
+        monkeypatch.setenv("LOCAL_RANK", str(rank))
+        found.append(str(resolve_device("auto")))
+    assert found == ["cuda:0", "cuda:1", "cuda:0"]
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(12)), raising=False)
+    assert images_at_a_time() == 8
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
+    assert images_at_a_time() == 4
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "99")
+    assert images_at_a_time() == 1

@@ -38,9 +38,27 @@ def test_environment() -> None:
     assert shard_of_environment({}) == Shard(0, 1)
     assert shard_of_environment({"RANK": "1", "WORLD_SIZE": "2"}) == Shard(1, 2)
     slurm = {"SLURM_ARRAY_TASK_ID": "3", "SLURM_ARRAY_TASK_COUNT": "4", "SLURM_ARRAY_TASK_MIN": "1"}
-    assert shard_of_environment({**slurm, "RANK": "1", "WORLD_SIZE": "2"}) == Shard(2, 4)
+    assert shard_of_environment(slurm) == Shard(2, 4)
+
+
+def test_ranks_within_an_array_task_divide_its_share() -> None:
+    shares = {
+        shard_of_environment(
+            {
+                "SLURM_ARRAY_TASK_ID": str(task),
+                "SLURM_ARRAY_TASK_COUNT": "3",
+                "RANK": str(rank),
+                "WORLD_SIZE": "2",
+            }
+        )
+        for task in range(3)
+        for rank in range(2)
+    }
+    assert shares == {Shard(index, 6) for index in range(6)}
 
 
 def test_environment_that_makes_no_sense() -> None:
     with pytest.raises(ConfigError, match="RANK='x'"):
         shard_of_environment({"RANK": "x", "WORLD_SIZE": "2"})
+    with pytest.raises(ConfigError, match="SLURM_ARRAY_TASK_ID='9' of SLURM_ARRAY_TASK_COUNT='4'"):
+        shard_of_environment({"SLURM_ARRAY_TASK_ID": "9", "SLURM_ARRAY_TASK_COUNT": "4"})

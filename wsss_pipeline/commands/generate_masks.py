@@ -80,13 +80,17 @@ def command(
     What the cache already holds isn't computed again. The last line on stdout is the mask set: the folder
     that evaluate, preview and export-masks take as --cache.
 
+    Under torchrun each process takes a share and a GPU: `torchrun --nproc-per-node 8 -m wsss_pipeline
+    generate-masks ...`; failed images are listed then, but the exit code stays 0, since torchrun would stop
+    the other processes.
+
     \b
     Examples:
       wsss generate-masks --images photos --labels labels.csv --classes cat,dog --cache cache
       wsss generate-masks --voc VOCdevkit/VOC2012 --split train_aug
     """
     from wsss_pipeline.runtime.device import images_at_a_time
-    from wsss_pipeline.runtime.shard import parse_shard, shard_of_environment
+    from wsss_pipeline.runtime.shard import is_torchrun, parse_shard, shard_of_environment
     from wsss_pipeline.stages.dry_run import describe_run
     from wsss_pipeline.stages.generate_masks import generate_masks
     from wsss_pipeline.stages.mask_plan import MaskRequest
@@ -118,4 +122,6 @@ def command(
     if report.interrupted:
         click.echo(f"interrupted; go on with: {shlex.join(['wsss', *sys.argv[1:]])}", err=True)
     click.echo(report.path)
-    context.exit(130 if report.interrupted else 1 if report.failed else 0)
+    # torchrun ends all other processes as soon as one ends with anything but 0
+    some_failed = 0 if is_torchrun() else 1
+    context.exit(130 if report.interrupted else some_failed if report.failed else 0)

@@ -19,13 +19,19 @@ ResolvedPrecision = Literal["fp32", "bf16", "fp16"]
 def resolve_device(requested: str) -> torch.device:
     """``auto`` (CUDA where there is one, else the CPU), ``cpu``, ``cuda`` or ``cuda:N`` as a device.
 
+    Of the processes that torchrun starts on a machine, ``auto`` gives each a CUDA device of its own, as far as
+    there are enough.
+
     Raises:
         ConfigError: a CUDA device was asked for and isn't there.
     """
     import torch
 
     if requested == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        if not torch.cuda.is_available():
+            return torch.device("cpu")
+        rank = os.environ.get("LOCAL_RANK", "")
+        return torch.device("cuda", int(rank) % torch.cuda.device_count() if rank.isdecimal() else 0)
     try:
         device = torch.device(requested)
     except RuntimeError as error:
@@ -66,9 +72,11 @@ MOST_IMAGES_AT_A_TIME = 8  # by default: each takes some 200 MB in CLIP ViT-B/16
 
 
 def images_at_a_time() -> int:
-    """How many images a CPU works on side by side: as many as this process may use cores, up to a limit."""
+    """How many images a CPU works on side by side: one for each core that is this process's share, up to a limit."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(cores, MOST_IMAGES_AT_A_TIME)
+    processes = os.environ.get("LOCAL_WORLD_SIZE", "")  # that torchrun started on this machine
+    share = cores // max(1, int(processes)) if processes.isdecimal() else cores
+    return min(max(1, share), MOST_IMAGES_AT_A_TIME)
 
 
 @contextmanager

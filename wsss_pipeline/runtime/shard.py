@@ -42,25 +42,34 @@ def parse_shard(text: str) -> Shard:
 
 
 def shard_of_environment(environment: Mapping[str, str] = os.environ) -> Shard:
-    """The share that a SLURM array task or a torchrun rank stands for; everything where there's neither.
+    """The share that a SLURM array task, a torchrun rank, or a rank within an array task stands for.
+
+    Everything where there's neither.
 
     Raises:
         ConfigError: the variables contradict each other.
     """
-    for index_name, count_name, first_name in (
-        ("SLURM_ARRAY_TASK_ID", "SLURM_ARRAY_TASK_COUNT", "SLURM_ARRAY_TASK_MIN"),
-        ("RANK", "WORLD_SIZE", ""),
-    ):
-        if index_name in environment and count_name in environment:
-            try:
-                first = int(environment.get(first_name, "0"))
-                return parse_shard(f"{int(environment[index_name]) - first}/{int(environment[count_name])}")
-            except ValueError as error:
-                raise ConfigError(
-                    f"{index_name}={environment[index_name]!r} and {count_name}={environment[count_name]!r} "
-                    "aren't numbers; unset them or give --shard I/N"
-                ) from error
-    return Shard()
+    task = _share(environment, "SLURM_ARRAY_TASK_ID", "SLURM_ARRAY_TASK_COUNT", "SLURM_ARRAY_TASK_MIN")
+    rank = _share(environment, "RANK", "WORLD_SIZE")
+    return Shard(task.index * rank.count + rank.index, task.count * rank.count)
+
+
+def is_torchrun(environment: Mapping[str, str] = os.environ) -> bool:
+    """Whether torchrun started this process."""
+    return "TORCHELASTIC_RUN_ID" in environment
+
+
+def _share(environment: Mapping[str, str], index: str, count: str, first: str = "") -> Shard:
+    if index not in environment or count not in environment:
+        return Shard()
+    try:
+        start = int(environment.get(first, "0"))
+        return parse_shard(f"{int(environment[index]) - start}/{int(environment[count])}")
+    except (ValueError, ConfigError) as error:
+        raise ConfigError(
+            f"{index}={environment[index]!r} of {count}={environment[count]!r} is no share of the work; "
+            "unset them or give --shard I/N"
+        ) from error
 
 
 def _hash(image_id: str) -> int:
