@@ -7,6 +7,7 @@
     +-- ImageError               one picture or mask that can't be used
     +-- WeightsError             CLIP weights or their tokenizer
     +-- MissingDependencyError   an optional package that the chosen option needs
+    +-- EngineError              what spreads the work over machines
     +-- CacheError               the pseudo-mask cache
     |   +-- CacheFormatError     written by another format version, or not a cache
     |   +-- CacheLockedError     another process writes the same shard
@@ -44,6 +45,10 @@ class ImageError(WsssError):
 
 class WeightsError(WsssError):
     """CLIP weights or their tokenizer can't be found or read."""
+
+
+class EngineError(WsssError):
+    """What spreads the work over machines gave up."""
 
 
 class MissingDependencyError(WsssError):

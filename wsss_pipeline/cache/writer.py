@@ -159,6 +159,11 @@ class MaskWriter:
         self._last_flush = time.monotonic()
         self._flush_duration = self._last_flush - start
 
+    def adopt(self, name: ShardName, stamp: Stamp) -> None:
+        """A worker has written this shard (see ``ShardWriter``): count its images and believe its bytes."""
+        self._checked[name.finished] = stamp
+        self._index_is_stale = True
+
     def finish(self, expected_ids: Collection[str]) -> Completion:
         """Finish the shard at hand, and note in the manifest how complete the set is.
 

@@ -6,7 +6,7 @@ import json
 import shlex
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -19,6 +19,9 @@ from wsss_pipeline.commands.options import (
     read_options,
     template_option,
 )
+
+if TYPE_CHECKING:
+    from wsss_pipeline.stages.mask_plan import Engine
 
 
 @click.command("generate-masks", short_help="Make pseudo masks from images and labels, into the cache.")
@@ -40,10 +43,18 @@ from wsss_pipeline.commands.options import (
 @click.option(
     "--workers",
     type=click.IntRange(0),
-    help="Images that the CPU works on at a time.  [default: one a core, at most 8]",
+    help="Images that the CPU works on at a time; with Ray, actors at most.  [default: one a core, at most 8; "
+    "with Ray, as many as there is room for]",
 )
 @click.option(
     "--shard", metavar="I/N", help="Share I (from 0) of N.  [default: from SLURM arrays or torchrun]"
+)
+@click.option(
+    "--engine",
+    type=click.Choice(["local", "ray"]),
+    default="local",
+    show_default=True,
+    help="This machine, or actors on a Ray cluster.",
 )
 @click.option("--limit", type=click.IntRange(1), help="At most so many images.")
 @click.option("--store-cams", is_flag=True, help="Keep the CAMs before the CRF in the cache as well.")
@@ -67,6 +78,7 @@ def command(
     batch_size: int,
     workers: int | None,
     shard: str | None,
+    engine: Engine,
     limit: int | None,
     store_cams: bool,
     overwrite: bool,
@@ -106,7 +118,8 @@ def command(
         shard=parse_shard(shard) if shard else shard_of_environment(),
         limit=limit,
         batch_size=batch_size,
-        workers=images_at_a_time() if workers is None else workers,
+        workers=workers if workers is not None else 0 if engine == "ray" else images_at_a_time(),
+        engine=engine,
         store_cams=store_cams,
         overwrite=overwrite,
         check_bytes=check_bytes,

@@ -16,11 +16,11 @@ if TYPE_CHECKING:
 ResolvedPrecision = Literal["fp32", "bf16", "fp16"]
 
 
-def resolve_device(requested: str) -> torch.device:
+def resolve_device(requested: str, elsewhere: bool = False) -> torch.device:
     """``auto`` (CUDA where there is one, else the CPU), ``cpu``, ``cuda`` or ``cuda:N`` as a device.
 
     Of the processes that torchrun starts on a machine, ``auto`` gives each a CUDA device of its own, as far as
-    there are enough.
+    there are enough. ``elsewhere``: other machines will use it, so that ``cuda`` needn't be here.
 
     Raises:
         ConfigError: a CUDA device was asked for and isn't there.
@@ -38,6 +38,8 @@ def resolve_device(requested: str) -> torch.device:
         raise ConfigError(f"--device {requested}: choose auto, cpu, cuda or cuda:N") from error
     if device.type not in ("cpu", "cuda"):
         raise ConfigError(f"--device {requested}: choose auto, cpu, cuda or cuda:N")
+    if elsewhere and device.type == "cuda":
+        return torch.device("cuda")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ConfigError(
             f"--device {requested}: torch {torch.__version__} sees {torch.cuda.device_count()} CUDA devices here; "
@@ -62,6 +64,10 @@ def has_fast_bf16(device: torch.device) -> bool:
     import torch
 
     if device.type == "cuda":
+        if not torch.cuda.is_available():
+            raise ConfigError(
+                "--precision auto looks at the GPU, and there is none here; give --precision bf16 or fp32"
+            )
         return torch.cuda.get_device_capability(device) >= (8, 0)
     tell: Callable[[], Mapping[str, Any]] = getattr(torch.cpu, "get_capabilities", dict)
     capabilities = tell()  # an older torch has no such function

@@ -10,12 +10,15 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from wsss_pipeline.cam.affinity import refine_cams
-from wsss_pipeline.cam.prompts import ClassEmbeddings
+from wsss_pipeline.cam.prompts import ClassEmbeddings, class_embeddings
 from wsss_pipeline.cam.softmax_gradcam import normalise_cams, softmax_gradcam
 from wsss_pipeline.clip.image_encoder import ImageEncoder
+from wsss_pipeline.clip.text_encoder import TextEncoder
+from wsss_pipeline.clip.weights import load_clip
 from wsss_pipeline.config import CamConfig
 from wsss_pipeline.data.transforms import to_clip_tensor
 from wsss_pipeline.errors import ImageError
+from wsss_pipeline.stages.mask_plan import MaskPlan
 
 
 class ClassActivation:
@@ -90,3 +93,16 @@ class ClassActivation:
                 "CLIP's class activation isn't finite; try --precision fp32, or check the weights"
             )
         return cams
+
+
+def load_class_activation(plan: MaskPlan) -> ClassActivation:
+    """Load CLIP and embed the classes, once for the whole run.
+
+    Raises:
+        WeightsError: CLIP can't be loaded.
+    """
+    clip = load_clip(plan.clip, torch.device(plan.device))
+    encoder = ImageEncoder(clip.vision, plan.precision, plan.config.cam.affinity_layers)
+    text = TextEncoder(clip.text, clip.tokenizer)
+    embeddings = class_embeddings(plan.class_set, plan.config.templates, text.encode)
+    return ClassActivation(encoder, embeddings, clip.logit_scale, plan.config.cam)

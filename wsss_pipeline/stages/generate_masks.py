@@ -9,20 +9,15 @@ from __future__ import annotations
 import logging
 import time
 
-import torch
-
 from wsss_pipeline.cache import KnownImages, MaskWriter, open_mask_set
-from wsss_pipeline.cam.prompts import class_embeddings
-from wsss_pipeline.clip.image_encoder import ImageEncoder
-from wsss_pipeline.clip.text_encoder import TextEncoder
-from wsss_pipeline.clip.weights import load_clip
 from wsss_pipeline.data.image_files import file_status
 from wsss_pipeline.data.images import file_digest
 from wsss_pipeline.errors import ImageError
-from wsss_pipeline.stages.class_activation import ClassActivation
+from wsss_pipeline.stages.class_activation import load_class_activation
 from wsss_pipeline.stages.mask_plan import MaskPlan, MaskRequest, plan_masks
 from wsss_pipeline.stages.mask_report import MaskReport
 from wsss_pipeline.stages.mask_run import MaskRun
+from wsss_pipeline.stages.ray_engine import compute_with_ray
 
 logger = logging.getLogger(__name__)
 
@@ -49,8 +44,11 @@ def generate_masks(request: MaskRequest) -> MaskReport:
         report.reused = len(plan.image_ids) - len(todo)
         if todo:
             logger.info("%d images: %d in the cache, %d to compute", report.images, report.reused, len(todo))
-            activation = _class_activation(plan)
-            MaskRun(request, plan, activation, writer, report, known).compute(todo)
+            if request.engine == "ray":
+                compute_with_ray(request, plan, writer, report, known, todo)
+            else:
+                activation = load_class_activation(plan)
+                MaskRun(request, plan, activation, writer, report, known).compute(todo)
         writer.finish([*plan.image_ids, *plan.missing])
         known.save(writer.places)
     report.seconds = time.monotonic() - started
@@ -81,12 +79,3 @@ def _left_to_do(request: MaskRequest, plan: MaskPlan, writer: MaskWriter, known:
         return True
 
     return [image_id for image_id in plan.image_ids if not is_done(image_id)]
-
-
-def _class_activation(plan: MaskPlan) -> ClassActivation:
-    """Load CLIP and embed the classes, once for the whole run."""
-    clip = load_clip(plan.clip, torch.device(plan.device))
-    encoder = ImageEncoder(clip.vision, plan.precision, plan.config.cam.affinity_layers)
-    text = TextEncoder(clip.text, clip.tokenizer)
-    embeddings = class_embeddings(plan.class_set, plan.config.templates, text.encode)
-    return ClassActivation(encoder, embeddings, clip.logit_scale, plan.config.cam)

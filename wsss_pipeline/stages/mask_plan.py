@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from wsss_pipeline.cache import MaskSet
 from wsss_pipeline.clip.sources import ClipFiles, locate_clip
@@ -20,13 +20,17 @@ from wsss_pipeline.runtime.shard import Shard
 METHOD = {"name": "clip-es", "version": 1}
 
 
+Engine = Literal["local", "ray"]
+
+
 @dataclass(frozen=True)
 class MaskRequest:
     """A run of stage one as the user asked for it.
 
     ``images``: image id to file. ``labels``: image id to class names in order of appearance; an empty
     tuple means that none of the classes is present. ``limit``: at most so many images of the share.
-    ``check_bytes``: read every image whose mask is there, whatever its size and times say.
+    ``check_bytes``: read every image whose mask is there, whatever its size and times say. ``engine``: this
+    machine, or a Ray cluster, with ``workers`` actors at most (0: as many as there is room for).
     """
 
     images: Mapping[str, ImageFile]
@@ -43,6 +47,7 @@ class MaskRequest:
     overwrite: bool = False
     check_bytes: bool = False
     offline: bool = False
+    engine: Engine = "local"
 
 
 @dataclass(frozen=True)
@@ -85,7 +90,7 @@ def plan_masks(request: MaskRequest) -> MaskPlan:
         MissingDependencyError: the CRF backend isn't installed.
     """
     class_set = request.class_set
-    device = resolve_device(request.device)
+    device = resolve_device(request.device, elsewhere=request.engine == "ray")
     precision = resolve_precision(request.config.clip.precision, device)
     config = replace(
         request.config,

@@ -9,10 +9,11 @@ from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
+from typing import Protocol, TextIO
 
-from wsss_pipeline.cache import KnownImages, MaskWriter
+from wsss_pipeline.cache import PseudoMask
 from wsss_pipeline.config import CrfBackend
-from wsss_pipeline.data.image_files import ImageFile
+from wsss_pipeline.data.image_files import ImageFile, Status
 from wsss_pipeline.data.images import has_rotation
 from wsss_pipeline.errors import ImageError
 from wsss_pipeline.runtime.device import single_threaded_torch
@@ -53,6 +54,22 @@ class Pending:
     finish: Finish
 
 
+class RecordWriter(Protocol):
+    """Where masks go: a ``MaskWriter`` or a ``ShardWriter``."""
+
+    def write(
+        self, image_id: str, pseudo_mask: PseudoMask, *, image_digest: str, seconds: float, scale: float
+    ) -> None:
+        """Add an image's record."""
+
+
+class ImageNotes(Protocol):
+    """Where it is noted what a mask belongs to, such as ``KnownImages``."""
+
+    def note(self, image_id: str, status: Status, labels: tuple[str, ...], has_cams: bool) -> None:
+        """The set holds the mask for the bytes that a file of this status had."""
+
+
 class MaskRun:
     """One run over the images that are left to do; its doings go into ``report`` and ``known``."""
 
@@ -61,10 +78,12 @@ class MaskRun:
         request: MaskRequest,
         plan: MaskPlan,
         activation: ClassActivation,
-        writer: MaskWriter,
+        writer: RecordWriter,
         report: MaskReport,
-        known: KnownImages,
+        known: ImageNotes,
+        progress_stream: TextIO | None = None,
     ) -> None:
+        self._progress_stream = progress_stream
         self._request = request
         self._plan = plan
         self._activation = activation
@@ -88,7 +107,7 @@ class MaskRun:
         try:
             with (
                 StopRequest() as stop,
-                Progress(len(todo)) as self._progress,
+                Progress(len(todo), self._progress_stream) as self._progress,
                 single_threaded_torch() if threads else nullcontext(),
             ):
                 batch_size = 1 if threads else request.batch_size
