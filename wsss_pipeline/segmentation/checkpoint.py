@@ -53,7 +53,7 @@ def save_network(
     Raises:
         CheckpointError: the folder can't be written; what it held before is still there.
     """
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
     names = ("background", *class_names)
     values = {
@@ -71,11 +71,20 @@ def save_network(
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         tensors = {name: value.detach().cpu().contiguous() for name, value in network.state_dict().items()}
-        save_file({name: value.clone() for name, value in tensors.items()}, partial / WEIGHTS)
+        # not save_file: where the disk is full, that raises an error of its own kind
+        (partial / WEIGHTS).write_bytes(save({name: value.clone() for name, value in tensors.items()}))
         (partial / CONFIG).write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", "utf-8")
         swap_in(partial, folder)
     except OSError as error:
-        raise CheckpointError(f"checkpoint {folder} can't be written: {error.strerror or error}") from error
+        raise not_written(f"checkpoint {folder}", error) from error
+
+
+def not_written(what: str, error: OSError) -> CheckpointError:
+    """The error for a disk that is full, read-only, ..."""
+    return CheckpointError(
+        f"{what} can't be written: {error.strerror or error}; free some space or mend the permissions there, then "
+        "run the same command again: training goes on from what was saved last"
+    )
 
 
 def swap_in(partial: Path, folder: Path) -> None:

@@ -18,7 +18,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader
 
 from wsss_pipeline.errors import TrainingError
-from wsss_pipeline.segmentation.checkpoint import save_network
+from wsss_pipeline.segmentation.checkpoint import not_written, save_network
 from wsss_pipeline.segmentation.dataset import EpochSampler, SegmentationDataset
 from wsss_pipeline.segmentation.losses import confidence_weights, segmentation_loss
 from wsss_pipeline.segmentation.networks import SegmentationNetwork
@@ -242,8 +242,11 @@ class Trainer:
     def _log(self, numbers: dict[str, Any], hooks: TrainingHooks) -> None:
         self._accelerator.log({k: v for k, v in numbers.items() if k != "step"}, step=numbers["step"])
         if self._accelerator.is_main_process:
-            with (self._out / LOG).open("a", encoding="utf-8") as file:
-                file.write(json.dumps(numbers) + "\n")
+            try:
+                with (self._out / LOG).open("a", encoding="utf-8") as file:
+                    file.write(json.dumps(numbers) + "\n")
+            except OSError as error:
+                raise not_written(str(self._out / LOG), error) from error
             hooks.log(numbers)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from wsss_pipeline.errors import CheckpointError
-from wsss_pipeline.segmentation.checkpoint import settle, swap_in
+from wsss_pipeline.segmentation.checkpoint import not_written, settle, swap_in
 
 _NETWORK, _AVERAGE, _OPTIMIZER, _PROGRESS = (
     "network.safetensors",
@@ -42,23 +43,24 @@ def save_state(
     Raises:
         CheckpointError: it can't be written; what it held before is still there.
     """
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
     partial = folder.with_name(f".{folder.name}.partial")
     try:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-        save_file(_tensors(network), partial / _NETWORK)
+        # through memory: where the disk is full, these libraries raise errors of their own kinds
+        (partial / _NETWORK).write_bytes(save(_tensors(network)))
         if average is not None:
-            save_file(_tensors(average), partial / _AVERAGE)
-        torch.save({"optimizer": optimizer.state_dict(), "rng": torch.get_rng_state()}, partial / _OPTIMIZER)
+            (partial / _AVERAGE).write_bytes(save(_tensors(average)))
+        buffer = io.BytesIO()
+        torch.save({"optimizer": optimizer.state_dict(), "rng": torch.get_rng_state()}, buffer)
+        (partial / _OPTIMIZER).write_bytes(buffer.getbuffer())
         values = {"step": progress.step, "best_miou": progress.best_miou}
         (partial / _PROGRESS).write_text(json.dumps(values), "utf-8")
         swap_in(partial, folder)
     except OSError as error:
-        raise CheckpointError(
-            f"training state {folder} can't be written: {error.strerror or error}"
-        ) from error
+        raise not_written(f"training state {folder}", error) from error
 
 
 def load_state(

@@ -1,0 +1,224 @@
+"""kill -9 at random moments, over every command that writes for long: ``python -m tests.faults.kills``.
+
+Campaigns: generate-masks in 1 and in 4 processes, merge, train-seg. In each, the command is started again and again
+and killed after a random part of the time that it takes undisturbed. After each kill what was finished before must
+still be there, whole and the same; a last run must then end with what an undisturbed one made. Each run is a fork
+of this process, which has imported everything: the kills fall into the work, not into the imports.
+
+    python -m tests.faults.kills --kills 100 --seed 0
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import importlib
+import json
+import os
+import random
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+State = Mapping[str, str]  # what is finished, by name, with a digest
+
+
+@dataclass(frozen=True)
+class Campaign:
+    """Runs of one command.
+
+    ``commands``: out of the folder to write into, what runs at once. ``state``: of that folder, what is finished.
+    ``only_grows``: what was finished stays as it was; else it may be replaced by what comes later.
+    """
+
+    name: str
+    commands: Callable[[Path], list[list[str]]]
+    state: Callable[[Path], State]
+    only_grows: bool
+
+
+def masks(folder: Path) -> State:
+    """Of all finished shards, which must be sound, image id to digest of mask, confidence and labels."""
+    from wsss_pipeline.cache import MaskCache, verify
+
+    (path,) = folder.glob("demo-*") or [None]
+    if path is None or not list(path.glob("shard-*.h5")):
+        return {}
+    report = verify(path)
+    assert report.ok, report
+    with MaskCache.open(path) as cache:
+        records = {image_id: cache[image_id] for image_id in cache}
+    return {
+        image_id: hashlib.sha256(
+            record.mask.tobytes() + record.confidence.tobytes() + json.dumps(record.labels).encode()
+        ).hexdigest()
+        for image_id, record in records.items()
+    }
+
+
+def network(folder: Path) -> State:
+    """Digest of the network at the end of training, once it is there."""
+    file = folder / "last" / "model.safetensors"
+    if not file.exists() or json.loads((folder / "state" / "progress.json").read_text())["step"] < STEPS:
+        return {}
+    return {"network": hashlib.sha256(file.read_bytes()).hexdigest()}
+
+
+IMAGES, STEPS = 160, 24
+
+
+def campaigns(root: Path) -> list[Campaign]:
+    """On the drawn scenes in ``root / "voc"``; merge has its sources in ``root / "share-0"`` and ``"share-1"``."""
+    voc = root / "voc"
+    generate = [
+        "generate-masks",
+        "--voc",
+        str(voc),
+        "--split",
+        "train",
+        "--classes",
+        "demo",
+        "--clip",
+        "demo",
+    ]
+    generate += ["--offline", "--workers", "0"]
+    train = ["train-seg", "--gt-masks", str(voc / "SegmentationClass"), "--classes", "demo"]
+    train += ["--images", str(voc / "JPEGImages"), "--network", "segformer", "--encoder", "tiny"]
+    train += ["--weights", "none", "--crop", "48", "--batch-size", "2", "--iterations", str(STEPS)]
+    train += ["--workers", "0", "--device", "cpu", "--precision", "fp32", "--set", "save_every=3"]
+
+    def shares(folder: Path, count: int) -> list[list[str]]:
+        return [[*generate, "--cache", str(folder), "--shard", f"{index}/{count}"] for index in range(count)]
+
+    def merge(folder: Path) -> list[list[str]]:
+        sources = [str(root / f"share-{index}") for index in range(2)]
+        return [["cache", "merge", *sources, "--into", str(folder)]]
+
+    return [
+        Campaign("generate-masks, 1 process", lambda folder: shares(folder, 1), masks, True),
+        Campaign("generate-masks, 4 processes", lambda folder: shares(folder, 4), masks, True),
+        Campaign("cache merge", merge, masks, True),
+        Campaign("train-seg", lambda folder: [[*train, "--out", str(folder)]], network, False),
+    ]
+
+
+def prepare(root: Path) -> None:
+    """Draw the scenes; make the sources of merge, of many small shards."""
+    from wsss_pipeline.demo.voc_folder import write_voc_folder
+
+    write_voc_folder(root / "voc", seed=4, scenes={"train": IMAGES}, size=(64, 48))
+    (generate, *_) = campaigns(root)
+    command = generate.commands(root / "none")[0][:-4]
+    for index in range(2):
+        finish([[*command, "--cache", str(root / f"share-{index}"), "--shard", f"{index}/2"]])
+
+
+def start(command: list[str]) -> int:
+    """A fork that runs ``wsss`` with its output in a file; its process id."""
+    from wsss_pipeline.cli import main as wsss
+
+    child = os.fork()
+    if child == 0:
+        output = os.open(os.environ["FAULTS_OUTPUT"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.dup2(output, 1)
+        os.dup2(output, 2)
+        sys.argv = ["wsss", *command]
+        try:
+            wsss(command, prog_name="wsss")
+        except SystemExit as end:
+            os._exit(int(end.code or 0))
+        os._exit(99)
+    return child
+
+
+def finish(commands: list[list[str]]) -> float:
+    """Run to the end, all at once; the seconds it took."""
+    started = time.monotonic()
+    for child in [start(command) for command in commands]:
+        _, status = os.waitpid(child, 0)
+        code = os.waitstatus_to_exitcode(status)
+        assert code == 0, f"exit code {code}: {Path(os.environ['FAULTS_OUTPUT']).read_text()[-2000:]}"
+    return time.monotonic() - started
+
+
+def kill_at_random(commands: list[list[str]], duration: float, chance: random.Random) -> int:
+    """Start them, kill each at a moment of its own; how many died of it."""
+    moments = sorted((chance.uniform(0, duration), start(command)) for command in commands)
+    started = time.monotonic()
+    for moment, child in moments:
+        time.sleep(max(0.0, started + moment - time.monotonic()))
+        os.kill(child, signal.SIGKILL)
+    codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for _, child in moments]
+    assert set(codes) <= {0, -signal.SIGKILL}, (
+        codes,
+        Path(os.environ["FAULTS_OUTPUT"]).read_text()[-2000:],
+    )
+    return codes.count(-signal.SIGKILL)
+
+
+def run(campaign: Campaign, root: Path, kills: int, chance: random.Random) -> tuple[int, int, int]:
+    """Kill so often; the kills, how many runs went on from something finished, and folders that were filled."""
+    undisturbed = root / "undisturbed"
+    duration = finish(campaign.commands(undisturbed))
+    expected = campaign.state(undisturbed)
+    assert expected, "the undisturbed run made nothing"
+    shutil.rmtree(undisturbed)
+    done = resumed = folders = 0
+    while done < kills:
+        folder, state = root / f"folder-{folders}", {}
+        folders += 1
+        while done < kills and state != expected:
+            resumed += bool(state) or (folder / "state").exists()
+            done += kill_at_random(campaign.commands(folder), 0.7 * duration, chance)
+            found = dict(campaign.state(folder)) if folder.exists() else {}
+            if campaign.only_grows:
+                assert state.items() <= found.items(), "something that was finished is gone or has changed"
+                assert found.items() <= expected.items(), "something is there that no undisturbed run makes"
+            state = found
+        finish(campaign.commands(folder))
+        assert campaign.state(folder) == expected, "the end isn't that of an undisturbed run"
+        shutil.rmtree(folder)
+    return done, resumed, folders
+
+
+def main() -> None:
+    """All campaigns, a quarter of the kills each; prints a line a campaign."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--kills", type=int, default=100)
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    import torch
+    import transformers
+
+    from wsss_pipeline.cache import writer
+
+    for module in ("generate_masks", "train_seg", "evaluate"):
+        importlib.import_module(f"wsss_pipeline.stages.{module}")
+    assert transformers.CLIPModel
+    torch.set_num_threads(1)  # no thread pool that a fork would break
+    writer.IMAGES_PER_FLUSH, writer.FLUSH_REST, writer.SECONDS_PER_FLUSH = 3, 0.0, 0.0
+    writer.IMAGES_PER_SHARD = 20
+    writer.MaskWriter.__init__.__kwdefaults__["images_per_shard"] = 20
+    with tempfile.TemporaryDirectory() as name:
+        root = Path(name)
+        os.environ["FAULTS_OUTPUT"] = str(root / "output.txt")
+        prepare(root)
+        chance = random.Random(options.seed)
+        for campaign in campaigns(root):
+            kills, resumed, folders = run(campaign, root, -(-options.kills // 4), chance)
+            print(
+                f"{campaign.name}: {kills} kills, {resumed} runs went on from finished work, "
+                f"{folders} folders ended as undisturbed ones",
+                flush=True,
+            )
+
+
+if __name__ == "__main__":
+    main()
