@@ -1,0 +1,204 @@
+"""Hostile label files, class names and image ids: one line that says what is wrong, or a result that is safe."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.end_to_end.conftest import GOLDEN, mask_set, write_labels, wsss
+from wsss_pipeline.cache import MaskCache
+from wsss_pipeline.data.classes import load_class_set
+from wsss_pipeline.data.image_ids import check_image_id
+from wsss_pipeline.data.labels import read_labels
+from wsss_pipeline.errors import ClassSetError, LabelError, WsssError
+
+VOC = load_class_set("voc12")
+LONG = "x" * 10_000_000
+
+FILES: dict[str, tuple[str, str | bytes]] = {
+    "unknown class": ("l.json", '{"a": ["unicorn"]}'),
+    "duplicate ids": ("l.json", '{"a": ["cat"], "a": ["dog"]}'),
+    "NUL bytes": ("l.csv", b"image,labels\na\x00b,cat\n"),
+    "formula": ("l.csv", "image,labels\na,=HYPERLINK(1)\n"),
+    "10 MB line": ("l.csv", f"image,labels\n{LONG},cat\n"),
+    "10 MB cell": ("l.csv", f"image,labels\na,{LONG}\n"),
+    "10 MB txt": ("l.txt", f"a {LONG}\n"),
+    "10 MB id in txt": ("l.txt", f"{LONG} cat\n"),
+    "10 MB name": ("l.json", json.dumps({"a": [LONG]})),
+    "deep JSON": ("l.json", "[" * 200_000 + "]" * 200_000),
+    "deep objects": ("l.json", '{"a":' * 100_000 + "1" + "}" * 100_000),
+    "huge number": ("l.json", '{"a": [' + "9" * 100_000 + "]}"),
+    "lone surrogate": ("l.json", '{"\\ud800": ["cat"]}'),
+    "byte order mark of UTF-16": ("l.csv", "image,labels\na,cat\n".encode("utf-16")),
+    "unclosed quote": ("l.csv", 'image,labels\n"a,cat\nb,dog\n'),
+    "entities": ("l", "<!DOCTYPE a [<!ENTITY b 'c'>]><annotation>&b;</annotation>"),
+    "billion laughs": ("l", "<!DOCTYPE x [" + "<!ENTITY a 'ha'>" * 3 + "]><annotation>&a;</annotation>"),
+    "external entity": ("l", "<!DOCTYPE x SYSTEM 'file:///etc/passwd'><annotation/>"),
+    "deep XML": ("l", "<annotation>" + "<object>" * 100_000),
+    "COCO that contradicts itself": (
+        "l.json",
+        '{"images": [{"id": 1, "file_name": "a.jpg"}], "annotations": [{"image_id": 2, "category_id": 1}],'
+        ' "categories": [{"id": 1, "name": "cat"}]}',
+    ),
+    "COCO with booleans": (
+        "l.json",
+        '{"images": [{"id": true, "file_name": "a.jpg"}], "annotations": [], "categories": []}',
+    ),
+    "COCO that leaves its folder": (
+        "l.json",
+        '{"images": [{"id": 1, "file_name": "../../etc/passwd"}], "annotations": [], "categories": []}',
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_hostile_label_file_is_refused_in_one_short_line(tmp_path: Path, name: str) -> None:
+    file_name, content = FILES[name]
+    path = tmp_path / file_name
+    if file_name == "l":
+        path.mkdir()
+        path = path / "a.xml"
+    path.write_bytes(content if isinstance(content, bytes) else content.encode("utf-8", "surrogatepass"))
+    with pytest.raises(LabelError) as caught:
+        read_labels(tmp_path / file_name, {}, VOC)
+    message = str(caught.value)
+    assert "l" in message
+    assert len(message) < 600, f"{len(message)} characters"
+
+
+UNSAFE_IDS = [
+    *("..", "../a", "a/../../b", "/etc/passwd", "//host/share", "C:\\a", "a\\..\\b", "\\\\host\\a", "a\0b"),
+    *("a/./b", "a//b", "/", ".", "", " ", "\t", "a\nb", "a\rb", "\x1b[2J", "a\u2028b", "\ud800", "x" * 1001),
+]
+STRANGE_IDS = [
+    *(
+        "x" * 300,
+        "cafe\u0301",
+        "caf\u00e9",
+        "\u202egpj.exe",
+        "\ufeffa",
+        "%2e%2e%2fa",
+        "a%00b",
+        "~root",
+        "-rf",
+    ),
+    *(
+        "$(touch owned)",
+        "`id`",
+        "a;b|c&d",
+        "a'b\"c",
+        "<b>",
+        "*?[x]",
+        "con",
+        "nul.txt",
+        "a ",
+        "\u200b",
+        "😀/猫",
+    ),
+]
+
+
+@pytest.mark.parametrize("image_id", UNSAFE_IDS)
+def test_an_unsafe_id_is_refused(image_id: str) -> None:
+    with pytest.raises(LabelError) as caught:
+        check_image_id(image_id, "labels.csv line 3")
+    assert len(str(caught.value)) < 400
+
+
+def test_strange_ids_are_names_and_nothing_else(tmp_path: Path, clip: Path) -> None:
+    """Unicode forms stay apart, and nothing is interpreted, in the cache and in exported files."""
+    images = tmp_path / "images"
+    picture = (GOLDEN / "images" / "tiny_odd.png").read_bytes()
+    usable = [name for name in STRANGE_IDS if len(f"{name}.png".encode()) <= 255]
+    for name in usable:
+        (images / f"{name}.png").parent.mkdir(parents=True, exist_ok=True)
+        (images / f"{name}.png").write_bytes(picture)
+    write_labels(tmp_path, {name: [] for name in STRANGE_IDS})
+    result = wsss(
+        *("generate-masks", "--images", images, "--labels", tmp_path / "labels.json", "--classes", "voc12"),
+        *("--clip", clip, "--cache", tmp_path / "cache", "--workers", 0),
+    )
+    assert result.exit_code == 1, result.stderr  # the id whose file name is too long has no file
+    assert all(line.isprintable() for line in result.stderr.splitlines())
+    path = mask_set(result)
+    with MaskCache.open(path) as cache:
+        assert set(cache) == set(usable)
+    exported = wsss("export-masks", "--cache", path, "--out", tmp_path / "out", "--format", "png")
+    assert exported.exit_code == 0, exported.stderr
+    found = {
+        str(file.relative_to(tmp_path / "out").with_suffix("")) for file in (tmp_path / "out").rglob("*.png")
+    }
+    assert found == set(usable)
+    assert not list(Path.cwd().glob("owned"))
+
+
+HOSTILE_NAMES = [
+    *("<script>alert(1)</script>", '"><img src=x onerror=alert(1)>', "../../etc/passwd", "/abs", "a/b"),
+    *(
+        "$(touch owned)",
+        "; rm -rf ~",
+        "%s%n{0}",
+        "{{7*7}}",
+        "'; DROP TABLE x; --",
+        "=1+1",
+        "ünïcödé",
+        "a" * 60,
+    ),
+]
+
+
+def test_hostile_class_names_are_only_text(tmp_path: Path, clip: Path) -> None:
+    images = tmp_path / "images"
+    images.mkdir()
+    (images / "one.png").write_bytes((GOLDEN / "images" / "tiny_odd.png").read_bytes())
+    classes = tmp_path / "set.yaml"
+    entries = [{"name": name, "prompt": "cat"} for name in HOSTILE_NAMES]
+    classes.write_text(json.dumps({"name": "hostile", "template": "a {}.", "classes": entries}))
+    write_labels(tmp_path, {"one": HOSTILE_NAMES[:3]})
+    result = wsss(
+        *("generate-masks", "--images", images, "--labels", tmp_path / "labels.json", "--classes", classes),
+        *("--clip", clip, "--cache", tmp_path / "cache", "--workers", 0),
+    )
+    assert result.exit_code == 0, result.stderr
+    path = mask_set(result)
+    assert path.parent == tmp_path / "cache"
+    truth = tmp_path / "truth"
+    exported = wsss("export-masks", "--cache", path, "--out", truth, "--format", "png")
+    assert exported.exit_code == 0, exported.stderr
+    report = tmp_path / "report.html"
+    scored = wsss("evaluate", "--cache", path, "--gt", truth, "--images", images, "--report", report)
+    assert scored.exit_code == 0, scored.stderr
+    page = report.read_text()
+    assert "&lt;script&gt;alert(1)" in page
+    assert "<script>alert(1)" not in page
+    assert "<img src=x" not in page
+    assert wsss("preview", "--cache", path, "--images", images, "--out", tmp_path / "p.png").exit_code == 0
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "!!python/object/apply:os.system ['touch owned']",
+        "!!python/name:os.system",
+        "a: &a [*a]",
+        "&a [" + "*a, " * 10 + "]",
+        "{" * 10_000,
+        "name: x\nclasses: [{name: cat}, {name: cat}]",
+        "name: ../../x\nclasses: [{name: cat}]",
+        "name: x\nclasses: [{name: ''}]",
+        'name: x\nclasses: [{name: "a\\nb"}]',
+        "- " * 50_000,
+        "\x00",
+        "name: x\ntemplate: '{0.__class__}'\nclasses: [{name: cat}]",
+    ],
+)
+def test_a_hostile_class_set_is_refused(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "set.yaml"
+    path.write_text(text)
+    with pytest.raises(ClassSetError) as caught:
+        load_class_set(str(path))
+    assert isinstance(caught.value, WsssError)
+    assert len(str(caught.value)) < 600
+    assert not Path("owned").exists()
