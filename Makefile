@@ -7,7 +7,7 @@ DEMO := demo-out
 # libgomp's default spinning costs a time slice per parallel region as soon as cores are shared
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: help demo test lint format types pytest clean
+.PHONY: help demo test lint format types pytest coverage faults fuzz mutants clean
 .DEFAULT_GOAL := help
 
 help:  ## list what can be made
@@ -28,12 +28,27 @@ types: $(VENV)/installed-dev  ## mypy, strict, on the package
 pytest: $(VENV)/installed-dev  ## all tests
 	$(BIN)/python -m pytest
 
+coverage: $(VENV)/installed-dev  ## all tests, and which lines and branches they reach
+	$(BIN)/python -m pytest --cov --cov-report=term:skip-covered --cov-report=html
+
+faults: $(VENV)/installed-dev  ## a hundred kills -9 at random moments, over every long command
+	$(BIN)/python -m tests.faults.kills --kills 100
+
+fuzz: $(VENV)/installed-dev  ## a minute of coverage-guided fuzzing for each reader of files
+	for target in labels manifest known; do \
+		$(BIN)/python -m tests.fuzz.readers $$target -max_total_time=60 || exit 1; done
+
+mutants: $(VENV)/installed-dev  ## mutation testing of the numerical core and the cache; takes an hour and more
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check 'mutmut>=3.8'
+	OMP_NUM_THREADS=1 $(BIN)/mutmut run
+	$(BIN)/mutmut results
+
 format: $(VENV)/installed-dev  ## mend what ruff can mend
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
 clean:  ## remove the virtual environment and what was built or tried
-	rm -rf $(VENV) $(DEMO) build *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(DEMO) build htmlcov mutants .coverage .hypothesis *.egg-info .pytest_cache .mypy_cache .ruff_cache
 
 $(VENV)/bin/python:
 	@test -n "$(PYTHON)" || { echo "Python 3.11 or newer isn't on the PATH; give it: make PYTHON=/path/to/python" >&2; exit 2; }
@@ -48,6 +63,8 @@ $(VENV)/installed-dev: $(VENV)/installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev,export]'
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[crf]' \
 		|| echo "NOTE: pydensecrf2 did not build here; the tests that compare with it will be skipped" >&2
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check 'atheris>=3.0' \
+		|| echo "NOTE: atheris did not install here; the short rounds of fuzzing will be skipped" >&2
 	@command -v chromium >/dev/null \
 		|| { test "$$(id -u)" = 0 && timeout 180 apt-get install -y -qq --no-install-recommends chromium >/dev/null 2>&1; } \
 		|| echo "NOTE: no chromium here, and none to install; the browser's test of the report will be skipped" >&2

@@ -89,7 +89,18 @@ def test_a_file_that_has_just_changed_is_not_believed(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "content",
-    [b"", b"[]", b"{}", b'{"images": {"image": [1]}, "shards": {}}', b'{"images": 3, "shards": 4}', b"\xff"],
+    [
+        b"",
+        b"[]",
+        b"{}",
+        b'{"images": {"image": [1]}, "shards": {}}',
+        b'{"images": 3, "shards": 4}',
+        b"\xff",
+        b"[" * 100_000,
+        b'{"images": {"image": [[1], [1, 2, 3], ["cat"], true]}, "shards": {}}',
+        b'{"images": {"image": ["s", "now", ["cat"], true]}, "shards": {"s": [1, 2]}}',
+        b'{"images": {}, "shards": {"s": 1}}',
+    ],
 )
 def test_a_damaged_file_costs_only_time(
     image: Path, saved: Saved, content: bytes, caplog: pytest.LogCaptureFixture

@@ -85,11 +85,11 @@ class KnownImages:
         try:
             content = json.loads(self._path.read_bytes().decode("utf-8", "surrogatepass"))
             images, shards = content["images"], content["shards"]
-            if all(len(entry) == 4 for entry in images.values()):
+            if all(map(_is_entry, images.values())) and all(map(_is_status, shards.values())):
                 return dict(images), dict(shards)
         except FileNotFoundError:
             return {}, {}
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
             pass
         logger.warning("%s can't be read; the images are looked at again", self._path)
         return {}, {}
@@ -97,5 +97,22 @@ class KnownImages:
     def _stamp(self, shard: str) -> list[int] | None:
         try:
             return list(stamp(self._folder / Path(shard).name))
-        except OSError:
+        except (OSError, ValueError):  # a name with a NUL character
             return None
+
+
+def _is_entry(entry: Any) -> bool:
+    """Whether it is shard, status, labels and whether CAMs are stored, as ``note`` and ``save`` write them."""
+    if not isinstance(entry, list) or len(entry) != 4:
+        return False
+    shard, status, labels, has_cams = entry
+    return (
+        isinstance(shard, str)
+        and _is_status(status)
+        and isinstance(labels, list)
+        and isinstance(has_cams, bool)
+    )
+
+
+def _is_status(numbers: Any) -> bool:
+    return isinstance(numbers, list) and all(isinstance(number, int) for number in numbers)

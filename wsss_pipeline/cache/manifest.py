@@ -176,7 +176,7 @@ def read_manifest(folder: Path) -> Manifest:
         raise _half_written(path, error) from error
     if form != FORMAT or version != FORMAT_VERSION:
         raise CacheFormatError(
-            f"{path} has format version {version!r}, this program reads {FORMAT_VERSION}; use the program "
+            f"{path} has format version {version!r:.40}, this program reads {FORMAT_VERSION}; use the program "
             "version that wrote it, or make the masks anew in another --cache folder"
         )
     try:
@@ -235,7 +235,7 @@ class _HalfWrittenError(CacheFormatError):
 
 
 def _half_written(path: Path, error: Exception) -> _HalfWrittenError:
-    reason = " ".join(str(error).split())
+    reason = " ".join(str(error).split())[:200]
     return _HalfWrittenError(
         f"{path} isn't a whole manifest ({type(error).__name__}: {reason}); the same `wsss generate-masks` "
         "command as before writes it anew and keeps the masks"

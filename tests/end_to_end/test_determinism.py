@@ -1,0 +1,100 @@
+"""Masks are bit-equal whatever the batch size, the workers, the shares, the order of input and the interruptions."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tarfile
+from pathlib import Path
+
+import pytest
+
+from tests.end_to_end.conftest import mask_set, wsss
+from tests.faults.kills import State, masks
+from wsss_pipeline.data.classes import load_class_set
+from wsss_pipeline.data.labels import read_labels
+from wsss_pipeline.demo.voc_folder import write_voc_folder
+from wsss_pipeline.refine import pydensecrf_backend
+
+SCENES = 12
+# pydensecrf's labels come from other code; --batch-size means something with it alone where there is no GPU
+WAYS: dict[str, tuple[object, ...]] = {
+    "no workers": ("--workers", 0),
+    "three workers": ("--workers", 3),
+    "eight workers": ("--workers", 8),
+    "batches": ("--batch-size", 5),
+}
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("scenes")
+    write_voc_folder(folder / "voc", seed=6, scenes={"train": SCENES}, size=(80, 64))
+    return folder
+
+
+def generate(root: Path, cache: Path, *further: object) -> None:
+    if "--images" not in further:
+        further = (*further, "--voc", root / "voc", "--split", "train")
+    result = wsss(
+        *("generate-masks", "--classes", "demo", "--clip", "demo", "--offline", "--cache", cache, *further)
+    )
+    assert result.exit_code == 0, result.stderr
+    assert mask_set(result).parent == cache
+
+
+@pytest.fixture(scope="module", params=["fp32", "bf16"])
+def expected(request: pytest.FixtureRequest, root: Path) -> tuple[str, State]:
+    """Precision, and what a plain run makes with it."""
+    cache = root / f"expected-{request.param}"
+    generate(root, cache, "--precision", request.param)
+    found = masks(cache)
+    assert len(found) == SCENES
+    return request.param, found
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_workers_and_batches_change_nothing(
+    root: Path, tmp_path: Path, expected: tuple[str, State], way: str
+) -> None:
+    precision, state = expected
+    generate(root, tmp_path, "--precision", precision, *WAYS[way])
+    assert masks(tmp_path) == state
+
+
+def test_shares_and_resuming_change_nothing(root: Path, tmp_path: Path, expected: tuple[str, State]) -> None:
+    precision, state = expected
+    for further in (("--limit", 3), ("--shard", "1/3"), ("--limit", 5), ("--shard", "0/2"), ()):
+        generate(root, tmp_path, "--precision", precision, *further)
+    assert masks(tmp_path) == state
+
+
+def test_the_order_of_input_changes_nothing(root: Path, tmp_path: Path, expected: tuple[str, State]) -> None:
+    precision, state = expected
+    labels = read_labels(root / "voc" / "Annotations", {}, load_class_set("demo"))
+    (tmp_path / "labels.json").write_text(json.dumps(dict(reversed(labels.items()))))
+    images = tmp_path / "images"
+    shutil.copytree(root / "voc" / "JPEGImages", images)
+    with tarfile.open(tmp_path / "images.tar", "w") as tar:
+        for file in sorted(images.iterdir(), key=lambda path: path.name[::-1]):
+            tar.add(file, file.name)
+    for number, source in enumerate((images, tmp_path / "images.tar")):
+        cache = tmp_path / f"cache-{number}"
+        further = ("--images", source, "--labels", tmp_path / "labels.json", "--precision", precision)
+        generate(root, cache, *further)
+        assert masks(cache) == state
+
+
+@pytest.mark.skipif(
+    not pydensecrf_backend.is_available(), reason="the optional package pydensecrf isn't installed"
+)
+def test_batches_before_pydensecrf_change_nothing(
+    root: Path, tmp_path: Path, expected: tuple[str, State]
+) -> None:
+    precision, _ = expected
+    found = []
+    for size in (1, 3, 5):
+        cache = tmp_path / str(size)
+        generate(root, cache, "--precision", precision, "--crf", "pydensecrf", "--batch-size", size)
+        found.append(masks(cache))
+    assert found[0] == found[1] == found[2]

@@ -1,0 +1,157 @@
+"""Coverage-guided fuzzing of what reads files that others may have written: ``python -m tests.fuzz.readers``.
+
+    python -m tests.fuzz.readers labels|manifest|known [-max_total_time=60] [further options of libFuzzer]
+
+Any exception but the package's own, and any message that isn't short, is a finding.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import logging
+import random
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import atheris
+
+with atheris.instrument_imports(include=["wsss_pipeline"]):
+    from wsss_pipeline.cache.fingerprint import fingerprint
+    from wsss_pipeline.cache.known_images import KnownImages
+    from wsss_pipeline.cache.manifest import MaskSet, open_mask_set, read_manifest
+    from wsss_pipeline.data.classes import load_class_set
+    from wsss_pipeline.data.image_ids import check_image_id
+    from wsss_pipeline.data.labels import read_labels
+    from wsss_pipeline.errors import CacheError, LabelError, WsssError
+
+SUFFIXES = (".json", ".csv", ".txt", ".xml")
+LONGEST_MESSAGE = 1000
+FOLDER = Path(tempfile.mkdtemp())
+VOC = load_class_set("voc12")
+
+MASK_SET = MaskSet("x", {"a": [1, "b"], "c": {"d": None}}, ("cat", "dog"), {"cat": 17, "dog": 18})
+SET = open_mask_set(FOLDER / "cache", MASK_SET)
+MANIFEST = json.loads((SET / "manifest.json").read_bytes())
+KNOWN = {
+    "shards": {"shard-0of1-00001.h5": [1, 2]},
+    "images": {"a": ["shard-0of1-00001.h5", [1, 2, 3], ["cat"], True]},
+}
+
+SEEDS = [random.Random(number).randbytes(16 + 16 * (number % 8)) for number in range(64)]
+LABELS = [
+    b'\0{"a": ["cat", "sofa"]}',
+    b'\0{"images": [{"id": 1, "file_name": "a.jpg"}], "annotations": [{"image_id": 1, "category_id": 2}],'
+    b' "categories": [{"id": 2, "name": "cat"}]}',
+    b'\1image,labels\na,cat;sofa\n"b,c",\n',
+    b"\1image,label\na,cat\na,sofa\n",
+    b"\2a cat sofa\nb 7\n",
+    b"\3<annotation><object><name>cat</name></object></annotation>",
+]
+
+
+def labels(content: bytes) -> None:
+    """The first byte chooses the form."""
+    suffix = SUFFIXES[content[0] % 4 if content else 0]
+    file = FOLDER / f"l{suffix}"
+    file.write_bytes(content[1:])
+    found: dict[str, tuple[str, ...]] = {}
+    with refusing(LabelError):
+        found = read_labels(FOLDER if suffix == ".xml" else file, {}, VOC)
+    for image_id, names in found.items():
+        check_image_id(image_id, "here")
+        assert set(names) <= set(VOC.names)
+
+
+def manifest(content: bytes) -> None:
+    """A mask set's manifest, as bytes or as one that is wrong in some places, and all that reads it."""
+    data = atheris.FuzzedDataProvider(content)
+    (SET / "manifest.json").write_bytes(damaged_json(data, MANIFEST))
+    with refusing(CacheError):
+        read_manifest(SET)
+    if data.ConsumeIntInRange(0, 63) == 9:  # it waits for the disk
+        with refusing(CacheError):
+            open_mask_set(SET.parent, MASK_SET)
+
+
+def known(content: bytes) -> None:
+    """The list of known images, as bytes or as one that is wrong in some places."""
+    (SET / "known-0-of-1.json").write_bytes(damaged_json(atheris.FuzzedDataProvider(content), KNOWN))
+    images = KnownImages(SET, 0, 1)
+    images.is_done("a", SET / "known-0-of-1.json", ("cat",), False)
+    images.note("b", (1, 2, 3), ("cat",), False)
+    images.save({"a": "shard-0of1-00001.h5", "b": "shard-0of1-00001.h5"})
+
+
+@contextmanager
+def refusing(kind: type[WsssError]) -> Iterator[None]:
+    """The package may refuse, in a short message."""
+    try:
+        yield
+    except kind as error:
+        if len(str(error)) >= LONGEST_MESSAGE:
+            raise AssertionError(f"{len(str(error))} characters") from error
+
+
+def damaged_json(data: atheris.FuzzedDataProvider, sound: Any) -> bytes:
+    """Bytes of any kind, or ``sound`` with other values in up to three places."""
+    if data.ConsumeBool():
+        return bytes(data.ConsumeBytes(4000))
+    value = copy.deepcopy(sound)
+    for _ in range(data.ConsumeIntInRange(1, 3)):
+        value = replaced(data, value)
+    if isinstance(value, dict) and isinstance(value.get("determinants"), dict) and data.ConsumeBool():
+        with suppress(CacheError):
+            value["fingerprint"] = fingerprint(value["determinants"])
+    return json.dumps(value).encode()
+
+
+def replaced(data: atheris.FuzzedDataProvider, value: Any) -> Any:
+    """``value`` with something else for one of its parts, or for all of it."""
+    if isinstance(value, dict) and value and data.ConsumeIntInRange(0, 7):
+        key = data.PickValueInList(sorted(value, key=str))
+        part = replaced(data, value.pop(key))
+        return value if not data.ConsumeIntInRange(0, 5) else {**value, key: part}
+    if isinstance(value, list) and value and data.ConsumeIntInRange(0, 7):
+        place = data.ConsumeIntInRange(0, len(value) - 1)
+        return [*value[:place], replaced(data, value[place]), *value[place + 1 :]]
+    anything: list[Any] = [
+        *(
+            None,
+            True,
+            0,
+            -1,
+            1.5,
+            2**70,
+            "",
+            "..",
+            "a\0b",
+            [],
+            {},
+            [[]],
+            {"a": None},
+            "x" * 3000,
+            float("nan"),
+        ),
+        *("shard-0of1-00001.h5", "../../etc/passwd", data.ConsumeUnicode(20), data.ConsumeInt(8)),
+    ]
+    return data.PickValueInList(anything)
+
+
+def main() -> None:
+    """Fuzz one of the three until a finding, or libFuzzer's own limit."""
+    target = {"labels": labels, "manifest": manifest, "known": known}[sys.argv.pop(1)]
+    corpus = Path(tempfile.mkdtemp())
+    for number, seed in enumerate(LABELS if target is labels else SEEDS):
+        (corpus / str(number)).write_bytes(seed)
+    logging.disable()
+    atheris.Setup([*sys.argv, str(corpus)], target)
+    atheris.Fuzz()
+
+
+if __name__ == "__main__":
+    main()

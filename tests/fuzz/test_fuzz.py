@@ -1,0 +1,29 @@
+"""A short round of each fuzzer; ``make fuzz`` takes longer ones."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.skipif(find_spec("atheris") is None, reason="the optional package atheris isn't installed")
+@pytest.mark.parametrize("target", ["labels", "manifest", "known"])
+def test_nothing_is_found_in_a_few_thousand_runs(target: str, tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.fuzz.readers", target, "-runs=4000", "-seed=1"],
+        cwd=ROOT,
+        env={"PATH": "", "PYTHONPATH": str(ROOT), "TMPDIR": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        errors="replace",
+        timeout=200,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "Done 4000 runs" in done.stderr
