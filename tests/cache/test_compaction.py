@@ -15,13 +15,8 @@ from cache_samples import (
     write_one,
 )
 
-from wsss_pipeline.cache import (
-    MaskCache,
-    MaskWriter,
-    gc,
-    status,
-    verify,
-)
+from wsss_pipeline.cache import MaskCache, MaskSet, MaskWriter, gc, open_mask_set, status, verify
+from wsss_pipeline.cache.index import read_trusted, stamp
 from wsss_pipeline.errors import CacheLockedError
 
 IDS = [f"image-{number}" for number in range(30)]
@@ -113,3 +108,64 @@ def test_a_gc_that_is_killed_before_it_removes_loses_nothing(
     assert verify(folder).sound == 30
     assert gc(folder).images == 30
     assert status(folder).superseded == 0
+
+
+def test_gc_counts_over_all_shards(folder: Path) -> None:
+    for name in "abc":
+        write_images(folder, [name, f"{name}-too"])
+    write_one(folder, "a", like="new a")
+    write_one(folder, "b", like="new b")
+    damage(shards(folder)[0], "a-too")
+    damage(shards(folder)[1], "b-too")
+    report = gc(folder)
+    assert sorted(report.damaged) == ["a-too", "b-too"]
+    assert (report.superseded, report.images, report.salvaged) == (2, 4, 0)
+    assert sorted(MaskCache.open(folder)) == ["a", "b", "c", "c-too"]
+
+
+def test_gc_salvages_several_writers_and_sets_aside_what_does_not_open(folder: Path) -> None:
+    writers = [MaskWriter(folder, index, 3).__enter__() for index in range(3)]
+    for index, writer in enumerate(writers):
+        writer.write(f"image-{index}", make_mask("x"), image_digest="0" * 64, seconds=0.0)
+        writer.flush()
+    partials = sorted(folder.glob("*.partial"))
+    for writer in writers:
+        writer._lock.release()
+    partials[0].write_bytes(b"garbage")
+    report = gc(folder)
+    assert report.salvaged == 2
+    assert len(report.set_aside) == 1
+    assert (folder / report.set_aside[0]).read_bytes() == b"garbage"
+    assert not list(folder.glob("*.partial"))
+    assert len(MaskCache.open(folder)) == 2
+
+
+def test_gc_leaves_what_it_may_not_read_or_what_is_of_another_set(
+    folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    other = open_mask_set(tmp_path / "other", MaskSet("voc12", {"threshold": 0.7}, ("cat", "dog")))
+    write_images(other, ["z"])
+    for name in "ab":
+        write_images(folder, [name])
+    foreign = folder / "shard-0of1-00000.h5"
+    foreign.write_bytes(shards(other)[0].read_bytes())
+    shards(folder)[-1].write_bytes(b"garbage")
+    report = gc(folder)
+    assert report.set_aside == ["shard-0of1-00002.h5.damaged"]
+    assert foreign.exists()
+    assert "left as it is" in caplog.text
+    assert sorted(MaskCache.open(folder)) == ["a"]
+
+
+def test_what_gc_has_checked_is_believed_afterwards(folder: Path) -> None:
+    for name in "ab":
+        write_images(folder, [name])
+    report = gc(folder)
+    (shard,) = shards(folder)
+    assert len(report.removed) == 2
+    trusted = read_trusted(folder)
+    assert trusted == {shard.name: stamp(shard)}
+    assert status(folder).complete
+    write_images(folder, [f"more-{number}" for number in range(1, 40)])
+    gc(folder)
+    assert set(read_trusted(folder)) == {path.name for path in shards(folder)}

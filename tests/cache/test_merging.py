@@ -90,3 +90,71 @@ def test_a_copied_set_is_checked_once_and_believed_then(folder: Path, tmp_path: 
     damage(shards(copy)[0], "image-1")
     with MaskWriter(copy) as writer:
         assert writer.done(wanted(IDS)) == set(IDS) - {"image-1"}
+
+
+def test_messages_name_both_sets(folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    other = open_mask_set(tmp_path / "other", MaskSet("voc12", {"threshold": 0.7}, ("cat", "dog")))
+    write_images(folder, ["a"])
+    write_images(other, ["b"])
+    mine, theirs = (path.name.removeprefix("voc12-") for path in (folder, other))
+    with pytest.raises(CacheError) as caught:
+        merge([folder, other], tmp_path / "new")
+    assert str(caught.value) == (
+        f"{other} and {folder} were made with other settings (fingerprints {theirs} and {mine}); merge only what "
+        "the same command made"
+    )
+    with pytest.raises(CacheError) as caught:
+        merge([folder], other)
+    assert str(caught.value).startswith(f"{other} and {folder} were made")
+    third = open_mask_set(tmp_path / "third", MASK_SET)
+    (third / "shard-0of1-00005.h5.partial").write_bytes(b"")
+    merge([third], folder)
+    assert f"{third} holds unfinished work" in caplog.text
+
+
+def test_several_unreadable_shards_are_counted_and_the_rest_is_copied(
+    folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    other = open_mask_set(tmp_path / "other", MASK_SET)
+    for name in "abcd":
+        write_images(other, [name])
+    for path in (shards(other)[0], shards(other)[2]):
+        path.write_bytes(b"garbage")
+    report = merge([other], folder)
+    assert (report.copied, report.unreadable, report.images) == (2, 2, 2)
+    assert sorted(MaskCache.open(folder)) == ["b", "d"]
+    assert caplog.text.count("left out: ") == 2
+    assert "shard-0of1-00001.h5 can't be opened" in caplog.text
+    # into a set that has unreadable shards of its own
+    shards(folder)[0].write_bytes(b"garbage")
+    again = merge([other], folder)
+    assert (again.copied, again.already_there) == (1, 1)
+
+
+def test_shards_that_were_copied_before_are_known_when_the_next_source_has_them(
+    folder: Path, tmp_path: Path
+) -> None:
+    sources = [open_mask_set(tmp_path / name, MASK_SET) for name in "xyz"]
+    write_images(sources[0], ["a"])
+    write_images(sources[1], ["b"])
+    write_images(sources[2], ["a"])
+    write_images(sources[2], ["b"])
+    report = merge(sources, folder)
+    assert (report.copied, report.already_there) == (2, 2)
+    assert [path.name for path in shards(folder)] == ["shard-0of1-00001.h5", "shard-0of1-00002.h5"]
+
+
+def test_merged_shares_are_complete_only_together(folder: Path, tmp_path: Path) -> None:
+    empty = open_mask_set(tmp_path / "empty", MASK_SET)
+    assert merge([empty], folder).images == 0
+    assert not status(folder).complete
+    first = open_mask_set(tmp_path / "first", MASK_SET)
+    write_images(first, ["a"], share="0/2")
+    merge([first], folder)
+    assert not status(folder).complete, "the other share is missing"
+    assert status(folder).manifest.completion.images == 1
+    second = open_mask_set(tmp_path / "second", MASK_SET)
+    with MaskWriter(second, 1, 2) as writer:
+        writer.finish(["b"])
+    merge([second], folder)
+    assert not status(folder).complete, "an image of it is missing"

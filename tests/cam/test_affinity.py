@@ -118,3 +118,14 @@ def test_boxes_by_matrix_products_are_those_by_labelling() -> None:
     foregrounds.append(torch.tensor([[[cell == "#" for cell in row] for row in rows]]))
     for foreground in foregrounds:
         assert torch.equal(boxes_by_reachability(foreground), boxes_by_labelling(foreground))
+
+
+def test_each_class_has_a_threshold_of_its_own() -> None:
+    cams = torch.zeros(2, 4, 4)
+    cams[0, 0, 0], cams[0, 2, 2], cams[1, 1, 1] = 1.0, 0.39, 0.1
+    masks = box_masks(cams, 0.4)
+    assert masks[0].nonzero().tolist() == [[0, 0]]
+    assert masks[1].nonzero().tolist() == [[1, 1]]
+    assert masks.dtype == torch.float32
+    assert box_masks(cams.double(), 0.4).dtype == torch.float64
+    assert box_masks(cams, 0.38)[0].nonzero().tolist() == [[0, 0], [2, 2]]

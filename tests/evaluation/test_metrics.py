@@ -139,3 +139,62 @@ def test_sizes_that_differ_name_both_and_the_cause(prediction, truth, cause):
     assert f"ground truth is {truth[1]}x{truth[0]}, prediction is {prediction[1]}x{prediction[0]}" in str(
         error.value
     )
+
+
+def refusal(prediction, truth, num_classes=3, **options):
+    with pytest.raises(EvaluationError) as error:
+        confusion_matrix(prediction, truth, num_classes, **options)
+    return str(error.value)
+
+
+def test_messages_say_what_there_is_what_may_be_and_what_to_do():
+    truth = mask([0, 3, 255])
+    assert refusal(np.zeros_like(truth), truth, origin="gt/a.png") == (
+        "gt/a.png: ground truth holds values 3, but with 2 classes and the background it may hold 0..2 and 255; "
+        "the ground truth belongs to another class set: give the one that it was made with"
+    )
+    coco = mask([17, 91])
+    assert refusal(np.zeros_like(coco), coco, 81) == (
+        "ground truth: ground truth holds values 17, 91, but with 80 classes and the background it may hold "
+        "0..80 and 255; these are COCO category ids (1..90 with gaps): map them to 1..80 in category order"
+    )
+    assert "COCO" not in refusal(mask([0, 0]), mask([17, 92]), 81)
+    assert "another class set" in refusal(mask([0, 0, 0]), mask([1, 2, 3]))
+    many = mask([*range(2, 30)])
+    assert refusal(np.zeros_like(many), many) == (
+        "ground truth: ground truth holds values 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13 and 16 more, but with 2 "
+        "classes and the background it may hold 0..2 and 255; these look like grey levels or colours, not "
+        "classes: ground truth is a PNG of class indices"
+    )
+    twelve, thirteen = mask([*range(3, 15)]), mask([*range(3, 16)])
+    assert "13, 14, but" in refusal(np.zeros_like(twelve), twelve)
+    assert "13, 14 and 1 more, but" in refusal(np.zeros_like(thirteen), thirteen)
+    assert refusal(mask([0, 3, 255, 9]), mask([0, 0, 0, 0])) == (
+        "ground truth: the prediction holds values 3, 9, but with 2 classes and the background the largest value "
+        "is 2; give the class set it was made with"
+    )
+
+
+def test_messages_about_sizes():
+    assert refusal(mask([0]), np.zeros((2, 2, 3), np.uint8), origin="a") == (
+        "a: masks are (H, W) arrays of class indices, not (2, 2, 3) and (1, 1)"
+    )
+    assert refusal(np.zeros((3, 4), np.uint8), np.zeros((4, 3), np.uint8)).endswith(
+        "ground truth is 3x4, prediction is 4x3: one of the two was rotated (EXIF orientation); use images and "
+        "masks of the same orientation"
+    )
+    # rounded to whole pixels, as a resize does it, and just beyond
+    for prediction, truth, is_resized in (
+        *(((30, 41), (60, 80), True), ((30, 40), (61, 80), True), ((30, 41), (90, 120), True)),
+        *(((30, 40), (62, 81), True), ((10, 10), (20, 22), True), ((10, 10), (20, 23), False)),
+    ):
+        text = refusal(np.zeros(prediction, np.uint8), np.zeros(truth, np.uint8))
+        assert ("resized" in text) == is_resized, (prediction, truth)
+
+
+def test_a_class_of_one_pixel_counts():
+    scores = Scores.from_matrix(confusion_matrix(mask([0, 0, 0]), mask([0, 0, 1]), 3), NAMES)
+    assert scores.per_class_iou == {"background": pytest.approx(2 / 3), "cat": 0.0, "dog": None}
+    assert scores.ignored_predictions == 0
+    with pytest.raises(ValueError, match="zip"):
+        Scores.from_matrix(np.ones((3, 4), np.int64), NAMES[:2])
