@@ -1,0 +1,181 @@
+"""What stands in README and docs works: every block of shell commands and Python that can run is run.
+
+The first word of a fence says what a block is: ``sh`` and ``python`` are run, in the order of the page, in a folder
+that has what they speak of; ``console`` needs what CI hasn't (a GPU, a cluster, the net, hours); the others are
+data or output. ``wsss`` runs in this process: its start alone would take seconds each time.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import shutil
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import urlparse
+
+import pytest
+
+from docs.generate_commands import FILE as COMMANDS
+from docs.generate_commands import reference
+from tests.end_to_end.conftest import GOLDEN, wsss
+from tests.tiny_clip import write_golden_clip
+
+ROOT = Path(__file__).parent.parent
+PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
+RUN, LEFT_ALONE = {"sh", "python"}, {"console", "csv", "yaml", "text", "slurm"}
+MAKE_CACHE = "generate-masks --images photos --labels labels.csv --classes cat,dog"
+HUB_NAME = "openai/clip-vit-base-patch16"
+
+
+@dataclass(frozen=True)
+class Block:
+    """A fenced block: its language, its text, and the line it begins at."""
+
+    language: str
+    text: str
+    line: int
+
+
+def blocks(page: Path) -> list[Block]:
+    found = []
+    pattern = re.compile(r"^```([^\n]*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+    text = page.read_text("utf-8")
+    for match in pattern.finditer(text):
+        found.append(Block(match[1].strip(), match[2], text.count("\n", 0, match.start()) + 1))
+    return found
+
+
+WITH_COMMANDS = [page for page in PAGES if any(block.language in RUN for block in blocks(page))]
+
+
+def first(language: str, page: str) -> str:
+    return next(block.text for block in blocks(ROOT / page) if block.language == language)
+
+
+@pytest.fixture(scope="module")
+def hub(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A hub's cache on this machine that holds a small CLIP under the name of the default one."""
+    root = tmp_path_factory.mktemp("hub")
+    folder = root / "hub" / f"models--{HUB_NAME.replace('/', '--')}"
+    snapshot = folder / "snapshots" / "0"
+    snapshot.mkdir(parents=True)
+    write_golden_clip(snapshot, GOLDEN)
+    (folder / "refs").mkdir()
+    (folder / "refs" / "main").write_text("0")
+    return root
+
+
+@pytest.fixture
+def place(tmp_path: Path, hub: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A current folder with the pictures, labels and data sets that the pages speak of."""
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(hub / "hub"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.chdir(tmp_path)
+    pictures = {name: GOLDEN / "images" / f"{name}.png" for name in ("tiny_odd", "camera_gray", "cat")}
+    for number, file in enumerate(pictures.values(), start=1):
+        for target in (f"photos/holiday/000{number}.png", f"VOCdevkit/VOC2012/JPEGImages/2007_{number}.png"):
+            (tmp_path / target).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(file, target)
+        (tmp_path / "coco" / "train2014").mkdir(parents=True, exist_ok=True)
+        shutil.copy(file, f"coco/train2014/COCO_{number}.png")
+    Path("labels.csv").write_text(first("csv", "docs/quickstart.md"))
+    Path("garden.yaml").write_text(first("yaml", "docs/quickstart.md"))
+    write_voc(Path("VOCdevkit/VOC2012"))
+    Path("coco/annotations").mkdir()
+    Path("coco/annotations/instances_train2014.json").write_text(
+        json.dumps(
+            {
+                "images": [{"id": number, "file_name": f"COCO_{number}.png"} for number in (1, 2, 3)],
+                "annotations": [{"image_id": number, "category_id": 17} for number in (1, 3)],
+                "categories": [{"id": 17, "name": "cat"}],
+            }
+        )
+    )
+    return tmp_path
+
+
+def write_voc(root: Path) -> None:
+    from PIL import Image
+
+    for folder in ("Annotations", "ImageSets/Segmentation", "SegmentationClass"):
+        (root / folder).mkdir(parents=True)
+    ids = ["2007_1", "2007_2", "2007_3"]
+    for split in ("train", "train_aug"):
+        (root / "ImageSets/Segmentation" / f"{split}.txt").write_text("\n".join(ids))
+    for image_id in ids:
+        xml = "<annotation><object><name>cat</name></object></annotation>"
+        (root / "Annotations" / f"{image_id}.xml").write_text(xml)
+        with Image.open(root / "JPEGImages" / f"{image_id}.png") as picture:
+            size = picture.size
+        Image.new("L", size, 8).save(root / "SegmentationClass" / f"{image_id}.png")
+
+
+def commands(text: str) -> list[list[str]]:
+    """The words of each command of a block; comments and line continuations are the shell's."""
+    lines = text.replace("\\\n", " ").splitlines()
+    return [words for words in (shlex.split(line, comments=True) for line in lines) if words]
+
+
+def test_every_block_says_what_it_is() -> None:
+    for page in PAGES:
+        for block in blocks(page):
+            assert block.language in RUN | LEFT_ALONE, f"{page.name} line {block.line}: {block.language!r}"
+
+
+@pytest.mark.parametrize("page", WITH_COMMANDS, ids=lambda page: page.stem)
+def test_what_can_run_runs(page: Path, place: Path) -> None:
+    if page.stem == "cache":  # a page about what others have made
+        for cache in ("cache", "other"):
+            made = wsss(*shlex.split(f"{MAKE_CACHE} --cache {cache}"))
+            assert made.exit_code == 0, made.stderr
+    for block in blocks(page):
+        where = f"{page.name} line {block.line}"
+        if block.language == "python":
+            exec(compile(block.text, where, "exec"), {})
+        for command in commands(block.text) if block.language == "sh" else []:
+            assert command[0] == "wsss", f"{where}: only wsss can run here, not {command[0]}"
+            result = wsss(*command[1:])
+            assert result.exit_code == 0, f"{where}: {shlex.join(command)}\n{result.stderr}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_commands_that_cannot_run_here_have_options_that_exist(page: Path) -> None:
+    for block in blocks(page):
+        if block.language not in ("console", "slurm"):
+            continue
+        for words in commands(
+            "\n".join(line for line in block.text.splitlines() if not line.startswith("#"))
+        ):
+            if not {"wsss", "wsss_pipeline"} & set(words):
+                continue
+            start = next(place for place, word in enumerate(words) if word in ("wsss", "wsss_pipeline"))
+            name = words[start + 1]
+            options = [word.split("=")[0] for word in words[start + 2 :] if word.startswith("--")]
+            text = wsss(name, "--help").output
+            missing = [option for option in options if not re.search(rf"{option}\b", text)]
+            assert not missing, f"{page.name}: {words}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_links_lead_somewhere(page: Path) -> None:
+    text = page.read_text("utf-8")
+    headings = {}
+    for file in PAGES:
+        lines = re.findall(r"^#+ (.*)$", file.read_text("utf-8"), re.MULTILINE)
+        headings[file] = {re.sub(r"[^\w -]", "", line.lower()).replace(" ", "-") for line in lines}
+    for target in re.findall(r"\]\(([^)]+)\)", text):
+        if urlparse(target).scheme:
+            continue
+        name, _, anchor = target.partition("#")
+        file = (page.parent / name).resolve() if name else page
+        assert file.exists(), f"{page.name}: {target}"
+        assert not anchor or anchor in headings[file], f"{page.name}: {target}"
+
+
+def test_the_reference_is_what_the_commands_say() -> None:
+    assert COMMANDS.read_text("utf-8") == reference(), f"run: {sys.executable} docs/generate_commands.py"
