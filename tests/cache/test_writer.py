@@ -17,7 +17,8 @@ from cache_samples import (
     write_images,
 )
 
-from wsss_pipeline.cache import FinishedRecords, MaskCache, MaskSet, MaskWriter, open_mask_set, verify
+from wsss_pipeline.cache import FinishedRecords, MaskCache, MaskSet, MaskWriter, open_mask_set, status, verify
+from wsss_pipeline.cache.index import read_trusted
 from wsss_pipeline.cache.manifest import read_manifest
 from wsss_pipeline.errors import CacheError, CacheFormatError, CacheLockedError, CacheWriteError
 
@@ -329,3 +330,40 @@ def test_equal_masks_have_equal_digests_whatever_time_they_took(folder: Path) ->
             digests.append(file["images/a"].attrs["record_digest"])
             assert np.isclose(file["images/a"].attrs["seconds"], seconds)
     assert digests[0] == digests[1]
+
+
+def test_the_last_of_several_writers_makes_the_index(folder: Path) -> None:
+    writers = [MaskWriter(folder, index, 3).__enter__() for index in range(3)]
+    for index, writer in enumerate(writers):
+        writer.write(f"image-{index}", make_mask("x"), image_digest="0" * 64, seconds=0.0)
+    for index, writer in enumerate(writers):
+        assert not (folder / "index.h5").exists()
+        completion = writer.finish([f"image-{index}"])
+        assert completion.images == index + 1
+        writer.close()
+        assert len(list(folder.glob("checked-*.json"))) == (index + 1 if index < 2 else 0)
+    assert completion.complete
+    assert status(folder).images == 3
+    with h5py.File(folder / "index.h5") as index:
+        assert sorted(index["images"]) == ["image-0", "image-1", "image-2"]
+    # all are believed: flipped bytes with the old stamp go unnoticed, so nothing is read again
+    assert set(read_trusted(folder)) == {path.name for path in shards(folder)}
+
+
+def test_what_others_have_checked_is_believed_before_there_is_an_index(
+    folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    first, second = MaskWriter(folder, 0, 2).__enter__(), MaskWriter(folder, 1, 2).__enter__()
+    first.write("a", make_mask("a"), image_digest="0" * 64, seconds=0.0)
+    first.finish(["a"])
+    first.close()
+    assert list(read_trusted(folder)) == [shards(folder)[0].name]
+    (note,) = folder.glob("checked-0-of-2.json")
+    note.write_text("[")
+    assert read_trusted(folder) == {}
+    assert "is checked again" in caplog.text
+    second.close()
+    with MaskWriter(folder, 0, 2) as again:
+        assert again.record("a") is not None
+    assert list(read_trusted(folder)) == [shards(folder)[0].name]
+    assert not list(folder.glob("checked-*"))

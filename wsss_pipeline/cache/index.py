@@ -6,6 +6,7 @@ index does, so that the next run needn't check them again.
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -13,7 +14,7 @@ from pathlib import Path
 
 import h5py
 
-from wsss_pipeline.cache.files import write_atomically
+from wsss_pipeline.cache.files import write_atomically, writing
 from wsss_pipeline.cache.records import escape_id, unescape_id
 from wsss_pipeline.cache.shard_names import INDEX, shard_files
 from wsss_pipeline.cache.shards import FORMAT_VERSION, IMAGES, file_image, new_file_in_memory, open_shard
@@ -22,6 +23,8 @@ from wsss_pipeline.errors import CacheFormatError
 Stamp = tuple[int, int]  # size in bytes, modification time in nanoseconds
 
 logger = logging.getLogger(__name__)
+
+NOTES = "checked-*-of-*.json"
 
 
 @dataclass
@@ -66,8 +69,36 @@ def stamp(path: Path) -> Stamp:
     return status.st_size, status.st_mtime_ns
 
 
+def note_checked(folder: Path, index: int, count: int, checked: Mapping[str, Stamp]) -> None:
+    """Leave a note of shards that were checked in full, for whoever writes the index next.
+
+    Raises:
+        CacheWriteError: disk full, read-only, ...
+    """
+    path = folder / f"checked-{index}-of-{count}.json"
+    write_atomically(path, json.dumps(_read_note(path) | dict(checked)).encode(), durable=False)
+
+
 def read_trusted(folder: Path) -> dict[str, Stamp]:
-    """Shards that were checked in full, with their stamp then; empty where there is no usable index."""
+    """Shards that were checked in full, with their stamp then, by index and notes."""
+    trusted = _read_index(folder)
+    for path in sorted(folder.glob(NOTES)):
+        trusted |= _read_note(path)
+    return trusted
+
+
+def _read_note(path: Path) -> dict[str, Stamp]:
+    try:
+        content = json.loads(path.read_bytes())
+        return {str(name): (int(size), int(mtime)) for name, (size, mtime) in content.items()}
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError):
+        logger.warning("%s can't be read; what it stood for is checked again", path)
+        return {}
+
+
+def _read_index(folder: Path) -> dict[str, Stamp]:
     try:
         with h5py.File(folder / INDEX, "r", locking="best-effort") as file:
             return {
@@ -83,7 +114,7 @@ def read_trusted(folder: Path) -> dict[str, Stamp]:
 
 
 def write_index(folder: Path, fingerprint: str, listing: Listing, trusted: Mapping[str, Stamp]) -> None:
-    """Write ``index.h5``; the caller holds the set's lock.
+    """Write ``index.h5``, and drop the notes that went into it; the caller holds the set's lock.
 
     Args:
         folder: of the mask set.
@@ -111,5 +142,8 @@ def write_index(folder: Path, fingerprint: str, listing: Listing, trusted: Mappi
             if trusted.get(shard) == now:
                 item.attrs["size"], item.attrs["mtime_ns"] = now
         write_atomically(folder / INDEX, file_image(file))
+        with writing(folder):
+            for note in folder.glob(NOTES):
+                note.unlink()
     finally:
         file.close()

@@ -101,6 +101,23 @@ def set_lock(folder: Path) -> Iterator[None]:
         lock.release()
 
 
+def is_written(folder: Path) -> bool:
+    """Whether any process writes a share; the caller holds the set's lock.
+
+    Raises:
+        CacheWriteError: a lock file can't be made.
+    """
+    return next(_held(folder), None) is not None
+
+
+def _held(folder: Path) -> Iterator[Path]:
+    """Lock files of shares that are being written."""
+    for path in sorted(folder.glob("writer-*-of-*.lock")):
+        index, _, count = path.stem.removeprefix("writer-").partition("-of-")
+        if index.isdecimal() and count.isdecimal() and not is_free(folder, int(index), int(count)):
+            yield path
+
+
 @contextmanager
 def without_writers(folder: Path) -> Iterator[None]:
     """Hold the set's lock while nobody writes a share; writers that start meanwhile wait.
@@ -110,10 +127,8 @@ def without_writers(folder: Path) -> Iterator[None]:
         CacheWriteError: the lock file can't be made.
     """
     with set_lock(folder):
-        for path in sorted(folder.glob("writer-*-of-*.lock")):
-            index, _, count = path.stem.removeprefix("writer-").partition("-of-")
-            if index.isdecimal() and count.isdecimal() and not is_free(folder, int(index), int(count)):
-                raise CacheLockedError(
-                    f"{path} is held: a `wsss generate-masks` is writing there; wait for it or stop it"
-                )
+        for path in _held(folder):
+            raise CacheLockedError(
+                f"{path} is held: a `wsss generate-masks` is writing there; wait for it or stop it"
+            )
         yield

@@ -12,8 +12,8 @@ from types import TracebackType
 
 from wsss_pipeline.cache.files import write_atomically, writing
 from wsss_pipeline.cache.finished_records import FinishedRecords
-from wsss_pipeline.cache.index import Listing, Stamp, list_records, read_trusted, write_index
-from wsss_pipeline.cache.locks import WriterLock, set_lock
+from wsss_pipeline.cache.index import Stamp, list_records, note_checked, read_trusted, write_index
+from wsss_pipeline.cache.locks import WriterLock, is_written, set_lock
 from wsss_pipeline.cache.manifest import (
     Completion,
     ShareCompletion,
@@ -43,7 +43,7 @@ class MaskWriter:
     Entering it takes the share's lock and salvages what interrupted runs left. Records gather in a shard in
     memory, which is written to a ``*.partial`` file every 32 images or 10 seconds, each time as a whole new
     file, and finished when it has ``images_per_shard`` images or 64 MiB. Leaving it, by an error as well,
-    finishes the shard and writes the index.
+    finishes the shard and sees to the index.
 
     Args:
         folder: of the mask set, from ``open_mask_set``.
@@ -72,7 +72,6 @@ class MaskWriter:
         self._unsaved = 0
         self._last_flush = time.monotonic()
         self._flush_duration = 0.0
-        self._index_is_stale = False
         self._is_marked_incomplete = False
         self._failed = False
         self._places: Mapping[str, str] = {}
@@ -162,7 +161,6 @@ class MaskWriter:
     def adopt(self, name: ShardName, stamp: Stamp) -> None:
         """A worker has written this shard (see ``ShardWriter``): count its images and believe its bytes."""
         self._checked[name.finished] = stamp
-        self._index_is_stale = True
 
     def finish(self, expected_ids: Collection[str]) -> Completion:
         """Finish the shard at hand, and note in the manifest how complete the set is.
@@ -172,10 +170,11 @@ class MaskWriter:
                 complete when each of the shares has finished with none of its images missing.
         """
         self._finish_shard()
+        # outside the lock, which others wait for: what they finish meanwhile is theirs to count
+        listing = list_records(self._folder, self._fingerprint)
+        self._places = listing.places
+        missing = sum(image_id not in listing.places for image_id in expected_ids)
         with set_lock(self._folder):
-            listing = self._current_listing()
-            self._places = listing.places
-            missing = sum(image_id not in listing.places for image_id in expected_ids)
             completion = read_manifest(self._folder).completion
             shares = self._other_shares(completion)
             shares[f"{self._index}/{self._count}"] = ShareCompletion(len(expected_ids), missing)
@@ -190,23 +189,42 @@ class MaskWriter:
         return self._places
 
     def close(self) -> None:
-        """Finish the shard at hand, write the index, let go of the lock; nothing more the second time."""
+        """Finish the shard at hand, see to the index, let go of the lock; nothing more the second time.
+
+        The index is rewritten whole, so of several writers only the last one to close does it; the others
+        leave a note of the shards that need no checking.
+        """
         if self._finished is None:
             return
         try:
             if not self._failed:
                 self._finish_shard()
-                if self._index_is_stale or self._finished.checked:
-                    with set_lock(self._folder):
-                        listing = self._update_index()
-                        completion = read_manifest(self._folder).completion
-                        update_completion(self._folder, replace(completion, images=len(listing.places)))
+                if self._is_index_stale():
+                    self._leave_index(self._checked | self._finished.checked)
         finally:
             self._finished = None
             if self._builder is not None:
                 self._builder.close()
                 self._builder = None
             self._lock.release()
+
+    def _is_index_stale(self) -> bool:
+        assert self._finished is not None
+        if self._checked or self._finished.checked or not (self._folder / INDEX).exists():
+            return True
+        return bool(self._places) and set(read_trusted(self._folder)) != set(self._places.values())
+
+    def _leave_index(self, checked: dict[str, Stamp]) -> None:
+        with set_lock(self._folder):
+            # let go within the set's lock: of two that close together, the second finds itself alone
+            self._lock.release()
+            if is_written(self._folder):
+                note_checked(self._folder, self._index, self._count, checked)
+                return
+            listing = list_records(self._folder, self._fingerprint)
+            write_index(self._folder, self._fingerprint, listing, read_trusted(self._folder) | checked)
+            completion = read_manifest(self._folder).completion
+            update_completion(self._folder, replace(completion, images=len(listing.places)))
 
     def _records(self) -> FinishedRecords:
         if self._finished is None:
@@ -218,7 +236,6 @@ class MaskWriter:
         if found is not None:
             path, stamp = found
             self._checked[path.name] = stamp
-            self._index_is_stale = True
 
     def _begin_shard(self) -> None:
         with self._failing_for_good(), writing(self._folder):
@@ -239,7 +256,6 @@ class MaskWriter:
                 self._mark_incomplete()
                 stamp = finish_shard(self._folder, self._name, self._builder.to_bytes())
             self._checked[self._name.finished] = stamp
-            self._index_is_stale = True
         self._builder.close()
         self._builder = self._name = None
         self._unsaved = 0
@@ -270,23 +286,3 @@ class MaskWriter:
             for share, item in completion.shares.items()
             if share.endswith(f"/{self._count}") and share != f"{self._index}/{self._count}"
         }
-
-    def _current_listing(self) -> Listing:
-        """What lies in the folder, with an index that says the same; the caller holds the set's lock."""
-        is_new = self._index_is_stale or self._finished is None or bool(self._finished.checked)
-        listing = list_records(self._folder, self._fingerprint)
-        trusted = read_trusted(self._folder)
-        if is_new or not (self._folder / INDEX).exists() or set(trusted) != set(listing.places.values()):
-            return self._update_index()
-        return listing
-
-    def _update_index(self) -> Listing:
-        """Write the index from what lies in the folder; the caller holds the set's lock."""
-        trusted = read_trusted(self._folder) | self._checked
-        if self._finished is not None:
-            trusted |= self._finished.checked
-            self._finished.checked = {}
-        listing = list_records(self._folder, self._fingerprint)
-        write_index(self._folder, self._fingerprint, listing, trusted)
-        self._index_is_stale = False
-        return listing
