@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import h5py
@@ -367,3 +368,13 @@ def test_what_others_have_checked_is_believed_before_there_is_an_index(
         assert again.record("a") is not None
     assert list(read_trusted(folder)) == [shards(folder)[0].name]
     assert not list(folder.glob("checked-*"))
+
+
+def test_many_processes_may_make_the_same_set_at_the_same_moment(tmp_path: Path) -> None:
+    """As the tasks of a SLURM array do."""
+    with ThreadPoolExecutor(16) as pool:
+        for number in range(20):
+            cache = tmp_path / str(number)
+            folders = list(pool.map(lambda _, cache=cache: open_mask_set(cache, MASK_SET), range(16)))
+            assert len(set(folders)) == 1
+            assert read_manifest(folders[0]).fingerprint == MASK_SET.fingerprint

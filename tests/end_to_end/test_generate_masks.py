@@ -58,7 +58,7 @@ def test_masks_equal_the_published_ones(
     """The golden text rows stand in for a text tower; all else is the command's own."""
     with np.load(GOLDEN / "expected" / "text.npz") as text:
         rows = ClassEmbeddings(torch.from_numpy(text["fg"]), torch.from_numpy(text["bg"]))
-    monkeypatch.setattr("wsss_pipeline.stages.generate_masks.class_embeddings", lambda *arguments: rows)
+    monkeypatch.setattr("wsss_pipeline.stages.class_activation.class_embeddings", lambda *arguments: rows)
     path = mask_set(generate("--store-cams", "--crf", crf, "--crf-image", crf_image, "--precision", "fp32"))
     with MaskCache.open(path) as cache:
         for name in LABELS:
@@ -74,7 +74,7 @@ def test_a_second_run_computes_nothing_and_loads_no_clip(
 ) -> None:
     first = generate()
     files = {path: path.stat().st_mtime_ns for path in mask_set(first).glob("shard-*")}
-    monkeypatch.setattr("wsss_pipeline.stages.generate_masks.load_clip", None)
+    monkeypatch.setattr("wsss_pipeline.stages.class_activation.load_clip", None)
     second = generate("--json")
     assert second.exit_code == 0
     assert mask_set(second) == mask_set(first)

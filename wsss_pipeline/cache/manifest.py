@@ -15,6 +15,7 @@ from typing import Any
 
 from wsss_pipeline.cache.files import write_atomically, writing
 from wsss_pipeline.cache.fingerprint import fingerprint, short
+from wsss_pipeline.cache.locks import set_lock
 from wsss_pipeline.cache.shard_names import MANIFEST
 from wsss_pipeline.cache.shards import FORMAT_VERSION
 from wsss_pipeline.errors import CacheError, CacheFormatError
@@ -100,27 +101,37 @@ def open_mask_set(cache_dir: Path, mask_set: MaskSet) -> Path:
 
     Raises:
         CacheFormatError: the folder is there, of another format version or another mask set.
+        CacheLockedError: another process doesn't let go of the set's lock.
         CacheWriteError: it can't be made.
     """
     folder = cache_dir / mask_set.folder_name
     with writing(cache_dir):
         folder.mkdir(parents=True, exist_ok=True)
-    if (folder / MANIFEST).exists():
-        try:
-            manifest = read_manifest(folder)
-        except _HalfWrittenError as error:
-            logger.warning("%s; it is written anew", error)
-        else:
-            if manifest.fingerprint != mask_set.fingerprint:
-                raise CacheFormatError(
-                    f"{folder} is another mask set, {manifest.fingerprint}; choose another --cache"
-                )
-            return folder
-    created = datetime.now(UTC).isoformat(timespec="seconds")
-    write_manifest(
-        folder, Manifest(mask_set, mask_set.fingerprint, library_versions(), created, Completion())
-    )
+    if not _is_made(folder, mask_set):
+        # tasks of an array all come at the same moment: one of them makes it
+        with set_lock(folder):
+            if not _is_made(folder, mask_set, will_mend=True):
+                created = datetime.now(UTC).isoformat(timespec="seconds")
+                new = Manifest(mask_set, mask_set.fingerprint, library_versions(), created, Completion())
+                write_manifest(folder, new)
     return folder
+
+
+def _is_made(folder: Path, mask_set: MaskSet, will_mend: bool = False) -> bool:
+    """Whether there is a whole manifest, of this mask set."""
+    if not (folder / MANIFEST).exists():
+        return False
+    try:
+        manifest = read_manifest(folder)
+    except _HalfWrittenError as error:
+        if will_mend:
+            logger.warning("%s; it is written anew", error)
+        return False
+    if manifest.fingerprint != mask_set.fingerprint:
+        raise CacheFormatError(
+            f"{folder} is another mask set, {manifest.fingerprint}; choose another --cache"
+        )
+    return True
 
 
 def is_mask_set(path: Path) -> bool:

@@ -64,11 +64,12 @@ def has_fast_bf16(device: torch.device) -> bool:
     import torch
 
     if device.type == "cuda":
-        if not torch.cuda.is_available():
+        try:
+            return torch.cuda.get_device_capability(device) >= (8, 0)
+        except (AssertionError, RuntimeError) as error:  # as torch puts it that there is no GPU
             raise ConfigError(
                 "--precision auto looks at the GPU, and there is none here; give --precision bf16 or fp32"
-            )
-        return torch.cuda.get_device_capability(device) >= (8, 0)
+            ) from error
     tell: Callable[[], Mapping[str, Any]] = getattr(torch.cpu, "get_capabilities", dict)
     capabilities = tell()  # an older torch has no such function
     return any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16"))

@@ -103,6 +103,13 @@ def _export() -> Iterator[Check]:
         yield Check("export", "ok", f"pycocotools {metadata.version('pycocotools')}")
 
 
+def _engine() -> Iterator[Check]:
+    if importlib.util.find_spec("ray") is None:
+        yield Check("ray", "note", "not installed; --engine ray needs: pip install 'wsss-pipeline[ray]'")
+    else:
+        yield Check("ray", "ok", f"ray {metadata.version('ray')}")
+
+
 def _cache(cache_dir: Path) -> Iterator[Check]:
     """Write, rename and read an HDF5 file where masks are to go, or in the nearest folder that exists."""
     import h5py
