@@ -138,3 +138,28 @@ def test_wrong_arguments_are_one_line(cache: MaskCache, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(CacheWriteError, match="no file in it where a folder should be"):
         export_masks(cache, tmp_path / "file" / "out", "png")
+
+
+def test_reasons_and_folders(folder: Path, tmp_path: Path) -> None:
+    ids = ["a/b/c", f"{'d' * 300}/e", "f" * 251, "f" * 252, "../g"]
+    with MaskWriter(folder) as writer:
+        for image_id in ids:
+            writer.write(image_id, make_mask(image_id), image_digest=make_digest(image_id), seconds=0.0)
+    cache = MaskCache.open(folder)
+    report = export_masks(cache, tmp_path / "new" / "out", "png")
+    assert set(report.failed) == {ids[1], ids[3], ids[4]}
+    assert (
+        report.failed[ids[3]] == f"cache {cache.path}: image id '{'f' * 80}...' is too long for a file name"
+    )
+    assert report.failed[ids[4]].startswith(f"cache {cache.path}: image id '../g' has")
+    assert (tmp_path / "new" / "out" / "a" / "b" / "c.png").exists()
+    assert (tmp_path / "new" / "out" / f"{ids[2]}.png").exists()
+    coco = export_masks(cache, tmp_path / "other" / "out", "coco")
+    assert set(coco.failed) == set(report.failed)
+    document = json.loads((tmp_path / "other" / "out" / "annotations.json").read_text())
+    assert [item["id"] for item in document["annotations"]] == list(
+        range(1, len(document["annotations"]) + 1)
+    )
+    assert {item["iscrowd"] for item in document["annotations"]} == {0}
+    assert all(len(item["bbox"]) == 4 for item in document["annotations"])
+    assert document["info"]["description"] == f"pseudo masks, {folder.name}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import time
 from collections.abc import Callable
@@ -121,3 +122,18 @@ def test_what_was_known_stays_known(image: Path, saved: Saved) -> None:
     again = KnownImages(image.parent, 0, 1)
     assert again.is_done("image", image, LABELS, False)
     assert again.is_done("other", other, (), False)
+
+
+@pytest.mark.parametrize("at", [1, 2])
+def test_either_time_may_tell_that_a_file_is_young(image: Path, at: int) -> None:
+    known = KnownImages(image.parent, 0, 1)
+    old = list(file_status(image))
+    old[1], old[2] = 10**18, 10**18
+    young = list(old)
+    young[at] = time.time_ns()
+    known.note("old", tuple(old), LABELS, False)
+    known.note("young", tuple(young), LABELS, False)
+    known.save({"old": "s", "young": "s"})
+    assert list(json.loads((image.parent / "known-0-of-1.json").read_text())["images"]) == ["old"]
+    text = (image.parent / "known-0-of-1.json").read_text()
+    assert " " not in text, "a million of them are read at a start"

@@ -84,3 +84,30 @@ def test_verify_lists_what_is_damaged(folder: Path) -> None:
     assert (report.sound, report.damaged_superseded) == (29, 1)
     assert list(report.unreadable) == [second.name]
     assert seen == [path.name for path in shards(folder) if path != second]
+
+
+def test_status_and_verify_name_their_files(folder: Path) -> None:
+    for number in range(3):
+        write_images(folder, [f"{number}-a", f"{number}-b"])
+    for number in range(2):
+        damage(shards(folder)[number], f"{number}-a")
+        write_one(folder, f"{number}-a", like="new")
+    assert verify(folder).damaged_superseded == 2
+    damage(shards(folder)[2], "2-a")
+    report = verify(folder)
+    (reason,) = report.damaged.values()
+    assert reason.startswith(f"image '2-a' in {shards(folder)[2]}") or str(shards(folder)[2]) in reason
+    assert status(folder).path == folder
+
+    vanishing = shards(folder)
+
+    def vanish(names):  # type: ignore[no-untyped-def]
+        for number, name in enumerate(names):
+            if number in (0, 1):
+                vanishing[number].unlink()
+            yield name
+
+    report = verify(folder, progress=vanish)
+    assert list(report.unreadable) == [path.name for path in vanishing[:2]]
+    assert all(str(path) in report.unreadable[path.name] for path in vanishing[:2])
+    assert report.sound == 3, "those behind the vanished ones were read"

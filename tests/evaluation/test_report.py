@@ -12,6 +12,10 @@ from PIL import Image
 
 from wsss_pipeline.errors import ConfigError
 from wsss_pipeline.evaluation.html_report import (
+    Cell,
+    ImageRow,
+    ReportPage,
+    Section,
     class_entries,
     confusion_texts,
     data_uri,
@@ -143,3 +147,35 @@ def test_a_report_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(ConfigError, match=r"the report .*page\.html can't be written: "):
         write_report(tmp_path / "file" / "page.html", None)  # type: ignore[arg-type]
+
+
+def test_the_page_holds_what_it_is_given_and_escapes_it(tmp_path: Path) -> None:
+    page = ReportPage(
+        title="a <b> & title",
+        summary=[("mIoU", "60.00 %")],
+        sections=[
+            Section("worst", [ImageRow("<i>", "a note", [Cell("prediction", "data:image/jpeg;base64,AAAA")])])
+        ],
+        settings="a: <script>",
+        warnings=["a remark \udcff"],
+        classes=class_entries(SCORES, ("cat", "猫")),
+    )
+    file = tmp_path / "new" / "folder" / "page.html"
+    write_report(file, page)
+    html = file.read_text("utf-8")
+    assert html.startswith("<!DOCTYPE html>")
+    for text in (
+        "a &lt;b&gt; &amp; title",
+        "60.00 %",
+        "&lt;i&gt;",
+        "a: &lt;script&gt;",
+        "a remark ?",
+        "猫",
+        "AAAA",
+    ):
+        assert text in html, text
+    assert "<script>" not in html
+    write_report(file, page)  # over what is there
+    assert file.read_text("utf-8") == html
+    one = np.array([[0, 1, 0], [0, 5, 0]])
+    assert row_percentages(one).tolist() == [[0, 100, 0], [0, 100, 0]]

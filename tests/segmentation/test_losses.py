@@ -79,3 +79,32 @@ def test_parts_of_a_batch_add_up_to_the_whole() -> None:
         for part in (slice(0, 1), slice(1, 4))
     )
     assert torch.allclose(torch.as_tensor(parts), whole)
+
+
+def test_target_and_weights_are_taken_from_the_middle_of_a_cell() -> None:
+    """At a third of the size, the pixel in the middle of each 3 x 3 cell counts, not its corner."""
+    target = torch.zeros((1, 6, 6), dtype=torch.int64)
+    target[0, 1::3, 1::3] = 1
+    weights = torch.zeros((1, 6, 6))
+    weights[0, 1::3, 1::3] = 0.5
+    sure = torch.stack([torch.full((1, 2, 2), -20.0), torch.full((1, 2, 2), 20.0)], dim=1)
+    assert segmentation_loss([sure], target, weights) < 1e-6
+    assert segmentation_loss([-sure], target, weights) == pytest.approx(40)
+    corners = torch.zeros_like(weights)
+    corners[0, ::3, ::3] = 1
+    assert segmentation_loss([-sure], target, corners) == 0
+
+
+def test_an_output_of_another_shape_of_the_same_height_is_brought_to_its_size() -> None:
+    target = torch.tensor([[[0, 1], [0, 1]]])
+    logits = torch.zeros((1, 2, 2, 4))
+    logits[0, 1, :, 2:] = 20.0
+    logits[0, 0, :, :2] = 20.0
+    assert segmentation_loss([logits], target, torch.ones((1, 2, 2))) < 1e-6
+
+
+def test_a_single_pixel_of_small_weight_has_its_whole_mean() -> None:
+    target, weights = torch.full((1, 2, 2), 255), torch.full((1, 2, 2), 0.25)
+    target[0, 0, 0] = 1
+    logits = torch.zeros((1, 2, 2, 2))
+    assert segmentation_loss([logits], target, weights) == pytest.approx(torch.log(torch.tensor(2.0)).item())
