@@ -70,6 +70,12 @@ class ClipFiles:
     config: Path | None
     tokenizer: Path
 
+    def absolute(self) -> ClipFiles:
+        """The same files under paths that hold in any current folder."""
+        config = self.config and self.config.absolute()
+        weights = tuple(path.absolute() for path in self.weights)
+        return ClipFiles(self.name, weights, config, self.tokenizer.absolute())
+
     def digest(self) -> str:
         """SHA-256 (hexadecimal) of all that determines features and text rows: weights, architecture, vocabulary.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import stat
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from wsss_pipeline.errors import ImageError
@@ -44,6 +44,11 @@ class TarMember:
 
 
 ImageFile = Path | TarMember
+
+
+def absolute(file: ImageFile) -> ImageFile:
+    """The same file under a path that holds in any current folder."""
+    return file.absolute() if isinstance(file, Path) else replace(file, archive=file.archive.absolute())
 
 
 def is_there(file: ImageFile) -> bool:

@@ -11,8 +11,8 @@ import io
 import logging
 import os
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import redirect_stdout
+from collections.abc import Generator, Sequence
+from contextlib import closing, redirect_stdout
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from typing import Any
 from wsss_pipeline.cache import KnownImages, MaskWriter
 from wsss_pipeline.cache.shard_names import ShardName, next_sequence
 from wsss_pipeline.cache.shard_writer import ShardWriter
-from wsss_pipeline.data.image_files import Status
+from wsss_pipeline.data.image_files import Status, absolute
 from wsss_pipeline.errors import EngineError, MissingDependencyError
 from wsss_pipeline.runtime.interrupts import StopRequest
 from wsss_pipeline.runtime.progress import Progress
@@ -111,8 +111,12 @@ def compute_with_ray(
             actors = request.workers or _room(dict(ray.cluster_resources()), plan.device)
             logger.info("Ray: up to %d actors with CLIP", actors)
             chunks = _chunks(request, plan, todo, actors, report.path)
-            with StopRequest() as stop, Progress(len(todo)) as progress:
-                for done in _run(chunks, plan.device, actors):
+            with (
+                StopRequest() as stop,
+                Progress(len(todo)) as progress,
+                closing(_run(chunks, plan.device, actors)) as results,  # before Ray is shut down
+            ):
+                for done in results:
                     _count(done, writer, report, known, progress)
                     if stop.requested:
                         break
@@ -154,14 +158,14 @@ def _chunks(
     parts = [todo[start : start + length] for start in range(0, len(todo), length)]
     sequence = next_sequence(folder)
     workers = 0 if plan.device == "cpu" else request.workers
-    lean_plan = replace(plan, image_ids=[], missing=[], unlabelled=[])
+    lean_plan = replace(plan, clip=plan.clip.absolute(), image_ids=[], missing=[], unlabelled=[])
     return [
         Chunk(
             ShardName(sequence, number, len(parts)),
-            folder,
+            folder.absolute(),  # actors have current folders of their own
             replace(
                 request,
-                images={image_id: request.images[image_id] for image_id in part},
+                images={image_id: absolute(request.images[image_id]) for image_id in part},
                 labels={image_id: request.labels[image_id] for image_id in part},
                 workers=workers,
             ),
@@ -171,7 +175,7 @@ def _chunks(
     ]
 
 
-def _run(chunks: Sequence[Chunk], device: str, actors: int) -> Iterator[ChunkDone]:
+def _run(chunks: Sequence[Chunk], device: str, actors: int) -> Generator[ChunkDone, None, None]:
     from ray.data import ActorPoolStrategy, DataContext, from_items
 
     context = DataContext.get_current()
