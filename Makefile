@@ -26,10 +26,10 @@ types: $(VENV)/installed-dev  ## mypy, strict, on the package
 	$(BIN)/mypy
 
 pytest: $(VENV)/installed-dev  ## all tests, in two processes
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 coverage: $(VENV)/installed-dev  ## all tests, and which lines and branches they reach
-	$(BIN)/python -m pytest -n 2 --dist loadfile --cov --cov-report=term:skip-covered --cov-report=html
+	$(BIN)/python -m pytest -n 2 --dist worksteal --cov --cov-report=term:skip-covered --cov-report=html
 
 faults: $(VENV)/installed-dev  ## a hundred kills -9 at random moments, over every long command
 	$(BIN)/python -m tests.faults.kills --kills 100

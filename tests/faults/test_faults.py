@@ -18,6 +18,7 @@ import h5py
 import pytest
 
 from tests.end_to_end.conftest import wsss
+from tests.end_to_end.test_interruptions import without_coverage
 from tests.faults.conftest import Finished
 
 ROOT = Path(__file__).parents[2]
@@ -146,6 +147,7 @@ def stopped_by_a_full_disk(arguments: list[object], limit: int) -> str:
     done = subprocess.run(
         [sys.executable, "-m", "wsss_pipeline", *map(str, arguments)],
         cwd=ROOT,
+        env=without_coverage(),
         capture_output=True,
         text=True,
         timeout=200,
