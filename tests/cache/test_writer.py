@@ -298,6 +298,17 @@ def test_a_damaged_manifest_is_written_anew_and_the_masks_kept(folder: Path) -> 
         assert writer.done(wanted(["a"])) == {"a"}
 
 
+@pytest.mark.parametrize("number", ["Infinity", "NaN", "1e999", '"many"', "[]", "null"])
+def test_a_manifest_with_no_number_where_one_should_be_is_written_anew(folder: Path, number: str) -> None:
+    write_images(folder, ["a"])
+    manifest = folder / "manifest.json"
+    manifest.write_text(manifest.read_text().replace('"images": 1', f'"images": {number}'))
+    with pytest.raises(CacheFormatError, match="isn't a whole manifest"):
+        read_manifest(folder)
+    open_mask_set(folder.parent, MASK_SET)
+    assert list(MaskCache.open(folder)) == ["a"]
+
+
 def test_another_format_version_is_refused(folder: Path) -> None:
     manifest = folder / "manifest.json"
     manifest.write_text(manifest.read_text().replace('"format_version": 1', '"format_version": 2'))

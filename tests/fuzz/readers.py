@@ -22,6 +22,7 @@ import atheris
 
 with atheris.instrument_imports(include=["wsss_pipeline"]):
     from wsss_pipeline.cache.fingerprint import fingerprint
+    from wsss_pipeline.cache.index import read_trusted
     from wsss_pipeline.cache.known_images import KnownImages
     from wsss_pipeline.cache.manifest import MaskSet, open_mask_set, read_manifest
     from wsss_pipeline.data.classes import load_class_set
@@ -79,8 +80,11 @@ def manifest(content: bytes) -> None:
 
 
 def known(content: bytes) -> None:
-    """The list of known images, as bytes or as one that is wrong in some places."""
-    (SET / "known-0-of-1.json").write_bytes(damaged_json(atheris.FuzzedDataProvider(content), KNOWN))
+    """The list of known images and a note of checked shards, as bytes or wrong in some places."""
+    data = atheris.FuzzedDataProvider(content)
+    (SET / "checked-0-of-1.json").write_bytes(damaged_json(data, KNOWN["shards"]))
+    read_trusted(SET)
+    (SET / "known-0-of-1.json").write_bytes(damaged_json(data, KNOWN))
     images = KnownImages(SET, 0, 1)
     images.is_done("a", SET / "known-0-of-1.json", ("cat",), False)
     images.note("b", (1, 2, 3), ("cat",), False)
@@ -136,6 +140,7 @@ def replaced(data: atheris.FuzzedDataProvider, value: Any) -> Any:
             {"a": None},
             "x" * 3000,
             float("nan"),
+            float("inf"),
         ),
         *("shard-0of1-00001.h5", "../../etc/passwd", data.ConsumeUnicode(20), data.ConsumeInt(8)),
     ]

@@ -93,7 +93,7 @@ def _read_note(path: Path) -> dict[str, Stamp]:
         return {str(name): (int(size), int(mtime)) for name, (size, mtime) in content.items()}
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError, TypeError, AttributeError, RecursionError):
+    except (OSError, ValueError, TypeError, AttributeError, OverflowError, RecursionError):
         logger.warning("%s can't be read; what it stood for is checked again", path)
         return {}
 

@@ -53,7 +53,7 @@ class WriterLock:
         try:
             owner = json.loads(self._owner.read_text())
             return f"process {int(owner['pid'])} on {owner['host']}"
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError):
             return "another process"
 
 

@@ -192,7 +192,7 @@ def read_manifest(folder: Path) -> Manifest:
         )
     try:
         return _from_json(values)
-    except (ValueError, KeyError, TypeError, AttributeError, CacheError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, CacheError) as error:
         raise _half_written(path, error) from error
 
 
