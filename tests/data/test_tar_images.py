@@ -163,3 +163,17 @@ def test_an_id_in_two_archives_is_refused(tmp_path: Path) -> None:
         write_tar(tmp_path / f"{name}.tar", {"x.png": png()})
     with pytest.raises(ImageError, match="same image id 'x'"):
         find_images(tmp_path / "{a,b}.tar")
+
+
+def test_one_bad_archive_among_many_costs_its_own_images(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for name in "ac":
+        write_tar(tmp_path / f"{name}.tar", {f"{name}.png": png()})
+    (tmp_path / "b.tar").write_bytes(b"no archive" * 100)
+    with caplog.at_level(logging.WARNING):
+        assert list(find_images(tmp_path / "{a,b,c,d}.tar")) == ["a", "c"]
+    assert "b.tar: can't be read" in caplog.text
+    assert "d.tar: can't be read" in caplog.text
+    with pytest.raises(ImageError, match=r"d\.tar"):
+        find_images(tmp_path / "{b,d}.tar")

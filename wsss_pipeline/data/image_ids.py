@@ -14,7 +14,7 @@ from collections import deque
 from pathlib import Path
 
 from wsss_pipeline.data.image_files import ImageFile
-from wsss_pipeline.data.tar_images import archives, is_tar_pattern, tar_members
+from wsss_pipeline.data.tar_images import archives, is_tar_pattern, members_of_all
 from wsss_pipeline.errors import ImageError, LabelError
 
 logger = logging.getLogger(__name__)
@@ -88,9 +88,8 @@ def find_images(root: Path) -> dict[str, ImageFile]:
     """
     images: dict[str, ImageFile] = {}
     if is_tar_pattern(root):
-        for archive in archives(root):
-            for member in tar_members(archive, IMAGE_SUFFIXES):
-                _register(images, member.name, member)
+        for member in members_of_all(archives(root), IMAGE_SUFFIXES):
+            _register(images, member.name, member)
         return images
     try:
         for folder in _folders(root):

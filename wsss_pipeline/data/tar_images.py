@@ -5,7 +5,7 @@ from __future__ import annotations
 import glob
 import logging
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path, PurePosixPath
 
@@ -45,6 +45,23 @@ def archives(pattern: Path) -> list[Path]:
     if not found:
         raise ImageError(f"--images {pattern}: there are no such archives")
     return [Path(path) for path in dict.fromkeys(found)]
+
+
+def members_of_all(found: Sequence[Path], suffixes: tuple[str, ...]) -> Iterator[TarMember]:
+    """``tar_members`` of each; an archive that can't be read is left out with a warning where there are others.
+
+    Raises:
+        ImageError: none can be read.
+    """
+    unreadable: list[ImageError] = []
+    for archive in found:
+        try:
+            yield from tar_members(archive, suffixes)
+        except ImageError as error:
+            unreadable.append(error)
+            if len(unreadable) == len(found):
+                raise
+            logger.warning("%s; its images are left out", error)
 
 
 def tar_members(archive: Path, suffixes: tuple[str, ...]) -> Iterator[TarMember]:
