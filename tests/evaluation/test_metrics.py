@@ -198,3 +198,8 @@ def test_a_class_of_one_pixel_counts():
     assert scores.ignored_predictions == 0
     with pytest.raises(ValueError, match="zip"):
         Scores.from_matrix(np.ones((3, 4), np.int64), NAMES[:2])
+
+
+def test_what_has_no_label_is_counted_apart_from_what_is_right():
+    scores = Scores.from_matrix(confusion_matrix(mask([255, 1, 1, 1]), mask([1, 1, 1, 1]), 3), NAMES)
+    assert scores.ignored_predictions == 0.25
