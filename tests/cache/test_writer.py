@@ -3,6 +3,7 @@ from __future__ import annotations
 import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import h5py
 import numpy as np
@@ -19,6 +20,7 @@ from cache_samples import (
 )
 
 from wsss_pipeline.cache import FinishedRecords, MaskCache, MaskSet, MaskWriter, open_mask_set, status, verify
+from wsss_pipeline.cache import writer as writer_module
 from wsss_pipeline.cache.index import read_trusted
 from wsss_pipeline.cache.manifest import read_manifest
 from wsss_pipeline.errors import CacheError, CacheFormatError, CacheLockedError, CacheWriteError
@@ -389,3 +391,42 @@ def test_many_processes_may_make_the_same_set_at_the_same_moment(tmp_path: Path)
             folders = list(pool.map(lambda _, cache=cache: open_mask_set(cache, MASK_SET), range(16)))
             assert len(set(folders)) == 1
             assert read_manifest(folders[0]).fingerprint == MASK_SET.fingerprint
+
+
+def test_flushes_come_by_number_by_time_and_not_too_often(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock, cost, writes = [1000.0], [1.0], []
+
+    def write(path: Path, content: bytes, *, durable: bool) -> None:
+        writes.append((path.name, durable))
+        clock[0] += cost[0]
+
+    monkeypatch.setattr(writer_module, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+    monkeypatch.setattr(writer_module, "IMAGES_PER_FLUSH", 4)
+    with MaskWriter(folder) as writer:
+        numbers = iter(range(100))
+
+        def add(count: int) -> int:
+            """Flushes so far, after so many images more."""
+            for _ in range(count):
+                name = f"image-{next(numbers)}"
+                writer.write(name, make_mask(name), image_digest="0" * 64, seconds=0.0)
+            return len(writes)
+
+        monkeypatch.setattr(writer_module, "write_atomically", write)
+        assert (add(3), add(1)) == (0, 1), "every four images"
+        assert add(5) == 1, "but a flush that took a second is followed by twenty without one"
+        clock[0] += 19.5
+        assert add(1) == 1
+        clock[0] += 0.5
+        cost[0] = 0.0
+        assert add(1) == 2
+        clock[0] += 9.5
+        assert add(1) == 2, "fewer than four images wait for ten seconds"
+        clock[0] += 0.5
+        assert add(1) == 3
+        writer.flush()
+        assert add(0) == 3, "nothing is unsaved"
+        monkeypatch.undo()
+    assert writes == [("shard-0of1-00001.h5.partial", False)] * 3
