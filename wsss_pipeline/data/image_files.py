@@ -75,7 +75,8 @@ def place(file: ImageFile) -> tuple[str, int]:
 
 
 def check_file(file: ImageFile) -> None:
-    """
+    """Passes a regular file that isn't empty.
+
     Raises:
         ImageError: not a regular file, or empty.
         OSError: it isn't there.

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -45,7 +46,7 @@ Finish = Callable[[], Labelled]  # waits until an image is labelled
 
 
 @dataclass
-class Labelling:
+class Labelling(ABC):
     """What all ways have in common.
 
     ``activation``: CLIP and CAMs. ``crf``: with the backend resolved. ``store_cams``: keep the CAMs too.
@@ -58,6 +59,7 @@ class Labelling:
     store_cams: bool
     workers: int
 
+    @abstractmethod
     def start(self, batch: Sequence[LoadedImage]) -> list[Finish]:
         """Begin with pictures of one size, each with at least one class.
 
@@ -65,8 +67,8 @@ class Labelling:
             ImageError, MemoryError, RuntimeError: one of them can't be labelled, or all together can't; from
                 what is returned as well.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def stop(self) -> None:
         """Let go of threads and processes; what hasn't begun is dropped."""
 
@@ -143,6 +145,9 @@ class DeviceBatches(Labelling):
             partial(self._finish, image, self.stored(image, maps), clip_seconds, wait)
             for image, maps, wait in zip(batch, cams, pixels, strict=True)
         ]
+
+    def stop(self) -> None:
+        """There is nothing to let go of."""
 
     def _finish(
         self,
