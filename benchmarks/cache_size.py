@@ -35,8 +35,8 @@ def measure(count: int) -> None:
             written = time.perf_counter() - started
             started = time.perf_counter()
             writer.finish(ids)
-            finished = time.perf_counter() - started
             known.save(writer.places)
+        finished = time.perf_counter() - started
         started = time.perf_counter()
         with MaskWriter(folder) as writer:
             known = KnownImages(folder, 0, 1)
@@ -60,7 +60,10 @@ def measure(count: int) -> None:
 
 
 if __name__ == "__main__":
-    print("| images | files | write, us an image | finish, s | start again, s | open to read, s ", end="")
+    print(
+        "| images | files | write, us an image | finish and index, s | start again, s | open to read, s ",
+        end="",
+    )
     print("| read at random, ms an image | index, bytes an image | known list, bytes an image | peak MiB |")
     print("| ---: " * 10 + "|")
     for text in sys.argv[1:]:
