@@ -96,7 +96,7 @@ def test_status_and_verify_name_their_files(folder: Path) -> None:
     damage(shards(folder)[2], "2-a")
     report = verify(folder)
     (reason,) = report.damaged.values()
-    assert reason.startswith(f"image '2-a' in {shards(folder)[2]}") or str(shards(folder)[2]) in reason
+    assert str(shards(folder)[2]) in reason
     assert status(folder).path == folder
 
     vanishing = shards(folder)
