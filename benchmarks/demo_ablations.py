@@ -29,7 +29,7 @@ from wsss_pipeline.clip.image_encoder import DenseFeatures, ImageEncoder
 from wsss_pipeline.clip.sources import locate_clip
 from wsss_pipeline.clip.text_encoder import TextEncoder
 from wsss_pipeline.clip.weights import load_clip
-from wsss_pipeline.config import load_config
+from wsss_pipeline.methods import load_mask_config as load_config
 from wsss_pipeline.data.classes import ClassSet, load_class_set
 from wsss_pipeline.data.transforms import to_clip_tensor
 from wsss_pipeline.demo.scenes import Scene, draw_scene
@@ -111,7 +111,7 @@ class StageOne:
     def label(self, scene: Scene, present: Sequence[int], cams: Tensor, with_crf: bool) -> NDArray[np.uint8]:
         size = (scene.mask.shape[0], scene.mask.shape[1])
         scores = assemble(upscale_cams(cams, size)).half().numpy()
-        crf = replace(self.config.crf, backend=self.backend if with_crf else "none")
+        crf = self.config.crf.model_copy(update={"backend": self.backend if with_crf else "none"})
         return label_pixels(scene.image, scores, present, size, crf)[0]
 
 

@@ -33,7 +33,7 @@ from wsss_pipeline.cam.prompts import class_embeddings
 from wsss_pipeline.clip.sources import locate_clip
 from wsss_pipeline.clip.text_encoder import TextEncoder
 from wsss_pipeline.clip.weights import Clip, load_clip
-from wsss_pipeline.config import load_config
+from wsss_pipeline.methods import load_mask_config as load_config
 from wsss_pipeline.data.classes import load_class_set
 from wsss_pipeline.data.image_ids import find_images
 from wsss_pipeline.data.images import read_image

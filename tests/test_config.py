@@ -6,8 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from wsss_pipeline.config import MaskConfig, load_config, preset_names, to_yaml
+from wsss_pipeline.config import to_yaml
 from wsss_pipeline.errors import ConfigError
+from wsss_pipeline.methods import load_mask_config as load_config
+from wsss_pipeline.methods import preset_names
+from wsss_pipeline.methods.clip_es import ClipEsConfig as MaskConfig
 
 
 def test_defaults_are_those_of_clip_es() -> None:

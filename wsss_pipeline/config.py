@@ -1,8 +1,8 @@
-"""Configuration: typed, frozen, with every default in one place.
+"""Configuration: typed, frozen, each default, range and description in one place, the field.
 
 YAML in, resolved YAML out. The layers, later ones winning:
 
-    defaults  <  preset  <  --config FILE  <  --set key=value  <  command-line flags
+    defaults  <  preset or recipe  <  --config FILE  <  --set key=value  <  command-line flags
 
 An unknown key, a wrong type or a value out of range is a ConfigError that names the key and the layer
 it came from.
@@ -11,250 +11,263 @@ it came from.
 from __future__ import annotations
 
 import difflib
-import types
-from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
+from collections.abc import Iterable, Iterator, Mapping
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic_core import ErrorDetails
 
 from wsss_pipeline.errors import ConfigError
 
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
+RefinerName = Literal["auto", "crf", "none"]
 CrfBackend = Literal["auto", "pydensecrf", "lattice", "none"]
 CrfImage = Literal["bgr", "reference"]
 
-
-@dataclass(frozen=True)
-class ClipConfig:
-    """The frozen CLIP. ``weights``: hub id, Hugging Face folder, or OpenAI ``.pt`` file.
-
-    ``tokenizer`` (hub id or folder) is only needed where the weights don't bring their own.
-    """
-
-    weights: str = "openai/clip-vit-base-patch16"
-    tokenizer: str | None = None
-    precision: Precision = "auto"
+Layer = tuple[str, Mapping[str, Any]]  # where values come from, for messages; the values, nested by key
 
 
-@dataclass(frozen=True)
-class CamConfig:
-    """Softmax-GradCAM and class-aware attention affinity (CLIP-ES, arXiv 2212.09506, section 3)."""
+class Settings(BaseModel):
+    """Base of all configuration: frozen, strict types (a whole number is as good as a float), no unknown key."""
 
-    affinity: bool = True
-    affinity_layers: int = 8
-    affinity_iterations: int = 2  # t in the paper; 1 where an object is only a few patches wide
-    sinkhorn_rounds: int = 3
-    threshold: float = 0.4  # of the box mask, in CAM units; the published code has 0.7 for COCO
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
-@dataclass(frozen=True)
-class CrfConfig:
-    """Dense CRF (Kraehenbuehl and Koltun, NIPS 2011) with the parameters of CLIP-ES.
-
-    ``image``: what the bilateral kernel sees; ``bgr`` the plain picture, ``reference`` as the
-    published script makes it (mean subtracted, then wrapped modulo 256).
-    """
-
-    backend: CrfBackend = "auto"
-    image: CrfImage = "bgr"
-    iterations: int = 10
-    gaussian_sxy: float = 1.0
-    gaussian_weight: float = 3.0
-    bilateral_sxy: float = 67.0
-    bilateral_srgb: float = 3.0
-    bilateral_weight: float = 4.0
+Kind = TypeVar("Kind", bound=Settings)
 
 
-@dataclass(frozen=True)
-class MaskConfig:
-    """Everything about stage one that a user can choose and that changes the masks.
+class ClipConfig(Settings):
+    """The frozen CLIP."""
 
-    ``classes``: built-in class set, YAML file, or comma-separated names.
-    ``templates``: prompt templates with one ``{}``; empty means those of the class set.
-    ``max_pixels``: larger images are scaled down to this area for CLIP and the CRF.
-    """
-
-    classes: str = ""
-    templates: tuple[str, ...] = ()
-    clip: ClipConfig = field(default_factory=ClipConfig)
-    cam: CamConfig = field(default_factory=CamConfig)
-    crf: CrfConfig = field(default_factory=CrfConfig)
-    max_pixels: int = 1_048_576
-
-
-# Smallest and largest value that makes sense, by dotted key; both ends are allowed.
-RANGES: dict[str, tuple[float, float]] = {
-    "cam.affinity_layers": (1, 1000),
-    "cam.affinity_iterations": (1, 100),
-    "cam.sinkhorn_rounds": (0, 1000),
-    "cam.threshold": (0.0, 1.0),
-    "crf.iterations": (0, 1000),
-    "crf.gaussian_sxy": (0.01, 10_000),
-    "crf.gaussian_weight": (0, 10_000),
-    "crf.bilateral_sxy": (0.01, 10_000),
-    "crf.bilateral_srgb": (0.01, 10_000),
-    "crf.bilateral_weight": (0, 10_000),
-    "max_pixels": (4_096, 1_000_000_000),
-}
-
-
-def preset_names() -> list[str]:
-    """Names of the presets that come with the package, such as ``clip-es/voc12``."""
-    return packaged_names("presets")
-
-
-def packaged_names(folder: str) -> list[str]:
-    """``family/name`` of each YAML file in a folder of the package."""
-    root = resources.files("wsss_pipeline") / folder
-    return sorted(
-        f"{family.name}/{file.name.removesuffix('.yaml')}"
-        for family in root.iterdir()
-        if family.is_dir()
-        for file in family.iterdir()
-        if file.name.endswith(".yaml")
+    weights: str = Field(
+        "openai/clip-vit-base-patch16",
+        description="Hub id, Hugging Face folder, OpenAI .pt file, or demo for the one in the package.",
+    )
+    tokenizer: str | None = Field(
+        None, description="Hub id or folder of its vocabulary, where the weights don't bring their own."
+    )
+    precision: Precision = Field(
+        "auto", description="Of its matrix products; auto is bf16 where the device is fast at it, else fp32."
     )
 
 
-def load_config(
-    preset: str | None = None,
-    file: Path | None = None,
-    overrides: Iterable[str] = (),
-    flags: Mapping[str, Any] | None = None,
-) -> MaskConfig:
-    """The resolved configuration from all its layers.
+class CrfConfig(Settings):
+    """Dense CRF (Kraehenbuehl and Koltun, NIPS 2011) with the parameters of CLIP-ES."""
 
-    Args:
-        preset: a name out of ``preset_names()``. Without one, a built-in class set brings the preset of
-            its name, since the published numbers belong to the data set.
-        file: YAML file of the user's.
-        overrides: ``key=value`` texts, the key dotted (``cam.threshold=0.4``), the value YAML.
-        flags: dotted key to value, as typed on the command line; None values are passed over.
+    backend: CrfBackend = Field(
+        "auto", description="auto is lattice, our own; pydensecrf, to compare with; none switches it off."
+    )
+    image: CrfImage = Field(
+        "bgr", description="What it sees: the plain image, or the image as the published script alters it."
+    )
+    iterations: int = Field(10, ge=0, le=1000, description="Rounds of mean-field inference.")
+    gaussian_sxy: float = Field(
+        1.0, ge=0.01, le=10_000, description="Deviation of the position kernel, pixels."
+    )
+    gaussian_weight: float = Field(3.0, ge=0, le=10_000, description="Weight of the position kernel.")
+    bilateral_sxy: float = Field(
+        67.0, ge=0.01, le=10_000, description="Deviation in position of the bilateral kernel, pixels."
+    )
+    bilateral_srgb: float = Field(
+        3.0, ge=0.01, le=10_000, description="Deviation in colour of the bilateral kernel, of 256 levels."
+    )
+    bilateral_weight: float = Field(4.0, ge=0, le=10_000, description="Weight of the bilateral kernel.")
+
+
+class MaskConfig(Settings):
+    """What a user can choose about stage one and what changes the masks; a method adds its own settings."""
+
+    method: str = Field("clip-es", description="Name of a method, or module path of one's own.")
+    classes: str = Field("", description="Built-in class set, YAML file, or names with commas between.")
+    templates: tuple[str, ...] = Field(
+        (), strict=False, description="Prompt templates with one {}; empty means those of the class set."
+    )
+    clip: ClipConfig = ClipConfig()
+    refine: RefinerName = Field("auto", description="From scores to masks; auto is what the method has.")
+    crf: CrfConfig = CrfConfig()
+    max_pixels: int = Field(
+        1_048_576,
+        ge=4_096,
+        le=1_000_000_000,
+        description="Larger images are scaled to this area for CLIP and the refiner; masks keep their size.",
+    )
+
+    @field_validator("templates", mode="before")
+    @classmethod
+    def _one_text_is_a_list_of_one(cls, value: Any) -> Any:
+        return (value,) if isinstance(value, str) else value
+
+
+def resolve(kind: type[Kind], layers: Iterable[Layer]) -> Kind:
+    """The settings out of all their layers, later ones winning.
 
     Raises:
-        ConfigError: unknown preset or key, unreadable file, wrong type, value out of range.
+        ConfigError: unknown key, wrong type, value out of range; the message names key and layer.
     """
-    layers: list[tuple[str, Mapping[str, Any]]] = []
-    if file is not None:
-        layers.append((str(file), file_values(file)))
-    layers += [(f"--set {text}", override_values(text)) for text in overrides]
-    layers += [(f"'{key}'", nested(key, value)) for key, value in (flags or {}).items() if value is not None]
-    config = _lay(MaskConfig(), layers)
-    if preset is None and f"clip-es/{config.classes}" in preset_names():
-        preset = f"clip-es/{config.classes}"
-    if preset is not None:
-        config = _lay(MaskConfig(), [(f"preset {preset}", packaged_values("preset", preset)), *layers])
-    _check_ranges(config)
-    return config
+    layers = list(layers)
+    values: dict[str, Any] = {}
+    for origin, layer in layers:
+        _lay(values, layer, kind, origin)
+    try:
+        return kind.model_validate(values)
+    except ValidationError as error:
+        raise ConfigError(_explained(error.errors()[0], kind, layers)) from error
 
 
-def to_yaml(config: MaskConfig) -> str:
-    """The configuration as YAML that ``load_config`` reads back to an equal one."""
-    import yaml
-
-    values = asdict(config)
-    values["templates"] = list(config.templates)
-    return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
-
-
-def merge(config: Any, values: Mapping[str, Any], origin: str, prefix: str = "") -> Any:
-    """``config`` with ``values`` laid over it, field by field, types checked.
-
-    Raises:
-        ConfigError: unknown key or wrong type; the message names the key and ``origin``.
-    """
-    hints = get_type_hints(type(config))
-    names = [f.name for f in fields(config)]
-    changes: dict[str, Any] = {}
-    for key, value in values.items():
-        if key not in names:
-            close = difflib.get_close_matches(str(key), names, n=1)
-            hint = f"did you mean '{prefix}{close[0]}'?" if close else f"known here: {', '.join(names)}"
-            raise ConfigError(f"{origin}: unknown key '{prefix}{key}'; {hint}")
-        current = getattr(config, key)
-        if is_dataclass(current):
-            if not isinstance(value, Mapping):
-                raise ConfigError(f"{origin}: '{prefix}{key}' holds several keys; write '{prefix}{key}.NAME'")
-            changes[key] = merge(current, value, origin, f"{prefix}{key}.")
+def _lay(values: dict[str, Any], layer: Mapping[str, Any], kind: type[Settings], origin: str) -> None:
+    """Lay nested values over ``values``; a key that holds several keys can't become a single value."""
+    for key, value in layer.items():
+        inner = section(kind, key)
+        if inner is not None and not isinstance(value, Mapping):
+            raise ConfigError(f"{origin}: '{key}' holds several keys; write '{key}.NAME'")
+        if isinstance(value, Mapping) and inner is not None:
+            _lay(values.setdefault(key, {}), value, inner, origin)
         else:
-            changes[key] = _typed(value, hints[key], f"{prefix}{key}", origin)
-    return replace(config, **changes)
+            values[key] = value
 
 
-def _lay(config: MaskConfig, layers: Iterable[tuple[str, Mapping[str, Any]]]) -> MaskConfig:
-    for origin, values in layers:
-        config = merge(config, values, origin)
-    return config
+def section(kind: type[Settings], key: str) -> type[Settings] | None:
+    """Type of the settings below a key, None where it holds a single value or isn't there."""
+    field = kind.model_fields.get(key)
+    found = field.annotation if field is not None else None
+    return found if isinstance(found, type) and issubclass(found, Settings) else None
 
 
-def _typed(value: Any, hint: Any, key: str, origin: str) -> Any:
-    if get_origin(hint) in (Union, types.UnionType):
-        if value is None and type(None) in get_args(hint):
-            return None
-        (hint,) = (h for h in get_args(hint) if h is not type(None))
-    if get_origin(hint) is Literal:
-        if value not in get_args(hint):
-            raise ConfigError(f"{origin}: '{key}' is {value!r}; choose one of {', '.join(get_args(hint))}")
-        return value
-    if get_origin(hint) is tuple:
-        items = [value] if isinstance(value, str) else value
-        if not isinstance(items, list | tuple) or not all(isinstance(item, str) for item in items):
-            raise ConfigError(f"{origin}: '{key}' takes a list of texts, not {value!r}")
-        return tuple(items)
-    # bool is an int to Python, and an int is as good as a float to a user
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
-        raise ConfigError(f"{origin}: '{key}' takes a value of type {hint.__name__}, not {value!r}")
+def _explained(error: ErrorDetails, kind: type[Settings], layers: list[Layer]) -> str:
+    """One line for one of pydantic's errors: layer, key, what is wrong, what would be right."""
+    path = [str(part) for part in error["loc"] if isinstance(part, str)]
+    if error["type"] == "value_error" and not path:  # two settings that contradict each other
+        return str(error["ctx"]["error"])
+    # a part of the path that is no field names a member of a union, not a key
+    keys: list[str] = []
+    for part in path:
+        inner = kind.model_fields.get(part)
+        if inner is None and error["type"] != "extra_forbidden":
+            break
+        keys.append(part)
+        kind = section(kind, part) or kind
+    key, value = ".".join(keys), error["input"]
+    origin = next(name for name, layer in reversed(layers) if _holds(layer, keys))
+    if error["type"] == "extra_forbidden":
+        close = difflib.get_close_matches(keys[-1], kind.model_fields, n=1)
+        outer = ".".join(keys[:-1] + close[:1])
+        hint = f"did you mean '{outer}'?" if close else f"known here: {', '.join(kind.model_fields)}"
+        return f"{origin}: unknown key '{key}'; {hint}"
+    limits = bounds(kind, keys[-1])
+    if limits and error["type"] in ("greater_than_equal", "less_than_equal", "finite_number"):
+        low, high = limits
+        return f"{origin}: '{key}' is {value:g}; it must lie between {low:g} and {high:g}"
+    if error["type"] == "literal_error":
+        choices = error["ctx"]["expected"].replace("'", "").replace(" or ", ", ")
+        return f"{origin}: '{key}' is {value!r:.60}; choose one of {choices}"
+    if error["type"] == "value_error":
+        return f"{origin}: '{key}': {error['ctx']['error']}"
+    wanted = {"tuple_type": "a list of texts", "string_type": "text"}
+    if isinstance(error["loc"][-1], int):
+        return f"{origin}: '{key}' takes a list of texts, not {value!r:.60}"
+    known = wanted.get(error["type"], f"a value of type {error['type'].removesuffix('_type')}")
+    return f"{origin}: '{key}' takes {known}, not {value!r:.60}"
+
+
+def _holds(layer: Mapping[str, Any], keys: list[str]) -> bool:
+    value: Any = layer
+    for key in keys:
+        if not isinstance(value, Mapping) or key not in value:
+            return False
+        value = value[key]
+    return True
+
+
+def bounds(kind: type[Settings], key: str) -> tuple[float, float] | None:
+    """Smallest and largest value of a field, both allowed; None where it has no range."""
+    found = {type(item).__name__: item for item in kind.model_fields[key].metadata}
+    return (found["Ge"].ge, found["Le"].le) if {"Ge", "Le"} <= found.keys() else None
+
+
+def fields(kind: type[Settings], prefix: str = "") -> Iterator[tuple[str, type[Settings], str]]:
+    """Dotted key, owner and name of each single setting, in order."""
+    for name in kind.model_fields:
+        inner = section(kind, name)
+        if inner is None:
+            yield prefix + name, kind, name
+        else:
+            yield from fields(inner, f"{prefix}{name}.")
+
+
+def default(kind: type[Settings], key: str) -> Any:
+    """Default of a dotted key, for help texts."""
+    value: Any = kind()
+    for part in key.split("."):
+        value = getattr(value, part)
     return value
 
 
-def _check_ranges(config: MaskConfig) -> None:
-    for key, (low, high) in RANGES.items():
-        value: Any = config
+def differing_keys(one: Settings, other: Settings) -> list[str]:
+    """Dotted keys whose values differ, as ``key: one, other``."""
+    found = []
+    for key, _, _ in fields(type(one)):
+        first, second = one, other
         for part in key.split("."):
-            value = getattr(value, part)
-        if not low <= value <= high:
-            raise ConfigError(f"'{key}' is {value:g}; it must lie between {low:g} and {high:g}")
+            first, second = getattr(first, part), getattr(second, part)
+        if first != second:
+            found.append(f"{key}: {first}, {second}")
+    return found
 
 
-def packaged_values(kind: str, name: str) -> Mapping[str, Any]:
-    """Content of a YAML file of the package; ``kind`` is ``preset`` or ``recipe``.
+def to_yaml(settings: Settings, *, described: bool = False) -> str:
+    """The settings as YAML that reads back to equal ones; ``described`` puts a comment behind each."""
+    import yaml
+
+    if not described:
+        return yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    lines: list[str] = []
+    for name, field in type(settings).model_fields.items():
+        value = getattr(settings, name)
+        if isinstance(value, Settings):
+            lines.append(f"{name}:")
+            lines += [f"  {line}" for line in to_yaml(value, described=True).splitlines()]
+        else:
+            single = yaml.safe_dump(
+                settings.model_dump(mode="json")[name], default_flow_style=True, width=10**6
+            )
+            text = f"{name}: {single.removesuffix(chr(10)).removesuffix('...').strip()}"
+            limits = bounds(type(settings), name)
+            between = f" {limits[0]:g} to {limits[1]:g}." if limits else ""
+            lines.append(f"{text}  # {field.description}{between}")
+    return "\n".join(lines) + "\n"
+
+
+def user_layers(
+    file: Path | None, overrides: Iterable[str], flags: Mapping[str, Any] | None
+) -> Iterator[Layer]:
+    """The layers that a user writes, in order: YAML file, ``key=value`` texts, flags that aren't None.
 
     Raises:
-        ConfigError: there is none of that name.
+        ConfigError: the file can't be read or isn't YAML, a text isn't of that form.
     """
-    known = packaged_names(f"{kind}s")
-    if name not in known:
-        raise ConfigError(f"unknown {kind} '{name}'; known: {', '.join(known)}")
-    text = (resources.files("wsss_pipeline") / f"{kind}s" / f"{name}.yaml").read_text("utf-8")
-    return yaml_mapping(text, f"{kind} {name}")
-
-
-def file_values(file: Path) -> Mapping[str, Any]:
-    """The top-level mapping of a YAML file; a ConfigError where it can't be read or isn't one."""
-    try:
-        text = file.read_text("utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"configuration file {file} can't be read: {error}") from error
-    return yaml_mapping(text, str(file))
-
-
-def override_values(text: str) -> Mapping[str, Any]:
-    """``a.b=value`` as a nested mapping; a ConfigError where it isn't of that form."""
-    key, separator, value = text.partition("=")
-    if not separator or not key.strip():
-        raise ConfigError(f"--set {text}: write it as key=value, for example cam.threshold=0.4")
-    return nested(key.strip(), _yaml(value, f"--set {text}"))
+    if file is not None:
+        try:
+            text = file.read_text("utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"configuration file {file} can't be read: {error}") from error
+        yield str(file), yaml_mapping(text, str(file))
+    for text in overrides:
+        key, separator, value = text.partition("=")
+        if not separator or not key.strip():
+            raise ConfigError(f"--set {text}: write it as key=value, for example cam.threshold=0.4")
+        yield f"--set {text}", nested(key.strip(), _yaml(value, f"--set {text}"))
+    for key, value in (flags or {}).items():
+        if value is not None:
+            yield f"'{key}'", nested(key, value)
 
 
 def nested(key: str, value: Any) -> dict[str, Any]:
     """``{"a": {"b": value}}`` for the key ``a.b``."""
-    *outer, last = key.split(".")
-    nested: dict[str, Any] = {last: value}
-    for part in reversed(outer):
-        nested = {part: nested}
-    return nested
+    for part in reversed(key.split(".")):
+        value = {part: value}
+    return dict(value)
 
 
 def yaml_mapping(text: str, origin: str) -> Mapping[str, Any]:
@@ -275,3 +288,24 @@ def _yaml(text: str, origin: str) -> Any:
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         reason = " ".join(str(error).split())
         raise ConfigError(f"{origin}: not valid YAML: {reason}") from error
+
+
+def recipe_names() -> list[str]:
+    """Names of the training recipes in the package, such as ``voc12/deeplabv2-coco``."""
+    root = resources.files("wsss_pipeline") / "recipes"
+    return sorted(
+        f"{family.name}/{file.name.removesuffix('.yaml')}"
+        for family in root.iterdir()
+        if family.is_dir()
+        for file in family.iterdir()
+        if file.name.endswith(".yaml")
+    )
+
+
+def recipe(name: str) -> Layer:
+    """The layer of a recipe in the package; a ConfigError where there is none of that name."""
+    known = recipe_names()
+    if name not in known:
+        raise ConfigError(f"unknown recipe '{name}'; known: {', '.join(known)}")
+    text = (resources.files("wsss_pipeline") / "recipes" / f"{name}.yaml").read_text("utf-8")
+    return f"recipe {name}", yaml_mapping(text, f"recipe {name}")

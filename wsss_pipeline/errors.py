@@ -4,15 +4,16 @@
     +-- ConfigError              an option, a YAML file or a combination of them
     +-- ClassSetError            a class set that can't be read or contradicts itself
     +-- LabelError               a label file: unreadable, unknown class, unsafe image id
-    +-- ImageError               one picture or mask that can't be used
+    +-- ImageError               one image or mask file that can't be used
+    +-- MaskError                one image's mask: missing, damaged, or arrays that are no mask
+    |   +-- CacheRecordError     its record in the cache is missing or damaged
+    +-- OutputError              a file or folder can't be written: disk full, read-only, permission
     +-- WeightsError             CLIP weights or their tokenizer
     +-- MissingDependencyError   an optional package that the chosen option needs
     +-- EngineError              what spreads the work over machines
     +-- CacheError               the pseudo-mask cache
     |   +-- CacheFormatError     written by another format version, or not a cache
     |   +-- CacheLockedError     another process writes the same shard
-    |   +-- CacheRecordError     one image's record is missing or damaged
-    |   +-- CacheWriteError      disk full, read-only, permission
     +-- NetworkError             a segmentation network or its initial weights
     +-- CheckpointError          a trained checkpoint: missing, damaged, or of another kind
     +-- TrainingError            training can't start or go on: data missing, NaN, changed settings
@@ -40,7 +41,15 @@ class LabelError(WsssError):
 
 
 class ImageError(WsssError):
-    """One picture or mask can't be used; the run reports it, skips it and goes on."""
+    """One image or mask file can't be used; the run reports it, skips it and goes on."""
+
+
+class MaskError(WsssError):
+    """The mask of one image is missing, damaged, or no mask at all; the run reports it, skips it and goes on."""
+
+
+class OutputError(WsssError):
+    """A file or folder can't be written: disk full, read-only, no permission."""
 
 
 class WeightsError(WsssError):
@@ -67,12 +76,8 @@ class CacheLockedError(CacheError):
     """Another process is writing the same shard."""
 
 
-class CacheRecordError(CacheError):
-    """The record of one image is missing or damaged."""
-
-
-class CacheWriteError(CacheError):
-    """The cache can't be written: disk full, read-only, no permission."""
+class CacheRecordError(CacheError, MaskError):
+    """The record of one image in the cache is missing or damaged."""
 
 
 class NetworkError(WsssError):

@@ -13,7 +13,7 @@ from PIL import Image
 
 from wsss_pipeline.cache import MaskCache, MaskSet, MaskWriter, export_masks, open_mask_set
 from wsss_pipeline.data.classes import voc_palette
-from wsss_pipeline.errors import CacheWriteError, ConfigError, MissingDependencyError
+from wsss_pipeline.errors import OutputError, ConfigError, MissingDependencyError
 
 IDS = ["a/b", "a/c/d", "e", "ü v"]
 
@@ -136,7 +136,7 @@ def test_wrong_arguments_are_one_line(cache: MaskCache, tmp_path: Path) -> None:
         export_masks(cache, tmp_path / "out", "jpeg")
     assert not (tmp_path / "out").exists()
     (tmp_path / "file").write_text("")
-    with pytest.raises(CacheWriteError, match="no file in it where a folder should be"):
+    with pytest.raises(OutputError, match="no file in it where a folder should be"):
         export_masks(cache, tmp_path / "file" / "out", "png")
 
 

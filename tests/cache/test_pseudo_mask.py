@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from wsss_pipeline.cache import PseudoMask, half_percent_confidence
+from wsss_pipeline.cache import PseudoMask
 from wsss_pipeline.errors import CacheRecordError, ConfigError
 
 MASK = np.ones((1, 201), np.uint8)

@@ -23,7 +23,7 @@ from wsss_pipeline.cache import FinishedRecords, MaskCache, MaskSet, MaskWriter,
 from wsss_pipeline.cache import writer as writer_module
 from wsss_pipeline.cache.index import read_trusted
 from wsss_pipeline.cache.manifest import read_manifest
-from wsss_pipeline.errors import CacheError, CacheFormatError, CacheLockedError, CacheWriteError
+from wsss_pipeline.errors import CacheError, CacheFormatError, CacheLockedError, OutputError
 
 IDS = [f"image-{number}" for number in range(30)]
 
@@ -246,7 +246,7 @@ def test_a_disk_that_fills_up_is_one_line_and_loses_nothing_flushed(folder: Path
     process = start_writer("starve", folder, count=60_000)
     output, _ = process.communicate()
     assert process.returncode == 0, "HDF5 itself crashes where it can't write"
-    assert output.startswith("CacheWriteError: ")
+    assert output.startswith("OutputError: ")
     assert str(folder) in output
     assert "File too large" in output
     assert output.count("\n") == 1
@@ -267,10 +267,10 @@ def test_after_a_failed_write_the_writer_refuses_more(folder: Path, monkeypatch:
     with MaskWriter(folder, images_per_shard=2) as writer:
         writer.write("a", make_mask("a"), image_digest="0" * 64, seconds=0.0)
         monkeypatch.setattr(os, "fsync", fail)
-        with pytest.raises(CacheWriteError, match="No space left on device; free some space"):
+        with pytest.raises(OutputError, match="No space left on device; free some space"):
             writer.write("b", make_mask("b"), image_digest="0" * 64, seconds=0.0)
         monkeypatch.undo()
-        with pytest.raises(CacheWriteError, match="earlier write failed"):
+        with pytest.raises(OutputError, match="earlier write failed"):
             writer.write("c", make_mask("c"), image_digest="0" * 64, seconds=0.0)
     assert len(MaskCache.open(folder)) == 0
 
@@ -278,7 +278,7 @@ def test_after_a_failed_write_the_writer_refuses_more(folder: Path, monkeypatch:
 @pytest.mark.parametrize("name", ["file/cache", "file"])
 def test_a_cache_below_a_file_is_one_line(tmp_path: Path, name: str) -> None:
     (tmp_path / "file").write_text("not a folder")
-    with pytest.raises(CacheWriteError, match=r"can't be written: .*; choose a path that has no file in it"):
+    with pytest.raises(OutputError, match=r"can't be written: .*; choose a path that has no file in it"):
         open_mask_set(tmp_path / name, MASK_SET)
 
 
@@ -287,7 +287,7 @@ def test_a_read_only_folder_is_one_line(folder: Path, monkeypatch: pytest.Monkey
         raise PermissionError(30, "Read-only file system")
 
     monkeypatch.setattr(Path, "replace", refuse)
-    with pytest.raises(CacheWriteError, match="Read-only file system; choose a folder"):
+    with pytest.raises(OutputError, match="Read-only file system; choose a folder"):
         write_images(folder, ["a"])
 
 
@@ -414,7 +414,7 @@ def test_flushes_come_by_number_by_time_and_not_too_often(
                 writer.write(name, make_mask(name), image_digest="0" * 64, seconds=0.0)
             return len(writes)
 
-        monkeypatch.setattr(writer_module, "write_atomically", write)
+        monkeypatch.setattr(writer_module, "write_file", write)
         assert (add(3), add(1)) == (0, 1), "every four images"
         assert add(5) == 1, "but a flush that took a second is followed by twenty without one"
         clock[0] += 19.5

@@ -11,7 +11,8 @@ import torch
 from tests.end_to_end.conftest import mask_set, wsss
 from wsss_pipeline.clip.sources import locate_clip
 from wsss_pipeline.clip.weights import load_clip
-from wsss_pipeline.config import ClipConfig, load_config
+from wsss_pipeline.config import ClipConfig
+from wsss_pipeline.methods import load_mask_config as load_config
 from wsss_pipeline.demo.clip_model import embed_images, embed_texts, normalise
 from wsss_pipeline.demo.voc_folder import write_voc_folder
 from wsss_pipeline.demo.zero_shot import zero_shot_accuracy

@@ -32,10 +32,10 @@ def test_progress_prints_rate_time_left_and_failures(monkeypatch: pytest.MonkeyP
     now = [0.0]
     monkeypatch.setattr(progress_module.time, "monotonic", lambda: now[0])
     stream = io.StringIO()
-    with Progress(10, stream) as progress:
+    with Progress(10, stream=stream) as progress:
         for step in range(5):
             now[0] += 10
-            progress.advance(failed=step == 0)
+            progress.advance(failed=int(step == 0))
         assert progress.left == 5
     assert stream.getvalue().splitlines() == ["3/10 images, 0.10 images/s, ETA 0:01:10, 1 failed"]
 

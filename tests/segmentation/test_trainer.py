@@ -65,7 +65,7 @@ def make(root: Path, tmp_path: Path) -> Make:
 
 
 def optimised(**changes: Any) -> TrainConfig:
-    return replace(CONFIG, optimisation=replace(CONFIG.optimisation, **changes))
+    return CONFIG.model_copy(update={"optimisation": CONFIG.optimisation.model_copy(update=changes)})
 
 
 def losses(run: Path) -> list[float]:

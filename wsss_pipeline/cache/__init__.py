@@ -11,7 +11,7 @@ from wsss_pipeline.cache.maintenance import MaskSetStatus, VerifyReport, list_ma
 from wsss_pipeline.cache.manifest import MaskSet, open_mask_set
 from wsss_pipeline.cache.mask_cache import MaskCache
 from wsss_pipeline.cache.merging import MergeReport, merge
-from wsss_pipeline.cache.pseudo_mask import PseudoMask, half_percent_confidence
+from wsss_pipeline.data.masks import PseudoMask
 from wsss_pipeline.cache.records import RecordInfo
 from wsss_pipeline.cache.writer import MaskWriter
 
@@ -31,7 +31,6 @@ __all__ = [
     "VerifyReport",
     "export_masks",
     "gc",
-    "half_percent_confidence",
     "list_mask_sets",
     "merge",
     "open_mask_set",

@@ -6,7 +6,7 @@ import logging
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from wsss_pipeline.cache.files import TEMPORARY_SUFFIX, writing
+from wsss_pipeline.runtime.output import TEMPORARY_SUFFIX, writing
 from wsss_pipeline.cache.index import Listing, Stamp, list_records, read_trusted, stamp, write_index
 from wsss_pipeline.cache.locks import without_writers
 from wsss_pipeline.cache.manifest import Completion, read_manifest, update_completion
@@ -53,7 +53,7 @@ def gc(mask_set: Path) -> GcReport:
     Raises:
         CacheFormatError: ``mask_set`` isn't a mask set of this format version.
         CacheLockedError: a generate-masks is writing there.
-        CacheWriteError: disk full, read-only, ...
+        OutputError: disk full, read-only, ...
     """
     fingerprint = read_manifest(mask_set).fingerprint
     with without_writers(mask_set):

@@ -14,9 +14,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from wsss_pipeline.cache.files import write_atomically, writing
+from wsss_pipeline.runtime.output import write_file, writing
 from wsss_pipeline.cache.mask_cache import MaskCache
-from wsss_pipeline.cache.pseudo_mask import IGNORE, PseudoMask, half_percent_threshold
+from wsss_pipeline.data.masks import IGNORE, PseudoMask, half_percent_threshold
 from wsss_pipeline.data.classes import voc_palette
 from wsss_pipeline.data.image_ids import check_image_id
 from wsss_pipeline.errors import (
@@ -66,7 +66,7 @@ def export_masks(
     Raises:
         ConfigError: ``min_confidence`` isn't between 0 and 1, or there is no such format.
         MissingDependencyError: ``coco`` needs pycocotools.
-        CacheWriteError: ``out_dir`` can't be written.
+        OutputError: ``out_dir`` can't be written.
     """
     if min_confidence is not None:
         half_percent_threshold(min_confidence)  # refuses what isn't between 0 and 1, before any work
@@ -140,7 +140,7 @@ def _is_written(path: Path, content: bytes) -> bool:
         if path.is_file() and path.stat().st_size == len(content) and path.read_bytes() == content:
             return False
         path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, content, durable=False)
+    write_file(path, content, durable=False)
     return True
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import h5py
 
-from wsss_pipeline.cache.files import write_atomically, writing
+from wsss_pipeline.runtime.output import write_file, writing
 from wsss_pipeline.cache.records import escape_id, unescape_id
 from wsss_pipeline.cache.shard_names import INDEX, shard_files
 from wsss_pipeline.cache.shards import FORMAT_VERSION, IMAGES, file_image, new_file_in_memory, open_shard
@@ -73,10 +73,10 @@ def note_checked(folder: Path, index: int, count: int, checked: Mapping[str, Sta
     """Leave a note of shards that were checked in full, for whoever writes the index next.
 
     Raises:
-        CacheWriteError: disk full, read-only, ...
+        OutputError: disk full, read-only, ...
     """
     path = folder / f"checked-{index}-of-{count}.json"
-    write_atomically(path, json.dumps(_read_note(path) | dict(checked)).encode(), durable=False)
+    write_file(path, json.dumps(_read_note(path) | dict(checked)).encode(), durable=False)
 
 
 def read_trusted(folder: Path) -> dict[str, Stamp]:
@@ -123,7 +123,7 @@ def write_index(folder: Path, fingerprint: str, listing: Listing, trusted: Mappi
         trusted: shards checked in full, by file name, with their stamp at that time.
 
     Raises:
-        CacheWriteError: disk full, read-only, ...
+        OutputError: disk full, read-only, ...
     """
     file = new_file_in_memory()
     try:
@@ -141,7 +141,7 @@ def write_index(folder: Path, fingerprint: str, listing: Listing, trusted: Mappi
                 raise CacheFormatError(f"{folder / shard} vanished; run the same command again") from error
             if trusted.get(shard) == now:
                 item.attrs["size"], item.attrs["mtime_ns"] = now
-        write_atomically(folder / INDEX, file_image(file))
+        write_file(folder / INDEX, file_image(file))
         with writing(folder):
             for note in folder.glob(NOTES):
                 note.unlink()

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from wsss_pipeline.cache.files import write_atomically
+from wsss_pipeline.runtime.output import write_file
 from wsss_pipeline.cache.index import stamp
 from wsss_pipeline.data.image_files import ImageFile, Status, file_status
 
@@ -68,7 +68,7 @@ class KnownImages:
             places: image id to the shard that holds its mask.
 
         Raises:
-            CacheWriteError: disk full, read-only, ...
+            OutputError: disk full, read-only, ...
         """
         if not self._noted:
             return
@@ -79,7 +79,7 @@ class KnownImages:
         }
         shards = {name: self._stamp(name) for name in sorted({entry[0] for entry in images.values()})}
         content = json.dumps({"shards": shards, "images": images}, separators=(",", ":"))
-        write_atomically(self._path, content.encode("utf-8", "surrogatepass"), durable=False)
+        write_file(self._path, content.encode("utf-8", "surrogatepass"), durable=False)
 
     def _read(self) -> tuple[dict[str, list[Any]], dict[str, list[int]]]:
         try:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from wsss_pipeline.cache.files import writing
+from wsss_pipeline.runtime.output import writing
 from wsss_pipeline.errors import CacheLockedError
 
 SET_LOCK = "set.lock"
@@ -30,7 +30,7 @@ class WriterLock:
 
         Raises:
             CacheLockedError: another process has it.
-            CacheWriteError: the lock file can't be made.
+            OutputError: the lock file can't be made.
         """
         with writing(self._owner.parent):
             try:
@@ -66,7 +66,7 @@ def is_free(folder: Path, index: int, count: int) -> bool:
     """Whether no process writes share ``index`` of ``count``; the caller holds the set's lock.
 
     Raises:
-        CacheWriteError: the lock file can't be made.
+        OutputError: the lock file can't be made.
     """
     lock = FileLock(folder / lock_name(index, count), thread_local=False)
     with writing(folder):
@@ -84,7 +84,7 @@ def set_lock(folder: Path) -> Iterator[None]:
 
     Raises:
         CacheLockedError: another process doesn't let go of it.
-        CacheWriteError: the lock file can't be made.
+        OutputError: the lock file can't be made.
     """
     lock = FileLock(folder / SET_LOCK, thread_local=False)
     with writing(folder):
@@ -105,7 +105,7 @@ def is_written(folder: Path) -> bool:
     """Whether any process writes a share; the caller holds the set's lock.
 
     Raises:
-        CacheWriteError: a lock file can't be made.
+        OutputError: a lock file can't be made.
     """
     return next(_held(folder), None) is not None
 
@@ -124,7 +124,7 @@ def without_writers(folder: Path) -> Iterator[None]:
 
     Raises:
         CacheLockedError: somebody writes.
-        CacheWriteError: the lock file can't be made.
+        OutputError: the lock file can't be made.
     """
     with set_lock(folder):
         for path in _held(folder):

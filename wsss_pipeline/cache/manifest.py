@@ -13,7 +13,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from wsss_pipeline.cache.files import write_atomically, writing
+from wsss_pipeline.runtime.output import write_file, writing
 from wsss_pipeline.cache.fingerprint import fingerprint, short
 from wsss_pipeline.cache.locks import set_lock
 from wsss_pipeline.cache.shard_names import MANIFEST
@@ -102,7 +102,7 @@ def open_mask_set(cache_dir: Path, mask_set: MaskSet) -> Path:
     Raises:
         CacheFormatError: the folder is there, of another format version or another mask set.
         CacheLockedError: another process doesn't let go of the set's lock.
-        CacheWriteError: it can't be made.
+        OutputError: it can't be made.
     """
     folder = cache_dir / mask_set.folder_name
     with writing(cache_dir):
@@ -200,7 +200,7 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Write the manifest, replacing the one that is there.
 
     Raises:
-        CacheWriteError: disk full, read-only, ...
+        OutputError: disk full, read-only, ...
     """
     values = {
         "format": FORMAT,
@@ -215,7 +215,7 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
         "versions": dict(manifest.versions),
         "completion": asdict(manifest.completion),
     }
-    write_atomically(folder / MANIFEST, (json.dumps(values, indent=2) + "\n").encode("ascii"))
+    write_file(folder / MANIFEST, (json.dumps(values, indent=2) + "\n").encode("ascii"))
 
 
 def update_completion(folder: Path, completion: Completion) -> None:
@@ -223,7 +223,7 @@ def update_completion(folder: Path, completion: Completion) -> None:
 
     Raises:
         CacheFormatError: the manifest can't be read.
-        CacheWriteError: disk full, read-only, ...
+        OutputError: disk full, read-only, ...
     """
     manifest = read_manifest(folder)
     if manifest.completion != completion:

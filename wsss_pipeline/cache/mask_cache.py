@@ -14,7 +14,7 @@ import h5py
 
 from wsss_pipeline.cache.index import list_records
 from wsss_pipeline.cache.manifest import Manifest, only_mask_set, read_manifest
-from wsss_pipeline.cache.pseudo_mask import PseudoMask
+from wsss_pipeline.data.masks import PseudoMask
 from wsss_pipeline.cache.records import RecordInfo, read_info, read_labels, read_record
 from wsss_pipeline.cache.shards import open_images
 from wsss_pipeline.errors import CacheFormatError, CacheRecordError

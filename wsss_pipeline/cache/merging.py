@@ -8,7 +8,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from wsss_pipeline.cache.files import write_atomically
+from wsss_pipeline.runtime.output import write_file
 from wsss_pipeline.cache.index import list_records, read_trusted, write_index
 from wsss_pipeline.cache.locks import without_writers
 from wsss_pipeline.cache.manifest import (
@@ -57,7 +57,7 @@ def merge(sources: Sequence[Path], destination: Path) -> MergeReport:
     Raises:
         CacheError: the fingerprints differ, or a source isn't a mask set.
         CacheLockedError: a generate-masks is writing into the destination.
-        CacheWriteError: disk full, read-only, ...
+        OutputError: disk full, read-only, ...
     """
     if not sources:
         raise CacheError("nothing to merge; name the mask sets, for example cache-a/voc12-0123456789ab")
@@ -113,7 +113,7 @@ def _copy_shards(source: Path, target: Path, fingerprint: str, report: MergeRepo
             content = path.read_bytes()
         except OSError as error:
             raise CacheError(f"{path} can't be read: {error.strerror}; mend that and merge again") from error
-        write_atomically(target / ShardName(next_sequence(target), 0, 1).finished, content)
+        write_file(target / ShardName(next_sequence(target), 0, 1).finished, content)
         known |= digests
         report.copied += 1
 

@@ -18,7 +18,7 @@ import h5py
 import numpy as np
 
 from wsss_pipeline.cache.fingerprint import canonical_json
-from wsss_pipeline.cache.pseudo_mask import PseudoMask, half_percent_confidence
+from wsss_pipeline.data.masks import PseudoMask
 from wsss_pipeline.errors import CacheRecordError
 
 __all__ = [
@@ -26,7 +26,6 @@ __all__ = [
     "RecordInfo",
     "check_records",
     "escape_id",
-    "half_percent_confidence",
     "read_info",
     "read_labels",
     "read_record",

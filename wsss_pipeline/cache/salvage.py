@@ -6,7 +6,7 @@ import logging
 from collections.abc import Iterator
 from pathlib import Path
 
-from wsss_pipeline.cache.files import TEMPORARY_SUFFIX, sync_folder, write_atomically, writing
+from wsss_pipeline.runtime.output import TEMPORARY_SUFFIX, sync_folder, write_file, writing
 from wsss_pipeline.cache.index import Stamp, stamp
 from wsss_pipeline.cache.locks import is_free
 from wsss_pipeline.cache.records import check_records
@@ -21,10 +21,10 @@ def finish_shard(folder: Path, name: ShardName, content: bytes) -> Stamp:
     """Write a shard's last state, wait until it is on the disk, and give it its final name.
 
     Raises:
-        CacheWriteError: disk full, read-only, ...
+        OutputError: disk full, read-only, ...
     """
     partial, finished = folder / name.partial, folder / name.finished
-    write_atomically(partial, content)
+    write_file(partial, content)
     with writing(folder):
         partial.replace(finished)
         sync_folder(folder)
@@ -40,7 +40,7 @@ def take_over_partials(folder: Path, index: int, count: int) -> list[Path]:
         The partial files under their new names.
 
     Raises:
-        CacheWriteError: the folder can't be written.
+        OutputError: the folder can't be written.
     """
     taken = []
     with writing(folder):
@@ -61,7 +61,7 @@ def salvage(partial: Path, fingerprint: str) -> tuple[Path, Stamp] | None:
         opened is kept, as ``*.damaged``.
 
     Raises:
-        CacheWriteError: disk full, read-only, ...; the partial file is still there then.
+        OutputError: disk full, read-only, ...; the partial file is still there then.
     """
     parsed = parse(partial.name)
     assert parsed is not None, partial

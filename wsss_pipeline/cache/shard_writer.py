@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from types import TracebackType
 
-from wsss_pipeline.cache.files import write_atomically
+from wsss_pipeline.runtime.output import write_file
 from wsss_pipeline.cache.index import Stamp, stamp
 from wsss_pipeline.cache.manifest import read_manifest
-from wsss_pipeline.cache.pseudo_mask import PseudoMask
+from wsss_pipeline.data.masks import PseudoMask
 from wsss_pipeline.cache.shard_names import ShardName
 from wsss_pipeline.cache.shards import ShardBuilder
 
@@ -53,9 +53,9 @@ class ShardWriter:
         """Write the shard; None where there is no record.
 
         Raises:
-            CacheWriteError: disk full, read-only, ...
+            OutputError: disk full, read-only, ...
         """
         if not len(self._builder):
             return None
-        write_atomically(self._path, self._builder.to_bytes())
+        write_file(self._path, self._builder.to_bytes())
         return stamp(self._path)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import h5py
 
-from wsss_pipeline.cache.pseudo_mask import PseudoMask
+from wsss_pipeline.data.masks import PseudoMask
 from wsss_pipeline.cache.records import escape_id, write_record
 from wsss_pipeline.errors import CacheFormatError
 

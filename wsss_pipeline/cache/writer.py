@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 
-from wsss_pipeline.cache.files import write_atomically, writing
+from wsss_pipeline.runtime.output import write_file, writing
 from wsss_pipeline.cache.finished_records import FinishedRecords
 from wsss_pipeline.cache.index import Stamp, list_records, note_checked, read_trusted, write_index
 from wsss_pipeline.cache.locks import WriterLock, is_written, set_lock
@@ -20,12 +20,12 @@ from wsss_pipeline.cache.manifest import (
     read_manifest,
     update_completion,
 )
-from wsss_pipeline.cache.pseudo_mask import PseudoMask
+from wsss_pipeline.data.masks import PseudoMask
 from wsss_pipeline.cache.records import RecordInfo
 from wsss_pipeline.cache.salvage import finish_shard, salvage, take_over_partials
 from wsss_pipeline.cache.shard_names import INDEX, ShardName, next_sequence
 from wsss_pipeline.cache.shards import ShardBuilder
-from wsss_pipeline.errors import CacheError, CacheWriteError
+from wsss_pipeline.errors import CacheError, OutputError
 
 IMAGES_PER_SHARD = 1000
 BYTES_PER_SHARD = 64 * 2**20  # a shard is in memory until it is finished
@@ -54,7 +54,7 @@ class MaskWriter:
     Raises:
         CacheFormatError: the folder isn't a mask set of this format version.
         CacheLockedError: another process writes the same share.
-        CacheWriteError: disk full, read-only, no permission. From any method; finished shards are intact
+        OutputError: disk full, read-only, no permission. From any method; finished shards are intact
             then, the partial file is as after the last flush, and nothing more can be written.
     """
 
@@ -99,7 +99,7 @@ class MaskWriter:
     ) -> None:
         try:
             self.close()
-        except CacheError as second:
+        except (CacheError, OutputError) as second:
             if error is None:
                 raise
             logger.warning("%s", second)
@@ -131,11 +131,11 @@ class MaskWriter:
 
         Raises:
             CacheRecordError: the id can't be stored.
-            CacheWriteError: see the class.
+            OutputError: see the class.
         """
         self._records()
         if self._failed:
-            raise CacheWriteError(f"{self._folder}: an earlier write failed; run the same command again")
+            raise OutputError(f"{self._folder}: an earlier write failed; run the same command again")
         if self._builder is None:
             self._begin_shard()
         assert self._builder is not None
@@ -153,7 +153,7 @@ class MaskWriter:
         start = time.monotonic()
         with self._failing_for_good():
             self._mark_incomplete()
-            write_atomically(self._folder / self._name.partial, self._builder.to_bytes(), durable=False)
+            write_file(self._folder / self._name.partial, self._builder.to_bytes(), durable=False)
         self._unsaved = 0
         self._last_flush = time.monotonic()
         self._flush_duration = self._last_flush - start
@@ -265,7 +265,7 @@ class MaskWriter:
         """Remember that a write has failed: trying once more at the end would only hide the first error."""
         try:
             yield
-        except CacheError:
+        except (CacheError, OutputError):
             self._failed = True
             raise
 

@@ -30,7 +30,7 @@ def command(
     Example:
       wsss doctor --cache cache
     """
-    from wsss_pipeline.config import load_config
+    from wsss_pipeline.methods import load_mask_config as load_config
     from wsss_pipeline.stages.doctor import doctor
 
     config = load_config(flags={"clip.weights": clip, "clip.tokenizer": tokenizer})

@@ -2,78 +2,96 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 import time
+from collections.abc import Iterable, Iterator
 from datetime import timedelta
-from types import TracebackType
-from typing import Any, TextIO
+from typing import Any, TextIO, TypeVar
+
+Item = TypeVar("Item")
 
 SECONDS_BETWEEN_LINES = 30.0
 
+logger = logging.getLogger(__name__)
+
 
 class Progress:
-    """Counts finished and failed images and shows rate and time left.
+    """Context manager that counts what is finished or has failed, and shows rate and time left.
+
+    Nothing is shown where the package's log leaves out what is only informative (``wsss --quiet``, a library's
+    user without a log).
 
     Args:
-        total: number of images to come.
-        stream: a terminal gets a live bar; anything else a line every 30 seconds.
+        total: number of things to come.
+        unit: what they are, in the plural.
+        done: number of things that an earlier run finished.
+        stream: where to show it, whatever the log says; stderr where None.
     """
 
-    def __init__(self, total: int, stream: TextIO | None = None) -> None:
+    def __init__(
+        self, total: int, unit: str = "images", *, done: int = 0, stream: TextIO | None = None
+    ) -> None:
         self.total = total
-        self.finished = 0
+        self.done = self._start = done
         self.failed = 0
+        self._unit = unit
+        self._is_shown = stream is not None or logger.isEnabledFor(logging.INFO)
         self._stream = stream or sys.stderr
-        self._start = self._last_line = time.monotonic()
         self._bar: Any = None
+        self._began = self._last_line = time.monotonic()
 
     def __enter__(self) -> Progress:
-        self._start = self._last_line = time.monotonic()
-        if self._stream.isatty():
+        self._began = self._last_line = time.monotonic()
+        if self._is_shown and self._stream.isatty():
             from rich.console import Console
             from rich.progress import BarColumn, TextColumn
             from rich.progress import Progress as Bar
 
-            self._bar = Bar(
-                BarColumn(),
-                TextColumn("{task.description}"),
-                console=Console(file=self._stream),
-                transient=True,
-            )
+            columns = (BarColumn(), TextColumn("{task.description}"))
+            self._bar = Bar(*columns, console=Console(file=self._stream), transient=True)
             self._task = self._bar.add_task(self.line(), total=self.total)
             self._bar.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         if self._bar is not None:
             self._bar.stop()
 
     @property
-    def images_per_second(self) -> float:
-        """Finished images a second since the start."""
-        return self.finished / max(1e-9, time.monotonic() - self._start)
-
-    @property
     def left(self) -> int:
-        """Images that have neither finished nor failed."""
-        return self.total - self.finished - self.failed
+        """Number of things that have neither finished nor failed."""
+        return self.total - self.done
 
-    def advance(self, *, failed: bool = False) -> None:
-        """One image more is finished, or has failed."""
+    def advance(self, count: int = 1, *, failed: int = 0, note: str = "", show: bool = False) -> None:
+        """Count things that have finished or failed.
+
+        Args:
+            count: all of them.
+            failed: those of them that failed.
+            note: what else there is to show, such as the loss.
+            show: a line now, however long ago the last one is.
+        """
+        self.done += count
         self.failed += failed
-        self.finished += not failed
         now = time.monotonic()
         if self._bar is not None:
-            self._bar.update(self._task, completed=self.finished + self.failed, description=self.line())
-        elif now - self._last_line >= SECONDS_BETWEEN_LINES:
+            self._bar.update(self._task, completed=self.done, description=self.line(note))
+        elif self._is_shown and (show or now - self._last_line >= SECONDS_BETWEEN_LINES):
             self._last_line = now
-            print(self.line(), file=self._stream, flush=True)
+            print(self.line(note), file=self._stream, flush=True)
 
-    def line(self) -> str:
-        """For example ``120/1000 images, 2.1 images/s, ETA 0:06:59, 1 failed``."""
-        done = self.finished + self.failed
-        rate = done / max(1e-9, time.monotonic() - self._start)
-        left = timedelta(seconds=round((self.total - done) / rate)) if done else "unknown"
-        return f"{done}/{self.total} images, {rate:.2f} images/s, ETA {left}, {self.failed} failed"
+    def over(self, items: Iterable[Item]) -> Iterator[Item]:
+        """The items, each counted as soon as the next one is asked for."""
+        for item in items:
+            yield item
+            self.advance()
+
+    def line(self, note: str = "") -> str:
+        """For example ``120/1000 images, 2.10 images/s, ETA 0:06:59, 1 failed``."""
+        rate = (self.done - self._start) / max(1e-9, time.monotonic() - self._began)
+        left = timedelta(seconds=round(self.left / rate)) if rate else "unknown"
+        parts = [f"{self.done}/{self.total} {self._unit}", f"{rate:.2f} {self._unit}/s", f"ETA {left}"]
+        if self.failed:
+            parts.append(f"{self.failed} failed")
+        return ", ".join([*parts, *([note] if note else [])])

@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +58,7 @@ def save_network(
     names = ("background", *class_names)
     values = {
         "model_type": KIND,
-        "network": asdict(config),
+        "network": config.model_dump(),
         "id2label": {str(index): name for index, name in enumerate(names)},
         "label2id": {name: index for index, name in enumerate(names)},
         "image_mean": IMAGE_MEAN,

@@ -15,9 +15,9 @@ from wsss_pipeline.cam.softmax_gradcam import normalise_cams, softmax_gradcam
 from wsss_pipeline.clip.image_encoder import ImageEncoder
 from wsss_pipeline.clip.text_encoder import TextEncoder
 from wsss_pipeline.clip.weights import load_clip
-from wsss_pipeline.config import CamConfig
 from wsss_pipeline.data.transforms import to_clip_tensor
 from wsss_pipeline.errors import ImageError
+from wsss_pipeline.methods.clip_es import CamConfig
 from wsss_pipeline.stages.mask_plan import MaskPlan
 
 

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from wsss_pipeline.cache.pseudo_mask import CERTAIN
+from wsss_pipeline.data.masks import CERTAIN
 from wsss_pipeline.cam.scores import assemble, upscale_cams
 from wsss_pipeline.config import CrfConfig
 from wsss_pipeline.refine import crf_image

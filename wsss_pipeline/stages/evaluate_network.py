@@ -157,7 +157,7 @@ def load_network_masks(
         find_images(images),
         place,
         inference or InferenceConfig(),
-        replace(crf, backend=choose_backend(crf.backend)) if crf is not None else None,
+        crf.model_copy(update={"backend": choose_backend(crf.backend)}) if crf is not None else None,
         f"network {find_checkpoint(checkpoint)}",
     )
 

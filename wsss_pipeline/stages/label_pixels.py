@@ -15,7 +15,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from wsss_pipeline.cache import half_percent_confidence
+from wsss_pipeline.data.masks import half_percent_confidence
 from wsss_pipeline.config import CrfConfig
 from wsss_pipeline.refine import crf_image, dense_crf, unary_from_scores
 

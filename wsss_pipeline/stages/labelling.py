@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from wsss_pipeline.cache import PseudoMask
-from wsss_pipeline.cache.pseudo_mask import CERTAIN
+from wsss_pipeline.data.masks import CERTAIN
 from wsss_pipeline.cam.scores import assemble, upscale_cams
 from wsss_pipeline.config import CrfConfig
 from wsss_pipeline.runtime.stopwatch import Stopwatch

@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from wsss_pipeline.config import MaskConfig, load_config
+from wsss_pipeline.config import MaskConfig
+from wsss_pipeline.methods import load_mask_config as load_config
 from wsss_pipeline.data.classes import ClassSet, check_template, load_class_set
 from wsss_pipeline.data.image_files import ImageFile
 from wsss_pipeline.data.image_ids import find_images

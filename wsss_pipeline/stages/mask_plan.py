@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -92,10 +92,11 @@ def plan_masks(request: MaskRequest) -> MaskPlan:
     class_set = request.class_set
     device = resolve_device(request.device, elsewhere=request.engine == "ray")
     precision = resolve_precision(request.config.clip.precision, device)
-    config = replace(
-        request.config,
-        templates=request.config.templates or class_set.templates,
-        crf=replace(request.config.crf, backend=choose_backend(request.config.crf.backend)),
+    crf = request.config.crf.model_copy(
+        update={"backend": choose_backend(request.config.crf.backend)}
+    )
+    config = request.config.model_copy(
+        update={"templates": request.config.templates or class_set.templates, "crf": crf}
     )
     clip = locate_clip(config.clip, offline=request.offline)
     share = request.shard.select(request.labels)[: request.limit]
@@ -125,7 +126,7 @@ def determinants(
 
     Where a choice switches a part off, that part's parameters are left out.
     """
-    cam, crf = asdict(config.cam), asdict(config.crf)
+    cam, crf = config.cam.model_dump(), config.crf.model_dump()
     return {
         "method": METHOD,
         "clip": clip_digest,

@@ -107,7 +107,7 @@ class MaskRun:
         try:
             with (
                 StopRequest() as stop,
-                Progress(len(todo), self._progress_stream) as self._progress,
+                Progress(len(todo), stream=self._progress_stream) as self._progress,
                 single_threaded_torch() if threads else nullcontext(),
             ):
                 batch_size = 1 if threads else request.batch_size
@@ -148,7 +148,7 @@ class MaskRun:
 
     def _fail(self, image_id: str, reason: str) -> None:
         self._report.fail(image_id, reason)
-        self._progress.advance(failed=True)
+        self._progress.advance(failed=1)
 
     def _read(self, image_id: str) -> tuple[LoadedImage, float]:
         """A picture, and the seconds that reading it took."""

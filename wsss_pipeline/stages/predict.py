@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from wsss_pipeline.cache import half_percent_confidence
+from wsss_pipeline.data.masks import half_percent_confidence
 from wsss_pipeline.config import CrfConfig
 from wsss_pipeline.data.classes import voc_palette
 from wsss_pipeline.data.images import read_image

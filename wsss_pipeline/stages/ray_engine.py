@@ -203,7 +203,7 @@ def _count(
         known.note(*note)
     for image_id, reason in part.failed.items():
         report.fail(image_id, reason)
-        progress.advance(failed=True)
+        progress.advance(failed=1)
     for _ in range(part.computed):
         progress.advance()
     report.computed += part.computed

@@ -131,7 +131,7 @@ def _image_embeddings(
             except ImageError as error:
                 failed[image_id] = str(error)
                 logger.warning("%s", error)
-                progress.advance(failed=True)
+                progress.advance(failed=1)
                 continue
             size = clip_input_size(pixels.shape[1], pixels.shape[0], encoder.patch_size, max_pixels)
             tensor = to_clip_tensor(resize_for_clip(pixels, size.width, size.height))

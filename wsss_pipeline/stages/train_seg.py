@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
+from wsss_pipeline.config import differing_keys, to_yaml
 from wsss_pipeline.data.image_files import ImageFile
 from wsss_pipeline.data.image_ids import find_images
 from wsss_pipeline.errors import CheckpointError, ConfigError, MissingDependencyError, TrainingError
@@ -26,12 +27,7 @@ from wsss_pipeline.segmentation.inference import InferenceConfig
 from wsss_pipeline.segmentation.mask_sources import CachedMasks, GroundTruthMasks, MaskSource
 from wsss_pipeline.segmentation.networks import SegmentationNetwork, build_network
 from wsss_pipeline.segmentation.pretrained import load_pretrained
-from wsss_pipeline.segmentation.train_config import (
-    TrainConfig,
-    differing_keys,
-    load_train_config,
-    train_config_yaml,
-)
+from wsss_pipeline.segmentation.train_config import TrainConfig, load_train_config
 from wsss_pipeline.segmentation.trainer import BEST, LAST, Trainer, TrainingHooks
 from wsss_pipeline.stages.evaluate import choose_images
 from wsss_pipeline.stages.evaluate_network import NetworkMasks, confusion
@@ -146,7 +142,7 @@ def train_seeds(
     first = request.config.seed
     results = []
     for seed in range(first, first + seeds):
-        config = replace(request.config, seed=seed)
+        config = request.config.model_copy(update={"seed": seed})
         results.append(train_seg(replace(request, config=config, out=request.out / f"seed-{seed}"), log))
         if results[-1].interrupted:
             break
@@ -205,7 +201,7 @@ def _prepare_folder(request: TrainRequest, ids: Sequence[str], processes: int) -
         if any(request.out.iterdir()):
             raise TrainingError(f"{request.out} holds something else; give an empty folder, or --overwrite")
         (request.out / DATA).write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", "utf-8")
-        (request.out / CONFIG).write_text(train_config_yaml(request.config), "utf-8")
+        (request.out / CONFIG).write_text(to_yaml(request.config), "utf-8")
     except OSError as error:
         raise CheckpointError(f"{request.out} can't be written: {error.strerror or error}") from error
 

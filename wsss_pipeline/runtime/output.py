@@ -1,4 +1,4 @@
-"""Whole files, written so that a reader finds the old content or the new, and nothing between."""
+"""Writing files: whole or not at all, and one line that says why where it can't be done."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from wsss_pipeline.errors import CacheWriteError
+from wsss_pipeline.errors import OutputError
 
 TEMPORARY_SUFFIX = ".tmp"
 
@@ -25,20 +25,41 @@ _REMEDIES = {
 }
 
 
-def write_atomically(path: Path, content: bytes, *, durable: bool = True) -> None:
-    """Write ``content`` beside ``path``, then put it in place of ``path``.
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turn the operating system's complaints about ``path`` into one line that says what to do.
+
+    Raises:
+        OutputError: in place of an OSError.
+    """
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or str(error)
+        remedy = _REMEDIES.get(error.errno or 0, "check that folder or choose another")
+        raise OutputError(
+            f"{path} can't be written: {reason}; {remedy}, then run the same command again: "
+            "what was finished is kept"
+        ) from error
+
+
+def write_file(path: Path, content: bytes | str, *, durable: bool = True) -> None:
+    """Write ``content`` beside ``path``, then put it in place of ``path``; its folder is made where it isn't there.
 
     Args:
-        path: the file; its folder must be there.
-        content: all of it.
+        path: the file.
+        content: all of it; text is written as UTF-8.
         durable: wait until it is on the disk, so that it outlives a power cut as well as a kill.
 
     Raises:
-        CacheWriteError: the disk is full, read-only, ...; ``path`` is then as it was.
+        OutputError: the disk is full, read-only, ...; ``path`` is then as it was.
     """
-    # Cut, for the longest name a file system allows has no room for a suffix.
+    if isinstance(content, str):
+        content = content.encode("utf-8", "replace")  # names of files may hold lone surrogates
+    # cut, for the longest name that a file system allows has no room for a suffix
     temporary = path.with_name(path.name[:100] + TEMPORARY_SUFFIX)
-    with writing(path.parent):
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
         try:
             with temporary.open("wb") as file:
                 file.write(content)
@@ -62,21 +83,3 @@ def sync_folder(folder: Path) -> None:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
-
-
-@contextmanager
-def writing(folder: Path) -> Iterator[None]:
-    """Turn the operating system's complaints about ``folder`` into one line that says what to do.
-
-    Raises:
-        CacheWriteError: in place of an OSError.
-    """
-    try:
-        yield
-    except OSError as error:
-        reason = error.strerror or str(error)
-        remedy = _REMEDIES.get(error.errno or 0, "check that folder or choose another")
-        raise CacheWriteError(
-            f"{folder} can't be written: {reason}; {remedy}, then run the same command again: "
-            "what was finished is kept"
-        ) from error

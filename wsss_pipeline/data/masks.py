@@ -1,0 +1,159 @@
+"""Masks by image id: what one is, how sure it is, and the protocol of all that has them."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from wsss_pipeline.data.image_ids import find_images
+from wsss_pipeline.data.images import read_mask
+from wsss_pipeline.errors import ConfigError, ImageError, MaskError
+
+IGNORE = 255
+CERTAIN = 200  # half percents
+
+# In half percents: what a threshold may be off a whole number and still mean it, since 0.95 * 200 needn't be
+# 190 in floating point, least of all where the threshold has been a float32.
+_THRESHOLD_NOISE = 1e-4
+_CHECKED = 32  # masks of a folder, before anything is done with the others
+
+
+@dataclass(frozen=True, eq=False)
+class PseudoMask:
+    """Mask of one image.
+
+    Attributes:
+        mask: uint8 (H, W): 0 background, 1..C classes; 255 where a file says "no label", never in the cache.
+        confidence: uint8 (H, W), posterior of the pixel's label in half percents, rounded down: 0..200.
+        labels: the image's class names, as they were given; empty where not known.
+        cams: float16 (K, H, W) in 0..1, one for each of ``labels``, before refinement; None where not stored.
+
+    Raises:
+        MaskError: an array has another type, shape or range.
+    """
+
+    mask: NDArray[np.uint8]
+    confidence: NDArray[np.uint8]
+    labels: tuple[str, ...] = ()
+    cams: NDArray[np.float16] | None = None
+
+    def __post_init__(self) -> None:
+        mask, confidence, cams = self.mask, self.confidence, self.cams
+        problem = ""
+        if mask.dtype != np.uint8 or mask.ndim != 2 or mask.size == 0:
+            problem = f"the mask is {mask.dtype} {mask.shape}, not uint8 (H, W)"
+        elif confidence.dtype != np.uint8 or confidence.shape != mask.shape:
+            problem = f"the confidence is {confidence.dtype} {confidence.shape}, not uint8 {mask.shape}"
+        elif np.max(confidence) > CERTAIN:
+            problem = f"the confidence goes up to {np.max(confidence)}, half percents end at {CERTAIN}"
+        elif cams is not None and (cams.dtype != np.float16 or cams.shape != (len(self.labels), *mask.shape)):
+            expected = (len(self.labels), *mask.shape)
+            problem = f"the CAMs are {cams.dtype} {cams.shape}, not float16 {expected}"
+        if problem:
+            raise MaskError(f"not a pseudo mask: {problem}")
+
+    def with_ignore(self, min_confidence: float) -> NDArray[np.uint8]:
+        """uint8 (H, W): the mask with 255 where the confidence is under ``min_confidence``.
+
+        Raises:
+            ConfigError: ``min_confidence`` isn't between 0 and 1.
+        """
+        return np.where(
+            self.confidence >= half_percent_threshold(min_confidence), self.mask, np.uint8(IGNORE)
+        )
+
+
+def half_percent_threshold(min_confidence: float) -> int:
+    """The smallest confidence, in half percents, that reaches ``min_confidence``.
+
+    Thresholds that are multiples of 0.5 % are exact (0.95 is 190); others count as the next multiple above.
+
+    Raises:
+        ConfigError: ``min_confidence`` isn't between 0 and 1.
+    """
+    if not 0.0 <= min_confidence <= 1.0:
+        raise ConfigError(
+            f"min_confidence is {min_confidence}; it must lie between 0 and 1, for example 0.95"
+        )
+    steps = float(min_confidence) * CERTAIN
+    nearest = round(steps)
+    return nearest if abs(steps - nearest) < _THRESHOLD_NOISE else math.ceil(steps)
+
+
+def half_percent_confidence(posterior_max: NDArray[np.float32]) -> NDArray[np.uint8]:
+    """A posterior in half percents, rounded down, as the cache stores it."""
+    thresholds = (np.arange(CERTAIN + 1) / CERTAIN).astype(np.float32)
+    if np.isnan(posterior_max).any():
+        raise MaskError("the posterior holds NaN, so it has no confidence; the scores went wrong before")
+    steps = np.searchsorted(thresholds, posterior_max, side="right") - 1
+    return np.maximum(steps, 0).astype(np.uint8)
+
+
+class MaskSource(Protocol):
+    """Masks by image id: of a mask set, a folder of files, a network. It may be pickled and forked.
+
+    Attributes:
+        class_names: names of mask values 1..C.
+        identity: what tells these masks from others: a fingerprint, or a digest of names; the same in each run.
+        description: where they are from, for people.
+    """
+
+    @property
+    def class_names(self) -> tuple[str, ...]: ...
+    @property
+    def identity(self) -> str: ...
+    @property
+    def description(self) -> str: ...
+    def __contains__(self, image_id: object) -> bool: ...
+    def __getitem__(self, image_id: str) -> PseudoMask:
+        """The mask of an image.
+
+        Raises:
+            MaskError, ImageError: there is none, it is damaged, or it doesn't fit the classes.
+        """
+
+
+class MaskFolder:
+    """A folder of index masks (0 background, 1..C classes, 255 no label), certain of every pixel.
+
+    Some of the masks are read at once: values that are no class say that the class set is wrong, not a mask.
+
+    Args:
+        folder: searched with all below it.
+        class_names: of mask values 1..C.
+        what: the masks, for people.
+
+    Raises:
+        ImageError: the folder or one of these masks can't be used.
+    """
+
+    def __init__(self, folder: Path, class_names: Sequence[str], what: str = "predictions") -> None:
+        self.files = find_images(folder)
+        self.class_names = tuple(class_names)
+        self.description = f"{what} {folder}"
+        ids = list(self.files)
+        self.identity = f"{what} {hashlib.sha256(chr(10).join(ids).encode()).hexdigest()[:12]}"
+        for image_id in ids[:: max(1, len(ids) // _CHECKED)]:
+            self[image_id]
+
+    def __contains__(self, image_id: object) -> bool:
+        return image_id in self.files
+
+    def __getitem__(self, image_id: str) -> PseudoMask:
+        if image_id not in self.files:
+            raise MaskError(f"{self.description}: no mask of image '{image_id}'")
+        mask = read_mask(self.files[image_id])
+        largest = int(np.where(mask == IGNORE, 0, mask).max())
+        if largest > len(self.class_names):
+            raise ImageError(
+                f"{self.files[image_id]} holds the value {largest}, but there are {len(self.class_names)} "
+                "classes; give the class set that the masks were made with"
+            )
+        return PseudoMask(mask, np.full(mask.shape, CERTAIN, np.uint8))
