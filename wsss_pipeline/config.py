@@ -22,6 +22,7 @@ from pydantic_core import ErrorDetails
 from wsss_pipeline.errors import ConfigError
 
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
+ResolvedPrecision = Literal["fp32", "bf16", "fp16"]
 RefinerName = Literal["auto", "crf", "none"]
 CrfBackend = Literal["auto", "pydensecrf", "lattice", "none"]
 CrfImage = Literal["bgr", "reference"]

@@ -12,7 +12,7 @@ from wsss_pipeline.errors import ConfigError
 
 
 @dataclass(frozen=True)
-class Shard:
+class Share:
     """Share ``index`` (0-based) of ``count``."""
 
     index: int = 0
@@ -29,7 +29,7 @@ class Shard:
         return [image_id for image_id in image_ids if _hash(image_id) % self.count == self.index]
 
 
-def parse_shard(text: str) -> Shard:
+def parse_share(text: str) -> Share:
     """``I/N`` with I from 0 to N-1.
 
     Raises:
@@ -38,10 +38,10 @@ def parse_shard(text: str) -> Shard:
     match = re.fullmatch(r"(\d{1,6})/(\d{1,6})", text)
     if match is None or not int(match[1]) < int(match[2]):
         raise ConfigError(f"--shard {text}: write I/N with I from 0 to N-1, for example 0/4")
-    return Shard(int(match[1]), int(match[2]))
+    return Share(int(match[1]), int(match[2]))
 
 
-def shard_of_environment(environment: Mapping[str, str] = os.environ) -> Shard:
+def share_of_environment(environment: Mapping[str, str] = os.environ) -> Share:
     """The share that a SLURM array task, a torchrun rank, or a rank within an array task stands for.
 
     Everything where there's neither.
@@ -51,7 +51,7 @@ def shard_of_environment(environment: Mapping[str, str] = os.environ) -> Shard:
     """
     task = _share(environment, "SLURM_ARRAY_TASK_ID", "SLURM_ARRAY_TASK_COUNT", "SLURM_ARRAY_TASK_MIN")
     rank = _share(environment, "RANK", "WORLD_SIZE")
-    return Shard(task.index * rank.count + rank.index, task.count * rank.count)
+    return Share(task.index * rank.count + rank.index, task.count * rank.count)
 
 
 def is_torchrun(environment: Mapping[str, str] = os.environ) -> bool:
@@ -59,12 +59,12 @@ def is_torchrun(environment: Mapping[str, str] = os.environ) -> bool:
     return "TORCHELASTIC_RUN_ID" in environment
 
 
-def _share(environment: Mapping[str, str], index: str, count: str, first: str = "") -> Shard:
+def _share(environment: Mapping[str, str], index: str, count: str, first: str = "") -> Share:
     if index not in environment or count not in environment:
-        return Shard()
+        return Share()
     try:
         start = int(environment.get(first, "0"))
-        return parse_shard(f"{int(environment[index]) - start}/{int(environment[count])}")
+        return parse_share(f"{int(environment[index]) - start}/{int(environment[count])}")
     except (ValueError, ConfigError) as error:
         raise ConfigError(
             f"{index}={environment[index]!r} of {count}={environment[count]!r} is no share of the work; "

@@ -7,46 +7,34 @@ classes compete.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# Part of the method, not a guard against zero: raw maps can be as weak as 1e-12, and the published code
-# keeps such a map weak by it.
-EPSILON = 1e-7
+from wsss_pipeline.clip.trunk import Features
 
 
 def softmax_gradcam(
-    tokens: Tensor,
-    pooled: Tensor,
-    grid: tuple[int, int],
-    texts: Sequence[Tensor],
-    num_classes: Sequence[int],
-    logit_scale: float,
-    mean_token_gradients: Callable[[int, Tensor], Tensor],
+    features: Features, texts: Sequence[Tensor], num_classes: Sequence[int], logit_scale: float
 ) -> list[Tensor]:
     """Raw class activation maps, before ReLU and normalisation.
 
     Args:
-        tokens: float32 (B, 1+hw, D), class token first.
-        pooled: float32 (B, P), image embeddings.
-        grid: (h, w).
+        features: of B images.
         texts: per image, float32 (K+G, P) unit rows: its K present classes, then G background words.
         num_classes: per image, its K (at least 1).
         logit_scale: factor on the cosine (CLIP: about 100).
-        mean_token_gradients: of image i and gradients (K, P) at its row of ``pooled``, the mean over its
-            patches of the gradients (K, D) at its ``tokens``.
 
     Returns:
         Per image, float32 (K, h, w).
     """
     maps = []
-    for image, (rows, count) in enumerate(zip(texts, num_classes, strict=True)):
-        gradients = probability_gradients(pooled[image], rows, count, logit_scale)
-        weights = mean_token_gradients(image, gradients)
-        maps.append((weights @ tokens[image, 1:].T).view(count, *grid))
+    for last, rows, count in zip(features.last, texts, num_classes, strict=True):
+        gradients = probability_gradients(last.pooled(), rows, count, logit_scale)
+        weights = last.mean_token_gradients(gradients)
+        maps.append((weights @ last.tokens[1:].T).view(count, *features.grid))
     return maps
 
 
@@ -69,17 +57,3 @@ def probability_gradients(embedding: Tensor, texts: Tensor, num_classes: int, lo
     tangent = torch.addcmul(at_unit, (at_unit @ unit)[:, None], unit, value=-1)
     gradients: Tensor = tangent / embedding.norm()
     return gradients
-
-
-def normalise_cams(raw: Tensor) -> Tensor:
-    """Raw maps (K, h, w) to [0, 1]: twice ReLU and min-max, as the published code does.
-
-    A map without a positive cell stays 0; a very weak one stays below 1 (see ``EPSILON``).
-    """
-    return min_max(F.relu(min_max(F.relu(raw))))
-
-
-def min_max(maps: Tensor) -> Tensor:
-    """Each map of (K, h, w) shifted to minimum 0 and divided by its maximum plus ``EPSILON``."""
-    shifted = maps - maps.amin(dim=(-2, -1), keepdim=True)
-    return shifted / (EPSILON + shifted.amax(dim=(-2, -1), keepdim=True))

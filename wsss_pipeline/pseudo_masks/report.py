@@ -1,4 +1,4 @@
-"""What a run of ``generate-masks`` did, for people and for machines."""
+"""What a run of stage one did, for people and for machines."""
 
 from __future__ import annotations
 
@@ -16,17 +16,26 @@ FAILURES_SHOWN = 20
 class MaskReport:
     """What a run did.
 
-    ``path``: the mask set, a folder that ``MaskCache.open`` reads. ``images``: this run's share.
-    ``reused``: found in the cache. ``without_labels``: of the computed ones, those with no class: all
-    background. ``scaled``: of the computed ones, those over ``max_pixels``. ``unlabelled``: images that
-    the labels don't name, left out. ``failed``: image id to reason. ``busy``: stage to the seconds it worked;
-    those of the stages in ``shared`` are the sum over ``workers`` threads or processes. ``computing``: seconds
-    from the first image to the last, without loading CLIP.
+    Attributes:
+        path: the mask set, a folder that ``MaskCache.open`` reads.
+        images: number of images in this run's share.
+        unlabelled: images that the labels don't name, left out.
+        computed: masks made now.
+        reused: masks that were in the cache.
+        without_labels: of the computed ones, those with no class: all background.
+        scaled: of the computed ones, those over ``max_pixels``.
+        failed: image id to reason.
+        interrupted: a request to stop came before the end.
+        seconds: the whole run.
+        computing: seconds from the first image to the last, without loading CLIP.
+        busy: stage to the seconds it worked; those of the stages in ``shared`` are the sum over ``workers`` threads.
+        workers: threads.
+        shared: stages that all threads take part in.
     """
 
     path: Path
-    images: int
-    unlabelled: int
+    images: int = 0
+    unlabelled: int = 0
     computed: int = 0
     reused: int = 0
     without_labels: int = 0
@@ -37,7 +46,7 @@ class MaskReport:
     computing: float = 0.0
     busy: dict[str, float] = field(default_factory=dict)
     workers: int = 0
-    shared: tuple[str, ...] = ("CRF",)
+    shared: tuple[str, ...] = ()
 
     def fail(self, image_id: str, reason: str) -> None:
         """Note one image that can't be used, and warn."""
@@ -54,7 +63,13 @@ class MaskReport:
         if self.computed:
             rate = self.computed / max(self.seconds, 1e-9)
             lines.append(f"{self.computed} masks computed in {self.seconds:.1f} s ({rate:.2f} images/s)")
-            lines += self._busy_line()
+        if self.computed and self.busy and self.computing:
+            shares = {
+                stage: seconds / self.computing / (max(1, self.workers) if stage in self.shared else 1)
+                for stage, seconds in self.busy.items()
+            }
+            listed = ", ".join(f"{stage} {100 * share:.0f} %" for stage, share in shares.items())
+            lines.append(f"busy: {listed}; waiting on {max(shares, key=lambda stage: shares[stage])}")
         if self.reused:
             lines.append(f"{self.reused} masks reused from the cache")
         if self.reused and not self.computed and not self.failed:
@@ -62,7 +77,7 @@ class MaskReport:
         if self.without_labels:
             lines.append(f"{self.without_labels} images have no label: their masks are all background")
         if self.scaled:
-            lines.append(f"{self.scaled} images were scaled down for CLIP and the CRF (--max-pixels)")
+            lines.append(f"{self.scaled} images were scaled down for CLIP and the refiner (--max-pixels)")
         if self.unlabelled:
             lines.append(f"{self.unlabelled} images aren't named in the labels and were left out")
         if self.failed:
@@ -75,15 +90,3 @@ class MaskReport:
         if left:
             lines.append(f"{left} images are left to do")
         return lines
-
-    def _busy_line(self) -> list[str]:
-        """How busy each stage was, and which one the others waited for."""
-        if not self.busy or not self.computing:
-            return []
-        shares = {
-            stage: seconds / self.computing / (max(1, self.workers) if stage in self.shared else 1)
-            for stage, seconds in self.busy.items()
-        }
-        slowest = max(shares, key=lambda stage: shares[stage])
-        listed = ", ".join(f"{stage} {100 * share:.0f} %" for stage, share in shares.items())
-        return [f"busy: {listed}; waiting on {slowest}"]
