@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from wsss_pipeline.demo.scene_pool import ScenePool, draw_pool
-from wsss_pipeline.demo.training_batches import TrainingBatches, picture_size
+from tools.demo_clip.scene_pool import ScenePool, draw_pool
+from tools.demo_clip.training_batches import TrainingBatches, picture_size
 
 
 @pytest.fixture(scope="module")

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from wsss_pipeline.demo import scene_pool
-from wsss_pipeline.demo.scene_pool import POOL_SIZE, ScenePool, draw_pool
+from tools.demo_clip import scene_pool
+from tools.demo_clip.scene_pool import POOL_SIZE, ScenePool, draw_pool
 from wsss_pipeline.demo.scenes import DrawnObject, draw_scene
 
 SIZE = (64, 48)

@@ -9,8 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 from torch.utils.data import Dataset
 
-from wsss_pipeline.demo.captions import scene_facts, write_caption
-from wsss_pipeline.demo.scene_pool import ScenePool
+from tools.demo_clip.captions import scene_facts, write_caption
+from tools.demo_clip.scene_pool import ScenePool
 
 # share of the steps -> width and height of the pictures: cheap ones first, since most is learnt on them
 SIZES: tuple[tuple[float, tuple[int, int]], ...] = ((0.88, (64, 48)), (1.0, (96, 72)))

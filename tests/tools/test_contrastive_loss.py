@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from wsss_pipeline.demo.contrastive_loss import contrastive_loss, patch_similarity
+from tools.demo_clip.contrastive_loss import contrastive_loss, patch_similarity
 
 SCALE = torch.tensor(10.0)
 
