@@ -98,7 +98,7 @@ class Trainer:
         different = list(dict.fromkeys(batch.texts))
         place = [different.index(text) for text in batch.texts]
         texts = embed_texts(self._worker, self._tokenizer, different)[place]
-        images = embed_images(self._worker, normalise(batch.pictures).to(device, torch.bfloat16))
+        images = embed_images(self._worker, normalise(batch.images).to(device, torch.bfloat16))
         truth = torch.from_numpy(batch.truth).to(device, torch.float32)
         single = torch.from_numpy(batch.single).to(device)
         scale = self._worker.logit_scale.float().exp()
