@@ -1,22 +1,17 @@
 """Trains the demo's CLIP from scratch: contrastive losses on drawn scenes and their captions, nothing else.
 
-    python -m wsss_pipeline.demo.train_clip --out DIR
-
-DIR becomes a Hugging Face folder (config, fp16 weights, vocabulary). The losses are CLIP's: of the class
-token and, with a small weight, of the mean patch against all captions, and of the patches against the
-captions that speak of one thing or place. No pixel of the scenes' ground truth is trained on; it only
-decides what a caption of a near view may say.
+The losses are CLIP's: of the class token and, with a small weight, of the mean patch against all captions,
+and of the patches against the captions that speak of one thing or place. No pixel of the scenes' ground
+truth is trained on; it only decides what a caption of a near view may say.
 """
 
 from __future__ import annotations
 
-import argparse
 import copy
 import logging
 import math
 import os
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,17 +21,16 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
-from wsss_pipeline.demo.captions import write_caption
-from wsss_pipeline.demo.clip_model import build_model, embed_images, embed_texts, normalise
-from wsss_pipeline.demo.contrastive_loss import contrastive_loss, patch_similarity
-from wsss_pipeline.demo.scene_pool import ScenePool, draw_pool
-from wsss_pipeline.demo.training_batches import TrainingBatch, TrainingBatches
-from wsss_pipeline.demo.vocabulary import build_tokenizer
-from wsss_pipeline.demo.zero_shot import zero_shot_accuracy
+from tools.demo_clip.captions import write_caption
+from tools.demo_clip.clip_model import build_model, embed_images, embed_texts, normalise
+from tools.demo_clip.contrastive_loss import contrastive_loss, patch_similarity
+from tools.demo_clip.scene_pool import ScenePool, draw_pool
+from tools.demo_clip.training_batches import TrainingBatch, TrainingBatches
+from tools.demo_clip.vocabulary import build_tokenizer
+from tools.demo_clip.zero_shot import zero_shot_accuracy
 from wsss_pipeline.errors import MissingDependencyError
-from wsss_pipeline.runtime.device import resolve_device
 
-logger = logging.getLogger("wsss_pipeline.demo")
+logger = logging.getLogger(__name__)
 
 LARGEST_SCALE = 100.0  # of the cosine, as in CLIP
 STEPS_PER_LINE = 100
@@ -104,7 +98,7 @@ class Trainer:
         different = list(dict.fromkeys(batch.texts))
         place = [different.index(text) for text in batch.texts]
         texts = embed_texts(self._worker, self._tokenizer, different)[place]
-        images = embed_images(self._worker, normalise(batch.pictures).to(device, torch.bfloat16))
+        images = embed_images(self._worker, normalise(batch.images).to(device, torch.bfloat16))
         truth = torch.from_numpy(batch.truth).to(device, torch.float32)
         single = torch.from_numpy(batch.single).to(device)
         scale = self._worker.logit_scale.float().exp()
@@ -209,24 +203,3 @@ def save(model: Any, tokenizer: Any, out: Path) -> None:
     shipped = copy.deepcopy(model).half()
     shipped.save_pretrained(out, safe_serialization=True)
     tokenizer.save_pretrained(out)
-
-
-def main(arguments: Sequence[str] | None = None) -> None:
-    """The command line."""
-    defaults = TrainingPlan()
-    parser = argparse.ArgumentParser(description="Train the demo's CLIP on drawn scenes.")
-    parser.add_argument("--out", type=Path, required=True, help="folder to write")
-    parser.add_argument("--steps", type=int, default=defaults.steps)
-    parser.add_argument("--batch", type=int, default=defaults.batch)
-    parser.add_argument("--scenes", type=int, default=defaults.scenes, help="how many to draw")
-    parser.add_argument("--seed", type=int, default=defaults.seed)
-    parser.add_argument("--workers", type=int, default=1, help="processes that make batches")
-    parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
-    options = parser.parse_args(arguments)
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    plan = TrainingPlan(options.steps, options.batch, options.scenes, options.seed)
-    train(options.out, plan, resolve_device(options.device), options.workers)
-
-
-if __name__ == "__main__":
-    main()

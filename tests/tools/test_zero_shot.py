@@ -9,8 +9,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from tools.demo_clip.zero_shot import zero_shot_accuracy
 from wsss_pipeline.demo.scenes import CLASS_NAMES, draw_scene
-from wsss_pipeline.demo.zero_shot import zero_shot_accuracy
 
 SEED, COUNT, SIZE = 11, 60, (32, 24)
 SYNONYMS = {"automobile": "car", "mug": "cup"}

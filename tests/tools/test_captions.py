@@ -7,12 +7,13 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
+from tools.demo_clip.captions import BACKGROUND_SYNONYMS, scene_facts, write_caption
+from wsss_pipeline.data.classes import load_class_set
 from wsss_pipeline.demo.backgrounds import BACKGROUNDS
-from wsss_pipeline.demo.captions import BACKGROUND_SYNONYMS, scene_facts, write_caption
 from wsss_pipeline.demo.scenes import Scene, draw_scene
-from wsss_pipeline.demo.shapes import COLOURS, OBJECT_CLASSES
+from wsss_pipeline.demo.shapes import COLOURS
 
-CLASS_OF_WORD = {word: kind.name for kind in OBJECT_CLASSES for word in kind.words}
+CLASS_OF_WORD = {word: entry.name for entry in load_class_set("demo").classes for word in entry.texts()}
 BACKGROUND_OF_WORD = {word: word for word in BACKGROUNDS} | {
     synonym: word for word, synonym in BACKGROUND_SYNONYMS.items()
 }

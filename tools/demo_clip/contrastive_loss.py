@@ -1,4 +1,4 @@
-"""CLIP's contrastive loss, for pictures and for patches, in a world where several texts may be true."""
+"""CLIP's contrastive loss, for images and for patches, in a world where several texts may be true."""
 
 from __future__ import annotations
 
@@ -10,27 +10,27 @@ SHARPNESS = 20.0  # of the softmax that looks for a text among patches; cosines 
 
 
 def contrastive_loss(similarity: Tensor, truth: Tensor, scale: Tensor) -> Tensor:
-    """Symmetric cross entropy between pictures and texts (Radford et al., "CLIP", 2021, figure 3).
+    """Symmetric cross entropy between images and texts (Radford et al., "CLIP", 2021, figure 3).
 
-    In a small world the same thing is said of many pictures, so the target is even over all true pairs
+    In a small world the same thing is said of many images, so the target is even over all true pairs
     instead of over the diagonal (Yang et al., "Unified Contrastive Learning in Image-Text-Label Space",
     CVPR 2022).
 
     Args:
-        similarity: cosines (B, T), pictures by texts.
-        truth: float (B, T), 1 where the text is true of the picture. Every text is true of one at least;
-            a picture of which none is true counts only among the texts' wrong answers.
+        similarity: cosines (B, T), images by texts.
+        truth: float (B, T), 1 where the text is true of the image. Every text is true of one at least;
+            an image of which none is true counts only among the texts' wrong answers.
         scale: factor on the cosines.
     """
     logits = scale * similarity
     told = truth.sum(dim=1) > 0
-    by_picture = F.cross_entropy(logits[told], truth[told] / truth[told].sum(dim=1, keepdim=True))
+    by_image = F.cross_entropy(logits[told], truth[told] / truth[told].sum(dim=1, keepdim=True))
     by_text = F.cross_entropy(logits.T, truth.T / truth.T.sum(dim=1, keepdim=True))
-    return (by_picture + by_text) / 2
+    return (by_image + by_text) / 2
 
 
 def patch_similarity(patches: Tensor, texts: Tensor) -> Tensor:
-    """Similarity (B, T) of each picture's patches (B, N, P) with each text (T, P), all unit vectors.
+    """Similarity (B, T) of each image's patches (B, N, P) with each text (T, P), all unit vectors.
 
     The mean cosine over the patches, weighted by a softmax of itself: a text is compared with the place
     where it is seen (as in FILIP, Yao et al., ICLR 2022, with a soft maximum). With a plain mean the ground

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from wsss_pipeline.data.classes import load_class_set
 from wsss_pipeline.demo.scenes import DrawnObject
-from wsss_pipeline.demo.shapes import OBJECT_CLASSES
 
 BACKGROUND_SYNONYMS: dict[str, str] = {
     "grass": "lawn",
@@ -20,7 +20,7 @@ BACKGROUND_SYNONYMS: dict[str, str] = {
     "road": "street",
     "snow": "ice",
 }
-_WORDS = {entry.name: entry.words for entry in OBJECT_CLASSES}
+_WORDS = {entry.name: (entry.name, *entry.synonyms) for entry in load_class_set("demo").classes}
 _OPENINGS = (
     *("", "", "a photo of ", "a photo of ", "a photo of ", "a picture of ", "an image of "),
     *("this is ", "there is ", "we see "),

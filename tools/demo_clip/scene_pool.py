@@ -26,16 +26,16 @@ LEAST_OF_GROUND = 0.1  # of the view, for a background to be spoken of
 
 
 class View(NamedTuple):
-    """A picture uint8 (h, w, 3) RGB and what there is to say of it; never nothing."""
+    """An image uint8 (h, w, 3) RGB and what there is to say of it; never nothing."""
 
-    picture: NDArray[np.uint8]
+    image: NDArray[np.uint8]
     objects: tuple[DrawnObject, ...]
     backgrounds: tuple[str, ...]
 
 
 @dataclass(frozen=True)
 class ScenePool:
-    """Pictures uint8 (N, H, W, 3) RGB, who is where (N, H, W), and what each scene holds."""
+    """Images uint8 (N, H, W, 3) RGB, who is where (N, H, W), and what each scene holds."""
 
     images: NDArray[np.uint8]
     masks: NDArray[np.uint8]
@@ -54,11 +54,11 @@ class ScenePool:
         if rng.random() < NEAR_SHARE:
             image, objects, backgrounds = self._part(index, rng)
         shrinks = image.shape[0] >= size[1]
-        picture = cv2.resize(image, size, interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR)
+        image = cv2.resize(image, size, interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR)
         if rng.random() < 0.5:
-            picture = picture[:, ::-1]
+            image = image[:, ::-1]
         light = rng.uniform(0.8, 1.2, 3) * rng.uniform(0.85, 1.15)
-        relit = np.clip(picture * light.astype(np.float32), 0, 255).astype(np.uint8)
+        relit = np.clip(image * light.astype(np.float32), 0, 255).astype(np.uint8)
         return View(relit, objects, backgrounds)
 
     def _part(
@@ -90,7 +90,7 @@ class ScenePool:
 def _window(
     mask: NDArray[np.uint8], objects: Sequence[DrawnObject], rng: np.random.Generator
 ) -> tuple[slice, slice]:
-    """Rows and columns of a part with the picture's proportions, around an object or anywhere."""
+    """Rows and columns of a part with the image's proportions, around an object or anywhere."""
     height, width = mask.shape
     side = math.exp(rng.uniform(math.log(SMALLEST_PART), 0)) ** 0.5
     h, w = max(1, round(height * side)), max(1, round(width * side))

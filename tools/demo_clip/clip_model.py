@@ -138,7 +138,7 @@ def embed_texts(model: Any, tokenizer: Any, texts: Sequence[str]) -> Tensor:
     return F.normalize(model.text_projection(pooled).float(), dim=1)
 
 
-def normalise(pictures: NDArray[np.uint8]) -> Tensor:
+def normalise(images: NDArray[np.uint8]) -> Tensor:
     """uint8 (B, H, W, 3) RGB to float32 (B, 3, H, W) with CLIP's mean and standard deviation."""
-    values = torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 255
+    values = torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255
     return (values - torch.tensor(CLIP_MEAN)[:, None, None]) / torch.tensor(CLIP_STD)[:, None, None]

@@ -6,12 +6,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from wsss_pipeline.demo.contrastive_loss import contrastive_loss, patch_similarity
+from tools.demo_clip.contrastive_loss import contrastive_loss, patch_similarity
 
 SCALE = torch.tensor(10.0)
 
 
-def test_the_loss_is_clips_where_each_text_is_true_of_one_picture() -> None:
+def test_the_loss_is_clips_where_each_text_is_true_of_one_image() -> None:
     cosines = torch.randn(4, 4, generator=torch.Generator().manual_seed(0)).tanh()
     pairs = torch.arange(4)
     expected = (F.cross_entropy(10 * cosines, pairs) + F.cross_entropy(10 * cosines.T, pairs)) / 2
@@ -27,7 +27,7 @@ def test_a_true_pair_outside_the_diagonal_is_not_pushed_apart() -> None:
     assert cosines.grad[0, 2] < 0 < cosines.grad[0, 1]
 
 
-def test_a_picture_of_which_nothing_is_said_is_a_wrong_answer_and_no_more() -> None:
+def test_an_image_of_which_nothing_is_said_is_a_wrong_answer_and_no_more() -> None:
     cosines = torch.zeros(2, 1, requires_grad=True)
     loss = contrastive_loss(cosines, torch.tensor([[1.0], [0.0]]), SCALE)
     assert torch.allclose(loss, torch.tensor(2.0).log() / 2)

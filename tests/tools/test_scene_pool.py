@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from wsss_pipeline.demo import scene_pool
-from wsss_pipeline.demo.scene_pool import POOL_SIZE, ScenePool, draw_pool
+from tools.demo_clip import scene_pool
+from tools.demo_clip.scene_pool import POOL_SIZE, ScenePool, draw_pool
 from wsss_pipeline.demo.scenes import DrawnObject, draw_scene
 
 SIZE = (64, 48)
@@ -29,8 +29,8 @@ def test_a_scene_depends_on_seed_and_number_alone(pool: ScenePool) -> None:
 def test_views_come_in_the_size_asked_for_and_no_two_alike(pool: ScenePool) -> None:
     rng = np.random.default_rng(0)
     views = [pool.view(0, SIZE, rng) for _ in range(16)]
-    assert all(view.picture.shape == (48, 64, 3) and view.picture.dtype == np.uint8 for view in views)
-    assert len({view.picture.tobytes() for view in views}) == 16
+    assert all(view.image.shape == (48, 64, 3) and view.image.dtype == np.uint8 for view in views)
+    assert len({view.image.tobytes() for view in views}) == 16
 
 
 def test_a_view_tells_of_something_and_of_nothing_but_its_scene(pool: ScenePool) -> None:

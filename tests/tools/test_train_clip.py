@@ -10,12 +10,12 @@ import pytest
 import torch
 from transformers import AutoTokenizer, CLIPModel
 
+from tools.demo_clip.clip_model import embed_images
+from tools.demo_clip.train_clip import TrainingPlan, train
 from wsss_pipeline.clip.sources import locate_clip
 from wsss_pipeline.clip.text_encoder import TextEncoder
 from wsss_pipeline.clip.weights import load_clip
 from wsss_pipeline.config import ClipConfig
-from wsss_pipeline.demo.clip_model import embed_images
-from wsss_pipeline.demo.train_clip import TrainingPlan, train
 
 PLAN = TrainingPlan(steps=20, batch=16, scenes=64, seed=3, learning_rate=2e-3, warm_up=2, width=64, layers=2)
 CPU = torch.device("cpu")
@@ -45,7 +45,7 @@ def test_transformers_loads_the_folder(trained: tuple[Path, list[float]]) -> Non
 
 
 def test_the_package_loads_the_folder(trained: tuple[Path, list[float]]) -> None:
-    clip = load_clip(locate_clip(ClipConfig(str(trained[0])), offline=True), CPU)
+    clip = load_clip(locate_clip(ClipConfig(weights=str(trained[0])), offline=True), CPU)
     rows = TextEncoder(clip.text, clip.tokenizer).encode(["a ball", "a clean origami zebra."])
     assert rows.shape == (2, 96)
     assert not torch.allclose(rows[0], rows[1], atol=1e-3)
