@@ -12,7 +12,7 @@ from wsss_pipeline.data.classes import ClassSet, check_template, load_class_set
 from wsss_pipeline.data.image_files import ImageFile
 from wsss_pipeline.data.image_ids import find_images
 from wsss_pipeline.data.labels import read_labels
-from wsss_pipeline.data.shortcuts import coco_inputs, voc_inputs
+from wsss_pipeline.data.datasets import coco_inputs, voc_inputs
 from wsss_pipeline.errors import ConfigError
 
 
@@ -72,8 +72,6 @@ def read_inputs(
         return config, MaskInputs(found, read_labels(labels, found, class_set), class_set)
     assert split is not None
     if voc is not None:
-        source = voc_inputs(voc, split, class_set)
-    else:
-        assert coco is not None
-        source = coco_inputs(coco, split, class_set)
-    return config, MaskInputs(source.images, source.labels, class_set)
+        return config, MaskInputs(*voc_inputs(voc, split, class_set), class_set)
+    assert coco is not None
+    return config, MaskInputs(*coco_inputs(coco, split, class_set), class_set)
