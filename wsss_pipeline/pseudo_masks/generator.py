@@ -117,7 +117,9 @@ class MaskGenerator:
     ) -> None:
         class_set = classes if isinstance(classes, ClassSet) else None
         if config is None:
-            names = classes if isinstance(classes, str) else None if class_set else ",".join(classes) + ","
+            names = classes if isinstance(classes, str) else None
+            if names is None and not isinstance(classes, ClassSet):
+                names = ",".join(classes) + ","
             flags = {"method": method, "classes": names or None, "clip.weights": clip, **(settings or {})}
             config = load_mask_config(preset, flags=flags)
         for template in config.templates:
@@ -234,9 +236,15 @@ class MaskGenerator:
                 mask, confidence = label(posterior, image.classes, image.size)
                 stored = upscale_cams(cams, image.size).half() if with_cams else None
                 # a copy starts when the device gets there; the watch's end says when it has arrived
-                on_host = [
-                    None if tensor is None else tensor.to("cpu", non_blocking=True)
-                    for tensor in (mask, confidence, stored)
-                ]
-                generated.append((image.labels, *on_host))
-        return [Generated(*found, clip, refining, 1 / len(batch)) for found in generated]  # type: ignore[arg-type]
+                generated.append(
+                    Generated(
+                        image.labels,
+                        mask.to("cpu", non_blocking=True),
+                        confidence.to("cpu", non_blocking=True),
+                        None if stored is None else stored.to("cpu", non_blocking=True),
+                        clip,
+                        refining,
+                        1 / len(batch),
+                    )
+                )
+        return generated

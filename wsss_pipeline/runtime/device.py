@@ -101,36 +101,36 @@ def single_threaded_torch() -> Iterator[None]:
 
 
 class Stopwatch:
-    """Context manager that times what is given to a device inside it, where a GPU goes on after the call has returned.
+    """Context manager that times what is given to a device inside it.
+
+    A GPU goes on after the call that gave it the work has returned.
 
     Args:
-        device: ``cpu`` or a CUDA device.
+        device: CPU or CUDA device.
     """
 
-    def __init__(self, device: str) -> None:
+    def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._marks: list[float | torch.cuda.Event] = []
+        self._marks: list[Any] = []
 
     def __enter__(self) -> Stopwatch:
-        self._marks = [self._mark()]
+        self.__exit__()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._marks.append(self._mark())
+        if self._device.type == "cpu":
+            self._marks.append(time.monotonic())
+            return
+        import torch
+
+        event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        event.record(torch.cuda.current_stream(self._device))
+        self._marks.append(event)
 
     def seconds(self) -> float:
         """The device's time from entry to exit; waits until it is there."""
         start, end = self._marks
-        if isinstance(start, float) or isinstance(end, float):
-            return float(end) - float(start)  # type: ignore[arg-type]  # both are of one kind
+        if isinstance(start, float):
+            return float(end - start)
         end.synchronize()
         return float(start.elapsed_time(end)) / 1000
-
-    def _mark(self) -> float | torch.cuda.Event:
-        if self._device == "cpu":
-            return time.monotonic()
-        import torch
-
-        event: torch.cuda.Event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
-        event.record(torch.cuda.current_stream(self._device))
-        return event

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from wsss_pipeline.data.image_ids import find_images
-from wsss_pipeline.data.shortcuts import read_split
+from wsss_pipeline.data.datasets import read_split
 from wsss_pipeline.demo.voc_folder import write_voc_folder
 from wsss_pipeline.errors import ConfigError
 from wsss_pipeline.evaluation.report import EvaluationResult

@@ -15,7 +15,7 @@ from wsss_pipeline.data.classes import load_class_set
 from wsss_pipeline.data.image_files import ImageFile
 from wsss_pipeline.data.image_ids import find_images
 from wsss_pipeline.data.images import read_mask
-from wsss_pipeline.data.shortcuts import read_split
+from wsss_pipeline.data.datasets import read_split
 from wsss_pipeline.errors import CacheRecordError, EvaluationError, ImageError
 from wsss_pipeline.evaluation.metrics import IGNORE, Scores, check_sizes, confusion_matrix
 from wsss_pipeline.evaluation.report import EvaluationResult, id_digest
