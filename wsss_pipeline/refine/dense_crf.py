@@ -75,7 +75,7 @@ class DenseCrf:
             device = scores[0].device
             on_device = [torch.from_numpy(image).to(device, non_blocking=True) for image in seen]
             return infer_batch(on_device, unaries, self.config)
-        infer = mean_field_cpu.infer if self.config.backend == "lattice" else _infer_by_pydensecrf
+        infer = mean_field_cpu.infer if self.config.backend == "lattice" else infer_by_pydensecrf
         return [
             torch.from_numpy(infer(image, unary.cpu().numpy(), self.config)).to(unary.device)
             for image, unary in zip(seen, unaries, strict=True)
@@ -124,7 +124,7 @@ def has_pydensecrf() -> bool:
     return True
 
 
-def _infer_by_pydensecrf(
+def infer_by_pydensecrf(
     image: NDArray[np.uint8], unary: NDArray[np.float32], parameters: CrfConfig
 ) -> NDArray[np.float32]:
     """As ``mean_field_cpu.infer``, by the C++ library."""
