@@ -30,6 +30,7 @@ COMMANDS = {
     "preview": "preview",
     "cache": "cache",
     "select-prompt": "select_prompt",
+    "config": "config",
     "doctor": "doctor",
     "demo": "demo",
 }
