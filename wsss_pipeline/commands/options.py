@@ -8,9 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from wsss_pipeline.config import SCALES, InferenceConfig, bounds, default
+from wsss_pipeline.errors import ConfigError
+
 if TYPE_CHECKING:
-    from wsss_pipeline.config import CrfConfig, MaskConfig
-    from wsss_pipeline.segmentation.inference import InferenceConfig
+    from wsss_pipeline.config import MaskConfig
     from wsss_pipeline.stages.mask_inputs import MaskInputs
 
 Command = Callable[..., Any]
@@ -119,35 +121,37 @@ machine_options = _all(
     click.option("--offline", is_flag=True, help="Use only what is on this machine already."),
 )
 
-inference_options = _all(
-    click.option("--scales", metavar="S,S,...", help="Network: look at these scales, e.g. 0.5,0.75,1."),
-    click.option("--flip", is_flag=True, help="Network: look at the mirrored picture too."),
-    click.option("--window", type=click.IntRange(16), help="Network: slide a window of this side over it."),
-    click.option(
-        "--combine",
-        type=click.Choice(["mean", "max"]),
-        default="mean",
-        show_default=True,
-        help="Network: mean of probabilities, or maximum of logits as DeepLabV2 was published.",
-    ),
-    click.option("--crf", is_flag=True, help="Network: refine with the dense CRF."),
-)
 
-
-def read_inference(options: dict[str, Any]) -> tuple[InferenceConfig, CrfConfig | None]:
-    """What ``inference_options`` took."""
-    from wsss_pipeline.config import CrfConfig
-    from wsss_pipeline.errors import ConfigError
-    from wsss_pipeline.segmentation.inference import InferenceConfig
-
-    text = options["scales"] or "1"
+def _scales(context: click.Context, parameter: click.Parameter, text: str | None) -> tuple[float, ...]:
+    """The numbers of ``--scales 0.5,0.75,1``."""
+    if text is None:
+        return InferenceConfig().scales
     try:
         scales = tuple(float(part) for part in text.split(","))
     except ValueError as error:
         raise ConfigError(
             f"--scales {text}: write numbers with commas between them, e.g. 0.5,0.75,1"
         ) from error
-    if not all(0.05 <= scale <= 20 for scale in scales):
-        raise ConfigError(f"--scales {text}: each must lie between 0.05 and 20")
-    inference = InferenceConfig(scales, options["flip"], options["window"], options["combine"])
-    return inference, CrfConfig() if options["crf"] else None
+    low, high = SCALES
+    if not all(low <= scale <= high for scale in scales):
+        raise ConfigError(f"--scales {text}: each must lie between {low:g} and {high:g}")
+    return scales
+
+
+def _inference_option(key: str, **options: Any) -> Callable[[Command], Command]:
+    description = InferenceConfig.model_fields[key].description
+    return click.option(f"--{key}", help=f"Network: {description}", **options)
+
+
+inference_options = _all(
+    _inference_option("scales", metavar="S,S,...", callback=_scales),
+    _inference_option("flip", is_flag=True),
+    _inference_option("window", type=click.IntRange(*map(int, bounds(InferenceConfig, "window") or ()))),
+    _inference_option(
+        "combine",
+        type=click.Choice(["mean", "max"]),
+        default=default(InferenceConfig, "combine"),
+        show_default=True,
+    ),
+    click.option("--crf", is_flag=True, help="Network: refine with the dense CRF."),
+)
