@@ -125,7 +125,8 @@ def cosine_gradcam(features: DenseFeatures, texts: Tensor) -> Tensor:
 
 
 def without_synonyms(classes: ClassSet) -> ClassSet:
-    return replace(classes, classes=tuple(replace(entry, synonyms=()) for entry in classes.classes))
+    entries = tuple(entry.model_copy(update={"synonyms": ()}) for entry in classes.classes)
+    return classes.model_copy(update={"classes": entries})
 
 
 def measure(stage: StageOne, seed: int, scenes: int) -> dict[str, Scores]:

@@ -22,6 +22,7 @@ from pydantic_core import ErrorDetails
 from wsss_pipeline.errors import ConfigError
 
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
+ResolvedPrecision = Literal["fp32", "bf16", "fp16"]
 RefinerName = Literal["auto", "crf", "none"]
 CrfBackend = Literal["auto", "pydensecrf", "lattice", "none"]
 CrfImage = Literal["bgr", "reference"]
@@ -138,12 +139,15 @@ def resolve(kind: type[Kind], layers: Iterable[Layer]) -> Kind:
     try:
         return kind.model_validate(values)
     except ValidationError as error:
-        raise ConfigError(_explained(error.errors()[0], kind, layers)) from error
+        # an unknown key may be what explains a missing one
+        first = min(error.errors(), key=lambda found: found["type"] != "extra_forbidden")
+        raise ConfigError(_explained(first, kind, layers)) from error
 
 
 def _lay(values: dict[str, Any], layer: Mapping[str, Any], kind: type[Settings], origin: str) -> None:
     """Lay nested values over ``values``; a key that holds several keys can't become a single value."""
     for key, value in layer.items():
+        key = str(key)  # YAML has keys that are numbers
         inner = section(kind, key)
         if inner is not None and not isinstance(value, Mapping):
             raise ConfigError(f"{origin}: '{key}' holds several keys; write '{key}.NAME'")
@@ -174,7 +178,9 @@ def _explained(error: ErrorDetails, kind: type[Settings], layers: list[Layer]) -
         keys.append(part)
         kind = section(kind, part) or kind
     key, value = ".".join(keys), error["input"]
-    origin = next(name for name, layer in reversed(layers) if _holds(layer, keys))
+    origin = next((name for name, layer in reversed(layers) if _holds(layer, keys)), layers[-1][0])
+    if error["type"] == "missing":
+        return f"{origin}: '{key}' is missing; it takes: {kind.model_fields[keys[-1]].description}"
     if error["type"] == "extra_forbidden":
         close = difflib.get_close_matches(keys[-1], kind.model_fields, n=1)
         outer = ".".join(keys[:-1] + close[:1])

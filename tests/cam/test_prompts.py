@@ -29,25 +29,25 @@ def hash_of(text: str) -> int:
 
 
 def class_set(*classes: ClassEntry, background: tuple[str, ...] = ("grass",)) -> ClassSet:
-    return ClassSet("test", ("a {}.",), background, classes)
+    return ClassSet(name="test", templates=("a {}.",), background=background, classes=classes)
 
 
 def test_sentence_fusion_is_one_prompt() -> None:
-    found = class_embeddings(class_set(ClassEntry("person", synonyms=("people", "human"))), ["a {}."], encode)
+    found = class_embeddings(class_set(ClassEntry(name="person", synonyms=("people", "human"))), ["a {}."], encode)
     assert torch.allclose(found.foreground, encode(["a person,people,human."]))
     assert torch.allclose(found.background, encode(["a grass."]))
 
 
 def test_feature_fusion_is_the_mean_made_a_unit() -> None:
-    entry = ClassEntry("person", synonyms=("people", "human"), fuse="feature")
+    entry = ClassEntry(name="person", synonyms=("people", "human"), fuse="feature")
     found = class_embeddings(class_set(entry), ["a {}."], encode).foreground
     mean = encode(["a person.", "a people.", "a human."]).mean(dim=0)
     assert torch.allclose(found[0], mean / mean.norm())
 
 
 def test_templates_are_averaged_before_synonyms() -> None:
-    entry = ClassEntry("person", synonyms=("human",), fuse="feature")
-    found = class_embeddings(class_set(entry, ClassEntry("cat")), ["a {}.", "one {}!"], encode).foreground
+    entry = ClassEntry(name="person", synonyms=("human",), fuse="feature")
+    found = class_embeddings(class_set(entry, ClassEntry(name="cat")), ["a {}.", "one {}!"], encode).foreground
     texts = [
         F.normalize(encode([f"a {text}.", f"one {text}!"]).mean(dim=0), dim=0) for text in ("person", "human")
     ]
@@ -62,17 +62,17 @@ def test_everything_goes_through_one_call() -> None:
         calls.append(list(prompts))
         return encode(prompts)
 
-    class_embeddings(class_set(ClassEntry("cat"), ClassEntry("dog")), ["a {}."], counted)
+    class_embeddings(class_set(ClassEntry(name="cat"), ClassEntry(name="dog")), ["a {}."], counted)
     assert calls == [["a cat.", "a dog.", "a grass."]]
 
 
 def test_no_background_words_give_no_rows() -> None:
-    found = class_embeddings(class_set(ClassEntry("cat"), background=()), ["a {}."], encode)
+    found = class_embeddings(class_set(ClassEntry(name="cat"), background=()), ["a {}."], encode)
     assert found.background.shape == (0, 16)
 
 
 def test_other_braces_are_characters() -> None:
-    found = class_embeddings(class_set(ClassEntry("cat")), ["a {} {x}"], encode)
+    found = class_embeddings(class_set(ClassEntry(name="cat")), ["a {} {x}"], encode)
     assert torch.allclose(found.foreground, encode(["a cat {x}"]))
 
 

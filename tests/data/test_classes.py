@@ -120,6 +120,7 @@ def test_names_on_the_command_line() -> None:
         ("cat,,dog", "empty"),
         (",", "empty"),
         ("cat,dog,cat", "'cat' occurs twice"),
+        ("cat,_background_", "'_background_' is no class: masks have 0 for background"),
         ("voc21", "did you mean 'voc12'"),
         ("coco", "did you mean 'coco14'"),
         ("no/such/file", "no/such/file"),
@@ -161,7 +162,9 @@ def test_a_file_of_ones_own(tmp_path: Path) -> None:
         ("farmer with hat,peasant",),
         ("dog", "puppy"),
     ]
-    assert classes.classes[4] == ClassEntry("dog", None, ("puppy",), "feature", ("hound",), 18)
+    assert classes.classes[4] == ClassEntry(
+        name="dog", synonyms=("puppy",), fuse="feature", aliases=("hound",), coco_id=18
+    )
 
 
 def test_a_file_without_background_gets_vocs_words_and_an_empty_list_none(tmp_path: Path) -> None:
@@ -187,29 +190,36 @@ def test_background_words_that_are_classes_are_removed(
     [
         ("clases: [cat]\n", "'clases'; did you mean 'classes'"),
         ("name: x\n", "'classes' is missing"),
-        ("classes: []\n", "'classes' is an empty list"),
+        ("classes: []\n", "'classes': an empty list"),
         ("classes: cat\n", "'classes' takes a list"),
         ("- cat\n", "expected 'key: value'"),
-        ("", "found nothing"),
+        ("", "'classes' is missing"),
         ("classes: [cat, dog, cat]\n", "'cat' occurs twice"),
         ("classes: [cat, {name: dog, aliases: [cat]}]\n", "'cat' occurs twice"),
         ("classes: [{name: a, coco_id: 1}, {name: b, coco_id: 1}]\n", "1 occurs twice"),
         ("classes: [{name: a, coco_id: true}]\n", "'coco_id'"),
-        ("classes: [yes]\n", "item 1: True isn't text; put it in quotes"),
+        (
+            "classes: [{name: a, coco_id: 91}]\n",
+            "item 1 ('a'): 'coco_id' is 91; it must lie between 1 and 90",
+        ),
+        ("1: x\nclasses: [cat]\n", "unknown key '1'; known here: name, templates, background, classes"),
+        ("classes: [cat, Background]\n", "item 2: 'name': 'Background' is no class"),
+        ("classes: [{name: __ignore__}]\n", "'__ignore__' is no class"),
+        ("classes: [yes]\n", "item 1: 'name': True isn't text; put it in quotes"),
         ("classes: [{name: 3}]\n", "'name': 3 isn't text"),
         ("classes: [{prompt: cat}]\n", "item 1: 'name' is missing"),
         ("classes: [{name: ' '}]\n", "empty"),
         ("classes: [{name: cat, synonims: [x]}]\n", "'synonims'; did you mean 'synonyms'"),
-        ("classes: [{name: cat, synonyms: []}]\n", "'synonyms' is an empty list"),
+        ("classes: [{name: cat, synonyms: []}]\n", "'synonyms': an empty list"),
         ("classes: [{name: cat, prompt: }]\n", "'prompt': None isn't text"),
         ("classes: [{name: cat, fuse: mean}]\n", "'fuse' is 'mean'"),
         ("classes: [cat]\nbackground:\n", "'background' takes a list"),
         ("classes: [cat]\nbackground: [sky, sky]\n", "'sky' occurs twice"),
         ("classes: [cat]\ntemplate: a photo\n", "template 'a photo' needs exactly one {}"),
         ("classes: [cat]\ntemplate: 'a {} {}'\n", "exactly one {}"),
-        ("classes: [cat]\ntemplates: []\n", "'templates' is an empty list"),
+        ("classes: [cat]\ntemplates: []\n", "'templates': an empty list"),
         ("classes: [cat]\ntemplate: '{}'\ntemplates: ['{}']\n", "both"),
-        ("classes: [cat]\nname: ../up\n", "'name' is '../up'"),
+        ("classes: [cat]\nname: ../up\n", "'name': '../up' can't be the name of a folder"),
         ("classes: [cat\n", "not valid YAML"),
         ("classes: !!python/object/apply:os.system [ls]\n", "not valid YAML"),
         ("classes: [" + ", ".join(f"c{i}" for i in range(255)) + "]\n", "255 classes"),

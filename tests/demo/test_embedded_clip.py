@@ -9,13 +9,13 @@ import pytest
 import torch
 
 from tests.end_to_end.conftest import mask_set, wsss
+from tools.demo_clip.clip_model import embed_images, embed_texts, normalise
+from tools.demo_clip.zero_shot import zero_shot_accuracy
 from wsss_pipeline.clip.sources import locate_clip
 from wsss_pipeline.clip.weights import load_clip
 from wsss_pipeline.config import ClipConfig
-from wsss_pipeline.methods import load_mask_config as load_config
-from wsss_pipeline.demo.clip_model import embed_images, embed_texts, normalise
 from wsss_pipeline.demo.voc_folder import write_voc_folder
-from wsss_pipeline.demo.zero_shot import zero_shot_accuracy
+from wsss_pipeline.methods import load_mask_config as load_config
 from wsss_pipeline.stages.demo import run_demo
 from wsss_pipeline.stages.evaluate import evaluate
 
@@ -54,8 +54,8 @@ def test_the_name_demo_is_the_folder_wherever_one_stands(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    files = locate_clip(ClipConfig("demo"), offline=True)
-    assert files.digest() == locate_clip(ClipConfig(str(FOLDER)), offline=True).digest()
+    files = locate_clip(ClipConfig(weights="demo"), offline=True)
+    assert files.digest() == locate_clip(ClipConfig(weights=str(FOLDER)), offline=True).digest()
     assert load_clip(files, torch.device("cpu")).logit_scale == pytest.approx(19.9, abs=0.5)
     assert load_config(flags={"classes": "demo"}).cam.affinity_iterations == 1
 

@@ -26,7 +26,7 @@ def test_a_seed_gives_the_same_scene_and_another_seed_another() -> None:
 
 
 @pytest.mark.parametrize("size", [(160, 120), (33, 97), (16, 16)])
-def test_picture_and_mask_have_the_size_asked_for(size: tuple[int, int]) -> None:
+def test_image_and_mask_have_the_size_asked_for(size: tuple[int, int]) -> None:
     scene = draw_scene(1, *size)
     assert scene.image.shape == (size[1], size[0], 3)
     assert scene.mask.shape == (size[1], size[0])

@@ -27,7 +27,7 @@ def test_the_folder_reads_like_pascal_voc(tmp_path: Path) -> None:
             assert inputs.ground_truth is not None
             assert np.array_equal(read_mask(inputs.ground_truth / f"{image_id}.png"), scene.mask)
             difference = read_image(file).astype(int) - scene.image
-            assert np.abs(difference).mean() < 4, "JPEG, but the same picture"
+            assert np.abs(difference).mean() < 4, "JPEG, but the same image"
 
 
 def test_writing_again_gives_the_same_bytes(tmp_path: Path) -> None:

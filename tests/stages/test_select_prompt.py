@@ -26,7 +26,10 @@ from wsss_pipeline.stages.select_prompt import PromptRanking, select_prompt, wri
 
 GOLDEN = Path(__file__).parent.parent / "golden"
 CLASSES = ClassSet(
-    "pets", ("a {}.",), ("grass", "sky"), tuple(ClassEntry(name) for name in ("cat", "dog", "sofa"))
+    name="pets",
+    templates=("a {}.",),
+    background=("grass", "sky"),
+    classes=tuple(ClassEntry(name=name) for name in ("cat", "dog", "sofa")),
 )
 TEMPLATES = ["a photo of a {}", "the {}!", "{} and a good small tree"]
 IMAGES = {

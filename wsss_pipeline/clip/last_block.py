@@ -23,40 +23,13 @@ from torch import Tensor, nn
 class Normalised:
     """Tokens before a layer norm's gain and bias, and what they were divided by.
 
-    ``values``: (N, D), mean 0 and variance 1. ``scale``: (N, 1), one over the standard deviation.
+    Attributes:
+        values: (N, D), mean 0 and variance 1.
+        scale: (N, 1), one over the standard deviation.
     """
 
     values: Tensor
     scale: Tensor
-
-    def backward(self, gradient: Tensor) -> Tensor:
-        """Gradient at the layer norm's input from that at ``values`` (..., N, D)."""
-        along = (gradient * self.values).mean(dim=-1, keepdim=True)
-        return self.scale * (gradient - gradient.mean(dim=-1, keepdim=True) - self.values * along)
-
-
-@dataclass(frozen=True)
-class LastBlockPass:
-    """The forward pass of one image of hw patches, N = 1+hw tokens of width D, H heads of width d.
-
-    tokens: float32 (N, D), the normalised input of the self-attention, class token first.
-    pooled: float32 (P,), mean over the projected patch tokens, not normalised.
-    query, key, value, mixed: float32 (H, N, d).
-    probabilities: float32 (H, N, N), row-stochastic.
-    inner, outer: of the layer norms before the MLP and before the projection.
-    slope: float32 (N, M), the activation's derivative inside the MLP.
-    """
-
-    tokens: Tensor
-    pooled: Tensor
-    query: Tensor
-    key: Tensor
-    value: Tensor
-    mixed: Tensor
-    probabilities: Tensor
-    inner: Normalised
-    outer: Normalised
-    slope: Tensor
 
 
 class LastBlock:
@@ -70,50 +43,88 @@ class LastBlock:
     """
 
     def __init__(self, layer: Any, post_norm: Any, projection: Any, dtype: torch.dtype) -> None:
-        self._layer = layer
-        self._post_norm = post_norm
-        self._projection: Tensor = projection.weight
-        self._heads = int(layer.self_attn.num_heads)
+        self.layer = layer
+        self.post_norm = post_norm
+        self.projection: Tensor = projection.weight
         attention, mlp = layer.self_attn, layer.mlp
         linears = (attention.q_proj, attention.k_proj, attention.v_proj, attention.out_proj, mlp.fc1, mlp.fc2)
         for linear in linears:
             linear.to(dtype)
 
-    @torch.no_grad()
     def forward(self, hidden: Tensor) -> LastBlockPass:
-        """From the residual stream before the block, float32 (N, D)."""
-        attention, mlp = self._layer.self_attn, self._layer.mlp
-        tokens = self._layer.layer_norm1(hidden)
+        """From the residual stream of one image before the block, float32 (N, D)."""
+        attention, mlp = self.layer.self_attn, self.layer.mlp
+        tokens = self.layer.layer_norm1(hidden)
         query, key, value = (
-            self._split(_product(tokens, linear))
+            _product(tokens, linear).view(len(tokens), attention.num_heads, -1).transpose(0, 1)
             for linear in (attention.q_proj, attention.k_proj, attention.v_proj)
         )
-        probabilities = torch.softmax(query * self._factor(query) @ key.transpose(1, 2), dim=-1)
+        scale = float(query.shape[-1] ** -0.5)
+        probabilities = torch.softmax(query * scale @ key.transpose(1, 2), dim=-1)
         mixed = probabilities @ value
         hidden = hidden + _product(mixed.transpose(0, 1).flatten(1), attention.out_proj)
-        inner, normed = _layer_norm(hidden, self._layer.layer_norm2)
+        inner, normed = _layer_norm(hidden, self.layer.layer_norm2)
         activated, slope = _with_slope(mlp.activation_fn, _product(normed, mlp.fc1))
-        outer, normed = _layer_norm(hidden + _product(activated, mlp.fc2), self._post_norm)
-        pooled = normed[1:].mean(dim=0) @ self._projection.T
-        return LastBlockPass(tokens, pooled, query, key, value, mixed, probabilities, inner, outer, slope)
+        output = hidden + _product(activated, mlp.fc2)
+        outer, normed = _layer_norm(output, self.post_norm)
+        return LastBlockPass(
+            self, tokens, output, normed, query, key, value, mixed, probabilities, inner, outer, slope
+        )
 
-    @torch.no_grad()
-    def mean_token_gradients(self, state: LastBlockPass, pooled_gradients: Tensor) -> Tensor:
-        """Mean over the patches of the gradient of K scores at ``state.tokens``.
+
+@dataclass(frozen=True)
+class LastBlockPass:
+    """The forward pass of one image of hw patches, N = 1+hw tokens of width D, H heads of width d.
+
+    Attributes:
+        block: that it went through.
+        tokens: float32 (N, D), the normalised input of the self-attention, class token first.
+        output: float32 (N, D), the residual stream after the block.
+        normed: float32 (N, D), the same after the last layer norm.
+        query, key, value, mixed: float32 (H, N, d).
+        probabilities: float32 (H, N, N), row-stochastic.
+        inner, outer: of the layer norms before the MLP and before the projection.
+        slope: float32 (N, M), the activation's derivative inside the MLP.
+    """
+
+    block: LastBlock
+    tokens: Tensor
+    output: Tensor
+    normed: Tensor
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    mixed: Tensor
+    probabilities: Tensor
+    inner: Normalised
+    outer: Normalised
+    slope: Tensor
+
+    def pooled(self) -> Tensor:
+        """Mean over the patch embeddings, float32 (P,), not normalised; the class token takes no part."""
+        return self.normed[1:].mean(dim=0) @ self.block.projection.T
+
+    def patches(self) -> Tensor:
+        """Patch embeddings, float32 (hw, P), not normalised."""
+        return self.normed[1:] @ self.block.projection.T
+
+    def mean_token_gradients(self, pooled_gradients: Tensor) -> Tensor:
+        """Mean over the patches of the gradient of K scores at ``tokens``.
+
+        Linear in ``pooled_gradients``, so what these depend on, such as the rows of texts, gets its own gradient.
 
         Args:
-            state: of the forward pass.
-            pooled_gradients: float32 (K, P), gradient of each score at ``state.pooled``.
+            pooled_gradients: float32 (K, P), gradient of each score at ``pooled()``.
 
         Returns:
             float32 (K, D). The class token's own gradient takes no part in the mean.
         """
-        patches = len(state.tokens) - 1
+        layer, patches = self.block.layer, len(self.tokens) - 1
         # the class token isn't pooled, so nothing comes back to its row: patches alone from here to the queries
-        mixed = self._mixed_gradients(state, pooled_gradients @ self._projection / patches)
-        query, key, value = state.query[:, 1:], state.key, state.value
-        probabilities = state.probabilities[:, 1:]
-        along = (mixed * state.mixed[:, None, 1:]).sum(dim=-1)  # (H, K, N-1)
+        mixed = self._mixed_gradients(pooled_gradients @ self.block.projection / patches)
+        query, key, value = self.query[:, 1:], self.key, self.value
+        probabilities = self.probabilities[:, 1:]
+        along = (mixed * self.mixed[:, None, 1:]).sum(dim=-1)  # (H, K, N-1)
         heads, classes, _, width = mixed.shape
         columns = torch.cat([mixed, along[..., None]], dim=-1).transpose(1, 2).flatten(2)
         collected = (probabilities.transpose(1, 2) @ columns).view(heads, -1, classes, width + 1)
@@ -122,34 +133,31 @@ class LastBlock:
         first = probabilities[:, None, :, 0] * ((mixed @ value[:, None, 0, :, None])[..., 0] - along)
         from_keys = -(first @ query)
         from_values = ((1 - probabilities[:, None, None, :, 0]) @ mixed)[:, :, 0]
-        factor, attention = self._factor(query), self._layer.self_attn
+        scale, attention = float(width**-0.5), layer.self_attn
+        # heads joined: (K, H*d) out of (H, K, d)
         return (
-            _back(factor * _join(from_queries), attention.q_proj)
-            + _back(factor * _join(from_keys), attention.k_proj)
-            + _back(_join(from_values), attention.v_proj)
+            _back(scale * from_queries.transpose(0, 1).flatten(1), attention.q_proj)
+            + _back(scale * from_keys.transpose(0, 1).flatten(1), attention.k_proj)
+            + _back(from_values.transpose(0, 1).flatten(1), attention.v_proj)
         ) / patches
 
-    def _mixed_gradients(self, state: LastBlockPass, gradients: Tensor) -> Tensor:
+    def _mixed_gradients(self, gradients: Tensor) -> Tensor:
         """Gradients (K, D) at each patch's output of the last norm, back to the heads' outputs (H, K, N-1, d)."""
-        mlp = self._layer.mlp
-        normed, scale = state.outer.values[1:], state.outer.scale[1:]
-        inner = Normalised(state.inner.values[1:], state.inner.scale[1:])
-        gained = gradients * self._post_norm.weight
+        layer = self.block.layer
+        normed, scale = self.outer.values[1:], self.outer.scale[1:]
+        gained = gradients * self.block.post_norm.weight
         constant = gained - gained.mean(dim=-1, keepdim=True)  # (K, D), the same at every patch
         along = (gained @ normed.T / normed.shape[1])[..., None]  # (K, N-1, 1)
         hidden = scale * (constant[:, None] - along * normed)
-        inside = _back(constant, mlp.fc2)[:, None] - along * _back(normed, mlp.fc2)
-        inside *= scale * state.slope[1:]
-        hidden += inner.backward(_back(inside, mlp.fc1) * self._layer.layer_norm2.weight)
-        mixed = _back(hidden, self._layer.self_attn.out_proj)
-        return mixed.view(*mixed.shape[:2], self._heads, -1).permute(2, 0, 1, 3)
-
-    def _split(self, projected: Tensor) -> Tensor:
-        return projected.view(len(projected), self._heads, -1).transpose(0, 1)
-
-    @staticmethod
-    def _factor(query: Tensor) -> float:
-        return float(query.shape[-1] ** -0.5)
+        inside = _back(constant, layer.mlp.fc2)[:, None] - along * _back(normed, layer.mlp.fc2)
+        inside *= scale * self.slope[1:]
+        # back through the layer norm before the MLP
+        gradient = _back(inside, layer.mlp.fc1) * layer.layer_norm2.weight
+        values = self.inner.values[1:]
+        along = (gradient * values).mean(dim=-1, keepdim=True)
+        hidden += self.inner.scale[1:] * (gradient - gradient.mean(dim=-1, keepdim=True) - values * along)
+        mixed = _back(hidden, layer.self_attn.out_proj)
+        return mixed.view(*mixed.shape[:2], len(self.query), -1).permute(2, 0, 1, 3)
 
 
 def _product(tokens: Tensor, linear: nn.Linear) -> Tensor:
@@ -160,11 +168,6 @@ def _product(tokens: Tensor, linear: nn.Linear) -> Tensor:
 def _back(gradient: Tensor, linear: nn.Linear) -> Tensor:
     """Gradient at a linear layer's input from that at its output, in the precision of the layer."""
     return (gradient.to(linear.weight.dtype) @ linear.weight).to(gradient.dtype)
-
-
-def _join(heads: Tensor) -> Tensor:
-    """(K, H*d) out of (H, K, d)."""
-    return heads.transpose(0, 1).flatten(1)
 
 
 def _layer_norm(hidden: Tensor, norm: Any) -> tuple[Normalised, Tensor]:

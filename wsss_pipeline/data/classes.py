@@ -8,36 +8,186 @@ from __future__ import annotations
 import difflib
 import logging
 import re
-from dataclasses import replace
+from collections.abc import Mapping
 from functools import cache
 from importlib import resources
 from pathlib import Path
+from typing import Annotated, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import AfterValidator, BeforeValidator, Field, field_validator
 
-from wsss_pipeline.data.class_entries import MAX_CLASSES, ClassEntry, ClassSet, Fusion, overlapping
-from wsss_pipeline.data.class_set_yaml import (
-    DEFAULT_TEMPLATE,
-    check_classes,
-    check_template,
-    parse_class_set,
-)
-from wsss_pipeline.errors import ClassSetError
-
-__all__ = [
-    "DEFAULT_TEMPLATE",
-    "MAX_CLASSES",
-    "ClassEntry",
-    "ClassSet",
-    "Fusion",
-    "builtin_class_sets",
-    "check_template",
-    "load_class_set",
-    "voc_palette",
-]
+from wsss_pipeline.config import Settings, resolve, yaml_mapping
+from wsss_pipeline.errors import ClassSetError, ConfigError
 
 _logger = logging.getLogger("wsss_pipeline.data")
+
+DEFAULT_TEMPLATE = "a clean origami {}."  # the one that CLIP-ES selected (arXiv 2212.09506, section 3.3)
+MAX_CLASSES = 254  # mask values 0 and 255 mean something else
+NO_CLASSES = ("background", "_background_", "__ignore__")  # as label files of other tools call those two
+
+Fusion = Literal["sentence", "feature"]
+
+
+def _text(value: object) -> str:
+    # YAML reads no, on, 1 and the like as something else than text
+    if not isinstance(value, str):
+        raise ValueError(f"{value!r:.60} isn't text; put it in quotes")
+    text = value.strip()
+    if not text or not text.isprintable():
+        raise ValueError(f"{value!r:.60} is empty or holds a control character; write plain text")
+    return text
+
+
+def _as_tuple(value: object) -> object:
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _as_tuple_of_some(value: object) -> object:
+    if value == []:
+        raise ValueError("an empty list; give at least one entry or leave the key out")
+    return _as_tuple(value)
+
+
+def _without_duplicates(texts: tuple[str, ...]) -> tuple[str, ...]:
+    for text in texts:
+        if texts.count(text) > 1:
+            raise ValueError(f"{text!r:.60} occurs twice; keep one")
+    return texts
+
+
+def _template(text: str) -> str:
+    if text.count("{}") != 1 or re.search("[{}]", text.replace("{}", "")):
+        raise ValueError(
+            f"template {text!r:.200} needs exactly one {{}}, where the class name goes, "
+            "and no other brace; for example 'a photo of a {}.'"
+        )
+    return text
+
+
+_Text = Annotated[str, BeforeValidator(_text)]
+_Texts = Annotated[tuple[_Text, ...], BeforeValidator(_as_tuple), AfterValidator(_without_duplicates)]
+_SomeTexts = Annotated[
+    tuple[_Text, ...], BeforeValidator(_as_tuple_of_some), AfterValidator(_without_duplicates)
+]
+
+
+class ClassEntry(Settings):
+    """One class."""
+
+    name: _Text = Field(description="The name, as it stands in labels, reports and exports.")
+    prompt: _Text = Field(default="", description="Text for CLIP in place of the name; empty means the name.")
+    synonyms: _SomeTexts = Field(default=(), description="Further texts for CLIP.")
+    fuse: Fusion = Field(
+        default="sentence",
+        description="How synonyms come together: sentence, all in one text, as CLIP-ES does; feature, the mean "
+        "of their embeddings.",
+    )
+    aliases: _SomeTexts = Field(
+        default=(), description="Other names that labels may use; CLIP doesn't see them."
+    )
+    coco_id: int | None = Field(default=None, ge=1, le=90, description="Category id of the class in MS COCO.")
+
+    @field_validator("name")
+    @classmethod
+    def _is_a_class(cls, name: str) -> str:
+        if name.casefold() in NO_CLASSES:
+            raise ValueError(
+                f"{name!r} is no class: masks have 0 for background and 255 for ignore; leave it out"
+            )
+        return name
+
+    def texts(self) -> tuple[str, ...]:
+        """The texts to fill the template with, each to be embedded.
+
+        The prompt (without one, the name) and the synonyms: joined by commas into one text with sentence
+        fusion, one text each with feature fusion.
+        """
+        texts = (self.prompt or self.name, *self.synonyms)
+        return texts if self.fuse == "feature" else (",".join(texts),)
+
+
+class ClassSet(Settings):
+    """Classes in the order of their mask values 1..C, with what CLIP is asked about them."""
+
+    name: _Text = Field(description="Its name, fit to be part of a file name.")
+    templates: _SomeTexts = Field(
+        default=(DEFAULT_TEMPLATE,), description="Prompt templates, each with one {}."
+    )
+    background: _Texts = Field(
+        default=(), description="Words that take part in the softmax as background; none of them is a class."
+    )
+    classes: Annotated[tuple[ClassEntry, ...], BeforeValidator(_as_tuple_of_some)] = Field(
+        description="The classes, mask value 1 first."
+    )
+
+    @field_validator("name")
+    @classmethod
+    def _is_part_of_a_file_name(cls, name: str) -> str:
+        if not re.fullmatch("[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}", name):
+            raise ValueError(
+                f"{name!r:.120} can't be the name of a folder; use up to 100 letters, digits, '_', '-', '.'"
+            )
+        return name
+
+    @field_validator("templates")
+    @classmethod
+    def _have_one_place_each(cls, templates: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(_template(text) for text in templates)
+
+    @field_validator("classes")
+    @classmethod
+    def _fit_into_a_mask(cls, classes: tuple[ClassEntry, ...]) -> tuple[ClassEntry, ...]:
+        if len(classes) > MAX_CLASSES:
+            raise ValueError(
+                f"{len(classes)} classes; a mask holds {MAX_CLASSES} (0 is background, 255 ignore)"
+            )
+        taken: dict[str | int | None, str] = {}
+        for entry in classes:
+            for key in (entry.name, *entry.aliases, entry.coco_id):
+                if key in taken:
+                    raise ValueError(f"{key!r:.60} occurs twice (in '{taken[key]}' and '{entry.name}'); keep one")
+                if key is not None:
+                    taken[key] = entry.name
+        return classes
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The names of the classes, mask value 1 first."""
+        return tuple(entry.name for entry in self.classes)
+
+    def find(self, name: str) -> ClassEntry | None:
+        """The class of that name or alias, exactly as written; None where there is none."""
+        return next((entry for entry in self.classes if name == entry.name or name in entry.aliases), None)
+
+    def index(self, name: str) -> int:
+        """Mask value 1..C of a name or alias.
+
+        Raises:
+            ClassSetError: no such class.
+        """
+        entry = self.find(name)
+        if entry is None:
+            raise ClassSetError(f"class set '{self.name}': {self.unknown(name)}")
+        return self.names.index(entry.name) + 1
+
+    def nearest(self, name: str) -> list[str]:
+        """Up to three names of classes that look or are called like ``name``, the most similar first."""
+        spellings = {
+            known.casefold(): entry.name for entry in self.classes for known in (entry.name, *entry.aliases)
+        }
+        close = difflib.get_close_matches(name.casefold(), spellings, n=9)
+        return list(dict.fromkeys(spellings[spelling] for spelling in close))[:3]
+
+    def unknown(self, name: str) -> str:
+        """Half a message: that no class has this name, and which ones come close."""
+        names = self.names
+        more = f" and {len(names) - 10} more" if len(names) > 10 else ""
+        hint = f"known: {', '.join(names[:10])}{more}"
+        if close := self.nearest(name):
+            hint = f"did you mean {' or '.join(map(repr, close))}?"
+        return f"unknown class {name if len(name) <= 60 else f'{name[:60]}...'!r}; {hint}"
 
 
 def load_class_set(text: str) -> ClassSet:
@@ -53,27 +203,101 @@ def load_class_set(text: str) -> ClassSet:
     logged warning. (That rule turns the published words for VOC into those published for COCO.)
 
     Raises:
-        ClassSetError: unknown set, unreadable file, or a set that contradicts itself.
+        ClassSetError: unknown set, unreadable file, an unknown or missing key, a value of the wrong type, a
+            class that occurs twice, more than 254 classes.
     """
-    text = text.strip()
+    try:
+        return _load(text.strip())
+    except ConfigError as error:
+        raise ClassSetError(str(error)) from error
+
+
+def _load(text: str) -> ClassSet:
+    built_in = builtin_class_sets()
+    choices = f"choose {', '.join(built_in)}, a YAML file, or names like cat,dog"
     if not text:
-        raise ClassSetError(f"no classes; choose {_choices()}")
-    if text in builtin_class_sets():
-        return _builtin(text)
+        raise ClassSetError(f"no classes; {choices}")
+    if text in built_in:
+        return _built_in(text)
     if text.endswith((".yaml", ".yml")) or "/" in text or "\\" in text:
-        class_set, has_background = parse_class_set(_read(Path(text)), text, _as_set_name(Path(text).stem))
-    else:
-        class_set, has_background = _from_names(text), False
-    if not has_background:
-        class_set = replace(class_set, background=_builtin("voc12").background)
-    return _without_overlaps(class_set)
+        try:
+            content = Path(text).read_text("utf-8-sig")
+        except UnicodeDecodeError as error:
+            raise ClassSetError(
+                f"class set {text} isn't UTF-8 text: {error.reason}; save it as UTF-8"
+            ) from error
+        except (OSError, ValueError) as error:
+            reason = (isinstance(error, OSError) and error.strerror) or error
+            raise ClassSetError(f"class set {text!r} can't be read: {reason}; {choices}") from error
+        return _class_set(yaml_mapping(content, text), text, Path(text).stem)
+    if close := difflib.get_close_matches(text, built_in, n=1, cutoff=0.7):
+        raise ClassSetError(
+            f"unknown class set '{text}'; did you mean '{close[0]}'? (for one class of that name: '{text},')"
+        )
+    names = [name.strip() for name in text.removesuffix(",").split(",")]
+    return _class_set({"classes": names}, f"class names {text!r:.80}", "-".join(names))
 
 
-def builtin_class_sets() -> list[str]:
-    """Names of the class sets that come with the package."""
-    folder = resources.files("wsss_pipeline.data") / "class_sets"
-    names = (file.name for file in folder.iterdir())
-    return sorted(name.removesuffix(".yaml") for name in names if name.endswith(".yaml"))
+@cache
+def _built_in(name: str) -> ClassSet:
+    text = (resources.files("wsss_pipeline.data") / "class_sets" / f"{name}.yaml").read_text("utf-8")
+    return _class_set(yaml_mapping(text, name), f"class set {name}", name)
+
+
+def _class_set(keys: Mapping[str, Any], origin: str, default_name: str) -> ClassSet:
+    """A class set from the keys of a YAML file, which leaves more out than ``ClassSet`` does.
+
+    Raises:
+        ClassSetError, ConfigError: the keys or their values don't make one.
+    """
+    # something fit for a file name out of any text
+    name = re.sub("[^A-Za-z0-9_-]+", "-", default_name).strip("-")[:40].rstrip("-") or "classes"
+    values: dict[str, Any] = {"name": name, **keys}
+    if "template" in values:
+        if "templates" in values:
+            raise ClassSetError(f"{origin}: both 'template' and 'templates'; keep one of them")
+        values["templates"] = [values.pop("template")]
+    if "background" not in values:
+        values["background"] = _built_in("voc12").background
+    if isinstance(values.get("classes"), list):
+        entries = []
+        for number, item in enumerate(values["classes"], start=1):
+            item = item if isinstance(item, Mapping) else {"name": item}
+            called = f" ({item['name']!r:.60})" if len(item) > 1 and "name" in item else ""
+            entries.append(resolve(ClassEntry, [(f"{origin}: 'classes' item {number}{called}", item)]))
+        values["classes"] = entries
+    class_set = resolve(ClassSet, [(origin, values)])
+    overlaps: dict[str, str] = {}
+    for word in class_set.background:
+        for entry in class_set.classes:
+            texts = (entry.name, *entry.aliases, *entry.texts())
+            if any(f" {_words(word)} " in f" {_words(text)} " for text in texts):
+                overlaps.setdefault(word, entry.name)
+    if not overlaps:
+        return class_set
+    _logger.warning(
+        "class set '%s': removed from the background words, as they are also classes: %s",
+        class_set.name,
+        ", ".join(f"{word} (class '{name}')" for word, name in overlaps.items()),
+    )
+    kept = tuple(word for word in class_set.background if word not in overlaps)
+    return class_set.model_copy(update={"background": kept})
+
+
+def _words(text: str) -> str:
+    return " ".join(text.casefold().replace(",", " ").split())
+
+
+def check_template(template: str, origin: str) -> str:
+    """``template`` as it came, where it has exactly one ``{}`` and no other brace.
+
+    Raises:
+        ClassSetError: it doesn't.
+    """
+    try:
+        return _template(template)
+    except ValueError as error:
+        raise ClassSetError(f"{origin}: {error}") from error
 
 
 def voc_palette() -> NDArray[np.uint8]:
@@ -90,57 +314,8 @@ def voc_palette() -> NDArray[np.uint8]:
     return palette
 
 
-@cache
-def _builtin(name: str) -> ClassSet:
-    text = (resources.files("wsss_pipeline.data") / "class_sets" / f"{name}.yaml").read_text("utf-8")
-    return parse_class_set(text, f"class set {name}", name)[0]
-
-
-def _read(file: Path) -> str:
-    try:
-        return file.read_text("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ClassSetError(f"class set {file} isn't UTF-8 text: {error.reason}; save it as UTF-8") from error
-    except (OSError, ValueError) as error:
-        reason = (isinstance(error, OSError) and error.strerror) or error
-        raise ClassSetError(
-            f"class set {str(file)!r} can't be read: {reason}; choose {_choices()}"
-        ) from error
-
-
-def _from_names(text: str) -> ClassSet:
-    if close := difflib.get_close_matches(text, builtin_class_sets(), n=1, cutoff=0.7):
-        raise ClassSetError(
-            f"unknown class set '{text}'; did you mean '{close[0]}'? (for one class of that name: '{text},')"
-        )
-    names = [name.strip() for name in text.removesuffix(",").split(",")]
-    for name in names:
-        if not name or not name.isprintable():
-            raise ClassSetError(
-                f"class names '{text}': one is empty or holds a control character; write them as cat,dog"
-            )
-    classes = tuple(ClassEntry(name) for name in names)
-    check_classes(classes, f"class names '{text}'")
-    return ClassSet(_as_set_name("-".join(names)), (DEFAULT_TEMPLATE,), (), classes)
-
-
-def _without_overlaps(class_set: ClassSet) -> ClassSet:
-    overlaps = dict(overlapping(class_set.background, class_set.classes))
-    if overlaps:
-        _logger.warning(
-            "class set '%s': removed from the background words, as they are also classes: %s",
-            class_set.name,
-            ", ".join(f"{word} (class '{name}')" for word, name in overlaps.items()),
-        )
-    kept = tuple(word for word in class_set.background if word not in overlaps)
-    return replace(class_set, background=kept)
-
-
-def _as_set_name(text: str) -> str:
-    """Something fit for a file name out of any text."""
-    name = re.sub("[^A-Za-z0-9_-]+", "-", text).strip("-")
-    return name[:40].rstrip("-") or "classes"
-
-
-def _choices() -> str:
-    return f"{', '.join(builtin_class_sets())}, a YAML file, or names like cat,dog"
+def builtin_class_sets() -> list[str]:
+    """Names of the class sets that come with the package."""
+    folder = resources.files("wsss_pipeline.data") / "class_sets"
+    names = (file.name for file in folder.iterdir())
+    return sorted(name.removesuffix(".yaml") for name in names if name.endswith(".yaml"))

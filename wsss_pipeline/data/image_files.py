@@ -1,4 +1,4 @@
-"""Where a picture's bytes lie: in a file of its own, or among others in a tar archive."""
+"""Where an image's bytes lie: in a file of its own, or among others in a tar archive."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def file_status(file: ImageFile) -> Status:
     return found.st_size, found.st_mtime_ns, found.st_ctime_ns
 
 
-def place(file: ImageFile) -> tuple[str, int]:
+def reading_order(file: ImageFile) -> tuple[str, int]:
     """Sorts files so that an archive is read from its beginning to its end; files of their own stay as they are."""
     return ("", 0) if isinstance(file, Path) else (str(file.archive), file.offset)
 
@@ -87,15 +87,24 @@ def check_file(file: ImageFile) -> None:
         status = file.stat()
         size = status.st_size
         if not stat.S_ISREG(status.st_mode):
-            raise ImageError(f"{file}: not a file; name a picture")
+            raise ImageError(f"{file}: not a file; name an image file")
     if size == 0:
         raise ImageError(f"{file}: the file is empty; replace or remove it")
 
 
-def open_file(file: ImageFile) -> io.BufferedReader | io.BytesIO:
-    """The bytes; the caller closes.
+def read_bytes(file: ImageFile, most: int) -> bytes:
+    """All bytes of a regular file that isn't empty.
+
+    Args:
+        file: to read.
+        most: so many bytes at most.
 
     Raises:
+        ImageError: not a regular file, empty, or larger than ``most``.
         OSError: it can't be read.
     """
-    return file.open("rb") if isinstance(file, Path) else io.BytesIO(file.read_bytes())
+    check_file(file)
+    size = file.size if isinstance(file, TarMember) else file.stat().st_size
+    if size > most:
+        raise ImageError(f"{file}: {size:,} bytes are too many for an image; scale it down or remove it")
+    return file.read_bytes()

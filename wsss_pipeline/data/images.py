@@ -1,7 +1,7 @@
-"""The only decoder of pictures and masks, through Pillow, with one stated rule for every kind of file.
+"""The only decoder of images and masks, through Pillow, with one stated rule for every kind of file.
 
-EXIF orientation is ignored: arrays come in the order in which the pixels are stored, so that picture and
-mask always fit together (``has_rotation`` tells whether a file carries the tag). TIFF alone has an
+EXIF orientation is ignored: arrays come in the order in which the pixels are stored, so that image and
+mask always fit together (``StoredImage`` tells whether a file carries the tag). TIFF alone has an
 orientation of its own outside EXIF, which Pillow applies to size and pixels alike. Colour profiles are
 ignored. Of an animation or a file with several pages the first one counts.
 """
@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from io import BytesIO
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,12 +23,15 @@ from PIL import Image, UnidentifiedImageError
 from PIL.TiffImagePlugin import TiffImageFile
 from PIL.WebPImagePlugin import WebPImageFile
 
-from wsss_pipeline.data.image_files import ImageFile, check_file, open_file
+from wsss_pipeline.data.image_files import ImageFile, check_file, read_bytes
 from wsss_pipeline.errors import ImageError
 
-# Nothing with more pixels is decoded; an RGB picture of that size takes 400 MB. It lies under the number
+# Nothing with more pixels is decoded; an RGB image of that size takes 400 MB. It lies under the number
 # at which Pillow itself refuses.
 MAX_DECODED_PIXELS = 2**27
+
+# Nor is a larger file read: uncompressed, an image of that many pixels has at most 8 bytes for each.
+MAX_FILE_BYTES = 2**30 + 2**20
 
 # Pillow's other readers are left out: some start external programs. The last two aren't among those that
 # Pillow registers by itself.
@@ -35,8 +39,38 @@ _FORMATS = ("BMP", "GIF", "JPEG", "PNG", TiffImageFile.format, WebPImageFile.for
 _ORIENTATION = 0x0112
 
 
+class StoredImage(NamedTuple):
+    """An image file, read once.
+
+    Attributes:
+        pixels: uint8 (H, W, 3) RGB, see ``read_image``.
+        digest: SHA-256 of the file's bytes, 64 hexadecimal digits.
+        has_rotation: an EXIF orientation other than upright is present, which is ignored; a damaged EXIF block
+            counts as none.
+    """
+
+    pixels: NDArray[np.uint8]
+    digest: str
+    has_rotation: bool
+
+
+def read_stored_image(path: ImageFile) -> StoredImage:
+    """Pixels and digest out of the same bytes, so that they belong together whatever happens to the file.
+
+    Raises:
+        ImageError: as ``read_image``.
+    """
+    try:
+        content = read_bytes(path, MAX_FILE_BYTES)
+    except (OSError, ValueError) as error:
+        raise _unusable(path, error) from error
+    with _opened(path, content) as image:
+        has_rotation = _has_rotation(image)
+        return StoredImage(_rgb(image, path), hashlib.sha256(content).hexdigest(), has_rotation)
+
+
 def read_image(path: ImageFile) -> NDArray[np.uint8]:
-    """A picture as uint8 (H, W, 3), RGB.
+    """An image as uint8 (H, W, 3), RGB.
 
     ===========================  =====================================================================
     kind of file                 rule
@@ -53,17 +87,42 @@ def read_image(path: ImageFile) -> NDArray[np.uint8]:
     ===========================  =====================================================================
 
     Raises:
-        ImageError: missing, empty, truncated or damaged file, not a picture, or more than
+        ImageError: missing, empty, truncated or damaged file, not an image, or more than
             ``MAX_DECODED_PIXELS`` pixels (judged by the header, before anything is decoded).
     """
-    with _opened(path) as picture:
-        if picture.mode.startswith("I") or picture.mode == "F":
-            grey = _eight_bit(np.array(picture), path)
-            return np.repeat(grey[..., None], 3, axis=2)
-        # Pillow would look at the transparency on conversion and warn about some forms of it.
-        picture.load()
-        picture.info.pop("transparency", None)
-        return np.array(picture.convert("RGB"))
+    with _opened(path) as image:
+        return _rgb(image, path)
+
+
+def _rgb(image: Image.Image, path: ImageFile) -> NDArray[np.uint8]:
+    if image.mode.startswith("I") or image.mode == "F":
+        grey = _eight_bit(np.array(image), path)
+        return np.repeat(grey[..., None], 3, axis=2)
+    # Pillow would look at the transparency on conversion and warn about some forms of it.
+    image.load()
+    image.info.pop("transparency", None)
+    return np.array(image.convert("RGB"))
+
+
+AnyImage = NDArray[np.uint8] | Image.Image | Path | str
+
+
+def as_pixels(image: AnyImage) -> NDArray[np.uint8]:
+    """An image in any of the forms in which a library's user has it, as uint8 (H, W, 3) RGB.
+
+    Args:
+        image: a path, a PIL image of any mode, or an array: uint8 (H, W, 3) RGB or (H, W) grey.
+
+    Raises:
+        ImageError: the file can't be used, or the array is none of these.
+    """
+    if isinstance(image, str | Path):
+        return read_image(Path(image))
+    if isinstance(image, Image.Image):
+        return _rgb(image.copy(), Path("the image given"))
+    if image.dtype != np.uint8 or image.ndim not in (2, 3) or image.shape[2:] not in ((), (3,)) or not image.size:
+        raise ImageError(f"an image is a uint8 array (H, W, 3) RGB or (H, W), not {image.dtype} {image.shape}")
+    return np.repeat(image[..., None], 3, axis=2) if image.ndim == 2 else np.ascontiguousarray(image)
 
 
 def read_mask(path: ImageFile) -> NDArray[np.uint8]:
@@ -75,16 +134,16 @@ def read_mask(path: ImageFile) -> NDArray[np.uint8]:
     Raises:
         ImageError: as ``read_image``; also a colour mask, values outside 0..255, or JPEG.
     """
-    with _opened(path) as picture:
-        if picture.format in ("JPEG", "MPO"):
+    with _opened(path) as image:
+        if image.format in ("JPEG", "MPO"):
             raise ImageError(f"{path}: JPEG changes the values of a mask; save it as an 8-bit PNG")
-        if picture.mode not in ("1", "L", "P") and not picture.mode.startswith("I"):
+        if image.mode not in ("1", "L", "P") and not image.mode.startswith("I"):
             raise ImageError(
-                f"{path}: a mask holds one class index a pixel, but this is a {picture.mode} picture, "
+                f"{path}: a mask holds one class index a pixel, but this is a {image.mode} image, "
                 "probably saved with the colours of the classes; turn each colour into its index "
                 "(0 background, 1.. classes, 255 ignore) and save it as an 8-bit PNG"
             )
-        values = np.array(picture)
+        values = np.array(image)
         if values.dtype.itemsize > 1 and (values.min() < 0 or values.max() > 255):
             raise ImageError(
                 f"{path}: mask values run from {values.min()} to {values.max()}; only 0..255 can be class "
@@ -99,27 +158,18 @@ def image_size(path: ImageFile) -> tuple[int, int]:
     Raises:
         ImageError: as ``read_image``, except that a damaged body isn't noticed.
     """
-    with _opened(path) as picture:
-        return picture.size
+    with _opened(path) as image:
+        return image.size
 
 
-def has_rotation(path: ImageFile) -> bool:
-    """Whether an EXIF orientation other than upright is present, which ``read_image`` ignores.
-
-    Reads the header only; a damaged EXIF block counts as none.
-
-    Raises:
-        ImageError: as ``image_size``.
-    """
-    with _opened(path) as picture:
-        # Pillow decodes a whole PNG in search of a late EXIF block, and applies TIFF's orientation itself.
-        if picture.format == "TIFF" or (picture.format == "PNG" and "exif" not in picture.info):
-            return False
-        try:
-            orientation = picture.getexif().get(_ORIENTATION, 1)
-        except Exception:  # Pillow lets errors of every kind out of a damaged block
-            return False
-    return orientation in range(2, 9)
+def _has_rotation(image: Image.Image) -> bool:
+    # Pillow decodes a whole PNG in search of a late EXIF block, and applies TIFF's orientation itself.
+    if image.format == "TIFF" or (image.format == "PNG" and "exif" not in image.info):
+        return False
+    try:
+        return image.getexif().get(_ORIENTATION, 1) in range(2, 9)
+    except Exception:  # Pillow lets errors of every kind out of a damaged block
+        return False
 
 
 def file_digest(path: ImageFile) -> str:
@@ -129,9 +179,7 @@ def file_digest(path: ImageFile) -> str:
         ImageError: the file can't be read.
     """
     try:
-        check_file(path)
-        with open_file(path) as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        return hashlib.sha256(read_bytes(path, MAX_FILE_BYTES)).hexdigest()
     except (OSError, ValueError) as error:
         raise _unusable(path, error) from error
 
@@ -153,20 +201,22 @@ def _eight_bit(values: NDArray[np.generic], path: ImageFile) -> NDArray[np.uint8
 
 
 @contextmanager
-def _opened(path: ImageFile) -> Iterator[Image.Image]:
-    """The file's first picture, header read and size checked; whatever goes wrong is an ImageError."""
+def _opened(path: ImageFile, content: bytes | None = None) -> Iterator[Image.Image]:
+    """The file's first image, header read and size checked; whatever goes wrong is an ImageError."""
     try:
         with ExitStack() as stack:
             stack.enter_context(_quiet_pillow)
-            check_file(path)
-            source = path if isinstance(path, Path) else BytesIO(path.read_bytes())
-            picture = stack.enter_context(Image.open(source, formats=_FORMATS))
-            width, height = picture.size
+            if content is None:
+                check_file(path)
+                content = None if isinstance(path, Path) else path.read_bytes()
+            source = path if content is None else BytesIO(content)
+            image = stack.enter_context(Image.open(source, formats=_FORMATS))  # type: ignore[arg-type]
+            width, height = image.size
             if width < 1 or height < 1:
                 raise ImageError(f"{path}: its header says {width} x {height} pixels; the file is damaged")
             if width * height > MAX_DECODED_PIXELS:
                 raise _too_large(path, f"{width} x {height} pixels")
-            yield picture
+            yield image
     except ImageError:
         raise
     except Image.DecompressionBombError as error:
@@ -184,7 +234,7 @@ def _too_large(path: ImageFile, size: str) -> ImageError:
 
 def _unusable(path: ImageFile, error: Exception) -> ImageError:
     if isinstance(error, UnidentifiedImageError):
-        reason = "not a picture (JPEG, PNG, BMP, GIF, TIFF, WebP), or its header is damaged"
+        reason = "not an image (JPEG, PNG, BMP, GIF, TIFF, WebP), or its header is damaged"
     elif isinstance(error, OSError) and error.strerror:
         reason = error.strerror
     else:
@@ -193,7 +243,7 @@ def _unusable(path: ImageFile, error: Exception) -> ImageError:
 
 
 class _QuietPillow:
-    """Keeps Pillow's warnings about damaged or large files from the terminal while pictures are read.
+    """Keeps Pillow's warnings about damaged or large files from the terminal while images are read.
 
     The interpreter's warning filters belong to all threads. So the first reader saves them and the last
     one restores them; readers that each did both could restore them in the wrong order.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from wsss_pipeline.data.class_entries import ClassSet
+from wsss_pipeline.data.classes import ClassSet
 from wsss_pipeline.data.image_files import ImageFile
 from wsss_pipeline.data.label_readers.coco_instances import fill_from_coco, is_coco_instances
 from wsss_pipeline.data.label_readers.label_table import LabelTable, read_json, reading

@@ -1,4 +1,4 @@
-"""From a decoded picture to CLIP's input.
+"""From a decoded image to CLIP's input.
 
 Source: the published code of CLIP-ES (arXiv 2212.09506): height and width separately to the next multiple
 of the patch size, Pillow's bicubic filter on uint8, then CLIP's mean and standard deviation. No crop.
@@ -7,6 +7,7 @@ of the patch size, Pillow's bicubic filter on uint8, then CLIP's mean and standa
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -15,17 +16,26 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
+
+class PixelStatistics(NamedTuple):
+    """Mean and standard deviation of each channel, RGB, for values in [0, 1]."""
+
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+
+
 # Radford et al., "Learning Transferable Visual Models From Natural Language Supervision", released code.
-CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
-CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+CLIP_STATISTICS = PixelStatistics(
+    (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+)
 
 
 class ClipInputSize(NamedTuple):
-    """Size of CLIP's input, multiples of the patch size, and by how much the picture was scaled down.
+    """Size of CLIP's input, multiples of the patch size, and by how much the image was scaled down.
 
     Attributes:
         width, height: pixels.
-        scale: factor of each side that brings the picture to ``max_pixels``; 1.0 where it fits as it is.
+        scale: factor of each side that brings the image to ``max_pixels``; 1.0 where it fits as it is.
     """
 
     width: int
@@ -33,12 +43,33 @@ class ClipInputSize(NamedTuple):
     scale: float
 
 
-def clip_input_size(width: int, height: int, patch: int, max_pixels: int) -> ClipInputSize:
-    """The size to which a picture goes before CLIP sees it.
+@dataclass(frozen=True)
+class Prepared:
+    """An image as CLIP gets it.
 
-    A picture of up to ``max_pixels`` pixels goes up to the next multiples of ``patch``. A larger one goes
+    Attributes:
+        pixels: float32 (3, h, w), normalised.
+        scale: factor of each side at which the refiner sees the image; 1.0 where it fits as it is.
+    """
+
+    pixels: Tensor
+    scale: float = 1.0
+
+
+def prepare_image(
+    image: NDArray[np.uint8], patch: int, max_pixels: int, statistics: PixelStatistics = CLIP_STATISTICS
+) -> Prepared:
+    """An image, uint8 (H, W, 3) RGB, at ``clip_input_size`` and with the pixel statistics given."""
+    size = clip_input_size(image.shape[1], image.shape[0], patch, max_pixels)
+    return Prepared(normalise(resize(image, size.width, size.height), statistics), size.scale)
+
+
+def clip_input_size(width: int, height: int, patch: int, max_pixels: int) -> ClipInputSize:
+    """The size to which an image goes before CLIP sees it.
+
+    An image of up to ``max_pixels`` pixels goes up to the next multiples of ``patch``. A larger one goes
     to the grid of patches of at most ``max_pixels`` that keeps its aspect best. Either way each side has
-    at least one patch, and a picture of only one row or column of patches has no more of them than fit
+    at least one patch, and an image of only one row or column of patches has no more of them than fit
     into ``max_pixels``.
     """
     most = max(1, max_pixels // patch**2)
@@ -68,22 +99,22 @@ def _grid(columns: float, rows: float, most: int) -> tuple[int, int]:
     return min(candidates, key=lambda grid: (abs(math.log(grid[0] / grid[1] * rows / columns)), -grid[0]))
 
 
-def resize_for_clip(image: NDArray[np.uint8], width: int, height: int) -> NDArray[np.uint8]:
+def resize(image: NDArray[np.uint8], width: int, height: int) -> NDArray[np.uint8]:
     """uint8 (H, W, 3) to uint8 (height, width, 3), bicubic with Pillow's rounding."""
     if image.shape[:2] == (height, width):
         return image
     return np.array(Image.fromarray(image).resize((width, height), Image.Resampling.BICUBIC))
 
 
-def to_clip_tensor(image: NDArray[np.uint8]) -> Tensor:
-    """uint8 (H, W, 3) RGB to float32 (3, H, W), normalised with CLIP's mean and standard deviation.
+def normalise(image: NDArray[np.uint8], statistics: PixelStatistics) -> Tensor:
+    """uint8 (H, W, 3) RGB to float32 (3, H, W), normalised with a mean and standard deviation.
 
     Each value is looked up in a table of the 256 possible ones, which gives the same bits as computing
     ``(value / 255 - mean) / std`` in float32 at every pixel.
     """
     values = np.arange(256, dtype=np.float32) / np.float32(255)
     tensor = np.empty((3, *image.shape[:2]), dtype=np.float32)
-    for channel, (mean, std) in enumerate(zip(CLIP_MEAN, CLIP_STD, strict=True)):
+    for channel, (mean, std) in enumerate(zip(*statistics, strict=True)):
         table = (values - np.float32(mean)) / np.float32(std)
         np.take(table, image[..., channel], out=tensor[channel], mode="clip")
     return torch.from_numpy(tensor)

@@ -1,6 +1,6 @@
 """The background kinds of the demo: noise at several scales, gradients and repeating textures.
 
-Lengths are in units of a hundredth of the picture's side, so a scene looks alike at any size.
+Lengths are in units of a hundredth of the image's side, so a scene looks alike at any size.
 """
 
 from __future__ import annotations

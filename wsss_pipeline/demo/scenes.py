@@ -2,7 +2,7 @@
 
 A scene is one or two backgrounds (something above a horizon, something below it) with one to three
 object classes on it. Size, pose, colour, light and overlap vary; classes prefer some backgrounds, as in
-real pictures, which is what background words are for. No file is read; a seed gives the same scene for ever.
+real images, which is what background words are for. No file is read; a seed gives the same scene for ever.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class DrawnObject:
 
 @dataclass(frozen=True)
 class Scene:
-    """One drawn picture.
+    """One drawn image.
 
     Attributes:
         image: uint8 (H, W, 3) RGB.
@@ -61,7 +61,7 @@ def draw_scene(
 
     Args:
         seed: any number, or several (such as a run's seed and a scene's number).
-        width, height: pixels, at least 16 each; things scale with the picture.
+        width, height: pixels, at least 16 each; things scale with the image.
         classes: how many object classes; without it 1, 2 or 3.
 
     Raises:
@@ -135,7 +135,7 @@ def _place(
     horizon: float,
     count: int,
 ) -> tuple[str, int]:
-    """Draws an object of a class into both arrays; the name of its colour and its pixels in the picture."""
+    """Draws an object of a class into both arrays; the name of its colour and its pixels in the image."""
     height, width = mask.shape
     largest = {1: 0.42, 2: 0.35, 3: 0.29}[count]
     half = float(rng.uniform(0.19, largest)) * min(width, height)
@@ -194,7 +194,7 @@ def _paint_shape(shape: Shape, half: float) -> tuple[NDArray[np.float32], NDArra
 
 
 def _light(rng: np.random.Generator, canvas: NDArray[np.float32]) -> NDArray[np.uint8]:
-    """Exposure, a fall-off of light across the picture and sensor noise."""
+    """Exposure, a fall-off of light across the image and sensor noise."""
     height, width = canvas.shape[:2]
     across, down = rng.normal(0, 0.08, 2)
     field = (

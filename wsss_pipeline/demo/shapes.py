@@ -39,7 +39,6 @@ class ObjectClass:
 
     Attributes:
         name: class name.
-        words: what captions call it; more than one where people do.
         draw: shape in frame coordinates, from x, y, main and second colour.
         colours: names of its usual colours.
         turn: largest angle of its pose, degrees either way.
@@ -47,7 +46,6 @@ class ObjectClass:
     """
 
     name: str
-    words: tuple[str, ...]
     draw: Callable[[Array, Array, Colour, Colour], Shape]
     colours: tuple[str, ...]
     turn: float
@@ -210,14 +208,14 @@ def _starfish(x: Array, y: Array, main: Colour, second: Colour) -> Shape:
 
 
 OBJECT_CLASSES: tuple[ObjectClass, ...] = (
-    ObjectClass("ball", ("ball",), _ball, ("red", "blue", "yellow"), 180, ("sand", "grass")),
-    ObjectClass("boat", ("boat",), _boat, ("white", "red", "brown"), 8, ("water",)),
-    ObjectClass("car", ("car", "automobile"), _car, ("red", "blue", "grey", "green"), 8, ("road",)),
-    ObjectClass("cup", ("cup", "mug"), _cup, ("white", "teal", "brown"), 14, ("wood",)),
-    ObjectClass("fish", ("fish",), _fish, ("orange", "blue", "teal"), 30, ("water",)),
-    ObjectClass("flower", ("flower",), _flower, ("pink", "yellow", "purple", "white"), 180, ("grass",)),
-    ObjectClass("house", ("house",), _house, ("white", "yellow", "grey"), 4, ("grass", "snow")),
-    ObjectClass("kite", ("kite",), _kite, ("red", "green", "purple"), 40, ("sky",)),
-    ObjectClass("mushroom", ("mushroom",), _mushroom, ("red", "brown", "orange"), 14, ("grass", "wood")),
-    ObjectClass("starfish", ("starfish",), _starfish, ("orange", "red", "purple"), 180, ("sand", "water")),
+    ObjectClass("ball", _ball, ("red", "blue", "yellow"), 180, ("sand", "grass")),
+    ObjectClass("boat", _boat, ("white", "red", "brown"), 8, ("water",)),
+    ObjectClass("car", _car, ("red", "blue", "grey", "green"), 8, ("road",)),
+    ObjectClass("cup", _cup, ("white", "teal", "brown"), 14, ("wood",)),
+    ObjectClass("fish", _fish, ("orange", "blue", "teal"), 30, ("water",)),
+    ObjectClass("flower", _flower, ("pink", "yellow", "purple", "white"), 180, ("grass",)),
+    ObjectClass("house", _house, ("white", "yellow", "grey"), 4, ("grass", "snow")),
+    ObjectClass("kite", _kite, ("red", "green", "purple"), 40, ("sky",)),
+    ObjectClass("mushroom", _mushroom, ("red", "brown", "orange"), 14, ("grass", "wood")),
+    ObjectClass("starfish", _starfish, ("orange", "red", "purple"), 180, ("sand", "water")),
 )

@@ -1,4 +1,4 @@
-"""The demo's scenes on disk, laid out as PASCAL VOC lays out its pictures, labels and ground truth."""
+"""The demo's scenes on disk, laid out as PASCAL VOC lays out its images, labels and ground truth."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from PIL import Image
 
 from wsss_pipeline.data.classes import voc_palette
 from wsss_pipeline.demo.scenes import Scene, draw_scene
+from wsss_pipeline.runtime.output import writing
 
 JPEG_QUALITY = 95
 
@@ -24,20 +25,21 @@ def write_voc_folder(
     Args:
         root: made where it doesn't exist.
         seed: of the scenes; no scene of one split is in another.
-        size: width and height of the pictures.
+        size: width and height of the images.
         scenes: how many by split, such as ``{"train": 200, "val": 100}``.
 
     Raises:
-        OSError: the folder can't be written.
+        OutputError: the folder can't be written.
     """
-    folders = ("JPEGImages", "Annotations", "SegmentationClass", "ImageSets/Segmentation")
-    for folder in folders:
-        (root / folder).mkdir(parents=True, exist_ok=True)
-    for number, (split, count) in enumerate(scenes.items()):
-        ids = [f"{split}_{index:05d}" for index in range(count)]
-        for index, image_id in enumerate(ids):
-            _write_scene(root, image_id, draw_scene((seed, number, index), *size))
-        (root / "ImageSets/Segmentation" / f"{split}.txt").write_text("".join(f"{i}\n" for i in ids), "utf-8")
+    with writing(root):
+        for folder in ("JPEGImages", "Annotations", "SegmentationClass", "ImageSets/Segmentation"):
+            (root / folder).mkdir(parents=True, exist_ok=True)
+        for number, (split, count) in enumerate(scenes.items()):
+            ids = [f"{split}_{index:05d}" for index in range(count)]
+            for index, image_id in enumerate(ids):
+                _write_scene(root, image_id, draw_scene((seed, number, index), *size))
+            lines = "".join(f"{image_id}\n" for image_id in ids)
+            (root / "ImageSets/Segmentation" / f"{split}.txt").write_text(lines, "utf-8")
 
 
 def _write_scene(root: Path, image_id: str, scene: Scene) -> None:

@@ -12,12 +12,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
-from wsss_pipeline.config import MaskConfig, RefinerName, resolve, user_layers
+from wsss_pipeline.config import MaskConfig, RefinerName, ResolvedPrecision, resolve, user_layers
 from wsss_pipeline.errors import ConfigError
 
 if TYPE_CHECKING:
     import numpy as np
-    import torch
     from numpy.typing import NDArray
     from torch import Tensor
 
@@ -48,7 +47,7 @@ class Method(Protocol):
     background_power: float
 
     def __init__(
-        self, config: Any, clip: Clip, class_set: ClassSet, device: torch.device, precision: str
+        self, config: Any, clip: Clip, class_set: ClassSet, precision: ResolvedPrecision
     ) -> None: ...
 
     @classmethod

@@ -5,9 +5,25 @@ Softmax-GradCAM on a frozen CLIP, class-aware attention affinity, dense CRF.
 
 from __future__ import annotations
 
-from pydantic import Field
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
 
-from wsss_pipeline.config import MaskConfig, Settings
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from pydantic import Field
+from torch import Tensor
+
+from wsss_pipeline.cam.affinity import refine_cams
+from wsss_pipeline.cam.gradcam import softmax_gradcam
+from wsss_pipeline.cam.scores import normalise_cams
+from wsss_pipeline.clip.text import TextEncoder, class_embeddings
+from wsss_pipeline.clip.trunk import Trunk
+from wsss_pipeline.clip.weights import Clip
+from wsss_pipeline.config import MaskConfig, RefinerName, ResolvedPrecision, Settings
+from wsss_pipeline.data.classes import ClassSet
+from wsss_pipeline.data.transforms import Prepared, prepare_image
+from wsss_pipeline.errors import ImageError
 
 
 class CamConfig(Settings):
@@ -33,12 +49,21 @@ class ClipEsConfig(MaskConfig):
 
 
 class ClipEs:
-    """CLIP-ES."""
+    """CAMs of the classes that are present, with one softmax per image over them and the background words.
+
+    Args:
+        config: its settings.
+        clip: the frozen CLIP, on the device to use.
+        class_set: classes, background words, templates.
+        precision: of CLIP's matrix products.
+    """
 
     name = "clip-es"
     version = 1
+    refiner: ClassVar[RefinerName] = "crf"
+    background_power = 1.0
     Config = ClipEsConfig
-    presets = {
+    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         # numbers of the published code
         "voc12": {"classes": "voc12", "cam": {"threshold": 0.4}},
         "coco14": {"classes": "coco14", "cam": {"threshold": 0.7}},
@@ -46,6 +71,47 @@ class ClipEs:
         # that: mIoU of the CAM 68.8, after one iteration 71.0, after two 62.8 (80 scenes of another seed).
         "demo": {"classes": "demo", "cam": {"affinity_iterations": 1}},
     }
+
+    def __init__(
+        self, config: ClipEsConfig, clip: Clip, class_set: ClassSet, precision: ResolvedPrecision
+    ) -> None:
+        self._config = config
+        self._trunk = Trunk(clip.vision, precision)
+        self._logit_scale = clip.logit_scale
+        rows = class_embeddings(class_set, config.templates, TextEncoder(clip.text, clip.tokenizer).encode)
+        self._foreground = rows.foreground.to(self._trunk.device)
+        self._background = rows.background.to(self._trunk.device)
+
+    @classmethod
+    def determinants(cls, config: ClipEsConfig) -> Mapping[str, Any]:
+        """See ``Method``."""
+        return {"cam": config.cam.model_dump() if config.cam.affinity else {"affinity": False}}
+
+    def prepare(self, image: NDArray[np.uint8]) -> Prepared:
+        """See ``Method``."""
+        return prepare_image(image, self._trunk.patch_size, self._config.max_pixels)
+
+    def scores(self, batch: Tensor, present: Sequence[Sequence[int]]) -> list[Tensor]:
+        """See ``Method``: normalised CAMs, or with affinity the refined ones, which aren't normalised."""
+        cam = self._config.cam
+        features = self._trunk.encode(batch, last_layers=cam.affinity_layers)
+        texts = [
+            torch.cat([self._foreground[[value - 1 for value in values]], self._background])
+            for values in present
+        ]
+        raw = softmax_gradcam(features, texts, [len(values) for values in present], self._logit_scale)
+        cams = [normalise_cams(maps) for maps in raw]
+        if cam.affinity:
+            cams = [
+                refine_cams(maps, attention, cam.threshold, cam.affinity_iterations, cam.sinkhorn_rounds)
+                for maps, attention in zip(cams, features.attention, strict=True)
+            ]
+        # one answer for all: each waits for the device
+        if not bool(torch.stack([torch.isfinite(maps).all() for maps in cams]).all()):
+            raise ImageError(
+                "CLIP's class activation isn't finite; try --precision fp32, or check the weights"
+            )
+        return cams
 
 
 METHOD = ClipEs

@@ -1,8 +1,6 @@
-"""From scores to a posterior that follows the picture's edges: the dense CRF with its two backends.
+"""From scores to a posterior that follows the image's edges, and from there to labels."""
 
-Importing this package imports neither torch nor pydensecrf.
-"""
+from wsss_pipeline.refine.dense_crf import DenseCrf
+from wsss_pipeline.refine.refiner import Refiner, Unrefined, label, load_refiner
 
-from wsss_pipeline.refine.dense_crf import choose_backend, crf_image, dense_crf, unary_from_scores
-
-__all__ = ["choose_backend", "crf_image", "dense_crf", "unary_from_scores"]
+__all__ = ["DenseCrf", "Refiner", "Unrefined", "label", "load_refiner"]

@@ -1,120 +1,107 @@
-"""The dense CRF (Kraehenbuehl and Koltun, NIPS 2011) as CLIP-ES uses it: one function, two backends.
+"""The dense CRF (Kraehenbuehl and Koltun, NIPS 2011) as CLIP-ES uses it: one refiner, two backends.
 
 ``lattice`` is our own, compiled for one CPU core or in torch on a GPU; ``pydensecrf`` is C++ on one CPU core, half
-as fast, to compare with. They agree to rounding. Arrays in and out; torch is imported only where a GPU's lattice
-or a tensor needs it.
+as fast, to compare with. They agree to rounding.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
-from wsss_pipeline.config import CrfBackend, CrfConfig, CrfImage
+from wsss_pipeline.config import CrfConfig, CrfImage
 from wsss_pipeline.errors import ConfigError, ImageError, MissingDependencyError
-from wsss_pipeline.refine import pydensecrf_backend
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from wsss_pipeline.refine import mean_field_cpu
+from wsss_pipeline.refine.mean_field import infer_batch
 
 # Mean of the Caffe models in BGR, as the published script subtracts it.
 REFERENCE_MEAN_BGR = (104.008, 116.669, 122.675)
+LEAST_SCORE = 1e-5
 
 
-def choose_backend(requested: CrfBackend) -> Literal["pydensecrf", "lattice", "none"]:
-    """The backend that a run uses.
-
-    ``auto`` is the lattice.
-
-    Args:
-        requested: as configured.
-
-    Raises:
-        MissingDependencyError: pydensecrf was asked for by name and can't be imported.
-    """
-    if requested == "auto":
-        return "lattice"
-    if requested == "pydensecrf" and not pydensecrf_backend.is_available():
-        raise MissingDependencyError(
-            "--crf pydensecrf: pydensecrf isn't installed or can't be imported; "
-            'pip install "wsss-pipeline[crf]" (Python below 3.13 and a C++ compiler), '
-            "or take --crf lattice, which needs no compiler and is faster"
-        )
-    return requested
-
-
-def dense_crf(
-    image: NDArray[np.uint8],
-    unary: NDArray[np.float32],
-    parameters: CrfConfig,
-    backend: CrfBackend = "auto",
-    device: str = "cpu",
-) -> NDArray[np.float32]:
-    """Posterior of each label at each pixel after mean-field inference.
+class DenseCrf:
+    """A ``Refiner``: posterior of each label at each pixel after mean-field inference.
 
     Args:
-        image: uint8 (H, W, 3) as the bilateral kernel is to see it, see ``crf_image``; the order of its
-            channels matters a little.
-        unary: float32 (L, H, W), L >= 1, finite energies -log p, see ``unary_from_scores``.
-        parameters: of the kernels, and the number of iterations; its ``backend`` and ``image`` aren't read.
-        backend: ``pydensecrf``, ``lattice``, or ``auto``, see ``choose_backend``.
-        device: for the lattice; pydensecrf always runs on the CPU.
-
-    Returns:
-        float32 (L, H, W), summing to 1 over L at each pixel.
+        config: kernels, iterations, backend (``auto`` is the lattice), and what the bilateral kernel sees.
 
     Raises:
-        ImageError: image and unary don't fit together.
-        ConfigError: ``none`` for a backend, or kernels too narrow for the lattice.
+        ConfigError: the backend is ``none``.
         MissingDependencyError: pydensecrf was asked for by name and can't be imported.
     """
-    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or image.size == 0:
-        raise ImageError(f"the dense CRF takes a uint8 image (H, W, 3), not {image.dtype} {image.shape}")
-    if unary.dtype != np.float32 or unary.ndim != 3 or unary.shape[1:] != image.shape[:2] or len(unary) == 0:
-        raise ImageError(
-            f"the dense CRF takes a float32 unary (L, {image.shape[0]}, {image.shape[1]}) for this image, "
-            f"not {unary.dtype} {unary.shape}"
-        )
-    chosen = choose_backend(backend)
-    if chosen == "pydensecrf":
-        return pydensecrf_backend.infer(image, unary, parameters)
-    if chosen == "lattice":
-        if device == "cpu":
-            from wsss_pipeline.refine import mean_field_cpu
 
-            return mean_field_cpu.infer(image, unary, parameters)
-        from wsss_pipeline.refine import lattice_backend
+    def __init__(self, config: CrfConfig) -> None:
+        if config.backend == "none":
+            raise ConfigError("the dense CRF has no backend 'none'; take auto, pydensecrf or lattice")
+        backend = "lattice" if config.backend == "auto" else config.backend
+        if backend == "pydensecrf" and not has_pydensecrf():
+            raise MissingDependencyError(
+                "--crf pydensecrf: pydensecrf isn't installed or can't be imported; "
+                'pip install "wsss-pipeline[crf]" (Python below 3.13 and a C++ compiler), '
+                "or take --crf lattice, which needs no compiler and is faster"
+            )
+        self.config = config.model_copy(update={"backend": backend})
+        self.description = f"CRF: {backend}, {config.image} image"
 
-        return lattice_backend.infer(image, unary, parameters, device)
-    raise ConfigError("the dense CRF can't run with backend 'none'; take 'auto', 'pydensecrf' or 'lattice'")
+    def determinants(self) -> Mapping[str, Any]:
+        """All settings, the backend resolved."""
+        return {"crf": self.config.model_dump()}
+
+    def __call__(self, images: Sequence[NDArray[np.uint8]], scores: Sequence[Tensor]) -> list[Tensor]:
+        """See ``Refiner``.
+
+        Raises:
+            ImageError: image and scores don't fit together.
+            ConfigError: the kernels are too narrow for the lattice.
+        """
+        for image, score in zip(images, scores, strict=True):
+            if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or image.size == 0:
+                raise ImageError(
+                    f"the dense CRF takes a uint8 image (H, W, 3), not {image.dtype} {image.shape}"
+                )
+            if score.ndim != 3 or score.shape[1:] != image.shape[:2] or len(score) == 0:
+                raise ImageError(
+                    f"the dense CRF takes scores (L, {image.shape[0]}, {image.shape[1]}) for this image, "
+                    f"not {tuple(score.shape)}"
+                )
+        seen = [crf_image(image, self.config.image) for image in images]
+        unaries = [unary_from_scores(score) for score in scores]
+        if scores[0].device.type != "cpu" and self.config.backend == "lattice":
+            device = scores[0].device
+            on_device = [torch.from_numpy(image).to(device, non_blocking=True) for image in seen]
+            return infer_batch(on_device, unaries, self.config)
+        infer = mean_field_cpu.infer if self.config.backend == "lattice" else _infer_by_pydensecrf
+        return [
+            torch.from_numpy(infer(image, unary.cpu().numpy(), self.config)).to(unary.device)
+            for image, unary in zip(seen, unaries, strict=True)
+        ]
 
 
-def unary_from_scores(scores: NDArray[np.floating[Any]] | Tensor) -> NDArray[np.float32]:
+def unary_from_scores(scores: Tensor) -> Tensor:
     """Energies -log p from scores, in half precision as the published script does it.
 
     Args:
-        scores: (1+K, H, W) in [0, 1], background first; any float type, array or tensor on any device.
-            They need not sum to 1. Rounded to float16 first, which is also what the cache stores.
+        scores: (1+K, H, W) in [0, 1], background first; they need not sum to 1. Rounded to float16 first, which
+            is also what the cache stores.
 
     Returns:
         float32 (1+K, H, W) whose values are float16 numbers, between 0 and 11.51.
     """
-    if not isinstance(scores, np.ndarray):
-        scores = scores.detach().half().cpu().numpy()
-    half = scores.astype(np.float16)
-    clipped = np.clip(half, np.float16(1e-5), np.float16(1))
     # 0 minus, not a sign change: log 1 gives 0 and not -0
-    return (np.float16(0) - np.log(clipped)).astype(np.float32)
+    return (0 - scores.half().clamp(LEAST_SCORE, 1).log()).float()
 
 
 def crf_image(rgb: NDArray[np.uint8], kind: CrfImage) -> NDArray[np.uint8]:
-    """The picture as the bilateral kernel sees it.
+    """The image as the bilateral kernel sees it.
 
     Args:
         rgb: uint8 (H, W, 3).
-        kind: ``bgr`` the plain picture; ``reference`` minus the Caffe mean, truncated toward zero and
+        kind: ``bgr`` the plain image; ``reference`` minus the Caffe mean, truncated toward zero and
             taken modulo 256, which is what the published script's cast of negative floats to uint8 does
             on x86 (C leaves it undefined; here it is the same everywhere).
 
@@ -126,3 +113,33 @@ def crf_image(rgb: NDArray[np.uint8], kind: CrfImage) -> NDArray[np.uint8]:
         return bgr
     centred = bgr.astype(np.float32) - np.array(REFERENCE_MEAN_BGR, dtype=np.float32)
     return (centred.astype(np.int32) & 255).astype(np.uint8)
+
+
+def has_pydensecrf() -> bool:
+    """Whether pydensecrf can be imported."""
+    try:
+        from pydensecrf import densecrf  # noqa: F401
+    except (ImportError, ValueError):  # ValueError: built for another NumPy
+        return False
+    return True
+
+
+def _infer_by_pydensecrf(
+    image: NDArray[np.uint8], unary: NDArray[np.float32], parameters: CrfConfig
+) -> NDArray[np.float32]:
+    """As ``mean_field_cpu.infer``, by the C++ library."""
+    from pydensecrf import densecrf
+
+    labels, height, width = unary.shape
+    crf = densecrf.DenseCRF2D(width, height, labels)
+    crf.setUnaryEnergy(np.ascontiguousarray(unary.reshape(labels, -1)))
+    if parameters.gaussian_weight:
+        crf.addPairwiseGaussian(sxy=parameters.gaussian_sxy, compat=parameters.gaussian_weight)
+    if parameters.bilateral_weight:
+        crf.addPairwiseBilateral(
+            sxy=parameters.bilateral_sxy,
+            srgb=parameters.bilateral_srgb,
+            rgbim=np.ascontiguousarray(image),
+            compat=parameters.bilateral_weight,
+        )
+    return np.array(crf.inference(parameters.iterations), dtype=np.float32).reshape(labels, height, width)

@@ -22,6 +22,11 @@ from torch import Tensor
 
 from wsss_pipeline.errors import ConfigError
 
+# pydensecrf takes the pixels by fours and fills the last four up with points whose features are 0. These
+# carry no values, but the lattice then has the vertices around them, which link dark pixels to each other:
+# worth up to 0.03 in the posterior of a few pixels, so we add the same points.
+POINTS_AT_A_TIME = 4
+
 
 @dataclass(frozen=True)
 class _Simplices:
@@ -40,7 +45,7 @@ class _Simplices:
 
 @dataclass(frozen=True)
 class _Keys:
-    """Vertices as one int64 each: digit i of the mixed-radix number is coordinate i, i < d; then the picture.
+    """Vertices as one int64 each: digit i of the mixed-radix number is coordinate i, i < d; then the image.
 
     vertices: int64 (d+1, N), keys of the vertices around each point.
     steps: for each of the d+1 directions the difference between a vertex's key and its neighbour's.
@@ -76,7 +81,7 @@ class PermutohedralLattice:
     Args:
         features: float32 (d, N), d >= 1 and N >= 1, in units of the standard deviation; their order
             matters a little, since the lattice isn't symmetric.
-        pictures: int64 (N,), from 0: points of different pictures share no vertex, so that several pictures
+        pictures: int64 (N,), from 0: points of different images share no vertex, so that several images
             go through one lattice. All points belong to one where None.
 
     Raises:

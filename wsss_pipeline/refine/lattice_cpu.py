@@ -3,7 +3,7 @@
 A CPU is slow where torch needs whole arrays for every step; here a pixel goes through all of them at once. The
 vertices are numbered in the order of their keys: those of neighbouring pixels lie near each other, and going
 through the vertices, their neighbours in any direction come in order too. Arithmetic, rounding and order of
-summation are those of ``lattice``; see there for the source. Everything runs without Python's lock, so pictures
+summation are those of ``lattice``; see there for the source. Everything runs without Python's lock, so images
 can be worked on in threads.
 """
 

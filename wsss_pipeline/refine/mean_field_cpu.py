@@ -13,12 +13,20 @@ from numpy.typing import NDArray
 
 from wsss_pipeline.config import CrfConfig
 from wsss_pipeline.refine.compiled import compiled
-from wsss_pipeline.refine.kernel_features import POINTS_AT_A_TIME, bilateral_features, position_features
+from wsss_pipeline.refine.lattice import POINTS_AT_A_TIME
 from wsss_pipeline.refine.lattice_cpu import CpuLattice, build_lattice
 
 
 def infer(image: NDArray[np.uint8], unary: NDArray[np.float32], parameters: CrfConfig) -> NDArray[np.float32]:
-    """Posterior (L, H, W); arguments as those of ``dense_crf``, already checked.
+    """Posterior of each label at each pixel.
+
+    Args:
+        image: uint8 (H, W, 3) as the bilateral kernel is to see it.
+        unary: float32 (L, H, W), finite energies -log p.
+        parameters: of the kernels, and the number of iterations.
+
+    Returns:
+        float32 (L, H, W), summing to 1 over L.
 
     Each iteration is Q = softmax(-U + sum_k w_k N_k F_k (N_k Q)) with F_k the Gaussian filter of kernel k
     and N_k = (F_k 1)^(-1/2), the symmetric normalisation (NIPS 2011, algorithm 1, Potts model).
@@ -30,7 +38,9 @@ def infer(image: NDArray[np.uint8], unary: NDArray[np.float32], parameters: CrfC
     if parameters.gaussian_weight:
         kernels.append(_position_kernel(height, width, parameters.gaussian_sxy, parameters.gaussian_weight))
     if parameters.bilateral_weight:
-        kernels.append(_kernel(bilateral_features(image, parameters), parameters.bilateral_weight))
+        position = _position_features(height, width, parameters.bilateral_sxy)
+        colour = image.reshape(-1, 3).T.astype(np.float32) / np.float32(parameters.bilateral_srgb)
+        kernels.append(_kernel(np.concatenate([position, colour]), parameters.bilateral_weight))
     scores = np.ascontiguousarray(-unary.reshape(labels, -1).T)
     posterior: NDArray[np.float32] = np.empty_like(scores)
     messages: NDArray[np.float32] = np.zeros((len(scores), labels - 1), np.float32)
@@ -47,8 +57,15 @@ def infer(image: NDArray[np.uint8], unary: NDArray[np.float32], parameters: CrfC
 
 @lru_cache(maxsize=4)
 def _position_kernel(height: int, width: int, deviation: float, weight: float) -> CpuLattice:
-    """The kernel that depends on the picture's size alone."""
-    return _kernel(position_features(height, width, deviation), weight)
+    """The kernel that depends on the image's size alone."""
+    return _kernel(_position_features(height, width, deviation), weight)
+
+
+def _position_features(height: int, width: int, deviation: float) -> NDArray[np.float32]:
+    """float32 (2, H*W): column and row of each pixel in units of ``deviation``."""
+    # NumPy divides alike for every device, where a GPU would multiply by the reciprocal
+    rows, columns = np.indices((height, width), dtype=np.float32).reshape(2, -1)
+    return np.stack([columns, rows]) / np.float32(deviation)
 
 
 def _kernel(features: NDArray[np.float32], weight: float) -> CpuLattice:

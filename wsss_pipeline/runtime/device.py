@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
-from wsss_pipeline.config import Precision
+from wsss_pipeline.config import Precision, ResolvedPrecision
 from wsss_pipeline.errors import ConfigError
 
 if TYPE_CHECKING:
     import torch
-
-ResolvedPrecision = Literal["fp32", "bf16", "fp16"]
-
 
 def resolve_device(requested: str, elsewhere: bool = False) -> torch.device:
     """``auto`` (CUDA where there is one, else the CPU), ``cpu``, ``cuda`` or ``cuda:N`` as a device.
@@ -100,3 +98,39 @@ def single_threaded_torch() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+class Stopwatch:
+    """Context manager that times what is given to a device inside it, where a GPU goes on after the call has returned.
+
+    Args:
+        device: ``cpu`` or a CUDA device.
+    """
+
+    def __init__(self, device: str) -> None:
+        self._device = device
+        self._marks: list[float | torch.cuda.Event] = []
+
+    def __enter__(self) -> Stopwatch:
+        self._marks = [self._mark()]
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._marks.append(self._mark())
+
+    def seconds(self) -> float:
+        """The device's time from entry to exit; waits until it is there."""
+        start, end = self._marks
+        if isinstance(start, float) or isinstance(end, float):
+            return float(end) - float(start)  # type: ignore[arg-type]  # both are of one kind
+        end.synchronize()
+        return float(start.elapsed_time(end)) / 1000
+
+    def _mark(self) -> float | torch.cuda.Event:
+        if self._device == "cpu":
+            return time.monotonic()
+        import torch
+
+        event: torch.cuda.Event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        event.record(torch.cuda.current_stream(self._device))
+        return event

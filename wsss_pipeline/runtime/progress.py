@@ -27,16 +27,23 @@ class Progress:
         unit: what they are, in the plural.
         done: number of things that an earlier run finished.
         stream: where to show it, whatever the log says; stderr where None.
+        is_shown: nothing is where it is false.
     """
 
     def __init__(
-        self, total: int, unit: str = "images", *, done: int = 0, stream: TextIO | None = None
+        self,
+        total: int,
+        unit: str = "images",
+        *,
+        done: int = 0,
+        stream: TextIO | None = None,
+        is_shown: bool = True,
     ) -> None:
         self.total = total
         self.done = self._start = done
         self.failed = 0
         self._unit = unit
-        self._is_shown = stream is not None or logger.isEnabledFor(logging.INFO)
+        self._is_shown = is_shown and (stream is not None or logger.isEnabledFor(logging.INFO))
         self._stream = stream or sys.stderr
         self._bar: Any = None
         self._began = self._last_line = time.monotonic()

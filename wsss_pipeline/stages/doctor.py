@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Literal
 
 from wsss_pipeline.clip.sources import locate_clip
-from wsss_pipeline.config import ClipConfig
+from wsss_pipeline.config import ClipConfig, CrfConfig
 from wsss_pipeline.errors import WsssError
-from wsss_pipeline.refine import choose_backend
+from wsss_pipeline.refine import DenseCrf
 
 Status = Literal["ok", "note", "fail"]
 
@@ -43,7 +43,7 @@ def doctor(cache_dir: Path, clip: ClipConfig) -> list[Check]:
         ("versions", _versions),
         ("device", _device),
         ("crf", _crf),
-        ("export", _export),
+        ("extras", _extras),
         ("cache", lambda: _cache(cache_dir)),
         ("clip", lambda: _clip(clip)),
     ):
@@ -82,7 +82,7 @@ def _device() -> Iterator[Check]:
 
 
 def _crf() -> Iterator[Check]:
-    yield Check("crf", "ok", f"--crf auto takes {choose_backend('auto')}")
+    yield Check("crf", "ok", f"--crf auto takes {DenseCrf(CrfConfig()).config.backend}")
     if importlib.util.find_spec("pydensecrf") is None:
         yield Check(
             "crf",
@@ -92,22 +92,17 @@ def _crf() -> Iterator[Check]:
         )
 
 
-def _export() -> Iterator[Check]:
-    if importlib.util.find_spec("pycocotools") is None:
-        yield Check(
-            "export",
-            "note",
-            "pycocotools isn't installed; export --format coco needs: pip install 'wsss-pipeline[export]'",
-        )
-    else:
-        yield Check("export", "ok", f"pycocotools {metadata.version('pycocotools')}")
-
-
-def _engine() -> Iterator[Check]:
-    if importlib.util.find_spec("ray") is None:
-        yield Check("ray", "note", "not installed; --engine ray needs: pip install 'wsss-pipeline[ray]'")
-    else:
-        yield Check("ray", "ok", f"ray {metadata.version('ray')}")
+def _extras() -> Iterator[Check]:
+    for name, package, what in (
+        ("export", "pycocotools", "export-masks --format coco"),
+        ("export", "onnxruntime", "export-model"),
+        ("ray", "ray", "generate-masks --engine ray"),
+    ):
+        if importlib.util.find_spec(package) is None:
+            needs = f"{what} needs: pip install 'wsss-pipeline[{name}]'"
+            yield Check(name, "note", f"{package} isn't installed; {needs}")
+        else:
+            yield Check(name, "ok", f"{package} {metadata.version(package)}")
 
 
 def _cache(cache_dir: Path) -> Iterator[Check]:

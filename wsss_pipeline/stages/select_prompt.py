@@ -7,26 +7,22 @@ of an image score most evenly.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-import yaml
 from torch import Tensor
 
-from wsss_pipeline.cam.prompts import class_embeddings, sharpness
-from wsss_pipeline.clip.image_encoder import ImageEncoder
 from wsss_pipeline.clip.sources import locate_clip
-from wsss_pipeline.clip.text_encoder import TextEncoder
+from wsss_pipeline.clip.text import TextEncoder, class_embeddings
+from wsss_pipeline.clip.trunk import Trunk
 from wsss_pipeline.clip.weights import load_clip
-from wsss_pipeline.config import MaskConfig
-from wsss_pipeline.data.classes import ClassSet, check_template
-from wsss_pipeline.data.image_files import ImageFile
+from wsss_pipeline.data.classes import check_template
 from wsss_pipeline.data.images import read_image
-from wsss_pipeline.data.transforms import clip_input_size, resize_for_clip, to_clip_tensor
+from wsss_pipeline.data.transforms import prepare_image
 from wsss_pipeline.errors import ConfigError, ImageError
+from wsss_pipeline.pseudo_masks.job import MaskJob
 from wsss_pipeline.runtime.device import resolve_device, resolve_precision
 from wsss_pipeline.runtime.progress import Progress
 
@@ -35,24 +31,21 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class PromptRanking:
-    """Templates with their sharpness, the best (smallest) first, and on how many images it was measured."""
+    """Templates with their sharpness, the best (smallest) first.
+
+    Attributes:
+        ranked: template and sharpness.
+        images: number of images on which it was measured.
+        failed: image id to reason.
+    """
 
     ranked: list[tuple[str, float]]
     images: int
     failed: dict[str, str] = field(default_factory=dict)
 
 
-def select_prompt(
-    images: Mapping[str, ImageFile],
-    labels: Mapping[str, tuple[str, ...]],
-    class_set: ClassSet,
-    templates: Sequence[str],
-    config: MaskConfig,
-    *,
-    limit: int | None = None,
-    device: str = "auto",
-    offline: bool = False,
-) -> PromptRanking:
+@torch.no_grad()
+def select_prompt(job: MaskJob, templates: Sequence[str]) -> PromptRanking:
     """Rank templates by sharpness.
 
     The scores are those of softmax-GradCAM: one softmax over the classes of the image and the background
@@ -60,14 +53,8 @@ def select_prompt(
     Only images with two classes or more say anything (Eq. 9 has the variance over an image's classes).
 
     Args:
-        images: image id to file.
-        labels: image id to class names.
-        class_set: classes and background words.
+        job: images, labels, classes, CLIP and its precision, largest image, how many images at most, device.
         templates: to choose from, each with one ``{}``.
-        config: CLIP, precision, largest picture.
-        limit: use at most so many images.
-        device: ``auto``, ``cpu``, ``cuda``.
-        offline: fetch nothing.
 
     Raises:
         ClassSetError: a template without exactly one ``{}``.
@@ -76,66 +63,63 @@ def select_prompt(
     """
     for template in templates:
         check_template(template, "--template")
-    usable = [image_id for image_id, names in labels.items() if len(names) > 1 and image_id in images][:limit]
+    several = [image_id for image_id, names in job.labels.items() if len(names) > 1 and image_id in job.images]
+    usable = several[: job.limit]
     if not usable:
         raise ConfigError(
             "no image with two classes or more, and sharpness compares the classes of an image; "
             "label some images with all that is in them"
         )
-    place = resolve_device(device)
-    clip = load_clip(locate_clip(config.clip, offline=offline), place)
-    encoder = ImageEncoder(clip.vision, resolve_precision(config.clip.precision, place))
-    embeddings, failed = _image_embeddings(encoder, {i: images[i] for i in usable}, config.max_pixels)
-    if not embeddings:
-        raise ConfigError(
-            f"none of the {len(usable)} images with two classes or more can be used; see the warnings"
-        )
-    text_encoder = TextEncoder(clip.text, clip.tokenizer)
-    ranked: list[tuple[str, float]] = []
-    for template in templates:
-        rows = class_embeddings(class_set, [template], text_encoder.encode)
-        scores = []
-        for image_id, embedding in embeddings.items():
-            present = [class_set.index(name) - 1 for name in labels[image_id]]
-            texts = torch.cat([rows.foreground[present], rows.background])
-            scores.append(torch.softmax(clip.logit_scale * texts @ embedding, dim=0)[: len(present)])
-        ranked.append((template, sharpness(scores)))
-    ranked.sort(key=lambda item: item[1])
-    return PromptRanking(ranked, len(embeddings), failed)
-
-
-def write_choice(template: str, file: Path) -> None:
-    """Write ``template`` as YAML that ``generate-masks --config`` reads.
-
-    Raises:
-        ConfigError: the file can't be written.
-    """
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(yaml.safe_dump({"templates": [template]}, allow_unicode=True), "utf-8")
-    except OSError as error:
-        raise ConfigError(f"{file} can't be written: {error.strerror}") from error
-
-
-@torch.no_grad()
-def _image_embeddings(
-    encoder: ImageEncoder, images: Mapping[str, ImageFile], max_pixels: int
-) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Unit embeddings float32 (P,) on the CPU by image id, and the reason for each image that failed."""
-    found: dict[str, Tensor] = {}
+    device, class_set = resolve_device(job.device), job.class_set
+    clip = load_clip(locate_clip(job.config.clip, offline=job.offline), device)
+    trunk = Trunk(clip.vision, resolve_precision(job.config.clip.precision, device))
+    embeddings: dict[str, Tensor] = {}
     failed: dict[str, str] = {}
-    with Progress(len(images)) as progress:
-        for image_id, file in images.items():
+    with Progress(len(usable)) as progress:
+        for image_id in usable:
             try:
-                pixels = read_image(file)
+                image = read_image(job.images[image_id])
             except ImageError as error:
                 failed[image_id] = str(error)
                 logger.warning("%s", error)
                 progress.advance(failed=1)
                 continue
-            size = clip_input_size(pixels.shape[1], pixels.shape[0], encoder.patch_size, max_pixels)
-            tensor = to_clip_tensor(resize_for_clip(pixels, size.width, size.height))
-            pooled = encoder.encode(tensor[None].to(encoder.device)).pooled[0]
-            found[image_id] = F.normalize(pooled, dim=0).cpu()
+            pixels = prepare_image(image, trunk.patch_size, job.config.max_pixels).pixels
+            (last,) = trunk.encode(pixels[None].to(trunk.device)).last
+            embeddings[image_id] = F.normalize(last.pooled(), dim=0).cpu()
             progress.advance()
-    return found, failed
+    if not embeddings:
+        raise ConfigError(
+            f"none of the {len(usable)} images with two classes or more can be used; see the warnings"
+        )
+    encode = TextEncoder(clip.text, clip.tokenizer).encode
+    ranked: list[tuple[str, float]] = []
+    for template in templates:
+        rows = class_embeddings(class_set, [template], encode)
+        scores = []
+        for image_id, embedding in embeddings.items():
+            present = [class_set.index(name) - 1 for name in job.labels[image_id]]
+            texts = torch.cat([rows.foreground[present], rows.background])
+            scores.append(torch.softmax(clip.logit_scale * texts @ embedding, dim=0)[: len(present)])
+        ranked.append((template, sharpness(scores)))
+    return PromptRanking(sorted(ranked, key=lambda item: item[1]), len(embeddings), failed)
+
+
+def sharpness(scores: Iterable[Tensor]) -> float:
+    """Sharpness of a prompt: the smaller, the more evenly it finds all classes of an image (Eq. 9).
+
+    Args:
+        scores: per image, float (k,) softmax scores of its k present classes.
+
+    Returns:
+        The sum over images of variance (not standard deviation; over the k classes, population) divided
+        by mean. An image with one class adds nothing.
+    """
+    total = 0.0
+    for image in scores:
+        values = image.double()
+        if len(values) > 1:
+            total += float(
+                values.var(correction=0) / values.mean().clamp_min(torch.finfo(torch.float64).tiny)
+            )
+    return total

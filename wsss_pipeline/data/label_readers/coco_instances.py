@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from wsss_pipeline.data.class_entries import ClassEntry
+from wsss_pipeline.data.classes import ClassEntry
 from wsss_pipeline.data.label_readers.label_table import LabelTable
 from wsss_pipeline.errors import LabelError
 

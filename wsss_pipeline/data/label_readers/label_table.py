@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from wsss_pipeline.data.class_entries import ClassEntry, ClassSet
+from wsss_pipeline.data.classes import ClassEntry, ClassSet
 from wsss_pipeline.data.image_ids import check_image_id, without_image_suffix
 from wsss_pipeline.errors import LabelError
 

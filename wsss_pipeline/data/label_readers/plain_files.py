@@ -8,7 +8,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from wsss_pipeline.data.class_entries import ClassEntry
+from wsss_pipeline.data.classes import ClassEntry
 from wsss_pipeline.data.label_readers.label_table import LabelTable, read_text
 from wsss_pipeline.errors import LabelError
 

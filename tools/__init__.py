@@ -1,0 +1,1 @@
+"""Programs for those who develop the package; they aren't installed with it."""

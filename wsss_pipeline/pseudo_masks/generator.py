@@ -1,0 +1,242 @@
+"""One image or a batch, all the way from pixels to pseudo masks. The commands and the library run this object."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from wsss_pipeline.cache import MaskSet
+from wsss_pipeline.cam.scores import assemble, upscale_cams
+from wsss_pipeline.clip.sources import locate_clip
+from wsss_pipeline.clip.weights import load_clip
+from wsss_pipeline.config import MaskConfig
+from wsss_pipeline.data.classes import ClassSet, check_template, load_class_set
+from wsss_pipeline.data.images import AnyImage, as_pixels
+from wsss_pipeline.data.masks import CERTAIN, PseudoMask
+from wsss_pipeline.data.transforms import Prepared, resize
+from wsss_pipeline.errors import ConfigError
+from wsss_pipeline.methods import Method, load_mask_config, load_method
+from wsss_pipeline.refine import label, load_refiner
+from wsss_pipeline.runtime.device import Stopwatch, resolve_device, resolve_precision
+
+
+@dataclass(frozen=True)
+class LabelledImage:
+    """An image on its way into CLIP, with its labels.
+
+    Attributes:
+        pixels: uint8 (H, W, 3) RGB.
+        labels: names of the classes that are present.
+        classes: their mask values 1..C, in the same order.
+        prepared: what CLIP gets.
+    """
+
+    pixels: NDArray[np.uint8]
+    labels: tuple[str, ...]
+    classes: list[int]
+    prepared: Prepared
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(H, W) of the image and its mask."""
+        return self.pixels.shape[0], self.pixels.shape[1]
+
+
+@dataclass(frozen=True)
+class Generated:
+    """A pseudo mask that may still be on its way from the device, with the time it took there.
+
+    Attributes:
+        mask, confidence, cams: uint8 (H, W) twice, float16 (K, H, W) or None, on the host or on the way to it.
+        clip, refining: times of the batch in CLIP, and in refiner and arg max.
+        share: this image's part of them.
+    """
+
+    labels: tuple[str, ...]
+    mask: Tensor
+    confidence: Tensor
+    cams: Tensor | None
+    clip: Stopwatch
+    refining: Stopwatch
+    share: float
+
+    def wait(self) -> tuple[PseudoMask, float, float]:
+        """The pseudo mask, and the seconds in CLIP and in the refiner.
+
+        Raises:
+            MaskError: the refiner's posterior isn't finite.
+        """
+        refining = self.refining.seconds() * self.share  # waits until the copies have arrived
+        cams = None if self.cams is None else self.cams.numpy()
+        mask = PseudoMask(self.mask.numpy(), self.confidence.numpy(), self.labels, cams)
+        return mask, self.clip.seconds() * self.share, refining
+
+
+class MaskGenerator:
+    """Makes pseudo masks of images out of the classes that are present in them.
+
+    Resolves its settings at once; CLIP is loaded when the first mask is asked for.
+
+    Args:
+        classes: built-in class set, YAML file or names with commas between, as ``--classes`` has it, or a list of
+            names, or a class set.
+        method: name of a method, or module path of one's own.
+        clip: hub id, Hugging Face folder, OpenAI ``.pt`` file, or ``demo``.
+        preset: published settings, such as ``clip-es/voc12``.
+        settings: dotted key to value, such as ``{"cam.threshold": 0.5}``.
+        device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
+        offline: fetch nothing.
+        config: all settings, resolved, in place of the five before them.
+        elsewhere: another machine will run it, so that the device needn't be here.
+
+    Raises:
+        ConfigError, ClassSetError: settings or classes that can't be used.
+        WeightsError: CLIP can't be found.
+        MissingDependencyError: the refiner needs an optional package.
+    """
+
+    def __init__(
+        self,
+        classes: str | Sequence[str] | ClassSet = "",
+        *,
+        method: str | None = None,
+        clip: str | None = None,
+        preset: str | None = None,
+        settings: Mapping[str, Any] | None = None,
+        device: str = "auto",
+        offline: bool = False,
+        config: MaskConfig | None = None,
+        elsewhere: bool = False,
+    ) -> None:
+        class_set = classes if isinstance(classes, ClassSet) else None
+        if config is None:
+            names = classes if isinstance(classes, str) else None if class_set else ",".join(classes) + ","
+            flags = {"method": method, "classes": names or None, "clip.weights": clip, **(settings or {})}
+            config = load_mask_config(preset, flags=flags)
+        for template in config.templates:
+            check_template(template, "template")
+        if class_set is None:
+            if not config.classes:
+                raise ConfigError("no classes given; use --classes cat,dog, --classes FILE.yaml or --preset NAME")
+            class_set = load_class_set(config.classes)
+        self.class_set = class_set
+        self.config = config.model_copy(update={"templates": config.templates or class_set.templates})
+        self._method_type = load_method(config.method)
+        self.refiner = load_refiner(config, self._method_type.refiner)
+        self.device = resolve_device(device, elsewhere)
+        self.precision = resolve_precision(config.clip.precision, self.device)
+        self.clip = locate_clip(config.clip, offline=offline)
+
+    @cached_property
+    def method(self) -> Method:
+        """The method with CLIP loaded and the classes embedded.
+
+        Raises:
+            WeightsError: CLIP can't be loaded.
+        """
+        clip = load_clip(self.clip, self.device)
+        return self._method_type(self.config, clip, self.class_set, self.precision)
+
+    @cached_property
+    def mask_set(self) -> MaskSet:
+        """What the masks are and all that determines them; reads the weights for their digest."""
+        classes = self.class_set.classes
+        category_ids = {entry.name: entry.coco_id for entry in classes if entry.coco_id is not None}
+        return MaskSet(
+            name=self.class_set.name,
+            determinants={
+                "method": {"name": self._method_type.name, "version": self._method_type.version},
+                "clip": self.clip.digest(),
+                "precision": self.precision,
+                "classes": [
+                    {"name": entry.name, "texts": list(entry.texts()), "fuse": entry.fuse} for entry in classes
+                ],
+                "background": list(self.class_set.background),
+                "templates": list(self.config.templates),
+                "max_pixels": self.config.max_pixels,
+                **self._method_type.determinants(self.config),
+                **self.refiner.determinants(),
+            },
+            class_names=self.class_set.names,
+            # COCO's category ids run from 1 to 90 with gaps; of use where each class has one
+            category_ids=category_ids if len(category_ids) == len(classes) else None,
+        )
+
+    def lines(self) -> list[str]:
+        """The choices that decide over the masks, as a person reads them."""
+        names, background = self.class_set.names, self.class_set.background
+        return [
+            f"classes ({len(names)}): {', '.join(names)}",
+            f"background words ({len(background)}): {', '.join(background) or 'none'}",
+            f"templates ({len(self.config.templates)}): {' | '.join(self.config.templates)}",
+            f"method: {self._method_type.name}; CLIP: {self.config.clip.weights}, {self.precision} on {self.device}",
+            self.refiner.description,
+        ]
+
+    def __call__(self, image: AnyImage, labels: Sequence[str]) -> PseudoMask:
+        """The pseudo mask of one image, with its CAMs.
+
+        Args:
+            image: uint8 array (H, W, 3) RGB, PIL image, or path.
+            labels: names or aliases of the classes that are present; none gives background.
+
+        Raises:
+            ImageError: the image can't be used.
+            ClassSetError: no such class.
+        """
+        prepared = self.prepare(as_pixels(image), labels)
+        if not prepared.classes:
+            return self.background(prepared, with_cams=True)
+        return self.generate([prepared], with_cams=True)[0].wait()[0]
+
+    def prepare(self, pixels: NDArray[np.uint8], labels: Sequence[str]) -> LabelledImage:
+        """An image, uint8 (H, W, 3) RGB, on its way into CLIP; ClassSetError where a label is unknown."""
+        names = tuple(labels)
+        classes = [self.class_set.index(name) for name in names]
+        return LabelledImage(pixels, names, classes, self.method.prepare(pixels))
+
+    def background(self, image: LabelledImage, with_cams: bool) -> PseudoMask:
+        """The mask of an image in which no class is present."""
+        cams = np.zeros((0, *image.size), np.float16) if with_cams else None
+        confidence = np.full(image.size, CERTAIN, np.uint8)
+        return PseudoMask(np.zeros(image.size, np.uint8), confidence, image.labels, cams)
+
+    @torch.no_grad()
+    def generate(self, batch: Sequence[LabelledImage], with_cams: bool) -> list[Generated]:
+        """Start with images whose prepared sizes are equal, each with at least one class.
+
+        Nothing leaves the device between CLIP and the labels, and on a GPU nothing waits for them.
+
+        Raises:
+            ImageError, MemoryError, RuntimeError: one of them can't be labelled, or all together can't.
+        """
+        power = self.method.background_power
+        with Stopwatch(self.device) as clip:
+            pixels = torch.stack([image.prepared.pixels for image in batch]).to(self.device)
+            maps = self.method.scores(pixels, [image.classes for image in batch])
+        with Stopwatch(self.device) as refining:
+            seen, scores = [], []
+            for image, cams in zip(batch, maps, strict=True):
+                height, width = (max(1, round(side * image.prepared.scale)) for side in image.size)
+                seen.append(resize(image.pixels, width, height))
+                # half precision is what the cache stores and what the published CRF reads
+                scores.append(assemble(upscale_cams(cams, (height, width)).half(), power))
+            posteriors = self.refiner(seen, scores)
+            generated = []
+            for image, cams, posterior in zip(batch, maps, posteriors, strict=True):
+                mask, confidence = label(posterior, image.classes, image.size)
+                stored = upscale_cams(cams, image.size).half() if with_cams else None
+                # a copy starts when the device gets there; the watch's end says when it has arrived
+                on_host = [
+                    None if tensor is None else tensor.to("cpu", non_blocking=True)
+                    for tensor in (mask, confidence, stored)
+                ]
+                generated.append((image.labels, *on_host))
+        return [Generated(*found, clip, refining, 1 / len(batch)) for found in generated]  # type: ignore[arg-type]

@@ -1,0 +1,175 @@
+"""What a run of stage one is to do: as it was asked for, and as it was resolved without loading CLIP."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from wsss_pipeline.config import MaskConfig
+from wsss_pipeline.data.classes import ClassSet, load_class_set
+from wsss_pipeline.data.datasets import coco_inputs, voc_inputs
+from wsss_pipeline.data.image_files import ImageFile, is_there, reading_order
+from wsss_pipeline.data.image_ids import find_images
+from wsss_pipeline.data.labels import read_labels
+from wsss_pipeline.errors import ConfigError
+from wsss_pipeline.methods import load_mask_config
+from wsss_pipeline.pseudo_masks.generator import MaskGenerator
+from wsss_pipeline.runtime.share import Share
+
+Engine = Literal["local", "ray"]
+
+
+@dataclass(frozen=True)
+class MaskJob:
+    """A run of stage one as the user asked for it.
+
+    Attributes:
+        images: image id to file.
+        labels: image id to class names in order of appearance; an empty tuple means that no class is present.
+        class_set: of the labels.
+        config: settings that change the masks.
+        cache_dir: folder that holds mask sets.
+        device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
+        share: this run's part of the images.
+        limit: at most so many images of the share.
+        batch_size: on a GPU, images of one size that CLIP sees together.
+        workers: images that a CPU works on at a time, files that are read ahead for a GPU; with Ray, tasks at a
+            time at most (0: as many as there is room for).
+        store_cams: keep the CAMs in the cache too.
+        overwrite: compute again what the cache holds.
+        check_bytes: read every image whose mask is there, whatever its size and times say.
+        offline: fetch nothing.
+        engine: this machine, or a Ray cluster.
+    """
+
+    images: Mapping[str, ImageFile]
+    labels: Mapping[str, tuple[str, ...]]
+    class_set: ClassSet
+    config: MaskConfig
+    cache_dir: Path = Path("cache")
+    device: str = "auto"
+    share: Share = field(default_factory=Share)
+    limit: int | None = None
+    batch_size: int = 1
+    workers: int = 0
+    store_cams: bool = False
+    overwrite: bool = False
+    check_bytes: bool = False
+    offline: bool = False
+    engine: Engine = "local"
+
+    @classmethod
+    def read(
+        cls,
+        *,
+        images: Path | str | None = None,
+        labels: Path | str | None = None,
+        voc: Path | str | None = None,
+        coco: Path | str | None = None,
+        split: str | None = None,
+        classes: str | None = None,
+        templates: Sequence[str] = (),
+        preset: str | None = None,
+        config_file: Path | None = None,
+        overrides: Sequence[str] = (),
+        flags: Mapping[str, Any] | None = None,
+        cache: Path | str = "cache",
+        **options: Any,
+    ) -> MaskJob:
+        """A job out of paths: the configuration resolved, the labels read.
+
+        Args:
+            images: folder, or WebDataset archives such as ``shards/{000..127}.tar``.
+            labels: file or folder of image-level labels; None where the images bring theirs.
+            voc, coco: folder of a data set, in place of images, labels and classes.
+            split: part of that data set.
+            classes: built-in class set, YAML file, or names with commas between.
+            templates: prompt templates.
+            preset: name of published settings.
+            config_file: YAML file of settings.
+            overrides: ``key=value`` texts.
+            flags: dotted key of the configuration to value.
+            cache: folder that holds mask sets.
+            options: further fields of a job, by name.
+
+        Raises:
+            ConfigError: options that contradict each other or leave something out.
+            ClassSetError, LabelError, ImageError: from reading the class set, the labels, the folder.
+        """
+        if sum(source is not None for source in (images, voc, coco)) != 1:
+            raise ConfigError("give the images once: --images DIR, --voc ROOT or --coco ROOT")
+        if (split is not None) == (images is not None):
+            raise ConfigError("--split goes with --voc or --coco, and they need it, for example --split train")
+        if labels is not None and images is None:
+            raise ConfigError("--labels goes with --images; --voc and --coco bring their own labels")
+        if preset is None and classes is None:
+            classes = "voc12" if voc is not None else "coco14" if coco is not None else None
+        flags = {"classes": classes, "templates": tuple(templates) or None, **(flags or {})}
+        config = load_mask_config(preset, config_file, overrides, flags)
+        if not config.classes:
+            raise ConfigError("no classes given; use --classes cat,dog, --classes FILE.yaml or --preset NAME")
+        class_set = load_class_set(config.classes)
+        if images is not None:
+            files = find_images(Path(images))
+            names = read_labels(None if labels is None else Path(labels), files, class_set)
+        elif voc is not None:
+            files, names = voc_inputs(Path(voc), str(split), class_set)
+        else:
+            files, names = coco_inputs(Path(str(coco)), str(split), class_set)
+        return cls(files, names, class_set, config, Path(cache), **options)
+
+
+@dataclass(frozen=True)
+class MaskPlan:
+    """A job with everything resolved.
+
+    Attributes:
+        job: see there.
+        generator: of the masks; CLIP isn't loaded yet.
+        image_ids: this run's share, labelled and there, in the order in which they are best read.
+        missing: labelled ids without a file.
+        unlabelled: number of images that the labels don't name.
+    """
+
+    job: MaskJob
+    generator: MaskGenerator
+    image_ids: list[str]
+    missing: list[str]
+    unlabelled: int
+
+    @property
+    def folder(self) -> Path:
+        """Of the mask set."""
+        return self.job.cache_dir / self.generator.mask_set.folder_name
+
+
+def plan_masks(job: MaskJob, generator: MaskGenerator | None = None) -> MaskPlan:
+    """Resolve a job; ``generator`` is one that was made for the same classes and settings before.
+
+    Raises:
+        ConfigError: no such device, settings that contradict each other.
+        WeightsError: CLIP can't be found.
+        MissingDependencyError: the refiner isn't installed.
+    """
+    generator = generator or MaskGenerator(
+        job.class_set,
+        config=job.config,
+        device=job.device,
+        offline=job.offline,
+        elsewhere=job.engine == "ray",
+    )
+    share = job.share.select(job.labels)[: job.limit]
+    there = {image_id for image_id in share if image_id in job.images and is_there(job.images[image_id])}
+    return MaskPlan(
+        job,
+        generator,
+        # stable: files of their own keep the order of the labels
+        sorted(
+            (image_id for image_id in share if image_id in there),
+            key=lambda image_id: reading_order(job.images[image_id]),
+        ),
+        [image_id for image_id in share if image_id not in there],
+        sum(image_id not in job.labels for image_id in job.images),
+    )

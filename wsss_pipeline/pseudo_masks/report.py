@@ -1,0 +1,92 @@
+"""What a run of stage one did, for people and for machines."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+logger = logging.getLogger(__name__)
+
+FAILURES_SHOWN = 20
+
+
+@dataclass
+class MaskReport:
+    """What a run did.
+
+    Attributes:
+        path: the mask set, a folder that ``MaskCache.open`` reads.
+        images: number of images in this run's share.
+        unlabelled: images that the labels don't name, left out.
+        computed: masks made now.
+        reused: masks that were in the cache.
+        without_labels: of the computed ones, those with no class: all background.
+        scaled: of the computed ones, those over ``max_pixels``.
+        failed: image id to reason.
+        interrupted: a request to stop came before the end.
+        seconds: the whole run.
+        computing: seconds from the first image to the last, without loading CLIP.
+        busy: stage to the seconds it worked; those of the stages in ``shared`` are the sum over ``workers`` threads.
+        workers: threads.
+        shared: stages that all threads take part in.
+    """
+
+    path: Path
+    images: int = 0
+    unlabelled: int = 0
+    computed: int = 0
+    reused: int = 0
+    without_labels: int = 0
+    scaled: int = 0
+    failed: dict[str, str] = field(default_factory=dict)
+    interrupted: bool = False
+    seconds: float = 0.0
+    computing: float = 0.0
+    busy: dict[str, float] = field(default_factory=dict)
+    workers: int = 0
+    shared: tuple[str, ...] = ()
+
+    def fail(self, image_id: str, reason: str) -> None:
+        """Note one image that can't be used, and warn."""
+        self.failed[image_id] = reason
+        logger.warning("%s: %s", image_id, reason)
+
+    def as_dict(self) -> dict[str, Any]:
+        """The report as JSON takes it."""
+        return {**asdict(self), "path": str(self.path)}
+
+    def lines(self) -> list[str]:
+        """The report as a person reads it."""
+        lines = []
+        if self.computed:
+            rate = self.computed / max(self.seconds, 1e-9)
+            lines.append(f"{self.computed} masks computed in {self.seconds:.1f} s ({rate:.2f} images/s)")
+        if self.computed and self.busy and self.computing:
+            shares = {
+                stage: seconds / self.computing / (max(1, self.workers) if stage in self.shared else 1)
+                for stage, seconds in self.busy.items()
+            }
+            listed = ", ".join(f"{stage} {100 * share:.0f} %" for stage, share in shares.items())
+            lines.append(f"busy: {listed}; waiting on {max(shares, key=lambda stage: shares[stage])}")
+        if self.reused:
+            lines.append(f"{self.reused} masks reused from the cache")
+        if self.reused and not self.computed and not self.failed:
+            lines.append("nothing was left to compute, so CLIP was not loaded")
+        if self.without_labels:
+            lines.append(f"{self.without_labels} images have no label: their masks are all background")
+        if self.scaled:
+            lines.append(f"{self.scaled} images were scaled down for CLIP and the refiner (--max-pixels)")
+        if self.unlabelled:
+            lines.append(f"{self.unlabelled} images aren't named in the labels and were left out")
+        if self.failed:
+            lines.append(f"{len(self.failed)} images failed:")
+            shown = list(self.failed.items())[:FAILURES_SHOWN]
+            lines += [f"  {image_id}: {reason}" for image_id, reason in shown]
+            if len(self.failed) > FAILURES_SHOWN:
+                lines.append(f"  and {len(self.failed) - FAILURES_SHOWN} more, each warned of above")
+        left = self.images - self.computed - self.reused - len(self.failed)
+        if left:
+            lines.append(f"{left} images are left to do")
+        return lines

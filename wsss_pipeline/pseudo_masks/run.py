@@ -1,0 +1,261 @@
+"""The loop of stage one: read, generate, write; in order, and whatever happens to one image.
+
+On a CPU each image stays in one thread from its bytes to its labels. On a GPU files are read ahead in threads, and
+batches of one size go through CLIP and refiner together. Only where tensors lie differs, not what is computed.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, contextmanager, nullcontext
+from dataclasses import dataclass
+from functools import partial
+from itertools import islice
+from typing import TypeVar
+
+from wsss_pipeline.cache import MaskWriter, open_mask_set
+from wsss_pipeline.data.image_files import Status, file_status
+from wsss_pipeline.data.images import read_stored_image
+from wsss_pipeline.data.masks import PseudoMask
+from wsss_pipeline.errors import ImageError, MaskError
+from wsss_pipeline.pseudo_masks.generator import LabelledImage, MaskGenerator
+from wsss_pipeline.pseudo_masks.job import MaskJob, MaskPlan, plan_masks
+from wsss_pipeline.pseudo_masks.report import MaskReport
+from wsss_pipeline.runtime.device import single_threaded_torch
+from wsss_pipeline.runtime.interrupts import StopRequest
+from wsss_pipeline.runtime.progress import Progress
+
+Result = TypeVar("Result")
+
+logger = logging.getLogger(__name__)
+
+LOOK_AHEAD = 4  # batches that are looked through for images of one size
+
+# torch has no exception class of its own for memory that ran out on the CPU
+OUT_OF_MEMORY_TEXTS = ("out of memory", "can't allocate memory", "not enough memory")
+
+
+@dataclass(frozen=True)
+class ReadImage:
+    """An image that was read.
+
+    Attributes:
+        image_id: of the image.
+        status: of its file, before it was read.
+        digest: SHA-256 of its bytes.
+        image: on its way into CLIP.
+        seconds: that reading and preparing took.
+    """
+
+    image_id: str
+    status: Status
+    digest: str
+    image: LabelledImage
+    seconds: float
+
+
+Made = tuple[ReadImage, PseudoMask, float, float]  # with the seconds in CLIP and in the refiner
+
+
+def run_share(job: MaskJob, generator: MaskGenerator | None = None, *, quiet: bool = False) -> MaskReport:
+    """Make the pseudo masks of a job's share that the cache doesn't hold yet.
+
+    Args:
+        job: see there.
+        generator: one that was made for the same classes and settings before.
+        quiet: show no progress, say nothing of the choices: another process does.
+
+    Raises:
+        WsssError: nothing can be computed at all (classes, weights, cache folder); never for one image.
+    """
+    started = time.monotonic()
+    plan = plan_masks(job, generator)
+    for line in [] if quiet else plan.generator.lines():
+        logger.info("%s", line)
+    folder = open_mask_set(job.cache_dir, plan.generator.mask_set)
+    report = MaskReport(folder, len(plan.image_ids) + len(plan.missing), plan.unlabelled)
+    with MaskWriter(folder, job.share.index, job.share.count) as writer:
+        for image_id in plan.missing:
+            report.fail(image_id, "the labels name it, but there is no such image")
+        todo = plan.image_ids
+        if not job.overwrite:
+            options = {"need_cams": job.store_cams, "check_bytes": job.check_bytes}
+            todo = [i for i in todo if not writer.is_current(i, job.images[i], job.labels[i], **options)]
+        report.reused = len(plan.image_ids) - len(todo)
+        if todo:
+            if not quiet:
+                counts = (report.images, report.reused, len(todo))
+                logger.info("%d images: %d in the cache, %d to compute", *counts)
+            _ = plan.generator.method  # loads CLIP, which isn't part of computing
+            _Run(plan, writer, report, quiet).compute(todo)
+        writer.finish([*plan.image_ids, *plan.missing])
+    report.seconds = time.monotonic() - started
+    return report
+
+
+class _Run:
+    """One run over the images that are left to do."""
+
+    def __init__(self, plan: MaskPlan, writer: MaskWriter, report: MaskReport, quiet: bool = False) -> None:
+        self._job, self._generator, self._writer, self._report = plan.job, plan.generator, writer, report
+        self._quiet = quiet
+        self._on_cpu = plan.generator.device.type == "cpu"
+        self._warned_of_rotation = False
+
+    def compute(self, todo: list[str]) -> None:
+        """Compute and write the masks of ``todo``, in order, until done or asked to stop."""
+        report, started = self._report, time.monotonic()
+        report.workers = self._job.workers
+        report.shared = ("reading", "CLIP", "refining") if self._on_cpu else ("reading",)
+        report.busy = dict.fromkeys(("reading", "CLIP", "refining", "writing"), 0.0)
+        make = self._one_by_one if self._on_cpu else self._in_batches
+        with (
+            StopRequest() as stop,
+            Progress(len(todo), is_shown=not self._quiet) as self._progress,
+            single_threaded_torch() if self._on_cpu else nullcontext(),
+            closing(make(todo)) as results,  # type: ignore[type-var]  # a generator
+        ):
+            for image_id, wait in results:
+                with self._one_image(image_id):
+                    self._write(*wait())
+                if stop.requested:
+                    break
+            report.interrupted = stop.requested and self._progress.left > 0
+        report.computing += time.monotonic() - started
+
+    def _one_by_one(self, todo: list[str]) -> Iterator[tuple[str, Callable[[], Made]]]:
+        """Each image in a thread of its own, from its bytes to its labels."""
+
+        def make(image_id: str) -> Made:
+            read = self._read(image_id)
+            if not read.image.classes:
+                return read, self._generator.background(read.image, self._job.store_cams), 0.0, 0.0
+            return read, *self._generator.generate([read.image], self._job.store_cams)[0].wait()
+
+        return ahead(make, todo, self._job.workers, 2 * self._job.workers)
+
+    def _in_batches(self, todo: list[str]) -> Iterator[tuple[str, Callable[[], Made]]]:
+        """Batches of one size, found among some that are read ahead; one without classes needs no CLIP."""
+        size, store_cams = self._job.batch_size, self._job.store_cams
+        length = 1 if size == 1 else LOOK_AHEAD * size
+        under_way: deque[tuple[str, Callable[[], Made]]] = deque()
+        reading = ahead(self._read, todo, self._job.workers, length + size)
+        with closing(reading):  # type: ignore[type-var]  # a generator
+            while window := list(islice(reading, length)):
+                results: dict[str, Callable[[], Made]] = {}
+                groups: dict[tuple[int, ...], list[ReadImage]] = {}
+                for image_id, wait in window:
+                    with self._one_image(image_id):
+                        read = wait()
+                        if read.image.classes:
+                            groups.setdefault(tuple(read.image.prepared.pixels.shape), []).append(read)
+                        else:
+                            mask = self._generator.background(read.image, store_cams)
+                            results[image_id] = partial(_same, (read, mask, 0.0, 0.0))
+                for group in groups.values():
+                    for start in range(0, len(group), size):
+                        results |= self._start(group[start : start + size])
+                under_way += [(image_id, results[image_id]) for image_id, _ in window if image_id in results]
+                while len(under_way) > size:  # what the device is at meanwhile
+                    yield under_way.popleft()
+            yield from under_way
+
+    def _start(self, batch: list[ReadImage]) -> dict[str, Callable[[], Made]]:
+        """Results by image id, without those that failed."""
+        try:
+            generated = self._generator.generate([read.image for read in batch], self._job.store_cams)
+        except (ImageError, MemoryError, RuntimeError) as error:
+            if len(batch) == 1:
+                with self._one_image(batch[0].image_id):
+                    raise error
+                return {}
+            # one of them may be at fault, or together they are too many
+            return {image_id: wait for read in batch for image_id, wait in self._start([read]).items()}
+        return {
+            read.image_id: lambda read=read, found=found: (read, *found.wait())  # type: ignore[misc]
+            for read, found in zip(batch, generated, strict=True)
+        }
+
+    def _read(self, image_id: str) -> ReadImage:
+        started, file = time.monotonic(), self._job.images[image_id]
+        try:
+            status = file_status(file)
+        except (OSError, ValueError) as error:
+            raise ImageError(f"{file}: can't be read: {error}; replace or remove it") from error
+        stored = read_stored_image(file)
+        if stored.has_rotation and not self._warned_of_rotation:
+            self._warned_of_rotation = True
+            logger.warning(
+                "%s has an EXIF rotation tag, maybe others too: it is ignored, masks fit the stored pixels", file
+            )
+        image = self._generator.prepare(stored.pixels, self._job.labels[image_id])
+        return ReadImage(image_id, status, stored.digest, image, time.monotonic() - started)
+
+    def _write(self, read: ReadImage, mask: PseudoMask, clip: float, refining: float) -> None:
+        report, started = self._report, time.monotonic()
+        scale = read.image.prepared.scale
+        self._writer.write(
+            read.image_id,
+            mask,
+            image_digest=read.digest,
+            seconds=read.seconds + clip + refining,
+            scale=scale,
+            status=read.status,
+        )
+        seconds = {"reading": read.seconds, "CLIP": clip, "refining": refining}
+        for stage, spent in {**seconds, "writing": time.monotonic() - started}.items():
+            report.busy[stage] += spent
+        report.computed += 1
+        report.without_labels += not read.image.classes
+        report.scaled += scale < 1
+        self._progress.advance()
+
+    @contextmanager
+    def _one_image(self, image_id: str) -> Iterator[None]:
+        """What goes wrong inside is this image's failure, not the run's."""
+        try:
+            yield
+            return
+        except (ImageError, MaskError) as error:
+            reason = str(error)
+        except (MemoryError, RuntimeError) as error:
+            text = str(error).lower()
+            if isinstance(error, RuntimeError) and not any(part in text for part in OUT_OF_MEMORY_TEXTS):
+                raise
+            reason = "ran out of memory; lower --max-pixels, --workers or --batch-size"
+        self._report.fail(image_id, reason)
+        self._progress.advance(failed=1)
+
+
+def ahead(
+    make: Callable[[str], Result], image_ids: Iterable[str], threads: int, at_most: int
+) -> Iterator[tuple[str, Callable[[], Result]]]:
+    """Each id with what waits for ``make(id)``, in order.
+
+    Args:
+        make: what is to be done for one id.
+        image_ids: in order.
+        threads: that work ahead; with 0, work is done when it is waited for.
+        at_most: so many are worked ahead.
+    """
+    if not threads:
+        yield from ((image_id, partial(make, image_id)) for image_id in image_ids)
+        return
+    pool = ThreadPoolExecutor(threads)
+    under_way: deque[tuple[str, Callable[[], Result]]] = deque()
+    try:
+        for image_id in image_ids:
+            under_way.append((image_id, pool.submit(make, image_id).result))
+            if len(under_way) > at_most:
+                yield under_way.popleft()
+        yield from under_way
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _same(made: Made) -> Made:
+    return made

@@ -1,0 +1,93 @@
+"""From scores to a labelled image: a refiner's posterior, and the one arg max and rounding of its confidence."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor
+
+from wsss_pipeline.config import MaskConfig, RefinerName
+from wsss_pipeline.data.masks import CERTAIN
+from wsss_pipeline.errors import ConfigError
+from wsss_pipeline.refine.dense_crf import DenseCrf
+
+
+class Refiner(Protocol):
+    """From scores to a posterior that follows the image's edges; where the scores lie, CPU or GPU.
+
+    Attributes:
+        description: for people.
+    """
+
+    description: str
+
+    def determinants(self) -> Mapping[str, Any]:
+        """The part of the fingerprint that is its own."""
+
+    def __call__(self, images: Sequence[NDArray[np.uint8]], scores: Sequence[Tensor]) -> list[Tensor]:
+        """Posteriors of several images of any sizes.
+
+        Args:
+            images: uint8 (H, W, 3) RGB.
+            scores: per image float (1+K, H, W) in [0, 1], background first; they need not sum to 1.
+
+        Returns:
+            Per image float32 (1+K, H, W) on the device of its scores, summing to 1 over the labels.
+        """
+
+
+class Unrefined:
+    """A ``Refiner`` that leaves the scores as they are, divided by their sum."""
+
+    description = "CRF: none"
+
+    def determinants(self) -> Mapping[str, Any]:
+        """That nothing is refined."""
+        return {"crf": {"backend": "none"}}
+
+    def __call__(self, images: Sequence[NDArray[np.uint8]], scores: Sequence[Tensor]) -> list[Tensor]:
+        """See ``Refiner``."""
+        return [score.float() / score.float().sum(dim=0) for score in scores]
+
+
+def load_refiner(config: MaskConfig, default: RefinerName) -> Refiner:
+    """The refiner that a configuration names; ``auto`` is ``default``, or none where ``crf.backend`` is none.
+
+    Raises:
+        ConfigError: settings that contradict each other.
+        MissingDependencyError: the CRF's backend isn't installed.
+    """
+    if config.refine == "crf" and config.crf.backend == "none":
+        raise ConfigError("--refine crf and --crf none contradict each other; drop one of them")
+    name = default if config.refine == "auto" else config.refine
+    if name == "none" or (name == "crf" and config.crf.backend == "none"):
+        return Unrefined()
+    return DenseCrf(config.crf)
+
+
+def label(posterior: Tensor, classes: Sequence[int], size: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """Mask and confidence of an image.
+
+    Args:
+        posterior: float32 (1+K, h, w), background first, summing to 1.
+        classes: mask value of each of the K classes.
+        size: (H, W) of the mask; the posterior is scaled to it, bilinearly, where it differs from (h, w).
+
+    Returns:
+        The arg max, uint8 (H, W), and its posterior in half percents, rounded down, uint8 (H, W): the largest n
+        in 0..200 with float32(n / 200) <= p, exactly. 255 stands for a posterior that is no number, which
+        ``PseudoMask`` refuses. On the device of the posterior; nothing waits for it.
+    """
+    if posterior.shape[1:] != size:
+        posterior = F.interpolate(posterior[None], size, mode="bilinear", align_corners=False)[0]
+    largest, index = posterior.max(dim=0)
+    values = torch.tensor([0, *classes], dtype=torch.uint8).to(posterior.device, non_blocking=True)
+    thresholds = (torch.arange(CERTAIN + 1, dtype=torch.float64) / CERTAIN).float().to(posterior.device)
+    steps = torch.searchsorted(thresholds, largest.contiguous(), right=True) - 1
+    confidence = steps.clamp_(min=0).masked_fill_(largest.isnan(), 255).to(torch.uint8)
+    return values[index], confidence
