@@ -146,7 +146,7 @@ def _inference_option(key: str, **options: Any) -> Callable[[Command], Command]:
 inference_options = _all(
     _inference_option("scales", metavar="S,S,...", callback=_scales),
     _inference_option("flip", is_flag=True),
-    _inference_option("window", type=click.IntRange(*map(int, bounds(InferenceConfig, "window") or ()))),
+    _inference_option("window", type=click.IntRange(*(bounds(InferenceConfig, "window") or ()))),
     _inference_option(
         "combine",
         type=click.Choice(["mean", "max"]),

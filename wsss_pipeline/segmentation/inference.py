@@ -12,46 +12,20 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
-from PIL import Image
 from torch import Tensor
 
 from wsss_pipeline.config import CrfConfig, InferenceConfig
 from wsss_pipeline.data.image_files import ImageFile
-from wsss_pipeline.data.images import read_image
-from wsss_pipeline.data.masks import PseudoMask, half_percent_confidence
-from wsss_pipeline.errors import ImageError, MaskError
-from wsss_pipeline.refine import choose_backend, crf_image, dense_crf, unary_from_scores
+from wsss_pipeline.data.images import AnyImage, as_pixels, read_image
+from wsss_pipeline.data.masks import PseudoMask
+from wsss_pipeline.errors import MaskError
+from wsss_pipeline.refine import DenseCrf, label
 from wsss_pipeline.runtime.device import resolve_device
 from wsss_pipeline.segmentation.checkpoint import find_checkpoint, load_network
 from wsss_pipeline.segmentation.networks import IMAGE_MEAN, IMAGE_STD, SegmentationNetwork
 
 RAW, CRF = "raw", "+CRF"
 _PLAIN = (1.0, False)  # scale 1, not mirrored
-
-
-class DenseCrf:
-    def __init__(self, config: CrfConfig) -> None:
-        self.config = config.model_copy(update={"backend": choose_backend(config.backend)})
-
-    def __call__(self, images: Sequence[NDArray[np.uint8]], scores: Sequence[Tensor]) -> list[Tensor]:
-        return [
-            torch.from_numpy(
-                dense_crf(
-                    crf_image(image, self.config.image),
-                    unary_from_scores(score),
-                    self.config,
-                    self.config.backend,
-                    str(score.device),
-                )
-            )
-            for image, score in zip(images, scores, strict=True)
-        ]
-
-
-def label(posterior: Tensor, classes: Sequence[int], size: tuple[int, int]) -> tuple[Tensor, Tensor]:
-    found = posterior.cpu().numpy()
-    confidence = half_percent_confidence(found.max(axis=0))
-    return torch.from_numpy(found.argmax(axis=0).astype(np.uint8)), torch.from_numpy(confidence)
 
 
 class Segmenter:
@@ -114,26 +88,20 @@ class Segmenter:
             digest.update(values.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
         return f"network {digest.hexdigest()[:12]}"
 
-    def __call__(self, image: NDArray[np.uint8] | Image.Image | Path | str) -> PseudoMask:
-        """The most refined mask of an image: uint8 (H, W, 3) RGB, a Pillow image, or the path of a file.
+    def __call__(self, image: AnyImage) -> PseudoMask:
+        """The most refined mask of an image: a uint8 array (H, W, 3) RGB or (H, W) grey, a PIL image, or a path.
 
         Raises:
-            ImageError: it can't be read, or an array of another kind.
+            ImageError: the image can't be used.
             MaskError: the network's answer holds NaN.
         """
-        if isinstance(image, str | Path):
-            image = read_image(Path(image))
-        elif isinstance(image, Image.Image):
-            image = np.asarray(image.convert("RGB"))
-        return self._labelled(list(self._posteriors(image, raw=False).values())[-1])
+        return self._labelled(list(self._posteriors(as_pixels(image), raw=False).values())[-1])
 
     def variants(self, image: NDArray[np.uint8]) -> dict[str, PseudoMask]:
         """Masks of an image by name, the most refined last, out of one set of passes: as it is, scaled, refined."""
         return {name: self._labelled(found) for name, found in self._posteriors(image, raw=True).items()}
 
     def _posteriors(self, image: NDArray[np.uint8], *, raw: bool) -> dict[str, Tensor]:
-        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or image.size == 0:
-            raise ImageError(f"a network takes a uint8 image (H, W, 3), not {image.dtype} {image.shape}")
         found = _probabilities(self.network, image, self.inference, self.device, raw=raw)
         if self.crf is not None:
             (found[CRF],) = self.crf([image], [list(found.values())[-1]])
@@ -209,7 +177,7 @@ def _probabilities(
     *,
     raw: bool,
 ) -> dict[str, Tensor]:
-    """Probabilities (1+C, H, W) as ``config`` says, by its name; before them, with ``raw``, those of the plain pass."""
+    """Probabilities (1+C, H, W) as ``config`` says, by its name; before them, with ``raw``, the plain pass's."""
     mean, std = torch.tensor(IMAGE_MEAN)[:, None, None], torch.tensor(IMAGE_STD)[:, None, None]
     values = torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1).float() / 255
     pixels = ((values - mean) / std)[None].to(device)

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 
-from wsss_pipeline.config import differing_keys, to_yaml
+from wsss_pipeline.config import InferenceConfig, differing_keys, to_yaml
 from wsss_pipeline.data.image_files import ImageFile
 from wsss_pipeline.data.image_ids import find_images
 from wsss_pipeline.data.images import read_image, read_mask
@@ -26,7 +26,7 @@ from wsss_pipeline.runtime.device import resolve_device
 from wsss_pipeline.runtime.interrupts import StopRequest
 from wsss_pipeline.segmentation.augmentation import Augmentation
 from wsss_pipeline.segmentation.dataset import SegmentationDataset, training_ids
-from wsss_pipeline.segmentation.inference import InferenceConfig, predict_probabilities
+from wsss_pipeline.segmentation.inference import predict_probabilities
 from wsss_pipeline.segmentation.mask_sources import CachedMasks, GroundTruthMasks, MaskSource
 from wsss_pipeline.segmentation.networks import SegmentationNetwork, build_network
 from wsss_pipeline.segmentation.pretrained import load_pretrained
