@@ -11,9 +11,9 @@ from wsss_pipeline.cache.maintenance import MaskSetStatus, VerifyReport, list_ma
 from wsss_pipeline.cache.manifest import MaskSet, open_mask_set
 from wsss_pipeline.cache.mask_cache import MaskCache
 from wsss_pipeline.cache.merging import MergeReport, merge
-from wsss_pipeline.data.masks import PseudoMask
 from wsss_pipeline.cache.records import RecordInfo
 from wsss_pipeline.cache.writer import MaskWriter
+from wsss_pipeline.data.masks import PseudoMask
 
 __all__ = [
     "ExportFormat",

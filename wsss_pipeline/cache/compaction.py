@@ -6,7 +6,6 @@ import logging
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from wsss_pipeline.runtime.output import TEMPORARY_SUFFIX, writing
 from wsss_pipeline.cache.index import Listing, Stamp, list_records, read_trusted, stamp, write_index
 from wsss_pipeline.cache.locks import without_writers
 from wsss_pipeline.cache.manifest import Completion, read_manifest, update_completion
@@ -16,6 +15,7 @@ from wsss_pipeline.cache.shard_names import DAMAGED_SUFFIX, ShardName, next_sequ
 from wsss_pipeline.cache.shards import ShardBuilder, open_shard
 from wsss_pipeline.cache.writer import BYTES_PER_SHARD, IMAGES_PER_SHARD
 from wsss_pipeline.errors import CacheFormatError
+from wsss_pipeline.runtime.output import TEMPORARY_SUFFIX, writing
 
 SMALL_SHARD = 100  # images; several smaller ones, as interrupted runs leave them, become one
 

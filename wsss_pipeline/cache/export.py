@@ -14,17 +14,17 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from wsss_pipeline.runtime.output import write_file, writing
 from wsss_pipeline.cache.mask_cache import MaskCache
-from wsss_pipeline.data.masks import IGNORE, PseudoMask, half_percent_threshold
 from wsss_pipeline.data.classes import voc_palette
 from wsss_pipeline.data.image_ids import check_image_id
+from wsss_pipeline.data.masks import IGNORE, PseudoMask, half_percent_threshold
 from wsss_pipeline.errors import (
     CacheRecordError,
     ConfigError,
     LabelError,
     MissingDependencyError,
 )
+from wsss_pipeline.runtime.output import write_file, writing
 
 ExportFormat = Literal["png", "voc", "npz", "coco"]
 COCO_FILE = "annotations.json"

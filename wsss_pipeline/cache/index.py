@@ -14,11 +14,11 @@ from pathlib import Path
 
 import h5py
 
-from wsss_pipeline.runtime.output import write_file, writing
 from wsss_pipeline.cache.records import escape_id, unescape_id
 from wsss_pipeline.cache.shard_names import INDEX, shard_files
 from wsss_pipeline.cache.shards import FORMAT_VERSION, IMAGES, file_image, new_file_in_memory, open_shard
 from wsss_pipeline.errors import CacheFormatError
+from wsss_pipeline.runtime.output import write_file, writing
 
 Stamp = tuple[int, int]  # size in bytes, modification time in nanoseconds
 

@@ -14,9 +14,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from wsss_pipeline.runtime.output import write_file
 from wsss_pipeline.cache.index import stamp
 from wsss_pipeline.data.image_files import ImageFile, Status, file_status
+from wsss_pipeline.runtime.output import write_file
 
 logger = logging.getLogger(__name__)
 

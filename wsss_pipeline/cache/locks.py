@@ -11,8 +11,8 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from wsss_pipeline.runtime.output import writing
 from wsss_pipeline.errors import CacheLockedError
+from wsss_pipeline.runtime.output import writing
 
 SET_LOCK = "set.lock"
 SET_LOCK_TIMEOUT = 300.0  # seconds; the longest that holds it is `wsss cache gc` on a large set

@@ -13,12 +13,12 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from wsss_pipeline.runtime.output import write_file, writing
 from wsss_pipeline.cache.fingerprint import fingerprint, short
 from wsss_pipeline.cache.locks import set_lock
 from wsss_pipeline.cache.shard_names import MANIFEST
 from wsss_pipeline.cache.shards import FORMAT_VERSION
 from wsss_pipeline.errors import CacheError, CacheFormatError
+from wsss_pipeline.runtime.output import write_file, writing
 
 FORMAT = "wsss-pseudo-masks"
 MAX_NAME_LENGTH = 60

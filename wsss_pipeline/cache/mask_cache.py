@@ -14,9 +14,9 @@ import h5py
 
 from wsss_pipeline.cache.index import list_records
 from wsss_pipeline.cache.manifest import Manifest, only_mask_set, read_manifest
-from wsss_pipeline.data.masks import PseudoMask
 from wsss_pipeline.cache.records import RecordInfo, read_info, read_labels, read_record
 from wsss_pipeline.cache.shards import open_images
+from wsss_pipeline.data.masks import PseudoMask
 from wsss_pipeline.errors import CacheFormatError, CacheRecordError
 
 OPEN_SHARDS = 64  # file handles that one process keeps
@@ -57,6 +57,16 @@ class MaskCache:
     def class_names(self) -> tuple[str, ...]:
         """Names of mask values 1..C; 0 is background."""
         return self.manifest.mask_set.class_names
+
+    @property
+    def identity(self) -> str:
+        """Fingerprint of what determines the masks."""
+        return self.manifest.fingerprint
+
+    @property
+    def description(self) -> str:
+        """The folder, for people."""
+        return f"mask set {self.path}"
 
     def __len__(self) -> int:
         return len(self._places)

@@ -8,7 +8,6 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from wsss_pipeline.runtime.output import write_file
 from wsss_pipeline.cache.index import list_records, read_trusted, write_index
 from wsss_pipeline.cache.locks import without_writers
 from wsss_pipeline.cache.manifest import (
@@ -24,6 +23,7 @@ from wsss_pipeline.cache.records import stored_digest, unescape_id
 from wsss_pipeline.cache.shard_names import PARTIAL_SUFFIX, ShardName, next_sequence, shard_files
 from wsss_pipeline.cache.shards import open_shard
 from wsss_pipeline.errors import CacheError, CacheFormatError, CacheRecordError
+from wsss_pipeline.runtime.output import write_file
 
 logger = logging.getLogger(__name__)
 

@@ -6,13 +6,13 @@ import logging
 from collections.abc import Iterator
 from pathlib import Path
 
-from wsss_pipeline.runtime.output import TEMPORARY_SUFFIX, sync_folder, write_file, writing
 from wsss_pipeline.cache.index import Stamp, stamp
 from wsss_pipeline.cache.locks import is_free
 from wsss_pipeline.cache.records import check_records
 from wsss_pipeline.cache.shard_names import PARTIAL_SUFFIX, ShardName, next_sequence, parse, shard_files
 from wsss_pipeline.cache.shards import ShardBuilder, open_shard
 from wsss_pipeline.errors import CacheFormatError
+from wsss_pipeline.runtime.output import TEMPORARY_SUFFIX, sync_folder, write_file, writing
 
 logger = logging.getLogger(__name__)
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from types import TracebackType
 
-from wsss_pipeline.runtime.output import write_file
 from wsss_pipeline.cache.index import Stamp, stamp
 from wsss_pipeline.cache.manifest import read_manifest
-from wsss_pipeline.data.masks import PseudoMask
 from wsss_pipeline.cache.shard_names import ShardName
 from wsss_pipeline.cache.shards import ShardBuilder
+from wsss_pipeline.data.masks import PseudoMask
+from wsss_pipeline.runtime.output import write_file
 
 
 class ShardWriter:

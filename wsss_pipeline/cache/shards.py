@@ -14,8 +14,8 @@ from pathlib import Path
 
 import h5py
 
-from wsss_pipeline.data.masks import PseudoMask
 from wsss_pipeline.cache.records import escape_id, write_record
+from wsss_pipeline.data.masks import PseudoMask
 from wsss_pipeline.errors import CacheFormatError
 
 FORMAT_VERSION = 1

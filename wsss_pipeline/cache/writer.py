@@ -10,7 +10,6 @@ from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 
-from wsss_pipeline.runtime.output import write_file, writing
 from wsss_pipeline.cache.finished_records import FinishedRecords
 from wsss_pipeline.cache.index import Stamp, list_records, note_checked, read_trusted, write_index
 from wsss_pipeline.cache.locks import WriterLock, is_written, set_lock
@@ -20,12 +19,13 @@ from wsss_pipeline.cache.manifest import (
     read_manifest,
     update_completion,
 )
-from wsss_pipeline.data.masks import PseudoMask
 from wsss_pipeline.cache.records import RecordInfo
 from wsss_pipeline.cache.salvage import finish_shard, salvage, take_over_partials
 from wsss_pipeline.cache.shard_names import INDEX, ShardName, next_sequence
 from wsss_pipeline.cache.shards import ShardBuilder
+from wsss_pipeline.data.masks import PseudoMask
 from wsss_pipeline.errors import CacheError, OutputError
+from wsss_pipeline.runtime.output import write_file, writing
 
 IMAGES_PER_SHARD = 1000
 BYTES_PER_SHARD = 64 * 2**20  # a shard is in memory until it is finished

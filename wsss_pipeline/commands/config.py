@@ -52,7 +52,9 @@ def show(
     settings: Settings
     if train or recipe:
         if preset or flags["method"]:
-            raise ConfigError("--preset and --method belong to generate-masks, --recipe and --train to train-seg")
+            raise ConfigError(
+                "--preset and --method belong to generate-masks, --recipe and --train to train-seg"
+            )
         settings = load_train_config(recipe, config_file, overrides)
     else:
         settings = load_mask_config(preset, config_file, overrides, flags)

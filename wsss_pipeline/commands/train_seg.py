@@ -99,8 +99,8 @@ def command(
       wsss train-seg --cache cache --images photos --out run --network deeplabv3plus --weights none
     """
     from wsss_pipeline.data.classes import load_class_set
-    from wsss_pipeline.data.image_ids import find_images
     from wsss_pipeline.data.datasets import read_split
+    from wsss_pipeline.data.image_ids import find_images
     from wsss_pipeline.runtime.training_progress import TrainingProgressBar
     from wsss_pipeline.segmentation.train_config import load_train_config
     from wsss_pipeline.stages.train_seg import (

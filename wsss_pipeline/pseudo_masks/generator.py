@@ -126,7 +126,9 @@ class MaskGenerator:
             check_template(template, "template")
         if class_set is None:
             if not config.classes:
-                raise ConfigError("no classes given; use --classes cat,dog, --classes FILE.yaml or --preset NAME")
+                raise ConfigError(
+                    "no classes given; use --classes cat,dog, --classes FILE.yaml or --preset NAME"
+                )
             class_set = load_class_set(config.classes)
         self.class_set = class_set
         self.config = config.model_copy(update={"templates": config.templates or class_set.templates})
@@ -158,7 +160,8 @@ class MaskGenerator:
                 "clip": self.clip.digest(),
                 "precision": self.precision,
                 "classes": [
-                    {"name": entry.name, "texts": list(entry.texts()), "fuse": entry.fuse} for entry in classes
+                    {"name": entry.name, "texts": list(entry.texts()), "fuse": entry.fuse}
+                    for entry in classes
                 ],
                 "background": list(self.class_set.background),
                 "templates": list(self.config.templates),

@@ -190,7 +190,8 @@ class _Run:
         if stored.has_rotation and not self._warned_of_rotation:
             self._warned_of_rotation = True
             logger.warning(
-                "%s has an EXIF rotation tag, maybe others too: it is ignored, masks fit the stored pixels", file
+                "%s has an EXIF rotation tag, maybe others too: it is ignored, masks fit the stored pixels",
+                file,
             )
         image = self._generator.prepare(stored.pixels, self._job.labels[image_id])
         return ReadImage(image_id, status, stored.digest, image, time.monotonic() - started)

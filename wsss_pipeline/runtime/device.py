@@ -14,6 +14,7 @@ from wsss_pipeline.errors import ConfigError
 if TYPE_CHECKING:
     import torch
 
+
 def resolve_device(requested: str, elsewhere: bool = False) -> torch.device:
     """``auto`` (CUDA where there is one, else the CPU), ``cpu``, ``cuda`` or ``cuda:N`` as a device.
 

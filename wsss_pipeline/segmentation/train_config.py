@@ -35,7 +35,8 @@ class LossConfig(Settings):
     """Confidence-guided cross entropy (CLIP-ES, arXiv 2212.09506, section 3.5)."""
 
     confidence: Literal["hard", "soft"] = Field(
-        "hard", description="hard leaves out pixels under min_confidence, as published; soft weights the others."
+        "hard",
+        description="hard leaves out pixels under min_confidence, as published; soft weights the others.",
     )
     min_confidence: float = Field(0.95, ge=0, le=1, description="Pixels below it count nothing.")
     balanced: bool = Field(

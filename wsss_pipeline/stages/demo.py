@@ -8,17 +8,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from wsss_pipeline.data.image_ids import find_images
 from wsss_pipeline.data.datasets import read_split
+from wsss_pipeline.data.image_ids import find_images
 from wsss_pipeline.demo.voc_folder import write_voc_folder
 from wsss_pipeline.errors import ConfigError
-from wsss_pipeline.evaluation.report import EvaluationResult
+from wsss_pipeline.evaluation.result import Evaluation
 from wsss_pipeline.runtime.device import images_at_a_time
 from wsss_pipeline.segmentation.mask_sources import CachedMasks, GroundTruthMasks, MaskSource
 from wsss_pipeline.segmentation.train_config import load_train_config
-from wsss_pipeline.stages.evaluate import evaluate
-from wsss_pipeline.stages.evaluate_network import evaluate_network, load_network_masks
-from wsss_pipeline.stages.evaluation_report import ReportImages, report_with_truth
+from wsss_pipeline.stages.evaluate import evaluate, open_masks
 from wsss_pipeline.stages.generate_masks import generate_masks
 from wsss_pipeline.stages.mask_inputs import read_inputs
 from wsss_pipeline.stages.mask_plan import MaskRequest
@@ -54,7 +52,7 @@ class DemoReport:
     scores: list[DemoScore] = field(default_factory=list)
     folders: dict[str, Path] = field(default_factory=dict)
 
-    def add(self, name: str, result: EvaluationResult) -> None:
+    def add(self, name: str, result: Evaluation) -> None:
         """One line more."""
         self.scores.append(DemoScore(name, result.split, result.images, result.scores.miou))
 
@@ -108,7 +106,7 @@ def run_demo(
     for name, settings in STEPS.items():
         logger.info("pseudo masks: %s", name)
         masks = _pseudo_masks(data, out / "cache", settings)
-        result = evaluate(data / "SegmentationClass", cache=masks, split=_split(data, TRAIN))
+        result = evaluate(open_masks(cache=masks), data / "SegmentationClass", split=_split(data, TRAIN))
         report.add(f"pseudo masks: {name}", result)
     report.folders["pseudo masks"] = masks
     images = find_images(data / "JPEGImages")
@@ -132,16 +130,19 @@ def _split(data: Path, name: str) -> Path:
 
 def _score_network(report: DemoReport, name: str, data: Path, out: Path) -> None:
     """On the test scenes, with a report for the one trained on pseudo masks."""
-    masks = load_network_masks(report.folders[name], data / "JPEGImages")
-    truth = find_images(data / "SegmentationClass")
-    images = ReportImages(masks.images, masks.class_names, None, masks.mask, truth)
-    result = evaluate_network(
-        masks, data / "SegmentationClass", split=_split(data, VAL), on_image=images.add
-    ).last
+    images = find_images(data / "JPEGImages")
+    page = out / "report.html" if name == "network" else None
+    result = evaluate(
+        open_masks(checkpoint=report.folders[name], images=images),
+        data / "SegmentationClass",
+        split=_split(data, VAL),
+        report=page,
+        images=images,
+        settings={"checkpoint": str(report.folders[name])},
+    )
     report.add(f"{name}, unseen images", result)
-    if name == "network":
-        report.folders["report"] = out / "report.html"
-        report_with_truth(out / "report.html", result, images, {"checkpoint": str(report.folders[name])})
+    if page is not None:
+        report.folders["report"] = page
 
 
 def _pseudo_masks(data: Path, cache: Path, overrides: Sequence[str]) -> Path:

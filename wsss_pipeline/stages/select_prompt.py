@@ -63,7 +63,9 @@ def select_prompt(job: MaskJob, templates: Sequence[str]) -> PromptRanking:
     """
     for template in templates:
         check_template(template, "--template")
-    several = [image_id for image_id, names in job.labels.items() if len(names) > 1 and image_id in job.images]
+    several = [
+        image_id for image_id, names in job.labels.items() if len(names) > 1 and image_id in job.images
+    ]
     usable = several[: job.limit]
     if not usable:
         raise ConfigError(

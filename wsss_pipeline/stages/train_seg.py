@@ -11,26 +11,28 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 
-from wsss_pipeline.config import differing_keys, to_yaml
+from wsss_pipeline.config import InferenceConfig, differing_keys, to_yaml
 from wsss_pipeline.data.image_files import ImageFile
 from wsss_pipeline.data.image_ids import find_images
+from wsss_pipeline.data.images import read_image, read_mask
 from wsss_pipeline.errors import CheckpointError, ConfigError, MissingDependencyError, TrainingError
-from wsss_pipeline.evaluation.report import id_digest
+from wsss_pipeline.evaluation.metrics import Scores, confusion_matrix
+from wsss_pipeline.evaluation.result import id_digest
 from wsss_pipeline.runtime.device import resolve_device
 from wsss_pipeline.runtime.interrupts import StopRequest
 from wsss_pipeline.segmentation.augmentation import Augmentation
 from wsss_pipeline.segmentation.dataset import SegmentationDataset, training_ids
-from wsss_pipeline.segmentation.inference import InferenceConfig
+from wsss_pipeline.segmentation.inference import predict_probabilities
 from wsss_pipeline.segmentation.mask_sources import CachedMasks, GroundTruthMasks, MaskSource
 from wsss_pipeline.segmentation.networks import SegmentationNetwork, build_network
 from wsss_pipeline.segmentation.pretrained import load_pretrained
 from wsss_pipeline.segmentation.train_config import TrainConfig, load_train_config
 from wsss_pipeline.segmentation.trainer import BEST, LAST, Trainer, TrainingHooks
 from wsss_pipeline.stages.evaluate import choose_images
-from wsss_pipeline.stages.evaluate_network import NetworkMasks, confusion
 
 logger = logging.getLogger(__name__)
 
@@ -243,8 +245,13 @@ def _validation(
         return None
 
     def validate(network: SegmentationNetwork) -> float:
-        masks = NetworkMasks(network, class_names, validation.images, device, InferenceConfig())
-        return confusion(masks, list(validation.truth), validation.truth)["raw"].miou
+        names = ("background", *class_names)
+        matrix = np.zeros((len(names), len(names) + 1), np.int64)
+        for image_id, file in validation.truth.items():
+            image = read_image(validation.images[image_id])
+            mask = predict_probabilities(network, image, InferenceConfig(), device).argmax(axis=0)
+            matrix += confusion_matrix(mask.astype(np.uint8), read_mask(file), len(names), str(file))
+        return Scores.from_matrix(matrix, names).miou
 
     return validate
 
