@@ -88,7 +88,7 @@ def select_prompt(job: MaskJob, templates: Sequence[str]) -> PromptRanking:
                 continue
             pixels = prepare_image(image, trunk.patch_size, job.config.max_pixels).pixels
             (last,) = trunk.encode(pixels[None].to(trunk.device)).last
-            embeddings[image_id] = F.normalize(last.pooled(), dim=0).cpu()
+            embeddings[image_id] = F.normalize(last.pooled, dim=0).cpu()
             progress.advance()
     if not embeddings:
         raise ConfigError(
