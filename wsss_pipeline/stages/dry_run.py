@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterable
-from contextlib import suppress
 
-from wsss_pipeline.cache import FinishedRecords
-from wsss_pipeline.cache.manifest import is_mask_set
-from wsss_pipeline.data.images import file_digest, image_size
+from wsss_pipeline.cache import FinishedImages, is_mask_set
+from wsss_pipeline.data.images import image_size
 from wsss_pipeline.errors import ImageError
 from wsss_pipeline.stages.mask_plan import MaskPlan, MaskRequest, plan_masks
 
@@ -50,13 +48,14 @@ def _in_cache(request: MaskRequest, plan: MaskPlan) -> set[str]:
     folder = request.cache_dir / plan.mask_set.folder_name
     if not is_mask_set(folder):
         return set()
-    records = FinishedRecords(folder)
-    known = {}
-    for image_id in plan.image_ids:
-        if records.get(image_id) is not None:
-            with suppress(ImageError):  # listed with the others that can't be used
-                known[image_id] = (file_digest(request.images[image_id]), request.labels[image_id])
-    return records.done(known, need_cams=request.store_cams)
+    finished = FinishedImages(folder, request.shard.index, request.shard.count)
+    return {
+        image_id
+        for image_id in plan.image_ids
+        if finished.is_current(
+            image_id, request.images[image_id], request.labels[image_id], need_cams=request.store_cams
+        )
+    }
 
 
 def _survey(request: MaskRequest, todo: Iterable[str]) -> tuple[list[str], float]:

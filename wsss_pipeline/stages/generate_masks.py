@@ -9,10 +9,7 @@ from __future__ import annotations
 import logging
 import time
 
-from wsss_pipeline.cache import KnownImages, MaskWriter, open_mask_set
-from wsss_pipeline.data.image_files import file_status
-from wsss_pipeline.data.images import file_digest
-from wsss_pipeline.errors import ImageError
+from wsss_pipeline.cache import MaskWriter, open_mask_set
 from wsss_pipeline.stages.class_activation import load_class_activation
 from wsss_pipeline.stages.mask_plan import MaskPlan, MaskRequest, plan_masks
 from wsss_pipeline.stages.mask_report import MaskReport
@@ -39,43 +36,31 @@ def generate_masks(request: MaskRequest) -> MaskReport:
     with MaskWriter(folder, request.shard.index, request.shard.count) as writer:
         for image_id in plan.missing:
             report.fail(image_id, "the labels name it, but there is no such image")
-        known = KnownImages(folder, request.shard.index, request.shard.count)
-        todo = _left_to_do(request, plan, writer, known)
+        todo = _left_to_do(request, plan, writer)
         report.reused = len(plan.image_ids) - len(todo)
         if todo:
             logger.info("%d images: %d in the cache, %d to compute", report.images, report.reused, len(todo))
             if request.engine == "ray":
-                compute_with_ray(request, plan, writer, report, known, todo)
+                compute_with_ray(request, plan, writer, report, todo)
             else:
                 activation = load_class_activation(plan)
-                MaskRun(request, plan, activation, writer, report, known).compute(todo)
+                MaskRun(request, plan, activation, writer, report).compute(todo)
         writer.finish([*plan.image_ids, *plan.missing])
-        known.save(writer.places)
     report.seconds = time.monotonic() - started
     return report
 
 
-def _left_to_do(request: MaskRequest, plan: MaskPlan, writer: MaskWriter, known: KnownImages) -> list[str]:
+def _left_to_do(request: MaskRequest, plan: MaskPlan, writer: MaskWriter) -> list[str]:
     """Ids whose masks aren't in the cache, or belong to other bytes or labels."""
-    if request.overwrite:
-        return plan.image_ids
-
-    def is_done(image_id: str) -> bool:
-        file, labels = request.images[image_id], request.labels[image_id]
-        if not request.check_bytes and known.is_done(image_id, file, labels, request.store_cams):
-            return True
-        record = writer.record(image_id)
-        if record is None or record.labels != labels:
-            return False
-        if request.store_cams and not record.has_cams:
-            return False
-        try:
-            status = file_status(file)
-            if record.image_digest != file_digest(file):
-                return False
-        except (OSError, ImageError):
-            return False  # reported when it is loaded
-        known.note(image_id, status, labels, record.has_cams)
-        return True
-
-    return [image_id for image_id in plan.image_ids if not is_done(image_id)]
+    return [
+        image_id
+        for image_id in plan.image_ids
+        if request.overwrite
+        or not writer.is_current(
+            image_id,
+            request.images[image_id],
+            request.labels[image_id],
+            need_cams=request.store_cams,
+            check_bytes=request.check_bytes,
+        )
+    ]

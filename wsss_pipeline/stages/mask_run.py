@@ -9,11 +9,11 @@ from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
-from typing import Protocol, TextIO
+from typing import TextIO
 
-from wsss_pipeline.cache import PseudoMask
+from wsss_pipeline.cache import MaskWriter
 from wsss_pipeline.config import CrfBackend
-from wsss_pipeline.data.image_files import ImageFile, Status
+from wsss_pipeline.data.image_files import ImageFile
 from wsss_pipeline.data.images import has_rotation
 from wsss_pipeline.errors import ImageError
 from wsss_pipeline.runtime.device import single_threaded_torch
@@ -54,33 +54,16 @@ class Pending:
     finish: Finish
 
 
-class RecordWriter(Protocol):
-    """Where masks go: a ``MaskWriter`` or a ``ShardWriter``."""
-
-    def write(
-        self, image_id: str, pseudo_mask: PseudoMask, *, image_digest: str, seconds: float, scale: float
-    ) -> None:
-        """Add an image's record."""
-
-
-class ImageNotes(Protocol):
-    """Where it is noted what a mask belongs to, such as ``KnownImages``."""
-
-    def note(self, image_id: str, status: Status, labels: tuple[str, ...], has_cams: bool) -> None:
-        """The set holds the mask for the bytes that a file of this status had."""
-
-
 class MaskRun:
-    """One run over the images that are left to do; its doings go into ``report`` and ``known``."""
+    """One run over the images that are left to do; its doings go into ``report``."""
 
     def __init__(
         self,
         request: MaskRequest,
         plan: MaskPlan,
         activation: ClassActivation,
-        writer: RecordWriter,
+        writer: MaskWriter,
         report: MaskReport,
-        known: ImageNotes,
         progress_stream: TextIO | None = None,
     ) -> None:
         self._progress_stream = progress_stream
@@ -89,7 +72,6 @@ class MaskRun:
         self._activation = activation
         self._writer = writer
         self._report = report
-        self._known = known
         self._way = way_of_labelling(plan.config.crf.backend, plan.device)
         self._pending: deque[Pending] = deque()
         self._warned_of_rotation = False
@@ -217,8 +199,8 @@ class MaskRun:
                 image_digest=image.digest,
                 seconds=labelled.seconds,
                 scale=image.clip_size.scale,
+                status=image.status,
             )
-        self._known.note(image.image_id, image.status, image.labels, labelled.mask.cams is not None)
         report.computed += 1
         report.without_labels += not image.classes
         report.scaled += image.clip_size.scale < 1

@@ -17,9 +17,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from wsss_pipeline.cache import KnownImages, MaskWriter
-from wsss_pipeline.cache.shard_names import ShardName, next_sequence
-from wsss_pipeline.cache.shard_writer import ShardWriter
+from wsss_pipeline.cache import MaskWriter
+from wsss_pipeline.cache.shards import ShardName, next_sequence
 from wsss_pipeline.data.image_files import Status, absolute
 from wsss_pipeline.errors import EngineError, MissingDependencyError
 from wsss_pipeline.runtime.interrupts import StopRequest
@@ -94,7 +93,7 @@ def compute_with_ray(
     plan: MaskPlan,
     writer: MaskWriter,
     report: MaskReport,
-    known: KnownImages,
+    known: Any,
     todo: Sequence[str],
 ) -> None:
     """Label ``todo`` on the cluster of RAY_ADDRESS, the one this machine belongs to, or a local one.
@@ -194,7 +193,7 @@ def _run(chunks: Sequence[Chunk], device: str, actors: int) -> Generator[ChunkDo
 
 
 def _count(
-    done: ChunkDone, writer: MaskWriter, report: MaskReport, known: KnownImages, progress: Progress
+    done: ChunkDone, writer: MaskWriter, report: MaskReport, known: Any, progress: Progress
 ) -> None:
     part = done.report
     if done.stamp is not None:
