@@ -58,6 +58,16 @@ class MaskCache:
         """Names of mask values 1..C; 0 is background."""
         return self.manifest.mask_set.class_names
 
+    @property
+    def identity(self) -> str:
+        """The mask set's fingerprint."""
+        return self.manifest.fingerprint
+
+    @property
+    def description(self) -> str:
+        """For people, in a message."""
+        return f"mask set {self.path}"
+
     def __len__(self) -> int:
         return len(self._places)
 

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
+from wsss_pipeline.cache import MaskCache
 from wsss_pipeline.data.image_ids import find_images
-from wsss_pipeline.data.shortcuts import read_split
+from wsss_pipeline.data.masks import MaskFolder, MaskSource
 from wsss_pipeline.demo.voc_folder import write_voc_folder
 from wsss_pipeline.errors import ConfigError
 from wsss_pipeline.evaluation.report import EvaluationResult
 from wsss_pipeline.runtime.device import images_at_a_time
-from wsss_pipeline.segmentation.mask_sources import CachedMasks, GroundTruthMasks, MaskSource
 from wsss_pipeline.segmentation.train_config import load_train_config
 from wsss_pipeline.stages.evaluate import evaluate
 from wsss_pipeline.stages.evaluate_network import evaluate_network, load_network_masks
@@ -23,7 +22,7 @@ from wsss_pipeline.stages.generate_masks import generate_masks
 from wsss_pipeline.stages.mask_inputs import read_inputs
 from wsss_pipeline.stages.mask_plan import MaskRequest
 from wsss_pipeline.stages.preview import preview
-from wsss_pipeline.stages.train_seg import TrainRequest, train_seg
+from wsss_pipeline.stages.train_seg import TrainJob, train_seg
 
 logger = logging.getLogger(__name__)
 
@@ -78,7 +77,6 @@ def run_demo(
     upper_bound: bool = False,
     scenes: tuple[int, int] = (200, 100),
     overrides: Sequence[str] = (),
-    log: Callable[[dict[str, Any]], None] = lambda numbers: None,
 ) -> DemoReport:
     """Draws the scenes, makes pseudo masks of the training scenes, trains a network on them, scores both.
 
@@ -91,7 +89,6 @@ def run_demo(
         upper_bound: also train a network on the ground truth.
         scenes: how many for training, how many for testing.
         overrides: ``key=value`` settings over those of the recipe.
-        log: gets each update's numbers.
 
     Raises:
         ConfigError: ``out`` can't be written.
@@ -113,15 +110,14 @@ def run_demo(
     report.folders["pseudo masks"] = masks
     images = find_images(data / "JPEGImages")
     report.folders["preview"] = preview(masks, images, out / "preview.png")
-    sources: dict[str, MaskSource] = {"network": CachedMasks(masks)}
+    sources: dict[str, MaskSource] = {"network": MaskCache.open(masks)}
     if upper_bound:
         names = sources["network"].class_names
-        sources["network-on-ground-truth"] = GroundTruthMasks(data / "SegmentationClass", names)
+        sources["network-on-ground-truth"] = MaskFolder(data / "SegmentationClass", names, "ground truth")
     for name, source in sources.items():
         config = load_train_config(recipe, None, overrides, {"seed": seed})
-        split = read_split(_split(data, TRAIN))
-        request = TrainRequest(images, source, config, out / name, split, device="auto", workers=1)
-        report.folders[name] = train_seg(request, log).checkpoint
+        job = TrainJob(data / "JPEGImages", source, out / name, config, _split(data, TRAIN), workers=1)
+        report.folders[name] = train_seg(job).checkpoint
         _score_network(report, name, data, out)
     return report
 
