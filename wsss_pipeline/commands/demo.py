@@ -33,10 +33,7 @@ def command(out: Path, seed: int, recipe: str, upper_bound: bool) -> None:
     Example:
       wsss demo --out demo-out
     """
-    from wsss_pipeline.runtime.training_progress import TrainingProgressBar
-    from wsss_pipeline.segmentation.train_config import load_train_config
     from wsss_pipeline.stages.demo import run_demo
 
-    with TrainingProgressBar(load_train_config(recipe).optimisation.iterations) as bar:
-        report = run_demo(out, seed, recipe, upper_bound=upper_bound, log=bar.log)
+    report = run_demo(out, seed, recipe, upper_bound=upper_bound)
     click.echo("\n".join(report.lines()))

@@ -23,7 +23,7 @@ class NetworkConfig(Settings):
     )
     encoder: str = Field(
         "resnet50",
-        description="A ResNet of timm for deeplabv2; tiny, mit-b0 to mit-b5, a hub id or a folder for segformer; "
+        description="A ResNet of timm for deeplabv2; tiny, mit-b0 to mit-b5, their hub id or a folder for segformer; "
         "else an encoder of segmentation-models-pytorch.",
     )
     weights: str = Field(
