@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from wsss_pipeline.cache import MaskCache
@@ -105,13 +105,10 @@ def run_demo(
             split=TRAIN,
             classes="demo",
             overrides=settings,
-            flags={"clip.weights": "demo"},
+            settings={"clip.weights": "demo"},
             cache=out / "cache",
-            workers=images_at_a_time(),
-            store_cams=True,
-            offline=True,
         )
-        made = generate_masks(job)
+        made = generate_masks(replace(job, workers=images_at_a_time(), store_cams=True, offline=True))
         if made.interrupted:
             raise KeyboardInterrupt
         pseudo_masks = MaskCache.open(made.path)
@@ -136,7 +133,7 @@ def run_demo(
             split=splits[VAL],
             report=page,
             images=images,
-            settings={"checkpoint": trained.checkpoint},
+            settings={"checkpoint": str(trained.checkpoint)},
         )
         report.add(f"{name}, unseen images", result)
         if page is not None:
