@@ -11,7 +11,11 @@ from wsss_pipeline.commands.options import PATH
 
 @click.command("demo", short_help="Run everything on drawn scenes with the embedded CLIP, offline.")
 @click.option(
-    "--out", type=PATH, default="demo-out", show_default=True, help="Folder for data, cache and pictures."
+    "--out",
+    type=PATH,
+    default="demo-out",
+    show_default=True,
+    help="Folder for data, cache, network and report.",
 )
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of scenes and network.")
 @click.option(
@@ -25,7 +29,7 @@ from wsss_pipeline.commands.options import PATH
 def command(out: Path, seed: int, recipe: str, upper_bound: bool) -> None:
     """Draw a small data set, make pseudo masks of it, train a network on them and score both, offline.
 
-    200 training and 100 test scenes are laid out as PASCAL VOC lays out its pictures, and the CLIP that
+    200 training and 100 test scenes are laid out as PASCAL VOC lays out its images, and the CLIP that
     comes with this package was trained on such scenes and their captions. A second run computes nothing
     twice.
 
@@ -35,5 +39,4 @@ def command(out: Path, seed: int, recipe: str, upper_bound: bool) -> None:
     """
     from wsss_pipeline.stages.demo import run_demo
 
-    report = run_demo(out, seed, recipe, upper_bound=upper_bound)
-    click.echo("\n".join(report.lines()))
+    click.echo("\n".join(run_demo(out, seed, recipe, upper_bound=upper_bound).lines()))

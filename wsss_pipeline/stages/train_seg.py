@@ -17,10 +17,10 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 
 from wsss_pipeline.config import InferenceConfig, differing_keys, to_yaml
+from wsss_pipeline.data.datasets import read_split
 from wsss_pipeline.data.image_ids import find_images
 from wsss_pipeline.data.images import read_image
 from wsss_pipeline.data.masks import MaskFolder, MaskSource
-from wsss_pipeline.data.datasets import read_split
 from wsss_pipeline.errors import (
     CheckpointError,
     ConfigError,
