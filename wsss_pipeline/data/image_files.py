@@ -29,53 +29,8 @@ class TarMember:
     def __str__(self) -> str:
         return f"{self.archive}/{self.name}"
 
-    def read_bytes(self) -> bytes:
-        """Its bytes.
-
-        Raises:
-            OSError: the archive can't be read, or ends before the member does.
-        """
-        with self.archive.open("rb") as file:
-            # asked for before memory is: a damaged header may name any size
-            if self.offset + self.size > file.seek(0, io.SEEK_END):
-                raise OSError(None, f"{self.archive} ends in the midst of it", str(self))
-            file.seek(self.offset)
-            return file.read(self.size)
-
-
-ImageFile = Path | TarMember
-
-
-def absolute(file: ImageFile) -> ImageFile:
-    """The same file under a path that holds in any current folder."""
-    return file.absolute() if isinstance(file, Path) else replace(file, archive=file.archive.absolute())
-
-
-def is_there(file: ImageFile) -> bool:
-    """Whether the file, or the archive, exists."""
-    return (file if isinstance(file, Path) else file.archive).exists()
-
-
-def file_status(file: ImageFile) -> Status:
-    """What tells whether a file has changed; take it before reading the file.
-
-    Raises:
-        OSError: it isn't there.
-    """
-    if isinstance(file, TarMember):
-        found = file.archive.stat()
-        return file.size, found.st_mtime_ns, found.st_ctime_ns, file.offset
-    found = file.stat()
-    return found.st_size, found.st_mtime_ns, found.st_ctime_ns
-
-
-def reading_order(file: ImageFile) -> tuple[str, int]:
-    """Sorts files so that an archive is read from its beginning to its end; files of their own stay as they are."""
-    return ("", 0) if isinstance(file, Path) else (str(file.archive), file.offset)
-
-
-def check_file(file: ImageFile) -> None:
-    """Passes a regular file that isn't empty.
+    def check_file(file: ImageFile) -> int:
+    """Size in bytes of a regular file that isn't empty.
 
     Raises:
         ImageError: not a regular file, or empty.
@@ -90,21 +45,4 @@ def check_file(file: ImageFile) -> None:
             raise ImageError(f"{file}: not a file; name an image file")
     if size == 0:
         raise ImageError(f"{file}: the file is empty; replace or remove it")
-
-
-def read_bytes(file: ImageFile, most: int) -> bytes:
-    """All bytes of a regular file that isn't empty.
-
-    Args:
-        file: to read.
-        most: so many bytes at most.
-
-    Raises:
-        ImageError: not a regular file, empty, or larger than ``most``.
-        OSError: it can't be read.
-    """
-    check_file(file)
-    size = file.size if isinstance(file, TarMember) else file.stat().st_size
-    if size > most:
-        raise ImageError(f"{file}: {size:,} bytes are too many for an image; scale it down or remove it")
-    return file.read_bytes()
+    return size
