@@ -29,7 +29,52 @@ class TarMember:
     def __str__(self) -> str:
         return f"{self.archive}/{self.name}"
 
-    def check_file(file: ImageFile) -> int:
+    def read_bytes(self) -> bytes:
+        """Its bytes.
+
+        Raises:
+            OSError: the archive can't be read, or ends before the member does.
+        """
+        with self.archive.open("rb") as file:
+            # asked for before memory is: a damaged header may name any size
+            if self.offset + self.size > file.seek(0, io.SEEK_END):
+                raise OSError(None, f"{self.archive} ends in the midst of it", str(self))
+            file.seek(self.offset)
+            return file.read(self.size)
+
+
+ImageFile = Path | TarMember
+
+
+def absolute(file: ImageFile) -> ImageFile:
+    """The same file under a path that holds in any current folder."""
+    return file.absolute() if isinstance(file, Path) else replace(file, archive=file.archive.absolute())
+
+
+def is_there(file: ImageFile) -> bool:
+    """Whether the file, or the archive, exists."""
+    return (file if isinstance(file, Path) else file.archive).exists()
+
+
+def file_status(file: ImageFile) -> Status:
+    """What tells whether a file has changed; take it before reading the file.
+
+    Raises:
+        OSError: it isn't there.
+    """
+    if isinstance(file, TarMember):
+        found = file.archive.stat()
+        return file.size, found.st_mtime_ns, found.st_ctime_ns, file.offset
+    found = file.stat()
+    return found.st_size, found.st_mtime_ns, found.st_ctime_ns
+
+
+def reading_order(file: ImageFile) -> tuple[str, int]:
+    """Sorts files so that an archive is read from its beginning to its end; files of their own stay as they are."""
+    return ("", 0) if isinstance(file, Path) else (str(file.archive), file.offset)
+
+
+def check_file(file: ImageFile) -> int:
     """Size in bytes of a regular file that isn't empty.
 
     Raises:
