@@ -1,15 +1,14 @@
-"""Templates, synonym fusion, sharpness."""
+"""Templates, synonym fusion."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from wsss_pipeline.cam.prompts import built_in_templates, class_embeddings, sharpness
+from wsss_pipeline.clip.text import built_in_templates, class_embeddings
 from wsss_pipeline.data.classes import ClassEntry, ClassSet, check_template
 
 
@@ -74,15 +73,6 @@ def test_no_background_words_give_no_rows() -> None:
 def test_other_braces_are_characters() -> None:
     found = class_embeddings(class_set(ClassEntry(name="cat")), ["a {} {x}"], encode)
     assert torch.allclose(found.foreground, encode(["a cat {x}"]))
-
-
-def test_sharpness_by_hand() -> None:
-    scores = [torch.tensor([0.2, 0.6]), torch.tensor([0.9]), torch.tensor([0.1, 0.1, 0.4])]
-    # variances 0.04 and 0.02, means 0.4 and 0.2
-    assert sharpness(scores) == pytest.approx(0.04 / 0.4 + 0.02 / 0.2)
-    assert sharpness([torch.tensor([0.3, 0.3])]) == pytest.approx(0)
-    assert sharpness([torch.tensor([0.0, 0.0])]) == 0
-    assert sharpness([]) == 0
 
 
 def test_built_in_templates() -> None:
