@@ -326,6 +326,6 @@ def test_arrays_that_are_no_image_are_refused(image: np.ndarray) -> None:
 
 
 def test_an_opened_image_that_is_cut_is_refused_when_it_is_read(tmp_path: Path) -> None:
-    (tmp_path / "cut.png").write_bytes(encoded("PNG")[:900])
-    with Image.open(tmp_path / "cut.png") as opened, pytest.raises(ImageError, match="the image given: can't be"):
+    (tmp_path / "cut.jpg").write_bytes(encoded("JPEG")[:900])
+    with Image.open(tmp_path / "cut.jpg") as opened, pytest.raises(ImageError, match="the image given: can't be"):
         as_pixels(opened)
