@@ -15,8 +15,7 @@ import pytest
 import torch
 from transformers import CLIPVisionModelWithProjection
 
-from wsss_pipeline.cam.affinity import refine_cams, sinkhorn_scaling
-from wsss_pipeline.cam.boxes import box_masks
+from wsss_pipeline.cam.affinity import box_masks, refine_cams, sinkhorn_scaling
 from wsss_pipeline.cam.gradcam import softmax_gradcam
 from wsss_pipeline.cam.scores import normalise_cams, upscale_cams
 from wsss_pipeline.clip.trunk import Trunk

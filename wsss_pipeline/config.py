@@ -14,7 +14,7 @@ import difflib
 from collections.abc import Iterable, Iterator, Mapping
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 from pydantic_core import ErrorDetails
@@ -75,6 +75,31 @@ class CrfConfig(Settings):
         3.0, ge=0.01, le=10_000, description="Deviation in colour of the bilateral kernel, of 256 levels."
     )
     bilateral_weight: float = Field(4.0, ge=0, le=10_000, description="Weight of the bilateral kernel.")
+
+
+SCALES = (0.05, 20.0)  # of an image's sides at inference, smallest and largest
+
+
+class InferenceConfig(Settings):
+    """How an image goes through a segmentation network."""
+
+    scales: tuple[Annotated[float, Field(ge=SCALES[0], le=SCALES[1])], ...] = Field(
+        (1.0,), min_length=1, strict=False, description="Look at these scales of its sides, e.g. 0.5,0.75,1."
+    )
+    flip: bool = Field(False, description="Look at the mirrored image too.")
+    window: int | None = Field(
+        None, ge=16, le=100_000, description="Slide a window of this side over it, half overlapping."
+    )
+    combine: Literal["mean", "max"] = Field(
+        "mean", description="Mean of probabilities, or maximum of logits as DeepLabV2 was published."
+    )
+
+    @property
+    def name(self) -> str:
+        """What a table calls the result: ``raw`` where the image is looked at once, as it is."""
+        if self.scales == (1.0,) and not self.flip:
+            return "raw"
+        return f"scales {','.join(f'{scale:g}' for scale in self.scales)}" + (" flip" if self.flip else "")
 
 
 class MaskConfig(Settings):

@@ -4,8 +4,13 @@ from __future__ import annotations
 
 import torch
 
-from wsss_pipeline.cam.affinity import refine_cams, sinkhorn_scaling
-from wsss_pipeline.cam.boxes import box_masks, boxes_by_labelling, boxes_by_reachability
+from wsss_pipeline.cam.affinity import (
+    box_masks,
+    boxes_by_labelling,
+    boxes_by_reachability,
+    refine_cams,
+    sinkhorn_scaling,
+)
 from wsss_pipeline.cam.scores import assemble, upscale_cams
 
 

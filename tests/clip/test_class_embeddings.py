@@ -32,7 +32,9 @@ def class_set(*classes: ClassEntry, background: tuple[str, ...] = ("grass",)) ->
 
 
 def test_sentence_fusion_is_one_prompt() -> None:
-    found = class_embeddings(class_set(ClassEntry(name="person", synonyms=("people", "human"))), ["a {}."], encode)
+    found = class_embeddings(
+        class_set(ClassEntry(name="person", synonyms=("people", "human"))), ["a {}."], encode
+    )
     assert torch.allclose(found.foreground, encode(["a person,people,human."]))
     assert torch.allclose(found.background, encode(["a grass."]))
 
@@ -46,7 +48,9 @@ def test_feature_fusion_is_the_mean_made_a_unit() -> None:
 
 def test_templates_are_averaged_before_synonyms() -> None:
     entry = ClassEntry(name="person", synonyms=("human",), fuse="feature")
-    found = class_embeddings(class_set(entry, ClassEntry(name="cat")), ["a {}.", "one {}!"], encode).foreground
+    found = class_embeddings(
+        class_set(entry, ClassEntry(name="cat")), ["a {}.", "one {}!"], encode
+    ).foreground
     texts = [
         F.normalize(encode([f"a {text}.", f"one {text}!"]).mean(dim=0), dim=0) for text in ("person", "human")
     ]

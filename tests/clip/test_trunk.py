@@ -112,7 +112,9 @@ def test_the_gradient_of_the_maps_reaches_the_text_rows(
     from wsss_pipeline.cam.gradcam import softmax_gradcam
 
     features = encode(vision, images[:1])
-    rows = torch.nn.functional.normalize(torch.randn(3, 20, generator=torch.Generator().manual_seed(3)), dim=1)
+    rows = torch.nn.functional.normalize(
+        torch.randn(3, 20, generator=torch.Generator().manual_seed(3)), dim=1
+    )
 
     def total(texts: torch.Tensor) -> torch.Tensor:
         return softmax_gradcam(features, [texts], [2], 5.0)[0].square().sum()

@@ -318,7 +318,13 @@ def test_an_image_in_any_form_gives_the_same_pixels(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "image",
-    [COLOURS.astype(np.float32), COLOURS[None], COLOURS[..., :2], np.zeros((0, 4, 3), np.uint8), COLOURS[0, 0]],
+    [
+        COLOURS.astype(np.float32),
+        COLOURS[None],
+        COLOURS[..., :2],
+        np.zeros((0, 4, 3), np.uint8),
+        COLOURS[0, 0],
+    ],
 )
 def test_arrays_that_are_no_image_are_refused(image: np.ndarray) -> None:
     with pytest.raises(ImageError, match=r"an image is a uint8 array \(H, W, 3\) RGB or \(H, W\), not"):
@@ -327,5 +333,8 @@ def test_arrays_that_are_no_image_are_refused(image: np.ndarray) -> None:
 
 def test_an_opened_image_that_is_cut_is_refused_when_it_is_read(tmp_path: Path) -> None:
     (tmp_path / "cut.jpg").write_bytes(encoded("JPEG")[:900])
-    with Image.open(tmp_path / "cut.jpg") as opened, pytest.raises(ImageError, match="the image given: can't be"):
+    with (
+        Image.open(tmp_path / "cut.jpg") as opened,
+        pytest.raises(ImageError, match="the image given: can't be"),
+    ):
         as_pixels(opened)

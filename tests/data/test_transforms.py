@@ -90,7 +90,9 @@ def test_a_grey_image_resized_in_colour_equals_one_resized_in_grey() -> None:
     assert np.array_equal(resize(read_image(path), 80, 112), np.array(expected))
 
 
-@pytest.mark.parametrize("statistics", [CLIP_STATISTICS, PixelStatistics((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))])
+@pytest.mark.parametrize(
+    "statistics", [CLIP_STATISTICS, PixelStatistics((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))]
+)
 def test_normalising_has_the_bits_of_the_formula_in_float32(statistics: PixelStatistics) -> None:
     image = np.arange(256 * 3, dtype=np.uint16).astype(np.uint8).reshape(16, 16, 3)
     tensor = normalise(image, statistics)
@@ -103,7 +105,12 @@ def test_normalising_has_the_bits_of_the_formula_in_float32(statistics: PixelSta
 
 @pytest.mark.parametrize(
     ("size", "prepared", "scale"),
-    [((64, 48), (32, 16), 0.5), ((48, 64), (16, 32), 0.5), ((15, 17), (16, 32), 1.0), ((16, 16), (16, 16), 1.0)],
+    [
+        ((64, 48), (32, 16), 0.5),
+        ((48, 64), (16, 32), 0.5),
+        ((15, 17), (16, 32), 1.0),
+        ((16, 16), (16, 16), 1.0),
+    ],
 )
 def test_an_image_is_prepared_at_the_size_and_scale_of_clips_input(
     size: tuple[int, int], prepared: tuple[int, int], scale: float

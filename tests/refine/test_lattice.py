@@ -13,11 +13,10 @@ import torch.nn.functional as F
 from wsss_pipeline.config import CrfConfig
 from wsss_pipeline.data.images import read_image
 from wsss_pipeline.errors import ConfigError
-from wsss_pipeline.refine import mean_field_cpu
+from wsss_pipeline.refine import dense_crf_cpu
 from wsss_pipeline.refine.dense_crf import crf_image, has_pydensecrf, infer_by_pydensecrf, unary_from_scores
-from wsss_pipeline.refine.lattice import PermutohedralLattice
-from wsss_pipeline.refine.lattice_cpu import build_lattice
-from wsss_pipeline.refine.mean_field import infer_batch
+from wsss_pipeline.refine.dense_crf_cpu import build_lattice
+from wsss_pipeline.refine.dense_crf_torch import PermutohedralLattice, infer_batch
 
 Infer = Callable[[np.ndarray, np.ndarray, CrfConfig], np.ndarray]
 
@@ -39,15 +38,13 @@ def smooth_unary(labels: int, size: tuple[int, int]) -> np.ndarray:
     return unary_from_scores(torch.cat([1 - cams.amax(dim=0, keepdim=True), cams])).numpy()
 
 
-def in_torch(
-    image: np.ndarray, unary: np.ndarray, parameters: CrfConfig, device: str = "cpu"
-) -> np.ndarray:
+def in_torch(image: np.ndarray, unary: np.ndarray, parameters: CrfConfig, device: str = "cpu") -> np.ndarray:
     """What runs on a GPU, on the CPU."""
     images = [torch.from_numpy(np.ascontiguousarray(image)).to(device)]
     return infer_batch(images, [torch.from_numpy(unary).to(device)], parameters)[0].cpu().numpy()
 
 
-both_ways = pytest.mark.parametrize("infer", [mean_field_cpu.infer, in_torch], ids=["compiled", "in_torch"])
+both_ways = pytest.mark.parametrize("infer", [dense_crf_cpu.infer, in_torch], ids=["compiled", "in_torch"])
 
 
 @needs_pydensecrf
@@ -181,7 +178,10 @@ def test_kernels_too_narrow_for_the_keys_are_refused(infer: Infer) -> None:
 def test_cuda_gives_what_the_cpu_gives() -> None:
     image = crf_image(read_image(IMAGES[0]), "bgr")
     unary = smooth_unary(4, image.shape[:2])
-    on_cpu, on_gpu = mean_field_cpu.infer(image, unary, CrfConfig()), in_torch(image, unary, CrfConfig(), "cuda")
+    on_cpu, on_gpu = (
+        dense_crf_cpu.infer(image, unary, CrfConfig()),
+        in_torch(image, unary, CrfConfig(), "cuda"),
+    )
     assert (on_cpu.argmax(axis=0) == on_gpu.argmax(axis=0)).mean() >= 0.9999
     assert np.abs(on_cpu - on_gpu).max() < 5e-3
 

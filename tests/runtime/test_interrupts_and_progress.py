@@ -8,11 +8,11 @@ import re
 import signal
 
 import pytest
+from wsss_pipeline.runtime.training_progress import TrainingProgressBar
 
 from wsss_pipeline.runtime import progress as progress_module
 from wsss_pipeline.runtime.interrupts import StopRequest
 from wsss_pipeline.runtime.progress import Progress
-from wsss_pipeline.runtime.training_progress import TrainingProgressBar
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Literal
 
 import click
 
-from wsss_pipeline.commands.options import PATH, inference_options, read_inference
-
-if TYPE_CHECKING:
-    from wsss_pipeline.evaluation.report import EvaluationResult
-    from wsss_pipeline.stages.evaluate_network import NetworkEvaluation, NetworkMasks
-    from wsss_pipeline.stages.evaluation_report import ReportImages
+from wsss_pipeline.commands.options import PATH, inference_options
+from wsss_pipeline.config import CrfConfig, InferenceConfig
+from wsss_pipeline.errors import ConfigError
+from wsss_pipeline.runtime.output import write_file
 
 
 @click.command("evaluate", short_help="Score masks against ground truth (mIoU).")
@@ -26,12 +24,12 @@ if TYPE_CHECKING:
 @click.option("--cache", type=PATH, help="Score a mask set, or the only one in a cache folder.")
 @click.option("--predictions", type=PATH, help="Score a folder of index masks instead.")
 @click.option("--checkpoint", type=PATH, help="Score a trained network: a run, or a checkpoint folder.")
-@click.option("--images", type=PATH, help="With --checkpoint or --report: folder of the pictures.")
+@click.option("--images", type=PATH, help="With --checkpoint or --report: folder of the images.")
 @click.option("--classes", help="voc12, coco14, a YAML file, or names; a cache brings its own.")
 @click.option(
     "--split", type=PATH, help="Text file of image ids to score; without it, all that have ground truth."
 )
-@click.option("--min-confidence", type=float, help="Cache only: pixels below it count as misses.")
+@click.option("--min-confidence", type=float, help="Not with --predictions: pixels below it count as misses.")
 @click.option("--allow-missing", is_flag=True, help="Score the rest where images of the split have no mask.")
 @inference_options
 @click.option("--device", default="auto", show_default=True, help="Network: auto, cpu, cuda or cuda:N.")
@@ -48,9 +46,23 @@ if TYPE_CHECKING:
 def command(
     context: click.Context,
     /,
+    ground_truth: Path | None,
+    cache: Path | None,
+    predictions: Path | None,
+    checkpoint: Path | None,
+    images: Path | None,
+    classes: str | None,
+    split: Path | None,
+    min_confidence: float | None,
+    allow_missing: bool,
+    scales: tuple[float, ...],
+    flip: bool,
+    window: int | None,
+    combine: Literal["mean", "max"],
+    crf: bool,
+    device: str,
     json_file: str | None,
     report: Path | None,
-    **options: Any,
 ) -> None:
     """Score pseudo masks or a network against ground truth: mIoU as CLIP-ES computes it.
 
@@ -64,125 +76,82 @@ def command(
       wsss evaluate --cache cache --images photos --gt masks --report report.html
       wsss evaluate --cache cache --gt VOC2012/SegmentationClass --split VOC2012/ImageSets/Segmentation/train.txt
     """
-    from wsss_pipeline.evaluation.report import EvaluationResult
-    from wsss_pipeline.stages.evaluation_report import report_with_truth, report_without_truth
+    inference = InferenceConfig(scales=scales, flip=flip, window=window, combine=combine)
+    if ground_truth is None and report is None:
+        raise ConfigError("--gt is missing: the folder of ground-truth masks; only --report can do without")
+    if (report or checkpoint) and images is None:
+        raise ConfigError("--checkpoint and --report need --images DIR, the folder of the images")
+    if checkpoint is None:
+        given = {"scales": scales != InferenceConfig().scales, "flip": flip, "window": window, "crf": crf}
+        for name in (name for name, value in given.items() if value):
+            raise ConfigError(f"--{name} goes with --checkpoint; masks are scored as they are")
+    elif predictions or classes:
+        name = "predictions" if predictions else "classes"
+        raise ConfigError(f"--{name} doesn't go with --checkpoint: a network knows its classes")
+    elif cache and report is None:
+        raise ConfigError("--cache goes with --checkpoint only for a --report, to show its pseudo masks too")
 
-    _check(options, report)
-    network = _network(options) if options["checkpoint"] else None
-    images = _report_images(options, network) if report else None
-    settings = {name: str(value) for name, value in options.items() if value not in (None, False)}
-    if options["ground_truth"] is None:
+    elif ground_truth is None and cache is None:
+        raise ConfigError("without --gt a report shows pseudo masks: give --cache")
+
+    from wsss_pipeline.data.classes import load_class_set
+    from wsss_pipeline.data.image_ids import find_images
+    from wsss_pipeline.stages.evaluate import evaluate, open_masks, report_without_ground_truth
+
+    settings: dict[str, object] = {
+        name: str(value)
+        for name, value in context.params.items()
+        if value not in (None, False) and name not in ("json_file", "report", *InferenceConfig.model_fields)
+    }
+    if checkpoint is not None:
+        settings["inference"] = inference.model_dump(mode="json")
+    files = find_images(images) if images is not None else {}
+    class_names = load_class_set(classes).names if classes else None
+    # beside a network, and where nothing is scored, the cache is there to be shown
+    pseudo_masks = None
+    if cache is not None and (checkpoint is not None or ground_truth is None):
+        pseudo_masks = open_masks(cache=cache, class_names=class_names)
+        cache, class_names = None, pseudo_masks.class_names
+    source = None
+    if ground_truth is not None or predictions is not None or checkpoint is not None:
+        source = open_masks(
+            cache=cache,
+            predictions=predictions,
+            checkpoint=checkpoint,
+            class_names=class_names,
+            images=files,
+            inference=inference,
+            crf=CrfConfig() if crf else None,
+            device=device,
+        )
+    if ground_truth is None:
         assert report is not None
-        assert images is not None
-        count = report_without_truth(report, images, settings)
+        assert pseudo_masks is not None
+        count = report_without_ground_truth(report, files, pseudo_masks, source, settings)
         click.echo(f"{count} images looked at, none scored: there is no ground truth", err=True)
         click.echo(report)
         return
-    result = _evaluate_network(network, options, images) if network else _evaluate_masks(options, images)
-    last = result if isinstance(result, EvaluationResult) else result.last
+    assert source is not None
+    result = evaluate(
+        source,
+        ground_truth,
+        split=split,
+        min_confidence=min_confidence,
+        allow_missing=allow_missing,
+        report=report,
+        images=files,
+        pseudo_masks=pseudo_masks,
+        settings=settings,
+    )
     text = json.dumps(result.as_json(), indent=2, ensure_ascii=False)
     if json_file == "-":
         click.echo(text)
     else:
         click.echo(result.as_text())
         if json_file:
-            write_text(Path(json_file), text + "\n")
-    for warning in last.warnings:
+            write_file(Path(json_file), text + "\n")
+    for warning in result.warnings:
         click.echo(f"warning: {warning}", err=True)
-    if report is not None and images is not None:
-        report_with_truth(report, last, images, settings)
+    if report is not None:
         click.echo(f"report: {report}", err=True)
-    context.exit(1 if last.skipped else 0)
-
-
-def _check(options: dict[str, Any], report: Path | None) -> None:
-    """Options that contradict each other, before anything is read."""
-    from wsss_pipeline.errors import ConfigError
-
-    if options["ground_truth"] is None and report is None:
-        raise ConfigError("--gt is missing: the folder of ground-truth masks; only --report can do without")
-    if (report or options["checkpoint"]) and options["images"] is None:
-        raise ConfigError("--checkpoint and --report need --images DIR, the folder of the pictures")
-    if options["checkpoint"]:
-        for name in ("predictions", "min_confidence", "classes"):
-            if options[name] is not None:
-                option = name.replace("_", "-")
-                raise ConfigError(f"--{option} doesn't go with --checkpoint: a network knows its classes")
-        if options["cache"] and report is None:
-            raise ConfigError(
-                "--cache goes with --checkpoint only for a --report, to show its pseudo masks too"
-            )
-        return
-    for name in ("scales", "flip", "window", "crf"):
-        if options[name]:
-            raise ConfigError(f"--{name} goes with --checkpoint; masks are scored as they are")
-
-
-def _network(options: dict[str, Any]) -> NetworkMasks:
-    from wsss_pipeline.stages.evaluate_network import load_network_masks
-
-    inference, crf = read_inference(options)
-    return load_network_masks(
-        options["checkpoint"], options["images"], inference=inference, crf=crf, device=options["device"]
-    )
-
-
-def _report_images(options: dict[str, Any], network: NetworkMasks | None) -> ReportImages:
-    from wsss_pipeline.cache import MaskCache
-    from wsss_pipeline.data.classes import load_class_set
-    from wsss_pipeline.data.image_ids import find_images
-    from wsss_pipeline.data.images import read_mask
-    from wsss_pipeline.stages.evaluation_report import ReportImages
-
-    cache = MaskCache.open(options["cache"]) if options["cache"] else None
-    predict = network.mask if network else None
-    if options["predictions"]:
-        files = find_images(options["predictions"])
-        predict = lambda image_id: read_mask(files[image_id])  # noqa: E731
-    names = network.class_names if network else cache.class_names if cache else ()
-    if options["classes"]:
-        names = load_class_set(options["classes"]).names
-    truth = find_images(options["ground_truth"]) if options["ground_truth"] else {}
-    return ReportImages(find_images(options["images"]), tuple(names), cache, predict, truth)
-
-
-def _evaluate_masks(options: dict[str, Any], images: ReportImages | None) -> EvaluationResult:
-    from wsss_pipeline.data.classes import load_class_set
-    from wsss_pipeline.stages.evaluate import evaluate
-
-    classes = options["classes"]
-    return evaluate(
-        options["ground_truth"],
-        cache=options["cache"],
-        predictions=options["predictions"],
-        class_names=load_class_set(classes).names if classes else None,
-        split=options["split"],
-        min_confidence=options["min_confidence"],
-        allow_missing=options["allow_missing"],
-        on_image=images.add if images else None,
-    )
-
-
-def _evaluate_network(
-    network: NetworkMasks, options: dict[str, Any], images: ReportImages | None
-) -> NetworkEvaluation:
-    from wsss_pipeline.stages.evaluate_network import evaluate_network
-
-    return evaluate_network(
-        network,
-        options["ground_truth"],
-        split=options["split"],
-        allow_missing=options["allow_missing"],
-        on_image=images.add if images else None,
-    )
-
-
-def write_text(file: Path, text: str) -> None:
-    """Write a small result file; a ConfigError where that can't be."""
-    from wsss_pipeline.errors import ConfigError
-
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(text, "utf-8")
-    except OSError as error:
-        raise ConfigError(f"{file} can't be written: {error.strerror}") from error
+    context.exit(1 if result.skipped else 0)

@@ -24,7 +24,7 @@ from wsss_pipeline.commands.options import PATH
 def command(checkpoint: Path, out: Path, kind: Literal["onnx", "huggingface"]) -> None:
     """Export a trained network for other programs.
 
-    ONNX takes any batch and picture size, and is checked against torch before the file gets its name. The last
+    ONNX takes any batch and image size, and is checked against torch before the file gets its name. The last
     line on stdout is what was written.
 
     \b

@@ -12,15 +12,19 @@ from typing import Any, get_args
 import click
 
 from wsss_pipeline.config import (
+    SCALES,
     CrfBackend,
     CrfImage,
+    InferenceConfig,
     MaskConfig,
     Precision,
     RefinerName,
     Settings,
+    bounds,
     default,
     description,
 )
+from wsss_pipeline.errors import ConfigError
 
 Command = Callable[..., Any]
 
@@ -102,7 +106,9 @@ config_options = all_of(
     clip_options,
     setting(MaskConfig, "clip.precision", "--precision", type=choice(Precision)),
     setting(MaskConfig, "max_pixels", "--max-pixels", type=int),
-    click.option("--preset", metavar="NAME", help="Published settings, such as clip-es/voc12 or clip-es/coco14."),
+    click.option(
+        "--preset", metavar="NAME", help="Published settings, such as clip-es/voc12 or clip-es/coco14."
+    ),
     click.option("--config", "config_file", type=PATH, help="YAML file of settings."),
     click.option(
         "--set",
@@ -137,35 +143,36 @@ machine_options = all_of(
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON for machines.")
 
-inference_options = all_of(
-    click.option("--scales", metavar="S,S,...", help="Network: look at these scales, e.g. 0.5,0.75,1."),
-    click.option("--flip", is_flag=True, help="Network: look at the mirrored picture too."),
-    click.option("--window", type=click.IntRange(16), help="Network: slide a window of this side over it."),
-    click.option(
-        "--combine",
-        type=click.Choice(["mean", "max"]),
-        default="mean",
-        show_default=True,
-        help="Network: mean of probabilities, or maximum of logits as DeepLabV2 was published.",
-    ),
-    click.option("--crf", is_flag=True, help="Network: refine with the dense CRF."),
-)
 
-
-def read_inference(options: dict[str, Any]) -> tuple[InferenceConfig, CrfConfig | None]:
-    """What ``inference_options`` took."""
-    from wsss_pipeline.config import CrfConfig
-    from wsss_pipeline.errors import ConfigError
-    from wsss_pipeline.segmentation.inference import InferenceConfig
-
-    text = options["scales"] or "1"
+def _scales(context: click.Context, parameter: click.Parameter, text: str | None) -> tuple[float, ...]:
+    """The numbers of ``--scales 0.5,0.75,1``."""
+    if text is None:
+        return InferenceConfig().scales
     try:
         scales = tuple(float(part) for part in text.split(","))
     except ValueError as error:
         raise ConfigError(
             f"--scales {text}: write numbers with commas between them, e.g. 0.5,0.75,1"
         ) from error
-    if not all(0.05 <= scale <= 20 for scale in scales):
-        raise ConfigError(f"--scales {text}: each must lie between 0.05 and 20")
-    inference = InferenceConfig(scales, options["flip"], options["window"], options["combine"])
-    return inference, CrfConfig() if options["crf"] else None
+    low, high = SCALES
+    if not all(low <= scale <= high for scale in scales):
+        raise ConfigError(f"--scales {text}: each must lie between {low:g} and {high:g}")
+    return scales
+
+
+def _inference_option(key: str, **options: Any) -> Callable[[Command], Command]:
+    return click.option(f"--{key}", help=f"Network: {description(InferenceConfig, key)}", **options)
+
+
+inference_options = all_of(
+    _inference_option("scales", metavar="S,S,...", callback=_scales),
+    _inference_option("flip", is_flag=True),
+    _inference_option("window", type=click.IntRange(*(bounds(InferenceConfig, "window") or ()))),
+    _inference_option(
+        "combine",
+        type=click.Choice(["mean", "max"]),
+        default=default(InferenceConfig, "combine"),
+        show_default=True,
+    ),
+    click.option("--crf", is_flag=True, help="Network: refine with the dense CRF."),
+)

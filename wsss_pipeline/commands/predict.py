@@ -5,19 +5,20 @@ from __future__ import annotations
 import shlex
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Literal
 
 import click
 
-from wsss_pipeline.commands.options import PATH, inference_options, read_inference
+from wsss_pipeline.commands.options import PATH, inference_options
+from wsss_pipeline.config import CrfConfig, InferenceConfig
 
 
-@click.command("predict", short_help="Segment a folder of pictures with a trained network.")
+@click.command("predict", short_help="Segment a folder of images with a trained network.")
 @click.option("--checkpoint", type=PATH, required=True, help="A training run, or a checkpoint folder.")
-@click.option("--images", type=PATH, required=True, help="Folder of pictures, searched with all below it.")
+@click.option("--images", type=PATH, required=True, help="Folder of images, searched with all below it.")
 @click.option("--out", type=PATH, required=True, help="Folder for masks/, overlays/ and confidence/.")
 @inference_options
-@click.option("--overlays", is_flag=True, help="Also write each mask over its picture.")
+@click.option("--overlays", is_flag=True, help="Also write each mask over its image.")
 @click.option("--confidence", is_flag=True, help="Also write the label's probability, in half percents.")
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
 @click.option("--overwrite", is_flag=True, help="Predict again what is there already.")
@@ -28,16 +29,20 @@ def command(
     checkpoint: Path,
     images: Path,
     out: Path,
+    scales: tuple[float, ...],
+    flip: bool,
+    window: int | None,
+    combine: Literal["mean", "max"],
+    crf: bool,
     overlays: bool,
     confidence: bool,
     device: str,
     overwrite: bool,
-    **options: Any,
 ) -> None:
-    """Segment every picture of a folder with a trained network.
+    """Segment every image of a folder with a trained network.
 
     Masks are palette PNGs: 0 background, then the classes in the order of the network's config.json. The last
-    line on stdout is their folder. Exit code 1 where pictures couldn't be read.
+    line on stdout is their folder. Exit code 1 where images couldn't be read.
 
     \b
     Example:
@@ -45,13 +50,12 @@ def command(
     """
     from wsss_pipeline.stages.predict import MASKS, predict
 
-    inference, crf = read_inference(options)
     report = predict(
         checkpoint,
         images,
         out,
-        inference=inference,
-        crf=crf,
+        inference=InferenceConfig(scales=scales, flip=flip, window=window, combine=combine),
+        crf=CrfConfig() if crf else None,
         overlays=overlays,
         confidence=confidence,
         device=device,

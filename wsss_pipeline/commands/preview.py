@@ -29,4 +29,4 @@ def command(cache: Path, images: Path, out: Path, image_ids: tuple[str, ...], li
     from wsss_pipeline.data.image_ids import find_images
     from wsss_pipeline.stages.preview import preview
 
-    click.echo(preview(cache, find_images(images), out, list(image_ids) or None, limit))
+    click.echo(preview(cache, find_images(images), out, image_ids, limit))

@@ -126,8 +126,15 @@ def as_pixels(image: AnyImage) -> NDArray[np.uint8]:
             raise
         except Exception as error:  # it may be read only now, and Pillow raises errors of many kinds
             raise _unusable(given, error) from error
-    if image.dtype != np.uint8 or image.ndim not in (2, 3) or image.shape[2:] not in ((), (3,)) or not image.size:
-        raise ImageError(f"an image is a uint8 array (H, W, 3) RGB or (H, W), not {image.dtype} {image.shape}")
+    if (
+        image.dtype != np.uint8
+        or image.ndim not in (2, 3)
+        or image.shape[2:] not in ((), (3,))
+        or not image.size
+    ):
+        raise ImageError(
+            f"an image is a uint8 array (H, W, 3) RGB or (H, W), not {image.dtype} {image.shape}"
+        )
     return np.repeat(image[..., None], 3, axis=2) if image.ndim == 2 else np.ascontiguousarray(image)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -129,19 +130,24 @@ class MaskFolder:
         folder: searched with all below it.
         class_names: of mask values 1..C.
         what: the masks, for people.
+        check: whether to do so. A mask that can't be read is left for when it is asked for.
 
     Raises:
-        ImageError: the folder or one of these masks can't be used.
+        ImageError: the folder can't be used.
+        MaskError: one of these masks holds a value that is no class.
     """
 
-    def __init__(self, folder: Path, class_names: Sequence[str], what: str = "predictions") -> None:
+    def __init__(
+        self, folder: Path, class_names: Sequence[str], what: str = "predictions", *, check: bool = True
+    ) -> None:
         self.files = find_images(folder)
         self.class_names = tuple(class_names)
         self.description = f"{what} {folder}"
         ids = list(self.files)
         self.identity = f"{what} {hashlib.sha256(chr(10).join(ids).encode()).hexdigest()[:12]}"
-        for image_id in ids[:: max(1, len(ids) // _CHECKED)]:
-            self[image_id]
+        for image_id in ids[:: max(1, len(ids) // _CHECKED)] if check else []:
+            with suppress(ImageError):
+                self[image_id]
 
     def __contains__(self, image_id: object) -> bool:
         return image_id in self.files
@@ -152,7 +158,7 @@ class MaskFolder:
         mask = read_mask(self.files[image_id])
         largest = int(np.where(mask == IGNORE, 0, mask).max())
         if largest > len(self.class_names):
-            raise ImageError(
+            raise MaskError(
                 f"{self.files[image_id]} holds the value {largest}, but there are {len(self.class_names)} "
                 "classes; give the class set that the masks were made with"
             )

@@ -104,7 +104,9 @@ class MaskJob:
         if sum(source is not None for source in (images, voc, coco)) != 1:
             raise ConfigError("give the images once: --images DIR, --voc ROOT or --coco ROOT")
         if (split is not None) == (images is not None):
-            raise ConfigError("--split goes with --voc or --coco, and they need it, for example --split train")
+            raise ConfigError(
+                "--split goes with --voc or --coco, and they need it, for example --split train"
+            )
         if labels is not None and images is None:
             raise ConfigError("--labels goes with --images; --voc and --coco bring their own labels")
         if paths.get("preset") is None and classes is None:

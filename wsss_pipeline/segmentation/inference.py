@@ -1,10 +1,12 @@
-"""A trained network on one picture of any size: whole or in windows, at several scales, mirrored."""
+"""A trained network on one image of any size: whole or in windows, at several scales, mirrored, refined."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -12,30 +14,144 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from wsss_pipeline.segmentation.networks import IMAGE_MEAN, IMAGE_STD, SegmentationNetwork
+from wsss_pipeline.config import CrfConfig, InferenceConfig
+from wsss_pipeline.data.image_files import ImageFile
+from wsss_pipeline.data.images import AnyImage, as_pixels, read_image
+from wsss_pipeline.data.masks import PseudoMask
+from wsss_pipeline.errors import MaskError
+from wsss_pipeline.refine import DenseCrf, label
+from wsss_pipeline.runtime.device import resolve_device
+from wsss_pipeline.segmentation.checkpoint import find_checkpoint, load_network
+from wsss_pipeline.segmentation.networks import SegmentationNetwork
+
+RAW, CRF = "raw", "+CRF"
+_PLAIN = (1.0, False)  # scale 1, not mirrored
+
+
+class Segmenter:
+    """A trained network as a function from an image to its mask.
+
+    Args:
+        network: in evaluation mode, on ``device``.
+        class_names: of mask values 1..C.
+        inference: scales, flip, windows; the image as it is, where None.
+        crf: refine with the dense CRF of these settings; None, or backend ``none``, for no CRF.
+        description: where the network is from, for people.
+
+    Raises:
+        MissingDependencyError: the CRF's backend isn't installed.
+    """
+
+    def __init__(
+        self,
+        network: SegmentationNetwork,
+        class_names: Sequence[str],
+        device: torch.device | str = "cpu",
+        inference: InferenceConfig | None = None,
+        crf: CrfConfig | None = None,
+        description: str = "network",
+    ) -> None:
+        self.network = network
+        self.class_names = tuple(class_names)
+        self.device = device
+        self.inference = inference or InferenceConfig()
+        self.crf = DenseCrf(crf) if crf is not None and crf.backend != "none" else None
+        self.description = description
+
+    @classmethod
+    def load(
+        cls,
+        path: Path | str,
+        device: str = "auto",
+        inference: InferenceConfig | None = None,
+        crf: CrfConfig | None = None,
+    ) -> Segmenter:
+        """The network of a training run or checkpoint folder.
+
+        Raises:
+            CheckpointError: there is none, it is damaged, or another program's.
+            ConfigError: no such device.
+        """
+        where = resolve_device(device)
+        loaded = load_network(Path(path), where)
+        description = f"network {find_checkpoint(Path(path))}"
+        return cls(loaded.network, loaded.class_names, where, inference, crf, description)
+
+    @property
+    def identity(self) -> str:
+        """Digest of the weights as they are now, the class names, and what is done beside the network."""
+        crf = self.crf.config.model_dump() if self.crf is not None else None
+        settings = [type(self.network).__name__, self.class_names, self.inference.model_dump(), crf]
+        digest = hashlib.sha256(json.dumps(settings).encode())
+        for name, values in self.network.state_dict().items():
+            digest.update(f"{name} {values.dtype} {tuple(values.shape)}".encode())
+            digest.update(values.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        return f"network {digest.hexdigest()[:12]}"
+
+    def __call__(self, image: AnyImage) -> PseudoMask:
+        """The most refined mask of an image: a uint8 array (H, W, 3) RGB or (H, W) grey, a PIL image, or a path.
+
+        Raises:
+            ImageError: the image can't be used.
+            MaskError: the network's answer holds NaN.
+        """
+        return self._labelled(list(self._posteriors(as_pixels(image), raw=False).values())[-1])
+
+    def variants(self, image: NDArray[np.uint8]) -> dict[str, PseudoMask]:
+        """Masks of an image by name, the most refined last, out of one set of passes: as it is, scaled, refined."""
+        return {name: self._labelled(found) for name, found in self._posteriors(image, raw=True).items()}
+
+    def _posteriors(self, image: NDArray[np.uint8], *, raw: bool) -> dict[str, Tensor]:
+        found = _probabilities(self.network, image, self.inference, self.device, raw=raw)
+        if self.crf is not None:
+            (found[CRF],) = self.crf([image], [list(found.values())[-1]])
+        return found
+
+    def _labelled(self, posterior: Tensor) -> PseudoMask:
+        height, width = posterior.shape[1:]
+        mask, confidence = label(posterior, range(1, len(posterior)), (height, width))
+        return PseudoMask(mask.cpu().numpy(), confidence.cpu().numpy())
 
 
 @dataclass(frozen=True)
-class InferenceConfig:
-    """How a picture goes through the network.
+class NetworkMasks:
+    """A ``MaskSource``: what a network makes of images, given as id to file."""
 
-    ``scales``: of the picture's sides. ``flip``: the mirrored picture too. ``window``: side of the square windows,
-    half overlapping; None takes the picture whole. ``combine``: ``mean`` of the probabilities, or ``max`` of
-    the logits as DeepLabV2's published test does it.
-    """
-
-    scales: tuple[float, ...] = (1.0,)
-    flip: bool = False
-    window: int | None = None
-    combine: Literal["mean", "max"] = "mean"
+    segmenter: Segmenter
+    images: Mapping[str, ImageFile]
 
     @property
-    def is_single(self) -> bool:
-        """Whether the picture is looked at once, as it is."""
-        return self.scales == (1.0,) and not self.flip
+    def class_names(self) -> tuple[str, ...]:
+        """Names of mask values 1..C."""
+        return self.segmenter.class_names
+
+    @property
+    def identity(self) -> str:
+        """That of the network and of what is done beside it."""
+        return self.segmenter.identity
+
+    @property
+    def description(self) -> str:
+        """Where the network is from."""
+        return self.segmenter.description
+
+    def __contains__(self, image_id: object) -> bool:
+        return image_id in self.images
+
+    def __getitem__(self, image_id: str) -> PseudoMask:
+        """The most refined mask; ImageError where the image can't be read, MaskError where there is none."""
+        return self.segmenter(self._image(image_id))
+
+    def variants(self, image_id: str) -> dict[str, PseudoMask]:
+        """See ``Segmenter.variants``; errors as above."""
+        return self.segmenter.variants(self._image(image_id))
+
+    def _image(self, image_id: str) -> NDArray[np.uint8]:
+        if image_id not in self.images:
+            raise MaskError(f"{self.description}: no image '{image_id}' to look at")
+        return read_image(self.images[image_id])
 
 
-@torch.no_grad()
 def predict_probabilities(
     network: SegmentationNetwork,
     image: NDArray[np.uint8],
@@ -47,26 +163,37 @@ def predict_probabilities(
     Args:
         network: in evaluation mode, on ``device``.
         image: uint8 (H, W, 3) RGB.
-        config: see there.
+        config: scales, flip, windows.
     """
-    pixels = to_network_input(image).to(device)
-    found = [
-        _upscaled(network, pixels, scale, mirrored, config.window)
-        for scale in config.scales
-        for mirrored in ((False, True) if config.flip else (False,))
-    ]
-    if config.combine == "max":
-        combined = torch.stack(found).amax(dim=0).softmax(dim=0)
-    else:
-        combined = torch.stack([logits.softmax(dim=0) for logits in found]).mean(dim=0)
-    return combined.cpu().numpy()
+    return _probabilities(network, image, config, device, raw=False)[config.name].cpu().numpy()
 
 
-def to_network_input(image: NDArray[np.uint8]) -> Tensor:
-    """uint8 (H, W, 3) RGB to float32 (1, 3, H, W), normalised with ImageNet's mean and standard deviation."""
+@torch.no_grad()
+def _probabilities(
+    network: SegmentationNetwork,
+    image: NDArray[np.uint8],
+    config: InferenceConfig,
+    device: torch.device | str,
+    *,
+    raw: bool,
+) -> dict[str, Tensor]:
+    """Probabilities (1+C, H, W) as ``config`` says, by its name; before them, with ``raw``, the plain pass's."""
+    mean, std = (torch.tensor(row)[:, None, None] for row in (network.image_mean, network.image_std))
     values = torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1).float() / 255
-    mean, std = torch.tensor(IMAGE_MEAN)[:, None, None], torch.tensor(IMAGE_STD)[:, None, None]
-    return ((values - mean) / std)[None]
+    pixels = ((values - mean) / std)[None].to(device)
+    looks = [(scale, mirrored) for scale in config.scales for mirrored in (False, True)[: 1 + config.flip]]
+    logits = {
+        look: _upscaled(network, pixels, *look, config.window)
+        for look in dict.fromkeys([*looks, *([_PLAIN] if raw else [])])
+    }
+    found = {RAW: logits[_PLAIN].softmax(dim=0)} if raw else {}
+    if config.name not in found:
+        several = [logits[look] for look in looks]
+        if config.combine == "max":
+            found[config.name] = torch.stack(several).amax(dim=0).softmax(dim=0)
+        else:
+            found[config.name] = torch.stack([one.softmax(dim=0) for one in several]).mean(dim=0)
+    return found
 
 
 def _upscaled(
@@ -89,7 +216,7 @@ def _upscaled(
 
 
 def _in_windows(network: SegmentationNetwork, pixels: Tensor, window: int) -> Tensor:
-    """Mean of the logits of windows that overlap by half; a smaller picture is one window."""
+    """Mean of the logits of windows that overlap by half; a smaller image is one window."""
     height, width = pixels.shape[-2:]
     total: Tensor | None = None
     count = pixels.new_zeros(1, 1, height, width)

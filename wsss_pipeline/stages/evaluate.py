@@ -1,153 +1,240 @@
-"""Scores pseudo masks, from a cache or a folder of PNGs, against ground truth."""
+"""Scores masks against ground truth: those of a mask set, of a folder of PNGs, or of a network."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from wsss_pipeline.cache import MaskCache
-from wsss_pipeline.data.classes import load_class_set
+from wsss_pipeline.config import CrfConfig, InferenceConfig
+from wsss_pipeline.data.datasets import read_split
 from wsss_pipeline.data.image_files import ImageFile
 from wsss_pipeline.data.image_ids import find_images
 from wsss_pipeline.data.images import read_mask
-from wsss_pipeline.data.datasets import read_split
-from wsss_pipeline.errors import CacheRecordError, EvaluationError, ImageError
-from wsss_pipeline.evaluation.metrics import IGNORE, Scores, check_sizes, confusion_matrix
-from wsss_pipeline.evaluation.report import EvaluationResult, id_digest
+from wsss_pipeline.data.masks import IGNORE, MaskFolder, MaskSource
+from wsss_pipeline.errors import ConfigError, EvaluationError, ImageError, MaskError
+from wsss_pipeline.evaluation.metrics import Scores, check_sizes, confusion_matrix
+from wsss_pipeline.evaluation.result import Evaluation, Variant
+from wsss_pipeline.pictures.evaluation_page import confidence_page, evaluation_page
+from wsss_pipeline.pictures.rows import GROUND_TRUTH, PREDICTION, PSEUDO_MASK
+from wsss_pipeline.runtime.output import write_file
+from wsss_pipeline.runtime.progress import Progress
+from wsss_pipeline.segmentation.inference import CRF, NetworkMasks, Segmenter
 
 logger = logging.getLogger(__name__)
 
-VOC_TRAIN_IMAGES = 1_464
-VOC_TRAIN_AUG_IMAGES = range(10_000, 11_000)  # 10,582; copies of the list differ by a few ids
 
-
-@dataclass(frozen=True)
-class _Predictions:
-    """One source of masks: ``read(image_id)`` gives uint8 (H, W), 255 where there is no label."""
-
-    has: Callable[[str], bool]
-    read: Callable[[str], NDArray[np.uint8]]
-    class_names: tuple[str, ...]
-    description: str
-    crf: dict[str, str] | None
-
-
-def evaluate(
-    ground_truth: Path,
+def open_masks(
     *,
     cache: Path | None = None,
     predictions: Path | None = None,
+    checkpoint: Path | None = None,
     class_names: Sequence[str] | None = None,
+    images: Mapping[str, ImageFile] | None = None,
+    inference: InferenceConfig | None = None,
+    crf: CrfConfig | None = None,
+    device: str = "auto",
+) -> MaskSource:
+    """The masks of exactly one of ``cache``, ``predictions`` and ``checkpoint``.
+
+    Args:
+        cache: a mask set, as ``generate-masks`` prints it, or a folder that holds one.
+        predictions: folder of index masks.
+        checkpoint: a training run or a checkpoint folder.
+        class_names: the C names without the background; needed for ``predictions``, and for a cache only checked
+            against its own.
+        images: image id to file, for the network to look at.
+        inference, crf, device: of the network, see ``Segmenter``.
+
+    Raises:
+        EvaluationError: not exactly one, or classes that are missing or aren't those of the cache.
+        CacheError, CheckpointError, ConfigError, ImageError, MaskError: it can't be opened.
+    """
+    if sum(path is not None for path in (cache, predictions, checkpoint)) != 1:
+        raise EvaluationError(
+            "give the masks once: a cache, a folder of predictions or a network (--cache, --predictions or "
+            "--checkpoint)"
+        )
+    if checkpoint is not None:
+        return NetworkMasks(Segmenter.load(checkpoint, device, inference, crf), images or {})
+    if predictions is not None:
+        if class_names is None:
+            raise EvaluationError(
+                f"predictions {predictions}: masks don't know their class names; give --classes"
+            )
+        return MaskFolder(predictions, class_names)
+    assert cache is not None
+    masks = MaskCache.open(cache)
+    if class_names is not None and tuple(class_names) != tuple(masks.class_names):
+        raise EvaluationError(
+            f"the classes given are not those of the cache {cache} ({', '.join(masks.class_names)}): "
+            "leave the classes out, the cache knows its own"
+        )
+    return masks
+
+
+def evaluate(
+    source: MaskSource,
+    ground_truth: Path,
+    *,
     split: Path | None = None,
     min_confidence: float | None = None,
     allow_missing: bool = False,
-    progress: Callable[[Sequence[str]], Iterable[str]] = iter,
-    on_image: Callable[[str, NDArray[np.int64]], None] | None = None,
-) -> EvaluationResult:
-    """Scores the masks of ``cache`` or of ``predictions`` (exactly one of them).
+    report: Path | None = None,
+    images: Mapping[str, ImageFile] | None = None,
+    pseudo_masks: MaskSource | None = None,
+    settings: Mapping[str, object] | None = None,
+) -> Evaluation:
+    """Scores masks; a network's in all variants, out of one set of passes an image.
 
     Args:
         ground_truth: folder of index masks (0 background, 1..C classes, 255 ignore), one per image id.
-        cache: a mask set, as ``generate-masks`` prints it.
-        predictions: folder of index masks with the same ids as the ground truth.
-        class_names: the C names without the background; needed for ``predictions``, and for a cache
-            only checked against its own.
         split: text file of the image ids to score; its name without suffix is the name of the split.
             Without one, every ground-truth file that has a prediction is scored.
-        min_confidence: cache only; pixels below it count as misses.
+        min_confidence: pixels below it count as misses.
         allow_missing: score the rest where images of the split have no prediction.
-        progress: gets the image ids and yields them while it shows how far the run is.
-        on_image: gets each image's id and confusion matrix, int64 (1+C, 2+C).
+        report: HTML file to write: scores, confusions, worst and random images; needs ``images``.
+        images: image id to file, for the report.
+        pseudo_masks: for the report to show beside the masks that are scored.
+        settings: of the run, for the report to show.
 
     Images that can't be read, or whose sizes differ, are left out and listed in ``skipped``.
 
     Raises:
         EvaluationError: nothing to score, predictions missing, values that fit no class, or options
             that contradict each other.
-        CacheError, ImageError, LabelError: the cache, a folder or the split can't be read.
+        ImageError, LabelError: a folder or the split can't be read.
+        ConfigError: ``min_confidence`` isn't between 0 and 1, or a report without images.
+        OutputError: ``report`` can't be written.
     """
-    if (cache is None) == (predictions is None):
-        raise EvaluationError("give either a cache or a folder of predictions (--cache or --predictions)")
-    if cache is not None:
-        source = _from_cache(cache, class_names, min_confidence)
-    else:
-        assert predictions is not None
-        source = _from_folder(predictions, class_names, min_confidence)
-
+    if min_confidence is not None and isinstance(source, MaskFolder):
+        raise EvaluationError(
+            f"{source.description}: a folder of masks holds no confidence; drop --min-confidence or give --cache"
+        )
+    if report is not None and images is None:
+        raise ConfigError("a report shows images; give their folder (--images)")
     truth_files = find_images(ground_truth)
+    lacking = "the folder of images" if isinstance(source, NetworkMasks) else source.description
     image_ids, missing = choose_images(
-        truth_files, source.has, source.description, ground_truth, split, allow_missing
+        truth_files, source.__contains__, lacking, ground_truth, split, allow_missing
     )
-    matrix, scored, skipped = _add_up(progress(image_ids), truth_files, source, on_image)
-    if not scored:
+    names = ("background", *source.class_names)
+    matrices: dict[str, NDArray[np.int64]] = {}
+    image_miou: dict[str, float | None] = {}
+    skipped: dict[str, str] = {}
+    any_ignored = False
+    with Progress(len(image_ids)) as progress:
+        for image_id in image_ids:
+            try:
+                truth = read_mask(truth_files[image_id])
+                found = (
+                    source.variants(image_id) if isinstance(source, NetworkMasks) else {"": source[image_id]}
+                )
+                check_sizes(list(found.values())[-1].mask, truth, image_id)
+            except (EvaluationError, ImageError, MaskError) as error:
+                logger.warning("%s: left out: %s", image_id, error)
+                skipped[image_id] = str(error)
+                progress.advance(failed=1)
+                continue
+            # Values that fit no class end the run: they say that the class set is wrong, not the image.
+            for name, record in found.items():
+                mask = record.mask if min_confidence is None else record.with_ignore(min_confidence)
+                counts = confusion_matrix(mask, truth, len(names), str(truth_files[image_id]))
+                matrices[name] = matrices.get(name, 0) + counts
+            image_miou[image_id] = Scores.from_matrix(counts, names).miou if counts.any() else None
+            any_ignored = any_ignored or bool((truth == IGNORE).any())
+            progress.advance()
+    if not matrices:
         reason = next(iter(skipped.values()))
         raise EvaluationError(f"none of the {len(image_ids):,} images could be scored; the first: {reason}")
-    scores = Scores.from_matrix(matrix, ("background", *source.class_names))
-    name = split.stem if split is not None else "all"
-    return EvaluationResult(
-        scores=scores,
-        images=len(scored),
-        split=name,
-        id_digest=id_digest(scored),
+    matrix = list(matrices.values())[-1]
+    if any_ignored and not matrix[1:].any():
+        raise EvaluationError(
+            f"ground truth such as {truth_files[next(iter(image_miou))]} holds 0 and 255 only: binary masks? 255 "
+            "means 'ignore' here, so write objects as their class index, 1 for the first class"
+        )
+    evaluation = Evaluation(
+        variants={
+            name: Variant(Scores.from_matrix(total, names), _crf(source, name))
+            for name, total in matrices.items()
+        },
+        class_names=source.class_names,
+        source=source.description,
         ground_truth=str(ground_truth),
-        scored=source.description,
-        crf=source.crf,
+        split=split.stem if split is not None else "all",
         min_confidence=min_confidence,
+        image_miou=image_miou,
+        matrix=matrix,
         missing=tuple(missing),
         skipped=skipped,
-        warnings=tuple(remarks(source.class_names, name, len(scored), scores)),
     )
+    if report is not None and images is not None:
+        masks = {} if pseudo_masks is None else {PSEUDO_MASK: pseudo_masks}
+        masks |= {PSEUDO_MASK if isinstance(source, MaskCache) else PREDICTION: source}
+        masks |= {GROUND_TRUTH: MaskFolder(ground_truth, source.class_names, "ground truth", check=False)}
+        write_file(report, evaluation_page(evaluation, images, masks, settings or {}))
+    return evaluation
 
 
-def _from_cache(path: Path, class_names: Sequence[str] | None, min_confidence: float | None) -> _Predictions:
-    cache = MaskCache.open(path)
-    if class_names is not None and tuple(class_names) != tuple(cache.class_names):
-        raise EvaluationError(
-            f"the classes given are not those of the cache {path} ({', '.join(cache.class_names)}): "
-            "leave the classes out, the cache knows its own"
-        )
-
-    def read(image_id: str) -> NDArray[np.uint8]:
-        pseudo_mask = cache[image_id]
-        return pseudo_mask.mask if min_confidence is None else pseudo_mask.with_ignore(min_confidence)
-
-    return _Predictions(
-        has=cache.__contains__,
-        read=read,
-        class_names=tuple(cache.class_names),
-        description=f"mask set {cache.path}",
-        crf=_crf(cache),
-    )
-
-
-def _crf(cache: MaskCache) -> dict[str, str]:
-    """Backend and image of the dense CRF, from what the mask set was made with."""
-    parameters = cache.manifest.mask_set.determinants.get("crf", {})
+def _crf(source: MaskSource, variant: str) -> dict[str, str] | None:
+    """Backend and image of the dense CRF that the masks went through; None where not known."""
+    if isinstance(source, MaskCache):
+        parameters = source.manifest.mask_set.determinants.get("crf", {})
+    elif isinstance(source, NetworkMasks):
+        crf = source.segmenter.crf
+        parameters = crf.config.model_dump() if crf and variant == CRF else {"backend": "none"}
+    else:
+        return None
     return {key: str(parameters[key]) for key in ("backend", "image") if key in parameters}
 
 
-def _from_folder(
-    folder: Path, class_names: Sequence[str] | None, min_confidence: float | None
-) -> _Predictions:
-    if class_names is None:
-        raise EvaluationError(f"predictions {folder}: masks don't know their class names; give --classes")
-    if min_confidence is not None:
+def report_without_ground_truth(
+    report: Path,
+    images: Mapping[str, ImageFile],
+    pseudo_masks: MaskSource,
+    predictions: MaskSource | None = None,
+    settings: Mapping[str, object] | None = None,
+) -> int:
+    """Writes a page of the least sure pseudo masks, and of those that differ most from the predictions.
+
+    Args:
+        images: image id to file; those without a pseudo mask are passed over.
+        predictions: of another source; an image may have none.
+        settings: of the run, for the page to show.
+
+    Returns:
+        The number of images that were looked at.
+
+    Raises:
+        EvaluationError: no image has a pseudo mask.
+        OutputError: the file can't be written.
+    """
+    confidence: dict[str, float] = {}
+    agreement: dict[str, float] = {}
+    image_ids = [image_id for image_id in images if image_id in pseudo_masks]
+    with Progress(len(image_ids)) as progress:
+        for image_id in progress.over(image_ids):
+            try:
+                record = pseudo_masks[image_id]
+                confidence[image_id] = float(record.confidence.mean()) / 2
+                if predictions is not None and image_id in predictions:
+                    mask = predictions[image_id].mask
+                    if mask.shape == record.mask.shape:
+                        agreement[image_id] = 100 * float((mask == record.mask).mean())
+            except (ImageError, MaskError) as error:
+                logger.warning("%s: left out: %s", image_id, error)
+    if not confidence:
         raise EvaluationError(
-            f"predictions {folder}: a folder of masks holds no confidence; drop --min-confidence or give --cache"
+            "no image of the folder has a pseudo mask in the cache: do they belong together?"
         )
-    files = find_images(folder)
-    return _Predictions(
-        has=files.__contains__,
-        read=lambda image_id: read_mask(files[image_id]),
-        class_names=tuple(class_names),
-        description=f"predictions {folder}",
-        crf=None,
-    )
+    masks: dict[str, MaskSource] = {PSEUDO_MASK: pseudo_masks}
+    masks |= {} if predictions is None else {PREDICTION: predictions}
+    write_file(report, confidence_page(confidence, agreement, images, masks, settings or {}))
+    return len(confidence)
 
 
 def choose_images(
@@ -187,53 +274,3 @@ def choose_images(
         logger.warning("%s lacks %d of %d images; they are left out", description, len(missing), len(wanted))
     absent = set(missing)
     return [image_id for image_id in wanted if image_id not in absent], missing
-
-
-def _add_up(
-    image_ids: Iterable[str],
-    truth_files: Mapping[str, ImageFile],
-    source: _Predictions,
-    on_image: Callable[[str, NDArray[np.int64]], None] | None,
-) -> tuple[NDArray[np.int64], list[str], dict[str, str]]:
-    """Confusion matrix over the images, the ids that are in it, and reasons for those that aren't."""
-    num_classes = len(source.class_names) + 1
-    matrix = np.zeros((num_classes, num_classes + 1), np.int64)
-    scored: list[str] = []
-    skipped: dict[str, str] = {}
-    any_ignored = False
-    for image_id in image_ids:
-        try:
-            truth = read_mask(truth_files[image_id])
-            prediction = source.read(image_id)
-            check_sizes(prediction, truth, image_id)
-        except (CacheRecordError, EvaluationError, ImageError) as error:
-            logger.warning("%s: left out: %s", image_id, error)
-            skipped[image_id] = str(error)
-            continue
-        # Values that fit no class end the run: they say that the class set is wrong, not the image.
-        counts = confusion_matrix(prediction, truth, num_classes, str(truth_files[image_id]))
-        matrix += counts
-        if on_image is not None:
-            on_image(image_id, counts)
-        scored.append(image_id)
-        any_ignored = any_ignored or bool((truth == IGNORE).any())
-    if scored and any_ignored and not matrix[1:].any():
-        raise EvaluationError(
-            f"ground truth such as {truth_files[scored[0]]} holds 0 and 255 only: binary masks? 255 means "
-            "'ignore' here, so write objects as their class index, 1 for the first class"
-        )
-    return matrix, scored, skipped
-
-
-def remarks(class_names: tuple[str, ...], split: str, images: int, scores: Scores) -> Iterable[str]:
-    """What a reader has to know before comparing the number with another one."""
-    if images in VOC_TRAIN_AUG_IMAGES and class_names == load_class_set("voc12").names:
-        yield (
-            f"split {split} has {images:,} images: published figures use train ({VOC_TRAIN_IMAGES:,} images) "
-            "and can't be compared with train_aug"
-        )
-    if scores.ignored_predictions > 0:
-        yield (
-            f"{100 * scores.ignored_predictions:.2f} % of the scored pixels have no label and count as misses: "
-            "published figures score masks without 255"
-        )

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from wsss_pipeline.errors import CheckpointError, ConfigError, MissingDependencyError
+from wsss_pipeline.runtime.output import write_file, writing
 from wsss_pipeline.segmentation.checkpoint import LoadedNetwork, load_network
-from wsss_pipeline.segmentation.networks import IMAGE_MEAN, IMAGE_STD, SegFormer, SegmentationNetwork
+from wsss_pipeline.segmentation.networks import SegFormer, SegmentationNetwork
 
 logger = logging.getLogger(__name__)
 
@@ -35,7 +36,8 @@ def export_model(checkpoint: Path, out: Path, kind: ExportFormat) -> Path:
 
     Raises:
         CheckpointError: no network there, or what was exported doesn't compute the same.
-        ConfigError: the format doesn't fit the network, or ``out`` can't be written.
+        ConfigError: the format doesn't fit the network, or the name doesn't fit the format.
+        OutputError: ``out`` can't be written.
         MissingDependencyError: onnx, onnxscript or onnxruntime isn't installed.
     """
     loaded = load_network(checkpoint)
@@ -51,31 +53,25 @@ def export_model(checkpoint: Path, out: Path, kind: ExportFormat) -> Path:
 
 def _onnx(loaded: LoadedNetwork, out: Path) -> Path:
     dynamic = torch.export.Dim.DYNAMIC
-    partial = out.with_name(f".{out.name}.partial")
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        program = torch.onnx.export(
-            loaded.network,
-            (torch.zeros(TRACED_SHAPE),),
-            dynamo=True,
-            input_names=["images"],
-            output_names=["logits"],
-            dynamic_shapes=({0: dynamic, 2: dynamic, 3: dynamic},),
-            verbose=False,
+    program = torch.onnx.export(
+        loaded.network,
+        (torch.zeros(TRACED_SHAPE),),
+        dynamo=True,
+        input_names=["images"],
+        output_names=["logits"],
+        dynamic_shapes=({0: dynamic, 2: dynamic, 3: dynamic},),
+        verbose=False,
+    )
+    assert program is not None
+    program.model.metadata_props["id2label"] = json.dumps(loaded.config["id2label"])
+    content = program.model_proto.SerializeToString()
+    difference = _largest_difference(loaded.network, content)
+    if not difference <= LARGEST_DIFFERENCE:
+        raise CheckpointError(
+            f"the ONNX form of {loaded.config['network']['name']} differs from torch by {difference:.2g} of its "
+            f"largest logit (allowed: {LARGEST_DIFFERENCE:g}); nothing was written"
         )
-        assert program is not None
-        program.model.metadata_props["id2label"] = json.dumps(loaded.config["id2label"])
-        program.save(partial, external_data=False)
-        difference = _largest_difference(loaded.network, partial)
-        if not difference <= LARGEST_DIFFERENCE:
-            partial.unlink()
-            raise CheckpointError(
-                f"the ONNX form of {loaded.config['network']['name']} differs from torch by {difference:.2g} of its "
-                f"largest logit (allowed: {LARGEST_DIFFERENCE:g}); nothing was written"
-            )
-        partial.replace(out)
-    except OSError as error:
-        raise ConfigError(f"{out} can't be written: {error.strerror or error}") from error
+    write_file(out, content)
     logger.info(
         "checked against torch on %d shapes: largest difference %.1e", len(CHECKED_SHAPES), difference
     )
@@ -83,10 +79,10 @@ def _onnx(loaded: LoadedNetwork, out: Path) -> Path:
 
 
 @torch.no_grad()
-def _largest_difference(network: SegmentationNetwork, file: Path) -> float:
+def _largest_difference(network: SegmentationNetwork, content: bytes) -> float:
     import onnxruntime
 
-    session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
+    session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
     generator = torch.Generator().manual_seed(0)
     worst = 0.0
     for shape in CHECKED_SHAPES:
@@ -111,13 +107,12 @@ def _huggingface(loaded: LoadedNetwork, out: Path) -> Path:
     model.config.label2id = loaded.config["label2id"]
     processor = SegformerImageProcessor(
         do_resize=False,  # the network takes any size
-        image_mean=list(IMAGE_MEAN),
-        image_std=list(IMAGE_STD),
+        image_mean=list(loaded.network.image_mean),
+        image_std=list(loaded.network.image_std),
         do_reduce_labels=False,
     )
-    try:
+    with writing(out):
+        out.mkdir(parents=True, exist_ok=True)  # where there is a file, save_pretrained does nothing
         model.save_pretrained(out)
         processor.save_pretrained(out)
-    except OSError as error:
-        raise ConfigError(f"{out} can't be written: {error.strerror or error}") from error
     return out

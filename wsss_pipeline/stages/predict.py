@@ -1,25 +1,23 @@
-"""A trained network on any folder of pictures: masks to keep, overlays to look at, confidence to filter by."""
+"""A trained network on any folder of images: masks to keep, overlays to look at, confidence to filter by."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
-from numpy.typing import NDArray
 from PIL import Image
 
-from wsss_pipeline.data.masks import half_percent_confidence
-from wsss_pipeline.config import CrfConfig
+from wsss_pipeline.config import CrfConfig, InferenceConfig
 from wsss_pipeline.data.classes import voc_palette
+from wsss_pipeline.data.image_ids import find_images
 from wsss_pipeline.data.images import read_image
-from wsss_pipeline.errors import ConfigError, ImageError
+from wsss_pipeline.errors import ImageError, MaskError
+from wsss_pipeline.pictures.overlays import encoded, index_png, mask_over_image
 from wsss_pipeline.runtime.interrupts import StopRequest
-from wsss_pipeline.segmentation.inference import InferenceConfig
-from wsss_pipeline.stages.evaluate_network import NetworkMasks, load_network_masks
-from wsss_pipeline.stages.overlays import mask_over_image
+from wsss_pipeline.runtime.output import write_file
+from wsss_pipeline.runtime.progress import Progress
+from wsss_pipeline.segmentation.inference import Segmenter
 
 logger = logging.getLogger(__name__)
 
@@ -30,7 +28,6 @@ MASKS, OVERLAYS, CONFIDENCE = "masks", "overlays", "confidence"
 class PredictReport:
     """``written``, ``kept``: masks made now, and found. ``failed``: image id to reason."""
 
-    out: Path
     written: int = 0
     kept: int = 0
     failed: dict[str, str] = field(default_factory=dict)
@@ -48,73 +45,56 @@ def predict(
     confidence: bool = False,
     device: str = "auto",
     overwrite: bool = False,
-    progress: Callable[[Sequence[str]], Iterable[str]] = iter,
 ) -> PredictReport:
-    """Writes ``out/masks/ID.png`` (palette PNG, 0..C) for each picture that hasn't got one yet.
+    """Writes ``out/masks/ID.png`` (palette PNG, 0..C) for each image that hasn't got one yet.
 
     Args:
         checkpoint: a training run or a checkpoint folder.
         images: folder, searched with all below it.
-        inference: scales, flip, windows; pictures as they are, where None.
+        inference: scales, flip, windows; images as they are, where None.
         crf: refine with the dense CRF; its backend may be ``auto``.
-        overlays: also ``out/overlays/ID.jpg``, the mask over the picture.
+        overlays: also ``out/overlays/ID.jpg``, the mask over the image.
         confidence: also ``out/confidence/ID.png``, uint8, the label's probability in half percents.
         overwrite: predict again what is there.
 
-    A picture that can't be read is reported, skipped and counted.
+    An image that can't be read is reported, skipped and counted.
 
     Raises:
-        CheckpointError, ImageError: no network, no folder.
-        ConfigError: ``out`` can't be written.
+        CheckpointError, ConfigError, ImageError: no network, no such device, no folder.
+        OutputError: ``out`` can't be written.
     """
-    masks = load_network_masks(checkpoint, images, inference=inference, crf=crf, device=device)
-    report = PredictReport(out)
-    kinds = {MASKS: ".png"}
-    kinds |= {OVERLAYS: ".jpg"} if overlays else {}
+    segmenter = Segmenter.load(checkpoint, device, inference, crf)
+    files = find_images(images)
+    kinds = {MASKS: ".png"} | ({OVERLAYS: ".jpg"} if overlays else {})
     kinds |= {CONFIDENCE: ".png"} if confidence else {}
-    with StopRequest() as stop:
-        for image_id in progress(list(masks.images)):
+    report = PredictReport()
+    with StopRequest() as stop, Progress(len(files)) as progress:
+        for image_id, file in files.items():
             if stop.requested:
                 report.interrupted = True
                 break
-            files = {kind: out / kind / f"{image_id}{suffix}" for kind, suffix in kinds.items()}
-            if not overwrite and all(file.exists() for file in files.values()):
+            targets = {kind: out / kind / f"{image_id}{suffix}" for kind, suffix in kinds.items()}
+            if not overwrite and all(target.exists() for target in targets.values()):
                 report.kept += 1
+                progress.advance()
                 continue
             try:
-                _predict_one(masks, image_id, files)
-                report.written += 1
-            except ImageError as error:
+                image = read_image(file)
+                found = segmenter(image)
+            except (ImageError, MaskError) as error:
                 report.failed[image_id] = str(error)
                 logger.warning("%s: %s", image_id, error)
+                progress.advance(failed=1)
+                continue
+            contents = {MASKS: index_png(found.mask, with_palette=True)}
+            if overlays:
+                overlay = mask_over_image(image, found.mask, voc_palette())
+                contents[OVERLAYS] = encoded(Image.fromarray(overlay), "JPEG")
+            if confidence:
+                contents[CONFIDENCE] = index_png(found.confidence, with_palette=False)
+            # the mask last: a run that was killed before it does the image again
+            for kind in reversed(targets):
+                write_file(targets[kind], contents[kind], durable=False)
+            report.written += 1
+            progress.advance()
     return report
-
-
-def _predict_one(masks: NetworkMasks, image_id: str, files: dict[str, Path]) -> None:
-    probabilities = masks.probabilities(image_id)[masks.variants[-1]]
-    mask = probabilities.argmax(axis=0).astype(np.uint8)
-    palette = voc_palette()
-    indexed = Image.fromarray(mask, mode="P")
-    indexed.putpalette(palette.tobytes())
-    pictures = {MASKS: indexed}
-    if OVERLAYS in files:
-        pictures[OVERLAYS] = Image.fromarray(
-            mask_over_image(read_image(masks.images[image_id]), mask, palette)
-        )
-    if CONFIDENCE in files:
-        sure: NDArray[np.uint8] = half_percent_confidence(probabilities.max(axis=0))
-        pictures[CONFIDENCE] = Image.fromarray(sure)
-    # the mask last: a run that was killed before it does the picture again
-    for kind in reversed(files):
-        _write(pictures[kind], files[kind])
-
-
-def _write(picture: Image.Image, file: Path) -> None:
-    """In one go: a file that is there is whole."""
-    partial = file.with_name(f".{file.name}.partial")
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        picture.save(partial, format="JPEG" if file.suffix == ".jpg" else "PNG")
-        partial.replace(file)
-    except OSError as error:
-        raise ConfigError(f"{file} can't be written: {error.strerror or error}") from error

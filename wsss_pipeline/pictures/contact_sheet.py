@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 from PIL import Image, ImageDraw
 
-from wsss_pipeline.stages.overlays import Rgb, coloured
-from wsss_pipeline.stages.typeface import fitted
+from wsss_pipeline.pictures.overlays import coloured
+from wsss_pipeline.pictures.rows import Cell, Colour, Label, Row
+from wsss_pipeline.pictures.typeface import fitted
 
 CELL_WIDTH, CELL_HEIGHT = 240, 180
 MARGIN, GAP = 24, 12
@@ -19,52 +19,15 @@ PAPER, MAT, RULE = (255, 255, 255), (240, 241, 243), (214, 216, 220)
 INK, FAINT_INK, ALARM, ALARM_MAT = (26, 28, 32), (98, 102, 110), (170, 30, 30), (252, 236, 234)
 SWATCH = 11
 
-Colour = tuple[int, int, int]
 
+def draw_sheet(title: str, rows: Sequence[Row]) -> Image.Image:
+    """The sheet as an RGB picture; a column's header is the title of its cells, the last one for all to the right.
 
-@dataclass(frozen=True)
-class Label:
-    """A piece of caption; with a colour, a swatch of it stands before the text."""
-
-    text: str
-    colour: Colour | None = None
-
-
-@dataclass(frozen=True)
-class Cell:
-    """A picture, uint8 (h, w, 3) RGB and no larger than a cell, or the problem that stands in its place."""
-
-    picture: Rgb | None
-    caption: tuple[Label, ...] = ()
-    problem: str = ""
-
-
-@dataclass(frozen=True)
-class Row:
-    """``title`` is the image id; ``note`` stands behind it in a fainter colour."""
-
-    title: str
-    note: str
-    cells: tuple[Cell, ...]
-
-
-@dataclass(frozen=True)
-class Header:
-    """Text over a column; with an OpenCV colour map also its scale, from 0 to 1."""
-
-    text: str
-    colour_map: int | None = None
-
-
-def fitted_size(width: int, height: int) -> tuple[int, int]:
-    """Largest (width, height) of the same shape that fits into a cell."""
-    scale = min(CELL_WIDTH / width, CELL_HEIGHT / height)
-    return max(1, round(width * scale)), max(1, round(height * scale))
-
-
-def draw_sheet(title: str, headers: Sequence[Header], rows: Sequence[Row]) -> Image.Image:
-    """The sheet as an RGB picture; a row may have more cells than there are headers."""
-    columns = max([len(headers), *(len(row.cells) for row in rows)])
+    Args:
+        rows: cells no larger than ``CELL_WIDTH`` x ``CELL_HEIGHT``.
+    """
+    headers = {cell.title: cell.colour_map for row in rows for cell in row.cells}
+    columns = max(len(row.cells) for row in rows)
     row_height = ROW_TITLE_HEIGHT + CELL_HEIGHT + CAPTION_HEIGHT + ROW_GAP
     width = 2 * MARGIN + columns * (CELL_WIDTH + GAP) - GAP
     height = 2 * MARGIN + TITLE_HEIGHT + HEADER_HEIGHT + len(rows) * row_height - ROW_GAP
@@ -72,8 +35,8 @@ def draw_sheet(title: str, headers: Sequence[Header], rows: Sequence[Row]) -> Im
     draw = ImageDraw.Draw(sheet)
     _text(draw, (MARGIN, MARGIN), title, TITLE_SIZE, width - 2 * MARGIN)
     top = MARGIN + TITLE_HEIGHT
-    for column, header in enumerate(headers):
-        _draw_header(sheet, draw, (_left(column), top), header)
+    for column, (header, colour_map) in enumerate(headers.items()):
+        _draw_header(sheet, draw, (_left(column), top), header, colour_map)
     top += HEADER_HEIGHT
     for row in rows:
         draw.line((MARGIN, top - 5, width - MARGIN, top - 5), RULE)
@@ -89,23 +52,26 @@ def _left(column: int) -> int:
 
 
 def _draw_header(
-    sheet: Image.Image, draw: ImageDraw.ImageDraw, corner: tuple[int, int], header: Header
+    sheet: Image.Image,
+    draw: ImageDraw.ImageDraw,
+    corner: tuple[int, int],
+    header: str,
+    colour_map: int | None,
 ) -> None:
+    """The header and, of a colour map, its scale from 0 to 1."""
     left, top = corner
-    used = _text(draw, corner, header.text, HEADER_SIZE, CELL_WIDTH)
-    if header.colour_map is None:
+    used = _text(draw, corner, header, HEADER_SIZE, CELL_WIDTH)
+    if colour_map is None:
         return
     zero = left + max(used + 12, CELL_WIDTH - 110)
-    scale = coloured(
-        np.linspace(0, 1, left + CELL_WIDTH - 14 - (zero + 12))[None].repeat(10, 0), header.colour_map
-    )
+    scale = coloured(np.linspace(0, 1, left + CELL_WIDTH - 14 - (zero + 12))[None].repeat(10, 0), colour_map)
     _text(draw, (zero, top + 1), "0", CAPTION_SIZE, 10, FAINT_INK)
     sheet.paste(Image.fromarray(scale), (zero + 12, top + 5))
     _text(draw, (left + CELL_WIDTH - 9, top + 1), "1", CAPTION_SIZE, 10, FAINT_INK)
 
 
 def _draw_row_title(draw: ImageDraw.ImageDraw, top: int, row: Row, width: int) -> None:
-    used = _text(draw, (MARGIN, top), row.title, ROW_SIZE, width, keep_end=True)
+    used = _text(draw, (MARGIN, top), row.image_id, ROW_SIZE, width, keep_end=True)
     if used + 40 < width:
         _text(draw, (MARGIN + used + 14, top + 1), row.note, CAPTION_SIZE, width - used - 14, FAINT_INK)
 
@@ -113,14 +79,14 @@ def _draw_row_title(draw: ImageDraw.ImageDraw, top: int, row: Row, width: int) -
 def _draw_cell(sheet: Image.Image, draw: ImageDraw.ImageDraw, corner: tuple[int, int], cell: Cell) -> None:
     left, top = corner
     box = (left, top, left + CELL_WIDTH - 1, top + CELL_HEIGHT - 1)
-    if cell.picture is None:
+    if cell.pixels is None:
         draw.rectangle(box, ALARM_MAT, ALARM)
         _draw_lines(draw, corner, cell.problem)
     else:
-        height, width = cell.picture.shape[:2]
+        height, width = cell.pixels.shape[:2]
         draw.rectangle(box, MAT)
         place = (left + (CELL_WIDTH - width) // 2, top + (CELL_HEIGHT - height) // 2)
-        sheet.paste(Image.fromarray(cell.picture), place)
+        sheet.paste(Image.fromarray(cell.pixels), place)
     x = left
     for label in cell.caption:
         room = left + CELL_WIDTH - x

@@ -1,26 +1,31 @@
-"""What a mask, a class activation map and a confidence map look like: arrays in, RGB arrays out."""
+"""What a mask, a class activation map and a confidence map look like: arrays in, RGB arrays or files' bytes out."""
 
 from __future__ import annotations
+
+import io
 
 import cv2
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
+
+from wsss_pipeline.data.classes import voc_palette
 
 Rgb = NDArray[np.uint8]
 
 MASK_OPACITY = 0.6
-BACKGROUND_DIMMING = 0.55  # how much of the picture stays where the mask says background
+BACKGROUND_DIMMING = 0.55  # how much of the image stays where the mask says background
 CAM_OPACITY = 0.55
 HEAT_MAP = cv2.COLORMAP_TURBO
 CONFIDENCE_MAP = cv2.COLORMAP_VIRIDIS
 
 
 def mask_over_image(image: Rgb, mask: NDArray[np.uint8], palette: Rgb) -> Rgb:
-    """The mask's colours over the picture, white lines between the regions.
+    """The mask's colours over the image, white lines between the regions.
 
     Args:
         image: uint8 (H, W, 3) RGB.
-        mask: uint8 (H, W) class indices, 0 background; background stays picture, but dimmed.
+        mask: uint8 (H, W) class indices, 0 background; background stays image, but dimmed.
         palette: uint8 (256, 3) RGB.
     """
     grey = image.mean(axis=2, keepdims=True)
@@ -32,7 +37,7 @@ def mask_over_image(image: Rgb, mask: NDArray[np.uint8], palette: Rgb) -> Rgb:
 
 
 def heat_over_image(image: Rgb, cam: NDArray[np.floating]) -> Rgb:
-    """A class activation map, (H, W) in [0, 1], as a heat map over the picture, uint8 (H, W, 3) RGB."""
+    """A class activation map, (H, W) in [0, 1], as a heat map over the image, uint8 (H, W, 3) RGB."""
     heat = coloured(cam, HEAT_MAP)
     return np.rint((1 - CAM_OPACITY) * image + CAM_OPACITY * heat).astype(np.uint8)
 
@@ -49,3 +54,18 @@ def _borders(mask: NDArray[np.uint8]) -> NDArray[np.bool_]:
     borders[:, :-1] |= mask[:, :-1] != mask[:, 1:]
     borders[:-1] |= mask[:-1] != mask[1:]
     return borders
+
+
+def index_png(mask: NDArray[np.uint8], *, with_palette: bool) -> bytes:
+    """A PNG of class indices (H, W): mode L, or mode P with PASCAL VOC's colours."""
+    image = Image.fromarray(mask)
+    if with_palette:
+        image.putpalette(voc_palette().tobytes(), "RGB")  # makes mode P of mode L, values as they are
+    return encoded(image, "PNG")
+
+
+def encoded(image: Image.Image, kind: str, **options: int) -> bytes:
+    """The bytes of a file of that kind, ``PNG`` or ``JPEG``; options such as ``quality`` are Pillow's."""
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()

@@ -1,0 +1,193 @@
+"""What an evaluation found, with everything a reader needs to compare the number with another one."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from wsss_pipeline.data.classes import load_class_set
+from wsss_pipeline.evaluation.metrics import Scores
+
+RULE = (
+    "one confusion matrix over all images, 255 in the ground truth left out, "
+    "mean over the classes that occur in the ground truth"
+)
+VOC_TRAIN_IMAGES = 1_464
+VOC_TRAIN_AUG_IMAGES = range(10_000, 11_000)  # 10,582; copies of the list differ by a few ids
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way of making the masks.
+
+    Attributes:
+        scores: see ``Scores``.
+        crf: backend and image of the dense CRF (``backend``, ``image``), or None where not known.
+    """
+
+    scores: Scores
+    crf: Mapping[str, str] | None
+
+
+@dataclass(frozen=True, eq=False)
+class Evaluation:
+    """Scores together with what they were measured on.
+
+    Attributes:
+        variants: by name, the most refined last: those of a network; masks that lie there have one, named "".
+        class_names: of mask values 1..C.
+        source: what was scored, such as ``mask set cache/voc12-1a2b3c4d5e6f``.
+        ground_truth: folder of the ground truth.
+        split: name of the split, or "all" where every ground-truth file with a prediction counts.
+        min_confidence: predictions below it counted as misses; None scores every pixel.
+        image_miou: id of each scored image to the last variant's mIoU over the image's own classes, in [0, 1];
+            None where its ground truth is 255 everywhere.
+        matrix: int64 (1+C, 2+C), the last variant's ``confusion_matrix`` over all images.
+        missing: ids of the split (or ground truth) without a prediction, left out.
+        skipped: image id -> reason, for images that could not be read or don't fit; left out.
+    """
+
+    variants: Mapping[str, Variant]
+    class_names: tuple[str, ...]
+    source: str
+    ground_truth: str
+    split: str
+    min_confidence: float | None
+    image_miou: Mapping[str, float | None]
+    matrix: NDArray[np.int64]
+    missing: tuple[str, ...] = ()
+    skipped: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def scores(self) -> Scores:
+        """Those of the last variant."""
+        return list(self.variants.values())[-1].scores
+
+    @property
+    def images(self) -> int:
+        """Number of images that were scored."""
+        return len(self.image_miou)
+
+    @property
+    def id_digest(self) -> str:
+        """``id_digest`` of the scored ids: two evaluations with the same digest are comparable."""
+        return id_digest(self.image_miou)
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """Remarks without which the numbers mislead."""
+        found = []
+        if self.images in VOC_TRAIN_AUG_IMAGES and self.class_names == load_class_set("voc12").names:
+            found.append(
+                f"split {self.split} has {self.images:,} images: published figures use train "
+                f"({VOC_TRAIN_IMAGES:,} images) and can't be compared with train_aug"
+            )
+        if self.scores.ignored_predictions > 0:
+            found.append(
+                f"{100 * self.scores.ignored_predictions:.2f} % of the scored pixels have no label and count as "
+                "misses: published figures score masks without 255"
+            )
+        return tuple(found)
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain values for ``json.dumps``, the last variant's scores at the top level, as fractions of 1.
+
+        Of a network, all of its variants are under ``variants``, and ``variant`` names the last one.
+        """
+        shared = {
+            "images": self.images,
+            "split": self.split,
+            "id_digest": self.id_digest,
+            "ground_truth": self.ground_truth,
+            "min_confidence": self.min_confidence,
+            "missing": list(self.missing),
+            "skipped": dict(self.skipped),
+            "warnings": list(self.warnings),
+            "rule": RULE,
+        }
+        variants = {
+            name: {**asdict(variant.scores), "scored": self._scored(name), "crf": variant.crf, **shared}
+            for name, variant in self.variants.items()
+        }
+        last = list(variants)[-1]
+        return {**variants[last], **({"variant": last, "variants": variants} if last else {})}
+
+    def as_text(self) -> str:
+        """Table of per-class IoU in percent, a column a variant, the means, then what was measured on what."""
+        return "\n".join([*self._table(), "", *self.origin_lines()])
+
+    def _scored(self, name: str) -> str:
+        return f"{self.source} ({name})" if name else self.source
+
+    def _table(self) -> Iterator[str]:
+        from rich.cells import cell_len
+
+        several = [variant.scores for variant in self.variants.values()]
+        is_network = "" not in self.variants
+        corner, heads = "class", [" IoU %"]
+        if is_network:
+            corner, heads = "IoU %", [f"{name:>8}" for name in self.variants]
+        first = max(cell_len(name) for name in (corner, *self.scores.per_class_iou))
+
+        def row(name: str, values: Iterable[float | None]) -> str:
+            texts = ["-" if value is None else f"{100 * value:.2f}" for value in values]
+            return cells(name, [f"{text:>{len(head)}}" for text, head in zip(texts, heads, strict=True)])
+
+        def cells(name: str, texts: Iterable[str]) -> str:
+            return "  ".join([name + " " * (first - cell_len(name)), *texts])
+
+        yield cells(corner, heads)
+        yield cells("-" * first, ["-" * len(head) for head in heads])
+        for name in self.scores.per_class_iou:
+            yield row(name, [scores.per_class_iou[name] for scores in several])
+        if is_network:
+            yield row("mIoU", [scores.miou for scores in several])
+        if None in self.scores.per_class_iou.values():
+            yield "(-: not in the ground truth, in no mean)"
+        if is_network:
+            return
+        scores = self.scores
+        yield ""
+        yield (
+            f"mIoU {100 * scores.miou:.2f} %   pixel accuracy {100 * scores.pixel_accuracy:.2f} %   "
+            f"mean accuracy {100 * scores.mean_accuracy:.2f} %   "
+            f"frequency-weighted IoU {100 * scores.frequency_weighted_iou:.2f} %"
+        )
+        if abs(scores.miou - scores.miou_predicted_or_present) >= 5e-7:
+            yield (
+                f"mIoU {100 * scores.miou_predicted_or_present:.2f} % when classes that are predicted but "
+                "absent from the ground truth count as 0"
+            )
+        if scores.ignored_predictions > 0:
+            yield f"{100 * scores.ignored_predictions:.2f} % of the pixels have no label; they count as misses"
+
+    def origin_lines(self) -> list[str]:
+        """What was measured on what, a line each."""
+        name, variant = list(self.variants.items())[-1]
+        known = "not known"
+        if variant.crf is not None:
+            known = ", ".join(f"{key} {value}" for key, value in variant.crf.items())
+        confidence = "none" if self.min_confidence is None else f"{self.min_confidence:g}"
+        lines = [
+            f"split {self.split}, {self.images:,} images (ids {self.id_digest}), min confidence {confidence}",
+            f"masks: {self._scored(name)} (CRF: {known})",
+            f"ground truth: {self.ground_truth}",
+            f"rule: {RULE}",
+        ]
+        if self.missing:
+            lines.append(f"left out, no prediction: {len(self.missing):,} (the first is '{self.missing[0]}')")
+        if self.skipped:
+            lines.append(f"left out, could not be scored: {len(self.skipped):,}")
+            lines += [f"  {image_id}: {reason}" for image_id, reason in self.skipped.items()]
+        return lines
+
+
+def id_digest(image_ids: Iterable[str]) -> str:
+    """First 12 hex digits of the SHA-256 of the sorted ids, each followed by a line feed."""
+    text = "".join(f"{image_id}\n" for image_id in sorted(image_ids))
+    return hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()[:12]

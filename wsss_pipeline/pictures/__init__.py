@@ -1,0 +1,1 @@
+"""Masks to look at: overlays, contact sheets, the page of an evaluation."""
