@@ -60,7 +60,7 @@ def case(request: pytest.FixtureRequest, trunk: Trunk) -> Case:
     (raw,) = softmax_gradcam(features, [rows], [len(expected["label_ids"])], LOGIT_SCALE)
     cams = normalise_cams(raw)
     attention = features.attention[0]
-    pooled = features.last[0].pooled()
+    pooled = features.last[0].pooled
     logits = LOGIT_SCALE * (pooled / pooled.norm()) @ rows.T
     return Case(expected, logits, pooled, raw, cams, attention, refine_cams(cams, attention, threshold=0.4))
 

@@ -26,14 +26,11 @@ class AutogradPass:
     """Stands in for the pass of one image through the last block, with gradients by autograd."""
 
     def __init__(self, tokens: torch.Tensor, pooled: torch.Tensor, image: int) -> None:
-        self._all, self._pooled, self._image = tokens, pooled, image
-        self.tokens = tokens[image]
-
-    def pooled(self) -> torch.Tensor:
-        return self._pooled[self._image]
+        self._all, self._image = tokens, image
+        self.tokens, self.pooled = tokens[image], pooled[image]
 
     def mean_token_gradients(self, rows: torch.Tensor) -> torch.Tensor:
-        found = [torch.autograd.grad(self.pooled(), self._all, row, retain_graph=True)[0] for row in rows]
+        found = [torch.autograd.grad(self.pooled, self._all, row, retain_graph=True)[0] for row in rows]
         return torch.stack([gradient[self._image, 1:].mean(dim=0) for gradient in found])
 
 

@@ -86,7 +86,7 @@ def test_patches_are_the_librarys_own_projected(
         features.patches, vision.visual_projection(tokens[:, 1:]), rtol=1e-4, atol=1e-5
     )
     for image, last in enumerate(features.last):
-        torch.testing.assert_close(last.pooled(), features.patches[image].mean(dim=0), rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(last.pooled, features.patches[image].mean(dim=0), rtol=1e-4, atol=1e-6)
 
 
 def test_images_of_a_batch_do_not_touch_each_other(

@@ -122,16 +122,6 @@ def test_the_compiled_lattice_filters_like_the_one_in_torch(
     torch.testing.assert_close(torch.from_numpy(found) - 1, expected, rtol=1e-4, atol=1e-5)
 
 
-def test_the_compiled_lattice_takes_factors_before_and_after() -> None:
-    features = torch.rand((3, 50), generator=seeded(1)).numpy()
-    values, before, after = (torch.rand((50, 1), generator=seeded(n)).numpy() for n in (2, 3, 4))
-    lattice = build_lattice(features)
-    plain, weighted = np.zeros_like(values), np.zeros_like(values)
-    lattice.add_filtered(values * before, plain)
-    lattice.weighted(before[:, 0], after[:, 0]).add_filtered(values, weighted)
-    np.testing.assert_allclose(weighted, plain * after, rtol=1e-5)
-
-
 def test_coordinates_that_span_almost_63_bits_are_ordered_as_well() -> None:
     wide = torch.randn((5, 300), generator=seeded(5)) * 120
     values = torch.rand((300, 1), generator=seeded(6))
