@@ -74,8 +74,8 @@ def reading_order(file: ImageFile) -> tuple[str, int]:
     return ("", 0) if isinstance(file, Path) else (str(file.archive), file.offset)
 
 
-def check_file(file: ImageFile) -> None:
-    """Passes a regular file that isn't empty.
+def check_file(file: ImageFile) -> int:
+    """Size in bytes of a regular file that isn't empty.
 
     Raises:
         ImageError: not a regular file, or empty.
@@ -90,21 +90,4 @@ def check_file(file: ImageFile) -> None:
             raise ImageError(f"{file}: not a file; name an image file")
     if size == 0:
         raise ImageError(f"{file}: the file is empty; replace or remove it")
-
-
-def read_bytes(file: ImageFile, most: int) -> bytes:
-    """All bytes of a regular file that isn't empty.
-
-    Args:
-        file: to read.
-        most: so many bytes at most.
-
-    Raises:
-        ImageError: not a regular file, empty, or larger than ``most``.
-        OSError: it can't be read.
-    """
-    check_file(file)
-    size = file.size if isinstance(file, TarMember) else file.stat().st_size
-    if size > most:
-        raise ImageError(f"{file}: {size:,} bytes are too many for an image; scale it down or remove it")
-    return file.read_bytes()
+    return size

@@ -12,7 +12,7 @@ import hashlib
 import threading
 import warnings
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager, suppress
 from io import BytesIO
 from pathlib import Path
 from typing import NamedTuple
@@ -23,7 +23,7 @@ from PIL import Image, UnidentifiedImageError
 from PIL.TiffImagePlugin import TiffImageFile
 from PIL.WebPImagePlugin import WebPImageFile
 
-from wsss_pipeline.data.image_files import ImageFile, check_file, read_bytes
+from wsss_pipeline.data.image_files import ImageFile, check_file
 from wsss_pipeline.errors import ImageError
 
 # Nothing with more pixels is decoded; an RGB image of that size takes 400 MB. It lies under the number
@@ -60,12 +60,12 @@ def read_stored_image(path: ImageFile) -> StoredImage:
     Raises:
         ImageError: as ``read_image``.
     """
-    try:
-        content = read_bytes(path, MAX_FILE_BYTES)
-    except (OSError, ValueError) as error:
-        raise _unusable(path, error) from error
-    with _opened(path, content) as image:
-        has_rotation = _has_rotation(image)
+    with _opened(path) as (image, content):
+        has_rotation = False
+        # Pillow decodes a whole PNG in search of a late EXIF block, and applies TIFF's orientation itself.
+        if image.format != "TIFF" and (image.format != "PNG" or "exif" in image.info):
+            with suppress(Exception):  # Pillow lets errors of every kind out of a damaged block
+                has_rotation = image.getexif().get(_ORIENTATION, 1) in range(2, 9)
         return StoredImage(_rgb(image, path), hashlib.sha256(content).hexdigest(), has_rotation)
 
 
@@ -90,7 +90,7 @@ def read_image(path: ImageFile) -> NDArray[np.uint8]:
         ImageError: missing, empty, truncated or damaged file, not an image, or more than
             ``MAX_DECODED_PIXELS`` pixels (judged by the header, before anything is decoded).
     """
-    with _opened(path) as image:
+    with _opened(path) as (image, _):
         return _rgb(image, path)
 
 
@@ -147,7 +147,7 @@ def read_mask(path: ImageFile) -> NDArray[np.uint8]:
     Raises:
         ImageError: as ``read_image``; also a colour mask, values outside 0..255, or JPEG.
     """
-    with _opened(path) as image:
+    with _opened(path) as (image, _):
         if image.format in ("JPEG", "MPO"):
             raise ImageError(f"{path}: JPEG changes the values of a mask; save it as an 8-bit PNG")
         if image.mode not in ("1", "L", "P") and not image.mode.startswith("I"):
@@ -171,18 +171,8 @@ def image_size(path: ImageFile) -> tuple[int, int]:
     Raises:
         ImageError: as ``read_image``, except that a damaged body isn't noticed.
     """
-    with _opened(path) as image:
+    with _opened(path, header=True) as (image, _):
         return image.size
-
-
-def _has_rotation(image: Image.Image) -> bool:
-    # Pillow decodes a whole PNG in search of a late EXIF block, and applies TIFF's orientation itself.
-    if image.format == "TIFF" or (image.format == "PNG" and "exif" not in image.info):
-        return False
-    try:
-        return image.getexif().get(_ORIENTATION, 1) in range(2, 9)
-    except Exception:  # Pillow lets errors of every kind out of a damaged block
-        return False
 
 
 def file_digest(path: ImageFile) -> str:
@@ -192,7 +182,9 @@ def file_digest(path: ImageFile) -> str:
         ImageError: the file can't be read.
     """
     try:
-        return hashlib.sha256(read_bytes(path, MAX_FILE_BYTES)).hexdigest()
+        check_file(path)
+        with path.open("rb") if isinstance(path, Path) else BytesIO(path.read_bytes()) as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
     except (OSError, ValueError) as error:
         raise _unusable(path, error) from error
 
@@ -214,22 +206,23 @@ def _eight_bit(values: NDArray[np.generic], path: ImageFile) -> NDArray[np.uint8
 
 
 @contextmanager
-def _opened(path: ImageFile, content: bytes | None = None) -> Iterator[Image.Image]:
-    """The file's first image, header read and size checked; whatever goes wrong is an ImageError."""
+def _opened(path: ImageFile, *, header: bool = False) -> Iterator[tuple[Image.Image, bytes]]:
+    """The file's first image, header read and size checked, and its bytes, where not the header alone is wanted.
+
+    Whatever goes wrong is an ImageError.
+    """
     try:
-        with ExitStack() as stack:
-            stack.enter_context(_quiet_pillow)
-            if content is None:
-                check_file(path)
-                content = None if isinstance(path, Path) else path.read_bytes()
-            source = path if content is None else BytesIO(content)
-            image = stack.enter_context(Image.open(source, formats=_FORMATS))  # type: ignore[arg-type]
+        if (size := check_file(path)) > MAX_FILE_BYTES:
+            raise ImageError(f"{path}: {size:,} bytes are too many for an image; scale it down or remove it")
+        content = b"" if header and isinstance(path, Path) else path.read_bytes()
+        source = BytesIO(content) if content or not isinstance(path, Path) else path
+        with _quiet_pillow, Image.open(source, formats=_FORMATS) as image:
             width, height = image.size
             if width < 1 or height < 1:
                 raise ImageError(f"{path}: its header says {width} x {height} pixels; the file is damaged")
             if width * height > MAX_DECODED_PIXELS:
                 raise _too_large(path, f"{width} x {height} pixels")
-            yield image
+            yield image, content
     except ImageError:
         raise
     except Image.DecompressionBombError as error:
