@@ -1,7 +1,7 @@
 """Stage one against the published code's own numbers, stage by stage.
 
 The golden files under tests/golden hold what the published CLIP-ES code computes on CPU in float32 for
-five small pictures with a seeded vision tower. Tolerances are those that the method's conditioning allows.
+five small images with a seeded vision tower. Tolerances are those that the method's conditioning allows.
 """
 
 from __future__ import annotations
@@ -15,13 +15,12 @@ import pytest
 import torch
 from transformers import CLIPVisionModelWithProjection
 
-from wsss_pipeline.cam.affinity import refine_cams, sinkhorn_scaling
-from wsss_pipeline.cam.boxes import box_masks
-from wsss_pipeline.cam.scores import upscale_cams
-from wsss_pipeline.cam.softmax_gradcam import normalise_cams, softmax_gradcam
-from wsss_pipeline.clip.image_encoder import ImageEncoder
+from wsss_pipeline.cam.affinity import box_masks, refine_cams, sinkhorn_scaling
+from wsss_pipeline.cam.gradcam import softmax_gradcam
+from wsss_pipeline.cam.scores import normalise_cams, upscale_cams
+from wsss_pipeline.clip.trunk import Trunk
 from wsss_pipeline.data.images import read_image
-from wsss_pipeline.data.transforms import clip_input_size, resize_for_clip, to_clip_tensor
+from wsss_pipeline.data.transforms import prepare_image
 
 GOLDEN = Path(__file__).parent / "golden"
 NAMES = sorted(json.loads((GOLDEN / "labels.json").read_text()))
@@ -30,7 +29,7 @@ LOGIT_SCALE = float(torch.tensor(4.60546875).exp())
 
 @dataclass(frozen=True)
 class Case:
-    """One picture through our code beside what the published code computed."""
+    """One image through our code beside what the published code computed."""
 
     expected: dict[str, np.ndarray]
     logits: torch.Tensor
@@ -47,32 +46,21 @@ def golden(name: str) -> dict[str, np.ndarray]:
 
 
 @pytest.fixture(scope="module")
-def encoder() -> ImageEncoder:
+def trunk() -> Trunk:
     vision = CLIPVisionModelWithProjection.from_pretrained(GOLDEN / "vision", dtype=torch.float32)
-    return ImageEncoder(vision.requires_grad_(False).eval())
+    return Trunk(vision.requires_grad_(False).eval())
 
 
 @pytest.fixture(scope="module", params=NAMES)
-def case(request: pytest.FixtureRequest, encoder: ImageEncoder) -> Case:
+def case(request: pytest.FixtureRequest, trunk: Trunk) -> Case:
     expected, text = golden(request.param), golden("text")
     rows = torch.from_numpy(np.concatenate([text["fg"][expected["label_ids"]], text["bg"]]))
     image = read_image(GOLDEN / "images" / f"{request.param}.png")
-    height, width = image.shape[:2]
-    target = clip_input_size(width, height, encoder.patch_size, 1_048_576)
-    features = encoder.encode(to_clip_tensor(resize_for_clip(image, target.width, target.height))[None])
-    count = len(expected["label_ids"])
-    (raw,) = softmax_gradcam(
-        features.tokens,
-        features.pooled,
-        features.grid,
-        [rows],
-        [count],
-        LOGIT_SCALE,
-        features.mean_token_gradients,
-    )
+    features = trunk.encode(prepare_image(image, trunk.patch_size, 1_048_576).pixels[None])
+    (raw,) = softmax_gradcam(features, [rows], [len(expected["label_ids"])], LOGIT_SCALE)
     cams = normalise_cams(raw)
     attention = features.attention[0]
-    pooled = features.pooled[0]
+    pooled = features.last[0].pooled
     logits = LOGIT_SCALE * (pooled / pooled.norm()) @ rows.T
     return Case(expected, logits, pooled, raw, cams, attention, refine_cams(cams, attention, threshold=0.4))
 

@@ -4,8 +4,13 @@ from __future__ import annotations
 
 import torch
 
-from wsss_pipeline.cam.affinity import refine_cams, sinkhorn_scaling
-from wsss_pipeline.cam.boxes import box_masks, boxes_by_labelling, boxes_by_reachability
+from wsss_pipeline.cam.affinity import (
+    box_masks,
+    boxes_by_labelling,
+    boxes_by_reachability,
+    refine_cams,
+    sinkhorn_scaling,
+)
 from wsss_pipeline.cam.scores import assemble, upscale_cams
 
 
@@ -51,13 +56,20 @@ def test_cells_that_nobody_attends_to_do_not_spoil_the_rest() -> None:
     weights = attention(12).float()
     weights[:, 3] = 0
     weights[5] = 0
-    refined = refine_cams(torch.rand(2, 3, 4), weights, 0.1)
-    assert torch.isfinite(refined).all()
+    cams = torch.rand(2, 3, 4, generator=torch.Generator().manual_seed(2))
+    refined = refine_cams(cams, weights, 0.1).flatten(1)
+    # the cell that attends to nobody and the one that nobody attends to still have their other half
+    assert (refined > 0).all()
+    rows, columns = sinkhorn_scaling(weights, 3)
+    scaled = rows[:, None] * weights * columns
+    assert torch.allclose(scaled.sum(dim=1)[torch.arange(12) != 5], torch.ones(11))
+    assert not scaled[5].any()
+    assert not scaled[:, 3].any()
 
 
-def boxes(picture: str, threshold: float = 0.5) -> str:
-    """The box mask of a picture in which # is 1 and + is 0.5, drawn the same way."""
-    rows = picture.split()
+def boxes(drawing: str, threshold: float = 0.5) -> str:
+    """The box mask of a drawing in which # is 1 and + is 0.5, drawn the same way."""
+    rows = drawing.split()
     values = {"#": 1.0, "+": 0.5, ".": 0.0}
     cam = torch.tensor([[values[cell] for cell in row] for row in rows])[None] * 0.9999999
     found = box_masks(cam, threshold)[0]
@@ -99,6 +111,7 @@ def test_upscaling_normalises_before_it_and_not_after() -> None:
 def test_the_background_is_what_the_largest_class_leaves() -> None:
     cams = torch.tensor([[[0.25, 0.5]], [[0.75, 0.0]]])
     assert torch.equal(assemble(cams), torch.tensor([[[0.25, 0.5]], [[0.25, 0.5]], [[0.75, 0.0]]]))
+    assert torch.equal(assemble(cams, 2.0), torch.tensor([[[0.0625, 0.25]], [[0.25, 0.5]], [[0.75, 0.0]]]))
 
 
 def test_boxes_by_matrix_products_are_those_by_labelling() -> None:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from wsss_pipeline.cam.softmax_gradcam import min_max, normalise_cams, softmax_gradcam
+from wsss_pipeline.cam.gradcam import softmax_gradcam
+from wsss_pipeline.cam.scores import min_max, normalise_cams
+from wsss_pipeline.clip.trunk import Features
 
 
 def example(batch: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -20,21 +22,24 @@ def example(batch: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torc
     return tokens, pooled, F.normalize(torch.randn(4, 5, generator=generator), dim=1)
 
 
-def gradients_of(tokens: torch.Tensor, pooled: torch.Tensor) -> Callable[[int, torch.Tensor], torch.Tensor]:
-    """Mean over the patches of the gradients at the tokens, by autograd."""
+class AutogradPass:
+    """Stands in for the pass of one image through the last block, with gradients by autograd."""
 
-    def mean_token_gradients(image: int, rows: torch.Tensor) -> torch.Tensor:
-        found = [torch.autograd.grad(pooled[image], tokens, row, retain_graph=True)[0] for row in rows]
-        return torch.stack([gradient[image, 1:].mean(dim=0) for gradient in found])
+    def __init__(self, tokens: torch.Tensor, pooled: torch.Tensor, image: int) -> None:
+        self._all, self._image = tokens, image
+        self.tokens, self.pooled = tokens[image], pooled[image]
 
-    return mean_token_gradients
+    def mean_token_gradients(self, rows: torch.Tensor) -> torch.Tensor:
+        found = [torch.autograd.grad(self.pooled, self._all, row, retain_graph=True)[0] for row in rows]
+        return torch.stack([gradient[self._image, 1:].mean(dim=0) for gradient in found])
 
 
 def maps_of(
     tokens: torch.Tensor, pooled: torch.Tensor, texts: list[torch.Tensor], counts: list[int]
 ) -> list[torch.Tensor]:
-    found = softmax_gradcam(tokens, pooled, (2, 3), texts, counts, 10.0, gradients_of(tokens, pooled))
-    return [maps.detach() for maps in found]
+    passes: list[Any] = [AutogradPass(tokens, pooled, image) for image in range(len(tokens))]
+    features = Features((2, 3), torch.zeros(len(tokens), 6, 6), {}, passes)
+    return [maps.detach() for maps in softmax_gradcam(features, texts, counts, 10.0)]
 
 
 def by_finite_differences(

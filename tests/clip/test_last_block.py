@@ -63,4 +63,4 @@ def test_gradients_equal_those_of_autograd(activation: str, patches: int, classe
     assert torch.allclose(state.pooled, pooled, atol=1e-13)
     assert torch.allclose(state.probabilities, attention, atol=1e-14)
     assert expected.abs().max() > 1e-3
-    assert torch.allclose(block.mean_token_gradients(state, gradients), expected, rtol=1e-11, atol=1e-14)
+    assert torch.allclose(state.mean_token_gradients(gradients), expected, rtol=1e-11, atol=1e-14)

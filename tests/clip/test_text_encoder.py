@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from tests.tiny_clip import write_tiny_clip
 from wsss_pipeline.clip.sources import locate_clip
-from wsss_pipeline.clip.text_encoder import TextEncoder
+from wsss_pipeline.clip.text import TextEncoder
 from wsss_pipeline.clip.weights import Clip, load_clip
 from wsss_pipeline.config import ClipConfig
 from wsss_pipeline.errors import ConfigError

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from tests.openai_clip import openai_state_dict, write_torchscript
 from tests.tiny_clip import write_tiny_clip
 from wsss_pipeline.clip.sources import locate_clip
-from wsss_pipeline.clip.text_encoder import TextEncoder
+from wsss_pipeline.clip.text import TextEncoder
 from wsss_pipeline.clip.weights import Clip, load_clip
 from wsss_pipeline.config import ClipConfig
 from wsss_pipeline.errors import WeightsError

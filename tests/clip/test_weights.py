@@ -15,9 +15,9 @@ from torch import Tensor
 
 from tests.openai_clip import openai_state_dict, write_torchscript
 from tests.tiny_clip import write_tiny_clip
-from wsss_pipeline.clip.image_encoder import ImageEncoder
 from wsss_pipeline.clip.sources import locate_clip
-from wsss_pipeline.clip.text_encoder import TextEncoder
+from wsss_pipeline.clip.text import TextEncoder
+from wsss_pipeline.clip.trunk import Trunk
 from wsss_pipeline.clip.weights import load_clip
 from wsss_pipeline.config import ClipConfig
 from wsss_pipeline.errors import ConfigError, WeightsError
@@ -39,10 +39,11 @@ def features(weights: Path, tokenizer: Path | None = None) -> tuple[Tensor, Tens
     config = ClipConfig(weights=str(weights), tokenizer=None if tokenizer is None else str(tokenizer))
     clip = load_clip(locate_clip(config, offline=True), torch.device("cpu"))
     images = torch.randn(1, 3, 48, 80, generator=torch.Generator().manual_seed(1))
-    dense = ImageEncoder(clip.vision).encode(images)
+    with torch.no_grad():
+        dense = Trunk(clip.vision).encode(images)
     text = TextEncoder(clip.text, clip.tokenizer).encode(PROMPTS)
     return (
-        torch.cat([dense.tokens.flatten(), dense.pooled.flatten()]),
+        torch.cat([dense.last[0].tokens, dense.last[0].output]),
         dense.attention,
         text,
         clip.logit_scale,

@@ -3,30 +3,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from wsss_pipeline.data.masks import PseudoMask, half_percent_confidence
+from wsss_pipeline.data.masks import PseudoMask
 from wsss_pipeline.errors import ConfigError, MaskError
 
 MASK = np.ones((1, 201), np.uint8)
 EVERY_CONFIDENCE = np.arange(201, dtype=np.uint8)[None]
-
-
-@pytest.mark.parametrize("n", range(201))
-def test_confidence_is_exact_at_every_half_percent(n: int) -> None:
-    exact = np.float32(n / 200)
-    below, above = np.nextafter(exact, np.float32(-1)), np.nextafter(exact, np.float32(2))
-    found = half_percent_confidence(np.array([[exact, below, above]], np.float32))
-    assert found.dtype == np.uint8
-    assert found.tolist() == [[n, max(n - 1, 0), n]]
-
-
-def test_confidence_stays_in_range_for_rounding_noise_and_keeps_its_shape() -> None:
-    noise = np.array([[-1e-7, 0.0], [1.0000001, 1.5]], np.float32)
-    assert half_percent_confidence(noise).tolist() == [[0, 0], [200, 200]]
-
-
-def test_a_posterior_that_is_no_number_is_refused() -> None:
-    with pytest.raises(MaskError, match="NaN"):
-        half_percent_confidence(np.array([0.5, np.nan], np.float32))
 
 
 @pytest.mark.parametrize("n", range(201))
@@ -43,11 +24,6 @@ def test_other_thresholds_round_up() -> None:
     assert (pseudo_mask.with_ignore(0.951) == 1).sum() == 201 - 191
     assert (pseudo_mask.with_ignore(0.949) == 1).sum() == 201 - 190
     assert (pseudo_mask.with_ignore(0.0001) == 1).sum() == 200
-
-
-def test_confidence_and_threshold_agree_on_float32_095() -> None:
-    confidence = half_percent_confidence(np.array([[0.95, np.nextafter(np.float32(0.95), 0)]], np.float32))
-    assert PseudoMask(np.ones((1, 2), np.uint8), confidence, ()).with_ignore(0.95).tolist() == [[1, 255]]
 
 
 @pytest.mark.parametrize("threshold", [-0.01, 1.01, 95, float("nan"), float("inf")])

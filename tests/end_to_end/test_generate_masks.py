@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from wsss_pipeline.cam.prompts import ClassEmbeddings
 
 from tests.end_to_end.conftest import GOLDEN, LABELS, Run, generate_arguments, mask_set, write_labels, wsss
 from wsss_pipeline.cache import MaskCache
-from wsss_pipeline.cam.prompts import ClassEmbeddings
 from wsss_pipeline.data.classes import load_class_set
 from wsss_pipeline.refine import pydensecrf_backend
 

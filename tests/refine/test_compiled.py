@@ -35,9 +35,9 @@ def test_without_a_folder_to_keep_it_the_code_is_compiled_each_time(monkeypatch:
 def test_the_dense_crf_works_with_a_cache_folder_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"")
     code = (
-        "import numpy as np; from wsss_pipeline.config import CrfConfig; "
-        "from wsss_pipeline.refine import dense_crf; "
-        "print(dense_crf(np.zeros((4, 5, 3), np.uint8), np.ones((2, 4, 5), np.float32), CrfConfig()).sum())"
+        "import numpy as np, torch; from wsss_pipeline.config import CrfConfig; "
+        "from wsss_pipeline.refine import DenseCrf; "
+        "print(DenseCrf(CrfConfig())([np.zeros((4, 5, 3), np.uint8)], [torch.ones(2, 4, 5)])[0].sum().item())"
     )
     environment = {**os.environ, "NUMBA_CACHE_DIR": str(tmp_path / "file" / "cache")}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)

@@ -13,22 +13,17 @@ import torch.nn.functional as F
 from wsss_pipeline.config import CrfConfig
 from wsss_pipeline.data.images import read_image
 from wsss_pipeline.errors import ConfigError
-from wsss_pipeline.refine import (
-    crf_image,
-    dense_crf,
-    lattice_backend,
-    pydensecrf_backend,
-    unary_from_scores,
-)
-from wsss_pipeline.refine.lattice import PermutohedralLattice
-from wsss_pipeline.refine.lattice_cpu import build_lattice
+from wsss_pipeline.refine import dense_crf_cpu
+from wsss_pipeline.refine.dense_crf import crf_image, has_pydensecrf, infer_by_pydensecrf, unary_from_scores
+from wsss_pipeline.refine.dense_crf_cpu import build_lattice
+from wsss_pipeline.refine.dense_crf_torch import PermutohedralLattice, infer_batch
 
 Infer = Callable[[np.ndarray, np.ndarray, CrfConfig], np.ndarray]
 
-PICTURES = sorted((Path(__file__).parent.parent / "golden" / "images").glob("*.png"))
+IMAGES = sorted((Path(__file__).parent.parent / "golden" / "images").glob("*.png"))
 
 needs_pydensecrf = pytest.mark.skipif(
-    not pydensecrf_backend.is_available(), reason="the optional package pydensecrf isn't installed"
+    not has_pydensecrf(), reason="the optional package pydensecrf isn't installed"
 )
 
 
@@ -40,30 +35,27 @@ def smooth_unary(labels: int, size: tuple[int, int]) -> np.ndarray:
     """Unary float32 (L, H, W) from scores as smooth as upscaled CAMs."""
     coarse = torch.rand((1, labels - 1, 5, 6), generator=seeded(labels))
     cams = F.interpolate(coarse, size, mode="bilinear")[0] ** 2
-    return unary_from_scores(torch.cat([1 - cams.amax(dim=0, keepdim=True), cams]))
+    return unary_from_scores(torch.cat([1 - cams.amax(dim=0, keepdim=True), cams])).numpy()
 
 
-def compiled(image: np.ndarray, unary: np.ndarray, parameters: CrfConfig) -> np.ndarray:
-    return dense_crf(image, unary, parameters, "lattice", "cpu")
-
-
-def in_torch(image: np.ndarray, unary: np.ndarray, parameters: CrfConfig) -> np.ndarray:
+def in_torch(image: np.ndarray, unary: np.ndarray, parameters: CrfConfig, device: str = "cpu") -> np.ndarray:
     """What runs on a GPU, on the CPU."""
-    return lattice_backend.infer(image, unary, parameters, "cpu")
+    images = [torch.from_numpy(np.ascontiguousarray(image)).to(device)]
+    return infer_batch(images, [torch.from_numpy(unary).to(device)], parameters)[0].cpu().numpy()
 
 
-both_ways = pytest.mark.parametrize("infer", [compiled, in_torch])
+both_ways = pytest.mark.parametrize("infer", [dense_crf_cpu.infer, in_torch], ids=["compiled", "in_torch"])
 
 
 @needs_pydensecrf
 @both_ways
 @pytest.mark.parametrize("labels", [2, 3, 4, 5, 6])
-@pytest.mark.parametrize("picture", PICTURES, ids=lambda path: path.stem)
-def test_agrees_with_pydensecrf(picture: Path, labels: int, infer: Infer) -> None:
-    image = crf_image(read_image(picture), "bgr")
+@pytest.mark.parametrize("file", IMAGES, ids=lambda path: path.stem)
+def test_agrees_with_pydensecrf(file: Path, labels: int, infer: Infer) -> None:
+    image = crf_image(read_image(file), "bgr")
     unary = smooth_unary(labels, image.shape[:2])
     ours = infer(image, unary, CrfConfig())
-    theirs = dense_crf(image, unary, CrfConfig(), "pydensecrf")
+    theirs = infer_by_pydensecrf(image, unary, CrfConfig())
     assert (ours.argmax(axis=0) == theirs.argmax(axis=0)).mean() >= 0.9999
     # 1e-5 where both are built for the same x86; points on a border between two simplices may fall
     # elsewhere when the C++ compiler fuses multiplications and additions
@@ -75,21 +67,21 @@ def test_agrees_with_pydensecrf(picture: Path, labels: int, infer: Infer) -> Non
 @both_ways
 @pytest.mark.parametrize("size", [(1, 1), (1, 40), (40, 1), (17, 29)])
 @pytest.mark.parametrize("is_constant", [False, True])
-def test_agrees_with_pydensecrf_on_degenerate_pictures(
+def test_agrees_with_pydensecrf_on_degenerate_images(
     size: tuple[int, int], is_constant: bool, infer: Infer
 ) -> None:
     image = np.random.default_rng(0).integers(0, 256, (*size, 3), dtype=np.uint8)
     image = np.full_like(image, 77) if is_constant else image
     unary = smooth_unary(3, size)
     ours = infer(image, unary, CrfConfig())
-    theirs = dense_crf(image, unary, CrfConfig(), "pydensecrf")
+    theirs = infer_by_pydensecrf(image, unary, CrfConfig())
     assert np.abs(ours - theirs).max() < 1e-4
 
 
 @needs_pydensecrf
 @both_ways
 def test_agrees_with_pydensecrf_for_other_parameters(infer: Infer) -> None:
-    image = crf_image(read_image(PICTURES[0]), "reference")
+    image = crf_image(read_image(IMAGES[0]), "reference")
     parameters = CrfConfig(
         iterations=4,
         gaussian_sxy=2.5,
@@ -99,7 +91,7 @@ def test_agrees_with_pydensecrf_for_other_parameters(infer: Infer) -> None:
         bilateral_weight=7.0,
     )
     unary = smooth_unary(3, image.shape[:2])
-    ours, theirs = infer(image, unary, parameters), dense_crf(image, unary, parameters, "pydensecrf")
+    ours, theirs = infer(image, unary, parameters), infer_by_pydensecrf(image, unary, parameters)
     assert np.abs(ours - theirs).max() < 5e-3
 
 
@@ -128,16 +120,6 @@ def test_the_compiled_lattice_filters_like_the_one_in_torch(
     found = np.ones((4001, columns), np.float32)
     build_lattice(features.numpy(), pad_to=4).add_filtered(values.numpy(), found)
     torch.testing.assert_close(torch.from_numpy(found) - 1, expected, rtol=1e-4, atol=1e-5)
-
-
-def test_the_compiled_lattice_takes_factors_before_and_after() -> None:
-    features = torch.rand((3, 50), generator=seeded(1)).numpy()
-    values, before, after = (torch.rand((50, 1), generator=seeded(n)).numpy() for n in (2, 3, 4))
-    lattice = build_lattice(features)
-    plain, weighted = np.zeros_like(values), np.zeros_like(values)
-    lattice.add_filtered(values * before, plain)
-    lattice.weighted(before[:, 0], after[:, 0]).add_filtered(values, weighted)
-    np.testing.assert_allclose(weighted, plain * after, rtol=1e-5)
 
 
 def test_coordinates_that_span_almost_63_bits_are_ordered_as_well() -> None:
@@ -184,17 +166,20 @@ def test_kernels_too_narrow_for_the_keys_are_refused(infer: Infer) -> None:
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
 def test_cuda_gives_what_the_cpu_gives() -> None:
-    image = crf_image(read_image(PICTURES[0]), "bgr")
+    image = crf_image(read_image(IMAGES[0]), "bgr")
     unary = smooth_unary(4, image.shape[:2])
-    on_cpu, on_gpu = (dense_crf(image, unary, CrfConfig(), "lattice", device) for device in ("cpu", "cuda"))
+    on_cpu, on_gpu = (
+        dense_crf_cpu.infer(image, unary, CrfConfig()),
+        in_torch(image, unary, CrfConfig(), "cuda"),
+    )
     assert (on_cpu.argmax(axis=0) == on_gpu.argmax(axis=0)).mean() >= 0.9999
     assert np.abs(on_cpu - on_gpu).max() < 5e-3
 
 
-def test_pictures_that_share_a_lattice_get_what_each_gets_alone() -> None:
-    images = [read_image(PICTURES[0])[:37, :50], read_image(PICTURES[1])[:31, :41]]
+def test_images_that_share_a_lattice_get_what_each_gets_alone() -> None:
+    images = [read_image(IMAGES[0])[:37, :50], read_image(IMAGES[1])[:31, :41]]
     unaries = [smooth_unary(labels, image.shape[:2]) for labels, image in zip((4, 2), images, strict=True)]
-    together = lattice_backend.infer_batch(
+    together = infer_batch(
         [torch.from_numpy(np.ascontiguousarray(image)) for image in images],
         [torch.from_numpy(unary) for unary in unaries],
         CrfConfig(),

@@ -7,7 +7,13 @@ import os
 import pytest
 import torch
 
-from wsss_pipeline.runtime.device import images_at_a_time, resolve_device, resolve_precision
+from wsss_pipeline.errors import ConfigError
+from wsss_pipeline.runtime.device import (
+    images_at_a_time,
+    resolve_device,
+    resolve_precision,
+    single_threaded_torch,
+)
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 
@@ -56,3 +62,22 @@ def test_each_process_of_torchrun_gets_a_gpu_and_a_part_of_the_cores(monkeypatch
     assert images_at_a_time() == 4
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "99")
     assert images_at_a_time() == 1
+
+
+@pytest.mark.parametrize("name", ["gpu", "cuda:99", "mps", "meta", ""])
+def test_a_device_that_is_not_here_or_none_at_all(name: str) -> None:
+    with pytest.raises(ConfigError, match=f"--device {name}: "):
+        resolve_device(name)
+
+
+def test_the_device_of_another_machine_need_not_be_here() -> None:
+    assert str(resolve_device("cuda:7", elsewhere=True)) == "cuda"
+    assert str(resolve_device("cpu", elsewhere=True)) == "cpu"
+
+
+def test_torch_gets_its_threads_back() -> None:
+    before = torch.get_num_threads()
+    with pytest.raises(KeyError), single_threaded_torch():
+        assert torch.get_num_threads() == 1
+        raise KeyError
+    assert torch.get_num_threads() == before

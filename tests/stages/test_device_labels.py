@@ -6,12 +6,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from wsss_pipeline.stages.labelling import DeviceBatches
 
 from tests.end_to_end.conftest import mask_set, wsss
 from wsss_pipeline.cache import MaskCache
 from wsss_pipeline.demo.voc_folder import write_voc_folder
 from wsss_pipeline.stages import mask_run
-from wsss_pipeline.stages.labelling import DeviceBatches
 
 
 @pytest.fixture(scope="module")

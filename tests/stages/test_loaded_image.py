@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from wsss_pipeline.stages.loaded_image import LoadedImage, same_size_batches, windows
 
 from wsss_pipeline.data.transforms import ClipInputSize
-from wsss_pipeline.stages.loaded_image import LoadedImage, same_size_batches, windows
 
 
 def image(name: str, width: int, labelled: bool = True) -> LoadedImage:

@@ -9,19 +9,19 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from wsss_pipeline.clip.image_encoder import DenseFeatures, ImageEncoder
 
 from tests.tiny_clip import write_tiny_clip
-from wsss_pipeline.clip.image_encoder import DenseFeatures, ImageEncoder
 from wsss_pipeline.clip.sources import locate_clip
-from wsss_pipeline.clip.text_encoder import TextEncoder
+from wsss_pipeline.clip.text import TextEncoder
 from wsss_pipeline.clip.weights import load_clip
 from wsss_pipeline.config import ClipConfig
-from wsss_pipeline.methods import load_mask_config as load_config
-from wsss_pipeline.methods.clip_es import ClipEsConfig as MaskConfig
 from wsss_pipeline.data.classes import ClassEntry, ClassSet
 from wsss_pipeline.data.images import read_image
 from wsss_pipeline.data.transforms import clip_input_size, resize_for_clip, to_clip_tensor
 from wsss_pipeline.errors import ClassSetError, ConfigError
+from wsss_pipeline.methods import load_mask_config as load_config
+from wsss_pipeline.methods.clip_es import ClipEsConfig as MaskConfig
 from wsss_pipeline.stages.select_prompt import PromptRanking, select_prompt, write_choice
 
 GOLDEN = Path(__file__).parent.parent / "golden"

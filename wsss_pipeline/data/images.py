@@ -119,7 +119,13 @@ def as_pixels(image: AnyImage) -> NDArray[np.uint8]:
     if isinstance(image, str | Path):
         return read_image(Path(image))
     if isinstance(image, Image.Image):
-        return _rgb(image.copy(), Path("the image given"))
+        given = Path("the image given")
+        try:
+            return _rgb(image.copy(), given)
+        except ImageError:
+            raise
+        except Exception as error:  # it may be read only now, and Pillow raises errors of many kinds
+            raise _unusable(given, error) from error
     if (
         image.dtype != np.uint8
         or image.ndim not in (2, 3)

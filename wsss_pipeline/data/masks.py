@@ -88,15 +88,6 @@ def half_percent_threshold(min_confidence: float) -> int:
     return nearest if abs(steps - nearest) < _THRESHOLD_NOISE else math.ceil(steps)
 
 
-def half_percent_confidence(posterior_max: NDArray[np.float32]) -> NDArray[np.uint8]:
-    """A posterior in half percents, rounded down, as the cache stores it."""
-    thresholds = (np.arange(CERTAIN + 1) / CERTAIN).astype(np.float32)
-    if np.isnan(posterior_max).any():
-        raise MaskError("the posterior holds NaN, so it has no confidence; the scores went wrong before")
-    steps = np.searchsorted(thresholds, posterior_max, side="right") - 1
-    return np.maximum(steps, 0).astype(np.uint8)
-
-
 class MaskSource(Protocol):
     """Masks by image id: of a mask set, a folder of files, a network. It may be pickled and forked.
 

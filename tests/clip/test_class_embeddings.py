@@ -1,15 +1,14 @@
-"""Templates, synonym fusion, sharpness."""
+"""Templates, synonym fusion."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from wsss_pipeline.cam.prompts import built_in_templates, class_embeddings, sharpness
+from wsss_pipeline.clip.text import built_in_templates, class_embeddings
 from wsss_pipeline.data.classes import ClassEntry, ClassSet, check_template
 
 
@@ -33,7 +32,9 @@ def class_set(*classes: ClassEntry, background: tuple[str, ...] = ("grass",)) ->
 
 
 def test_sentence_fusion_is_one_prompt() -> None:
-    found = class_embeddings(class_set(ClassEntry(name="person", synonyms=("people", "human"))), ["a {}."], encode)
+    found = class_embeddings(
+        class_set(ClassEntry(name="person", synonyms=("people", "human"))), ["a {}."], encode
+    )
     assert torch.allclose(found.foreground, encode(["a person,people,human."]))
     assert torch.allclose(found.background, encode(["a grass."]))
 
@@ -47,7 +48,9 @@ def test_feature_fusion_is_the_mean_made_a_unit() -> None:
 
 def test_templates_are_averaged_before_synonyms() -> None:
     entry = ClassEntry(name="person", synonyms=("human",), fuse="feature")
-    found = class_embeddings(class_set(entry, ClassEntry(name="cat")), ["a {}.", "one {}!"], encode).foreground
+    found = class_embeddings(
+        class_set(entry, ClassEntry(name="cat")), ["a {}.", "one {}!"], encode
+    ).foreground
     texts = [
         F.normalize(encode([f"a {text}.", f"one {text}!"]).mean(dim=0), dim=0) for text in ("person", "human")
     ]
@@ -74,15 +77,6 @@ def test_no_background_words_give_no_rows() -> None:
 def test_other_braces_are_characters() -> None:
     found = class_embeddings(class_set(ClassEntry(name="cat")), ["a {} {x}"], encode)
     assert torch.allclose(found.foreground, encode(["a cat {x}"]))
-
-
-def test_sharpness_by_hand() -> None:
-    scores = [torch.tensor([0.2, 0.6]), torch.tensor([0.9]), torch.tensor([0.1, 0.1, 0.4])]
-    # variances 0.04 and 0.02, means 0.4 and 0.2
-    assert sharpness(scores) == pytest.approx(0.04 / 0.4 + 0.02 / 0.2)
-    assert sharpness([torch.tensor([0.3, 0.3])]) == pytest.approx(0)
-    assert sharpness([torch.tensor([0.0, 0.0])]) == 0
-    assert sharpness([]) == 0
 
 
 def test_built_in_templates() -> None:
