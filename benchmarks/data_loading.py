@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from wsss_pipeline.cache import MaskSet, MaskWriter, PseudoMask, open_mask_set
+from wsss_pipeline.cache import MaskCache, MaskSet, MaskWriter, PseudoMask, open_mask_set
 from wsss_pipeline.data.classes import load_class_set
 from wsss_pipeline.data.image_ids import find_images
 from wsss_pipeline.data.images import read_mask
@@ -30,8 +30,7 @@ from wsss_pipeline.demo.voc_folder import write_voc_folder
 from wsss_pipeline.segmentation.augmentation import Augmentation
 from wsss_pipeline.segmentation.dataset import EpochSampler, Sample, SegmentationDataset
 from wsss_pipeline.segmentation.losses import confidence_weights, segmentation_loss
-from wsss_pipeline.segmentation.mask_sources import CachedMasks
-from wsss_pipeline.segmentation.networks import build_network
+from wsss_pipeline.segmentation.networks import IMAGE_MEAN, IMAGE_STD, build_network
 from wsss_pipeline.segmentation.train_config import AugmentationConfig, NetworkConfig
 
 PICTURES, WIDTH, HEIGHT = 48, 500, 375
@@ -55,7 +54,11 @@ def make_data(root: Path, crop: int) -> SegmentationDataset:
         writer.finish(list(truth))
     images = find_images(root / "JPEGImages")
     return SegmentationDataset(
-        images, CachedMasks(folder), list(truth), Augmentation(AugmentationConfig(crop)), seed=0
+        images,
+        MaskCache.open(folder),
+        list(truth),
+        Augmentation(AugmentationConfig(crop=crop), IMAGE_MEAN, IMAGE_STD),
+        seed=0,
     )
 
 
@@ -64,7 +67,7 @@ class Update:
 
     def __init__(self, network: str, encoder: str, device: torch.device) -> None:
         self._device = device
-        self._network = build_network(NetworkConfig(network, encoder, "none"), 11).to(device).train()
+        self._network = build_network(NetworkConfig(name=network, encoder=encoder, weights="none"), 11).to(device).train()
         self._optimizer = torch.optim.SGD(self._network.parameters(), 1e-4)
 
     def __call__(self, batch: Sample) -> None:

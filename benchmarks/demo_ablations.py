@@ -13,29 +13,28 @@ import argparse
 import math
 import statistics
 from collections.abc import Sequence
-from dataclasses import replace
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
-
-from wsss_pipeline.cam.affinity import refine_cams
 from wsss_pipeline.cam.prompts import class_embeddings
-from wsss_pipeline.cam.scores import assemble, upscale_cams
 from wsss_pipeline.cam.softmax_gradcam import normalise_cams, softmax_gradcam
 from wsss_pipeline.clip.image_encoder import DenseFeatures, ImageEncoder
-from wsss_pipeline.clip.sources import locate_clip
 from wsss_pipeline.clip.text_encoder import TextEncoder
+from wsss_pipeline.stages.label_pixels import label_pixels
+
+from wsss_pipeline.cam.affinity import refine_cams
+from wsss_pipeline.cam.scores import assemble, upscale_cams
+from wsss_pipeline.clip.sources import locate_clip
 from wsss_pipeline.clip.weights import load_clip
-from wsss_pipeline.methods import load_mask_config as load_config
 from wsss_pipeline.data.classes import ClassSet, load_class_set
 from wsss_pipeline.data.transforms import to_clip_tensor
 from wsss_pipeline.demo.scenes import Scene, draw_scene
 from wsss_pipeline.evaluation.metrics import Scores, confusion_matrix
+from wsss_pipeline.methods import load_mask_config as load_config
 from wsss_pipeline.refine import choose_backend
-from wsss_pipeline.stages.label_pixels import label_pixels
 
 FIRST_SEED = 1000  # far from those of training and of the demo
 SYNONYM_CLASSES = ("car", "cup")

@@ -27,22 +27,22 @@ import torch
 from numpy.typing import NDArray
 from plain_method import PlainMethod, check
 from transformers import AutoTokenizer, CLIPConfig, CLIPModel
+from wsss_pipeline.cam.prompts import class_embeddings
+from wsss_pipeline.clip.text_encoder import TextEncoder
+from wsss_pipeline.stages.mask_plan import MaskRequest
+from wsss_pipeline.stages.mask_report import MaskReport
 
 from wsss_pipeline.cache import MaskCache
-from wsss_pipeline.cam.prompts import class_embeddings
 from wsss_pipeline.clip.sources import locate_clip
-from wsss_pipeline.clip.text_encoder import TextEncoder
 from wsss_pipeline.clip.weights import Clip, load_clip
-from wsss_pipeline.methods import load_mask_config as load_config
 from wsss_pipeline.data.classes import load_class_set
 from wsss_pipeline.data.image_ids import find_images
 from wsss_pipeline.data.images import read_image
 from wsss_pipeline.data.transforms import clip_input_size, resize_for_clip, to_clip_tensor
 from wsss_pipeline.demo.voc_folder import write_voc_folder
+from wsss_pipeline.methods import load_mask_config as load_config
 from wsss_pipeline.runtime.device import images_at_a_time
 from wsss_pipeline.stages.generate_masks import generate_masks
-from wsss_pipeline.stages.mask_plan import MaskRequest
-from wsss_pipeline.stages.mask_report import MaskReport
 
 CLASSES = "voc12"
 TURN = 12  # pictures

@@ -86,7 +86,8 @@ def test_bad_settings_are_refused_in_one_line(override: str, message: str) -> No
 
 
 @pytest.mark.parametrize(
-    "content", ["- a\n- b\n", "a: [", "!!python/object/apply:os.system ['true']", "\x00", "text"]
+    "content",
+    ["- a\n- b\n", "1: x\n", "null: x\n", "a: [", "!!python/object/apply:os.system ['true']", "\x00", "text"],
 )
 def test_bad_files_are_refused_and_named(tmp_path: Path, content: str) -> None:
     file = tmp_path / "config.yaml"

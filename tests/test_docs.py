@@ -12,14 +12,14 @@ import re
 import shlex
 import shutil
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlparse
 
 import pytest
 
-from docs.generate_commands import FILE as COMMANDS
-from docs.generate_commands import reference
+from docs.generate import FOLDER, commands_page, settings_page
 from tests.end_to_end.conftest import GOLDEN, wsss
 from tests.tiny_clip import write_golden_clip
 
@@ -177,5 +177,7 @@ def test_links_lead_somewhere(page: Path) -> None:
         assert not anchor or anchor in headings[file], f"{page.name}: {target}"
 
 
-def test_the_reference_is_what_the_commands_say() -> None:
-    assert COMMANDS.read_text("utf-8") == reference(), f"run: {sys.executable} docs/generate_commands.py"
+@pytest.mark.parametrize(("name", "page"), [("commands", commands_page), ("settings", settings_page)])
+def test_the_generated_pages_are_what_the_code_says(name: str, page: Callable[[], str]) -> None:
+    text = (FOLDER / f"{name}.md").read_text("utf-8")
+    assert text == page(), f"run: {sys.executable} docs/generate.py"

@@ -18,6 +18,7 @@ import click
 
 from wsss_pipeline import __version__
 from wsss_pipeline.errors import WsssError
+from wsss_pipeline.runtime.output import one_line
 
 # name on the command line -> module under wsss_pipeline.commands; each holds a command called ``command``
 COMMANDS = {
@@ -30,6 +31,7 @@ COMMANDS = {
     "preview": "preview",
     "cache": "cache",
     "select-prompt": "select_prompt",
+    "config": "config",
     "doctor": "doctor",
     "demo": "demo",
 }
@@ -55,7 +57,7 @@ class CommandGroup(click.Group):
         try:
             return super().invoke(ctx)
         except WsssError as error:
-            click.echo(f"error: {one_line(str(error))}", err=True)
+            click.echo(f"error: {one_line(error)}", err=True)
             ctx.exit(2)
         except KeyboardInterrupt:
             click.echo(
@@ -112,8 +114,3 @@ class LogLine(logging.Formatter):
         """One line."""
         text = one_line(record.getMessage())
         return f"{record.levelname.lower()}: {text}" if record.levelno >= logging.WARNING else text
-
-
-def one_line(text: str) -> str:
-    """``text`` with line breaks folded and control characters made visible: it may hold names from files."""
-    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in " ".join(text.split()))

@@ -235,6 +235,16 @@ def default(kind: type[Settings], key: str) -> Any:
     return value
 
 
+def description(kind: type[Settings], key: str) -> str:
+    """Description and range of a dotted key, for help texts."""
+    outer, _, name = key.rpartition(".")
+    for part in outer.split(".") if outer else []:
+        kind = section(kind, part) or kind
+    limits = bounds(kind, name)
+    text = kind.model_fields[name].description or ""
+    return text + (f" {limits[0]:g} to {limits[1]:g}." if limits else "")
+
+
 def differing_keys(one: Settings, other: Settings) -> list[str]:
     """Dotted keys whose values differ, as ``key: one, other``."""
     found = []
@@ -254,7 +264,7 @@ def to_yaml(settings: Settings, *, described: bool = False) -> str:
     if not described:
         return yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
     lines: list[str] = []
-    for name, field in type(settings).model_fields.items():
+    for name in type(settings).model_fields:
         value = getattr(settings, name)
         if isinstance(value, Settings):
             lines.append(f"{name}:")
@@ -264,9 +274,7 @@ def to_yaml(settings: Settings, *, described: bool = False) -> str:
                 settings.model_dump(mode="json")[name], default_flow_style=True, width=10**6
             )
             text = f"{name}: {single.removesuffix(chr(10)).removesuffix('...').strip()}"
-            limits = bounds(type(settings), name)
-            between = f" {limits[0]:g} to {limits[1]:g}." if limits else ""
-            lines.append(f"{text}  # {field.description}{between}")
+            lines.append(f"{text}  # {description(type(settings), name)}")
     return "\n".join(lines) + "\n"
 
 

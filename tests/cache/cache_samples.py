@@ -12,7 +12,7 @@ from pathlib import Path
 import h5py
 import numpy as np
 
-from wsss_pipeline.cache import MaskSet, MaskWriter, PseudoMask
+from wsss_pipeline.cache import FinishedImages, MaskSet, MaskWriter, PseudoMask
 
 SETTINGS = {"cam": {"threshold": 0.4}, "classes": ["cat", "dog"]}
 MASK_SET = MaskSet("voc12", SETTINGS, ("cat", "dog"))
@@ -55,8 +55,28 @@ def write_images(folder: Path, image_ids: Iterable[str], *, cams: bool = False, 
         writer.finish(ids)
 
 
-def wanted(image_ids: Iterable[str]) -> dict[str, tuple[str, tuple[str, ...]]]:
-    return {image_id: (make_digest(image_id), make_mask(image_id).labels) for image_id in image_ids}
+class Images:
+    """Image files whose bytes have the digests of ``make_digest``, and their labels, which a test may change."""
+
+    def __init__(self, folder: Path, image_ids: Iterable[str]) -> None:
+        folder.mkdir(exist_ok=True)
+        self.files = {image_id: folder / f"{image_id}.jpg" for image_id in image_ids}
+        self.labels = {image_id: make_mask(image_id).labels for image_id in self.files}
+        for image_id, file in self.files.items():
+            file.write_bytes(f"bytes of {image_id}".encode())
+
+    def current(self, finished: MaskWriter | FinishedImages, need_cams: bool = False) -> set[str]:
+        """Those whose mask needn't be made."""
+        return {
+            image_id
+            for image_id, file in self.files.items()
+            if finished.is_current(image_id, file, self.labels[image_id], need_cams=need_cams)
+        }
+
+
+def current(finished: MaskWriter | FinishedImages, folder: Path, image_ids: Iterable[str]) -> set[str]:
+    """Those whose mask ``write_images`` made and that needn't be made again; ``folder`` is the mask set's."""
+    return Images(folder.parent.parent / "images", image_ids).current(finished)
 
 
 def start_writer(mode: str, folder: Path, count: int = 0) -> subprocess.Popen[str]:

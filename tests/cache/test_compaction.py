@@ -6,11 +6,11 @@ import h5py
 import pytest
 from cache_samples import (
     assert_equal,
+    current,
     damage,
     make_digest,
     make_mask,
     shards,
-    wanted,
     write_images,
     write_one,
 )
@@ -59,7 +59,7 @@ def test_gc_drops_a_damaged_record_and_the_set_is_incomplete_then(folder: Path) 
     assert "image-1" not in MaskCache.open(folder)
     assert not status(folder).complete
     with MaskWriter(folder) as writer:
-        assert writer.done(wanted(IDS)) == set(IDS) - {"image-1"}
+        assert current(writer, folder, IDS) == set(IDS) - {"image-1"}
 
 
 def test_gc_sets_a_shard_aside_that_does_not_open_and_removes_it_the_second_time(folder: Path) -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 from cache_samples import (
@@ -15,10 +16,12 @@ from cache_samples import (
 from wsss_pipeline.cache import (
     MaskSet,
     list_mask_sets,
+    maintenance,
     open_mask_set,
     status,
     verify,
 )
+from wsss_pipeline.cache.index import Listing, list_records
 from wsss_pipeline.errors import CacheFormatError
 
 IDS = [f"image-{number}" for number in range(30)]
@@ -76,17 +79,15 @@ def test_verify_lists_what_is_damaged(folder: Path) -> None:
     damage(first, "image-2")
     write_one(folder, "image-2", like="image-2")
     second.write_bytes(second.read_bytes()[:-50])
-    seen: list[str] = []
-    report = verify(folder, progress=lambda names: seen.extend(names) or names)
+    report = verify(folder)
     assert not report.ok
     assert list(report.damaged) == ["image-1"]
     assert first.name in report.damaged["image-1"]
     assert (report.sound, report.damaged_superseded) == (29, 1)
     assert list(report.unreadable) == [second.name]
-    assert seen == [path.name for path in shards(folder) if path != second]
 
 
-def test_status_and_verify_name_their_files(folder: Path) -> None:
+def test_status_and_verify_name_their_files(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for number in range(3):
         write_images(folder, [f"{number}-a", f"{number}-b"])
     for number in range(2):
@@ -99,15 +100,34 @@ def test_status_and_verify_name_their_files(folder: Path) -> None:
     assert str(shards(folder)[2]) in reason
     assert status(folder).path == folder
 
-    vanishing = shards(folder)
+    vanishing = shards(folder)[:2]
 
-    def vanish(names):  # type: ignore[no-untyped-def]
-        for number, name in enumerate(names):
-            if number in (0, 1):
-                vanishing[number].unlink()
-            yield name
+    def list_and_vanish(*arguments: Any) -> Listing:
+        listing = list_records(*arguments)
+        listed = shards(folder)
+        monkeypatch.setattr(maintenance, "shard_files", lambda _: listed)
+        for path in vanishing:
+            path.unlink()
+        return listing
 
-    report = verify(folder, progress=vanish)
-    assert list(report.unreadable) == [path.name for path in vanishing[:2]]
-    assert all(str(path) in report.unreadable[path.name] for path in vanishing[:2])
+    monkeypatch.setattr(maintenance, "list_records", list_and_vanish)
+    report = verify(folder)
+    assert list(report.unreadable) == [path.name for path in vanishing]
+    assert all(str(path) in report.unreadable[path.name] for path in vanishing)
     assert report.sound == 3, "those behind the vanished ones were read"
+
+
+def test_verify_shows_its_progress_in_shards(
+    folder: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    for name in "abc":
+        write_images(folder, [name])
+    monkeypatch.setattr("wsss_pipeline.runtime.progress.SECONDS_BETWEEN_LINES", 0.0)
+    with caplog.at_level("INFO"):
+        verify(folder)
+    assert [line.split(",")[0] for line in capsys.readouterr().err.splitlines()] == [
+        f"{done}/3 shards" for done in (1, 2, 3)
+    ]

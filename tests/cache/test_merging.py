@@ -7,10 +7,10 @@ import pytest
 from cache_samples import (
     MASK_SET,
     assert_equal,
+    current,
     damage,
     make_mask,
     shards,
-    wanted,
     write_images,
     write_one,
 )
@@ -86,10 +86,10 @@ def test_a_copied_set_is_checked_once_and_believed_then(folder: Path, tmp_path: 
     copy = tmp_path / "copy" / folder.name
     shutil.copytree(folder, copy, copy_function=shutil.copyfile)  # new modification times
     with MaskWriter(copy) as writer:
-        assert writer.done(wanted(IDS)) == set(IDS)
+        assert current(writer, copy, IDS) == set(IDS)
     damage(shards(copy)[0], "image-1")
     with MaskWriter(copy) as writer:
-        assert writer.done(wanted(IDS)) == set(IDS) - {"image-1"}
+        assert current(writer, copy, IDS) == set(IDS) - {"image-1"}
 
 
 def test_messages_name_both_sets(folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

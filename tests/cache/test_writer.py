@@ -10,16 +10,17 @@ import numpy as np
 import pytest
 from cache_samples import (
     MASK_SET,
+    Images,
     assert_equal,
+    current,
     make_digest,
     make_mask,
     shards,
     start_writer,
-    wanted,
     write_images,
 )
 
-from wsss_pipeline.cache import FinishedRecords, MaskCache, MaskSet, MaskWriter, open_mask_set, status, verify
+from wsss_pipeline.cache import FinishedImages, MaskCache, MaskSet, MaskWriter, open_mask_set, status, verify
 from wsss_pipeline.cache import writer as writer_module
 from wsss_pipeline.cache.index import read_trusted
 from wsss_pipeline.cache.manifest import read_manifest
@@ -48,20 +49,20 @@ def test_a_second_run_finds_everything_done_and_writes_nothing(folder: Path) -> 
     write_images(folder, IDS)
     before = {path.name: path.stat().st_mtime_ns for path in folder.iterdir() if path.suffix != ".lock"}
     with MaskWriter(folder) as writer:
-        assert writer.done(wanted(IDS)) == set(IDS)
+        assert current(writer, folder, IDS) == set(IDS)
     after = {path.name: path.stat().st_mtime_ns for path in folder.iterdir() if path.suffix != ".lock"}
     assert after == before
 
 
-def test_changed_bytes_or_labels_or_missing_cams_are_redone(folder: Path) -> None:
+def test_changed_bytes_or_labels_or_missing_cams_are_redone(folder: Path, tmp_path: Path) -> None:
     write_images(folder, ["a", "b", "c"])
     write_images(folder, ["with-cams"], cams=True)
-    images = wanted(["a", "b", "c", "with-cams"])
-    images["a"] = ("0" * 64, images["a"][1])
-    images["b"] = (images["b"][0], (*images["b"][1], "sofa"))
+    images = Images(tmp_path / "images", ["a", "b", "c", "with-cams"])
+    images.files["a"].write_bytes(b"other bytes")
+    images.labels["b"] = (*images.labels["b"], "sofa")
     with MaskWriter(folder) as writer:
-        assert writer.done(images) == {"c", "with-cams"}
-        assert writer.done(images, need_cams=True) == {"with-cams"}
+        assert images.current(writer) == {"c", "with-cams"}
+        assert images.current(writer, need_cams=True) == {"with-cams"}
         record = writer.record("with-cams")
         assert record is not None
         assert record.has_cams
@@ -111,7 +112,7 @@ def test_what_a_dead_writer_flushed_is_salvaged(folder: Path) -> None:
     write_without_closing(folder, IDS)
     (folder / "shard-0of1-00009.h5.partial.tmp").write_bytes(b"half")
     with MaskWriter(folder) as writer:
-        assert writer.done(wanted(IDS)) == set(IDS)
+        assert current(writer, folder, IDS) == set(IDS)
     assert not [path for path in folder.iterdir() if "partial" in path.name]
     cache = MaskCache.open(folder)
     for image_id in IDS:
@@ -124,7 +125,7 @@ def test_only_sound_records_are_salvaged(folder: Path, caplog: pytest.LogCapture
     with h5py.File(partial, "r+") as file:
         del file["images/a/confidence"]
     with MaskWriter(folder) as writer:
-        assert writer.done(wanted(["a", "b"])) == {"b"}
+        assert current(writer, folder, ["a", "b"]) == {"b"}
     assert "damaged" in caplog.text
 
 
@@ -134,7 +135,7 @@ def test_a_partial_file_that_does_not_open_is_kept_and_reported(
     write_images(folder, ["a"])
     (folder / "shard-0of1-00007.h5.partial").write_bytes(b"\x89HDF\r\n\x1a\n and then nothing")
     with MaskWriter(folder) as writer:
-        assert writer.done(wanted(["a"])) == {"a"}
+        assert current(writer, folder, ["a"]) == {"a"}
     (damaged,) = folder.glob("*.damaged")
     assert damaged.name in caplog.text
     assert damaged.read_bytes().startswith(b"\x89HDF")
@@ -160,11 +161,10 @@ def test_flipped_bytes_in_a_finished_shard_are_noticed_and_only_those_images_red
     content[place.byte_offset + place.size // 2] ^= 0xFF
     shard.write_bytes(content)
     with MaskWriter(folder) as writer:
-        done = writer.done(wanted(IDS))
-        assert done == set(IDS) - {"image-3"}
+        assert current(writer, folder, IDS) == set(IDS) - {"image-3"}
         writer.write("image-3", make_mask("image-3"), image_digest=make_digest("image-3"), seconds=0.0)
         assert writer.finish(IDS).complete
-    assert FinishedRecords(folder).done(wanted(IDS), need_cams=False) == set(IDS)
+    assert current(FinishedImages(folder), folder, IDS) == set(IDS)
     assert verify(folder).ok
 
 
@@ -179,7 +179,7 @@ def test_a_damaged_shard_costs_its_own_images_only(folder: Path, caplog: pytest.
     assert list(cache.unreadable) == [first.name]
     assert first.name in caplog.text
     with MaskWriter(folder) as writer:
-        assert writer.done(wanted(["a", "b"])) == {"b"}
+        assert current(writer, folder, ["a", "b"]) == {"b"}
 
 
 def test_two_writers_of_one_share_exclude_each_other(folder: Path) -> None:
@@ -297,7 +297,7 @@ def test_a_damaged_manifest_is_written_anew_and_the_masks_kept(folder: Path) -> 
     manifest.write_text(manifest.read_text()[:200])
     assert open_mask_set(folder.parent, MASK_SET) == folder
     with MaskWriter(folder) as writer:
-        assert writer.done(wanted(["a"])) == {"a"}
+        assert current(writer, folder, ["a"]) == {"a"}
 
 
 @pytest.mark.parametrize("number", ["Infinity", "NaN", "1e999", '"many"', "[]", "null"])

@@ -12,16 +12,16 @@ import signal
 import sys
 from pathlib import Path
 
-from cache_samples import make_digest, make_mask, wanted
+from cache_samples import current, make_digest, make_mask
 
 from wsss_pipeline.cache import MaskWriter, writer
-from wsss_pipeline.errors import CacheError
+from wsss_pipeline.errors import OutputError
 
 
 def fill(folder: Path, count: int, images_per_shard: int) -> None:
     image_ids = [f"image-{number}" for number in range(count)]
     with MaskWriter(folder, images_per_shard=images_per_shard) as mask_writer:
-        done = mask_writer.done(wanted(image_ids))
+        done = current(mask_writer, folder, image_ids)
         for image_id in image_ids:
             if image_id not in done:
                 record = make_mask(image_id)
@@ -43,7 +43,7 @@ def main(mode: str, folder: Path, count: int) -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (count, count))
         try:
             fill(folder, 1000, images_per_shard=1000)
-        except CacheError as error:
+        except OutputError as error:
             print(f"{type(error).__name__}: {error}")
             return
     print("done", flush=True)

@@ -13,7 +13,7 @@ from wsss_pipeline.segmentation.checkpoint import find_checkpoint, load_network,
 from wsss_pipeline.segmentation.networks import SegmentationNetwork, build_network
 from wsss_pipeline.segmentation.train_config import NetworkConfig
 
-CONFIG = NetworkConfig("segformer", "tiny", "imagenet")
+CONFIG = NetworkConfig(name="segformer", encoder="tiny", weights="imagenet")
 NAMES = ("cat", "dog")
 
 
@@ -38,6 +38,15 @@ def test_what_is_loaded_is_what_was_saved(saved: Path) -> None:
     assert loaded.config["step"] == 7
     assert loaded.config["id2label"] == {"0": "background", "1": "cat", "2": "dog"}
     assert [path.name for path in saved.parent.iterdir()] == ["last"]
+
+
+def test_the_statistics_of_the_images_are_the_networks_own(tmp_path: Path) -> None:
+    network = make()
+    network.image_mean, network.image_std = (0.1, 0.2, 0.3), (0.4, 0.5, 0.6)
+    save_network(network, tmp_path / "last", CONFIG, NAMES)
+    loaded = load_network(tmp_path).network
+    assert (loaded.image_mean, loaded.image_std) == ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
+    assert make().image_mean == (0.485, 0.456, 0.406)
 
 
 def test_a_run_gives_its_best_network_else_its_last(saved: Path) -> None:
@@ -73,6 +82,10 @@ def damage(saved: Path, kind: str) -> None:
         config.write_text("{")
     elif kind == "foreign":
         config.write_text(json.dumps({"model_type": "segformer"}))
+    elif kind == "no statistics":
+        values = json.loads(config.read_text())
+        values["image_std"] = [0.2, 0.2, 0.0]
+        config.write_text(json.dumps(values))
     elif kind == "other classes":
         values = json.loads(config.read_text())
         values["id2label"]["3"] = "cow"
@@ -81,7 +94,9 @@ def damage(saved: Path, kind: str) -> None:
         config.unlink()
 
 
-@pytest.mark.parametrize("kind", ["truncated", "no weights", "not JSON", "foreign", "other classes", "empty"])
+@pytest.mark.parametrize(
+    "kind", ["truncated", "no weights", "not JSON", "foreign", "no statistics", "other classes", "empty"]
+)
 def test_a_damaged_checkpoint_is_one_line(saved: Path, kind: str) -> None:
     damage(saved, kind)
     with pytest.raises(CheckpointError) as caught:

@@ -1,4 +1,4 @@
-"""Training samples: joint, repeatable in any process, and alive where a picture isn't."""
+"""Training samples: joint, repeatable in any process, and alive where an image isn't."""
 
 from __future__ import annotations
 
@@ -13,13 +13,15 @@ from torch.utils.data import DataLoader
 
 from wsss_pipeline.data.classes import load_class_set
 from wsss_pipeline.data.image_ids import find_images
+from wsss_pipeline.data.images import read_image
+from wsss_pipeline.data.masks import MaskFolder, PseudoMask
 from wsss_pipeline.demo.voc_folder import write_voc_folder
 from wsss_pipeline.errors import ImageError, TrainingError
 from wsss_pipeline.segmentation.augmentation import Augmentation
-from wsss_pipeline.segmentation.dataset import EpochSampler, SegmentationDataset, training_ids
-from wsss_pipeline.segmentation.mask_sources import GroundTruthMasks
+from wsss_pipeline.segmentation.dataset import EpochSampler, SegmentationDataset, usable_ids
 from wsss_pipeline.segmentation.train_config import AugmentationConfig
 
+MEAN, STD = (0.5, 0.4, 0.3), (0.25, 0.2, 0.1)
 CONFIG = AugmentationConfig(crop=64, scale_min=0.5, scale_max=1.5)
 
 
@@ -32,8 +34,8 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def dataset(root: Path, config: AugmentationConfig = CONFIG, seed: int = 0) -> SegmentationDataset:
     images = find_images(root / "JPEGImages")
-    source = GroundTruthMasks(root / "SegmentationClass", load_class_set("demo").names)
-    return SegmentationDataset(images, source, list(images), Augmentation(config), seed)
+    masks = MaskFolder(root / "SegmentationClass", load_class_set("demo").names, "ground truth")
+    return SegmentationDataset(images, masks, list(images), Augmentation(config, MEAN, STD), seed)
 
 
 def test_a_sample_is_a_function_of_seed_epoch_and_position(root: Path) -> None:
@@ -64,38 +66,37 @@ def test_shapes_types_and_padding(root: Path) -> None:
         assert sample["image"].shape == (3, 96, 96)
         assert sample["image"].dtype == torch.float32
         assert sample["mask"].dtype == torch.int64
+        assert sample["confidence"].dtype == torch.uint8
         outside = sample["mask"] == 255
         assert outside.sum() > 96 * 96 // 2
         assert not sample["image"][:, outside].any()
         assert not sample["confidence"][outside].any()
-        assert (sample["confidence"][~outside] == 1).all()
+        assert (sample["confidence"][~outside] == 200).all()
 
 
-def test_picture_and_mask_stay_together(root: Path) -> None:
-    """Without colour changes a class's pixels are those of the picture: a mask drawn as picture proves it."""
+def test_image_and_mask_stay_together(root: Path) -> None:
+    """Without colour changes a class's pixels are those of the image: a mask drawn as image proves it."""
     images = find_images(root / "JPEGImages")
     data = dataset(root, AugmentationConfig(crop=64, scale_min=1, scale_max=1, photometric=False))
     plain = data[(0, 0)]
     assert set(np.unique(plain["mask"])) <= {*range(11)}
 
     class Same:
-        class_names = data.source.class_names
-        description = "the picture's own red"
+        class_names = data.masks.class_names
+        identity = description = "the image's own red"
 
-        def has(self, image_id: str) -> bool:
+        def __contains__(self, image_id: object) -> bool:
             return True
 
-        def read(self, image_id: str) -> tuple[np.ndarray, np.ndarray]:  # type: ignore[type-arg]
-            from wsss_pipeline.data.images import read_image
-
+        def __getitem__(self, image_id: str) -> PseudoMask:
             red = read_image(images[image_id])[..., 0]
-            return (red > 128).astype(np.uint8), (red / np.float32(255)).astype(np.float32)
+            return PseudoMask((red > 128).astype(np.uint8), np.minimum(red, 200))
 
     joint = SegmentationDataset(images, Same(), list(images), data.augmentation, 0)
-    for place in ((0, 0), (0, 1), (1, 1), (2, 3)):
-        sample = joint[place]
-        red = sample["image"][0] * 0.229 + 0.485
-        assert torch.allclose(red, sample["confidence"], atol=1e-5)
+    for key in ((0, 0), (0, 1), (1, 1), (2, 3)):
+        sample = joint[key]
+        red = sample["image"][0] * STD[0] + MEAN[0]
+        assert torch.equal((255 * red).round().clamp(max=200), sample["confidence"].float())
         assert torch.equal(sample["mask"] == 1, red > 128.5 / 255)
 
 
@@ -113,7 +114,7 @@ def test_workers_give_what_this_process_gives(root: Path, method: str) -> None:
         assert torch.equal(here, there)
 
 
-def test_a_damaged_picture_counts_nothing_and_is_warned_of_once(
+def test_a_damaged_image_counts_nothing_and_is_warned_of_once(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     write_voc_folder(tmp_path, 1, {"train": 2})
@@ -147,25 +148,25 @@ def test_missing_masks_are_refused_or_left_out(root: Path) -> None:
     data = dataset(root)
     images = {**data.images, "new": Path("new.jpg")}
     with pytest.raises(TrainingError, match=r"1 of the 7 images aren't in the ground truth .* \(new\)"):
-        training_ids(images, data.source)
-    assert len(training_ids(images, data.source, allow_missing=True)) == 6
-    with pytest.raises(TrainingError, match="have no picture"):
-        training_ids(data.images, data.source, ["train_00000", "nowhere"])
-    with pytest.raises(TrainingError, match="no image to train on"):
-        training_ids({}, data.source)
+        usable_ids(images, data.masks)
+    assert len(usable_ids(images, data.masks, allow_missing=True)) == 6
+    with pytest.raises(TrainingError, match="have no image file"):
+        usable_ids(data.images, data.masks, ["train_00000", "nowhere"])
+    with pytest.raises(TrainingError, match="no image to work on"):
+        usable_ids({}, data.masks)
 
 
 def test_ground_truth_of_other_classes_is_found_before_training(root: Path) -> None:
     with pytest.raises(ImageError, match=r"holds the value \d+, but there are 1 classes"):
-        GroundTruthMasks(root / "SegmentationClass", ("cat",))
+        MaskFolder(root / "SegmentationClass", ("cat",))
 
 
-def test_a_scaled_mask_lies_where_the_scaled_picture_does() -> None:
+def test_a_scaled_mask_lies_where_the_scaled_image_does() -> None:
     """A step edge, doubled in size: half a pixel of offset would show."""
     image = torch.zeros(3, 32, 32, dtype=torch.uint8)
     image[:, :, 16:] = 255
     mask = (image[0] > 0).to(torch.uint8)
-    config = AugmentationConfig(64, 2.0, 2.0, flip=False, photometric=False)
-    pixels, labels, _ = Augmentation(config)(image, mask, torch.ones(32, 32))
-    bright = pixels[0] * 0.229 + 0.485 > 0.5
+    config = AugmentationConfig(crop=64, scale_min=2.0, scale_max=2.0, flip=False, photometric=False)
+    pixels, labels, _ = Augmentation(config, MEAN, STD)(image, mask, torch.ones(32, 32, dtype=torch.uint8))
+    bright = pixels[0] * STD[0] + MEAN[0] > 0.5
     assert torch.equal(bright, labels == 1)

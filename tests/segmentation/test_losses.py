@@ -11,10 +11,12 @@ from wsss_pipeline.segmentation.losses import confidence_weights, segmentation_l
 
 
 def test_hard_weights_are_all_or_nothing_and_soft_ones_the_confidence() -> None:
-    confidence = torch.tensor([[[190.0, 189.0, 200.0, 0.0]]]) / 200
+    confidence = torch.tensor([[[190, 189, 200, 0]]], dtype=torch.uint8)
     assert confidence_weights(confidence, "hard", 0.95).tolist() == [[[1, 0, 1, 0]]]
     soft = confidence_weights(confidence, "soft", 0.95)
     assert soft.flatten().tolist() == pytest.approx([0.95, 0, 1, 0])
+    assert confidence_weights(confidence, "hard", 0.951).tolist() == [[[0, 0, 1, 0]]]
+    assert confidence_weights(confidence, "hard", 0.0).tolist() == [[[1, 1, 1, 1]]]
 
 
 def logits_for(*probabilities: float) -> torch.Tensor:
@@ -28,8 +30,8 @@ def test_the_mean_is_weighted() -> None:
     target = torch.tensor([[[0, 1, 255]]])
     weights = torch.tensor([[[1.0, 0.5, 1.0]]])
     expected = (math.log(2) + 0.5 * -math.log(0.75)) / 1.5
-    assert segmentation_loss([logits], target, weights).item() == pytest.approx(expected)
-    twice = segmentation_loss([logits, logits], target, weights)
+    assert segmentation_loss({"logits": logits}, target, weights).item() == pytest.approx(expected)
+    twice = segmentation_loss({"logits": logits, "logits_max": logits}, target, weights)
     assert twice.item() == pytest.approx(2 * expected)
 
 
@@ -38,14 +40,14 @@ def test_balanced_gives_background_and_foreground_a_half_each() -> None:
     target = torch.tensor([[[0, 0, 0, 1]]])
     weights = torch.ones(1, 1, 4)
     expected = (math.log(2) - math.log(0.75)) / 2
-    assert segmentation_loss([logits], target, weights, balanced=True).item() == pytest.approx(expected)
+    assert segmentation_loss({"logits": logits}, target, weights, balanced=True).item() == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("balanced", [False, True])
 def test_nothing_to_learn_from_is_no_loss_and_no_gradient(balanced: bool) -> None:
     logits = torch.randn(2, 3, 4, 4, requires_grad=True)
     target = torch.full((2, 4, 4), 255)
-    loss = segmentation_loss([logits], target, torch.ones(2, 4, 4), balanced=balanced)
+    loss = segmentation_loss({"logits": logits}, target, torch.ones(2, 4, 4), balanced=balanced)
     loss.backward()
     assert loss.item() == 0
     assert logits.grad is not None
@@ -55,7 +57,7 @@ def test_nothing_to_learn_from_is_no_loss_and_no_gradient(balanced: bool) -> Non
 def test_pixels_without_weight_have_no_gradient() -> None:
     logits = torch.randn(1, 3, 2, 2, requires_grad=True)
     weights = torch.tensor([[[1.0, 0.0], [0.0, 1.0]]])
-    segmentation_loss([logits], torch.ones(1, 2, 2, dtype=torch.long), weights).backward()
+    segmentation_loss({"logits": logits}, torch.ones(1, 2, 2, dtype=torch.long), weights).backward()
     assert logits.grad is not None
     assert logits.grad.abs().sum(dim=1)[0].gt(0).tolist() == [[True, False], [False, True]]
 
@@ -64,7 +66,7 @@ def test_labels_follow_a_smaller_output_by_nearest_pixel() -> None:
     target = torch.tensor([[[0, 0, 1, 1], [0, 0, 1, 1], [255, 255, 1, 1], [255, 255, 1, 1]]])
     right = torch.zeros(1, 2, 2, 2)
     right[0, 0, :, 0], right[0, 1, :, 1] = 20, 20
-    assert segmentation_loss([right], target, torch.ones(1, 4, 4)).item() < 1e-6
+    assert segmentation_loss({"logits": right}, target, torch.ones(1, 4, 4)).item() < 1e-6
 
 
 def test_parts_of_a_batch_add_up_to_the_whole() -> None:
@@ -72,10 +74,10 @@ def test_parts_of_a_batch_add_up_to_the_whole() -> None:
     logits, target = torch.randn(4, 3, 5, 5), torch.randint(0, 3, (4, 5, 5))
     target[0, :4] = 255
     weights = torch.rand(4, 5, 5)
-    whole = segmentation_loss([logits], target, weights)
+    whole = segmentation_loss({"logits": logits}, target, weights)
     counts = (weights * (target != 255)).sum()[None]
     parts = sum(
-        segmentation_loss([logits[part]], target[part], weights[part], total=lambda sums: counts)
+        segmentation_loss({"logits": logits[part]}, target[part], weights[part], total=lambda sums: counts)
         for part in (slice(0, 1), slice(1, 4))
     )
     assert torch.allclose(torch.as_tensor(parts), whole)
@@ -88,11 +90,11 @@ def test_target_and_weights_are_taken_from_the_middle_of_a_cell() -> None:
     weights = torch.zeros((1, 6, 6))
     weights[0, 1::3, 1::3] = 0.5
     sure = torch.stack([torch.full((1, 2, 2), -20.0), torch.full((1, 2, 2), 20.0)], dim=1)
-    assert segmentation_loss([sure], target, weights) < 1e-6
-    assert segmentation_loss([-sure], target, weights) == pytest.approx(40)
+    assert segmentation_loss({"logits": sure}, target, weights) < 1e-6
+    assert segmentation_loss({"logits": -sure}, target, weights) == pytest.approx(40)
     corners = torch.zeros_like(weights)
     corners[0, ::3, ::3] = 1
-    assert segmentation_loss([-sure], target, corners) == 0
+    assert segmentation_loss({"logits": -sure}, target, corners) == 0
 
 
 def test_an_output_of_another_shape_of_the_same_height_is_brought_to_its_size() -> None:
@@ -100,11 +102,11 @@ def test_an_output_of_another_shape_of_the_same_height_is_brought_to_its_size() 
     logits = torch.zeros((1, 2, 2, 4))
     logits[0, 1, :, 2:] = 20.0
     logits[0, 0, :, :2] = 20.0
-    assert segmentation_loss([logits], target, torch.ones((1, 2, 2))) < 1e-6
+    assert segmentation_loss({"logits": logits}, target, torch.ones((1, 2, 2))) < 1e-6
 
 
 def test_a_single_pixel_of_small_weight_has_its_whole_mean() -> None:
     target, weights = torch.full((1, 2, 2), 255), torch.full((1, 2, 2), 0.25)
     target[0, 0, 0] = 1
     logits = torch.zeros((1, 2, 2, 2))
-    assert segmentation_loss([logits], target, weights) == pytest.approx(torch.log(torch.tensor(2.0)).item())
+    assert segmentation_loss({"logits": logits}, target, weights) == pytest.approx(torch.log(torch.tensor(2.0)).item())

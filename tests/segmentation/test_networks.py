@@ -24,7 +24,7 @@ NETWORKS = [
 
 def make(name: str, encoder: str, weights: str = "none") -> SegmentationNetwork:
     torch.manual_seed(0)
-    return build_network(NetworkConfig(name, encoder, weights), 4)
+    return build_network(NetworkConfig(name=name, encoder=encoder, weights=weights), 4)
 
 
 @pytest.mark.parametrize(("name", "encoder"), NETWORKS)
@@ -38,7 +38,7 @@ def test_logits_have_the_size_of_the_input(name: str, encoder: str, size: tuple[
 @pytest.mark.parametrize(("name", "encoder"), NETWORKS)
 def test_a_batch_of_one_can_be_trained_on(name: str, encoder: str) -> None:
     outputs = make(name, encoder).train().training_outputs(torch.randn(1, 3, 64, 64))
-    assert all(output.shape[:2] == (1, 4) and output.isfinite().all() for output in outputs)
+    assert all(output.shape[:2] == (1, 4) and output.isfinite().all() for output in outputs.values())
 
 
 @pytest.mark.parametrize(("name", "encoder"), NETWORKS)
@@ -56,13 +56,14 @@ def test_each_trained_parameter_is_in_one_group(name: str, encoder: str) -> None
 
 def test_deeplabv2_gives_three_scales_and_their_maximum() -> None:
     network = make("deeplabv2", "resnet18").train()
-    full, three_quarters, half, maximum = network.training_outputs(torch.randn(1, 3, 64, 64))
-    assert [tuple(x.shape[-2:]) for x in (full, three_quarters, half, maximum)] == [
-        (8, 8),
-        (6, 6),
-        (4, 4),
-        (8, 8),
-    ]
+    outputs = network.training_outputs(torch.randn(1, 3, 64, 64))
+    assert {name: tuple(x.shape[-2:]) for name, x in outputs.items()} == {
+        "logits": (8, 8),
+        "logits_0.75": (6, 6),
+        "logits_0.5": (4, 4),
+        "logits_max": (8, 8),
+    }
+    full, maximum = outputs["logits"], outputs["logits_max"]
     assert bool((maximum >= full).all())
     assert bool((maximum > full).any())
 
@@ -102,11 +103,11 @@ def test_what_does_not_exist_is_named(name: str, encoder: str, message: str) -> 
 
 @pytest.mark.parametrize("prefix", ["", "backbone.", "module."])
 def test_an_encoder_takes_weights_from_a_file(tmp_path: Path, prefix: str) -> None:
-    donor, network = make("deeplabv2", "resnet18"), build_network(NetworkConfig("deeplabv2", "resnet18"), 4)
+    donor, network = make("deeplabv2", "resnet18"), build_network(NetworkConfig(name="deeplabv2", encoder="resnet18"), 4)
     state = donor.encoder().state_dict()
     save_file({prefix + name: value for name, value in state.items()}, tmp_path / "w.safetensors")
     for place in (tmp_path, tmp_path / "w.safetensors"):
-        load_pretrained(network, NetworkConfig("deeplabv2", "resnet18", str(place)))
+        load_pretrained(network, NetworkConfig(name="deeplabv2", encoder="resnet18", weights=str(place)))
         assert all(torch.equal(value, state[name]) for name, value in network.encoder().state_dict().items())
 
 
@@ -123,8 +124,28 @@ def test_weights_that_cannot_be_used_are_named(tmp_path: Path, weights: str, mes
     save_file({"x": torch.zeros(1)}, tmp_path / "other.safetensors")
     (tmp_path / "pickle.pth").write_bytes(b"\x80\x04cos\nsystem\n(S'true'\ntR.")
     file = tmp_path / ("other.safetensors" if weights == "other" else weights)
-    config = NetworkConfig("deeplabv2", "resnet18", str(file) if file.exists() else weights)
+    config = NetworkConfig(name="deeplabv2", encoder="resnet18", weights=str(file) if file.exists() else weights)
     network = make("deeplabv2", "resnet18")
     assert isinstance(network, DeepLabV2)
     with pytest.raises(NetworkError, match=message):
         load_pretrained(network, config, offline=True)
+
+
+@pytest.mark.parametrize("encoder", ["mit-b0", "mit_b0", "nvidia/mit-b0"])
+def test_a_segformers_weights_are_asked_for_by_their_hub_id(
+    monkeypatch: pytest.MonkeyPatch, encoder: str
+) -> None:
+    from transformers import SegformerModel
+
+    donor, asked = make("segformer", "mit-b0"), []
+    nn.init.constant_(next(donor.encoder().parameters()), 0.25)
+    monkeypatch.setattr(SegformerModel, "from_pretrained", lambda name: asked.append(name) or donor.encoder())
+    network = make("segformer", encoder)
+    load_pretrained(network, NetworkConfig(name="segformer", encoder=encoder, weights="imagenet"))
+    assert asked == ["nvidia/mit-b0"]
+    assert (next(network.encoder().parameters()) == 0.25).all()
+
+
+def test_an_encoder_without_published_weights_is_named() -> None:
+    with pytest.raises(NetworkError, match="no imagenet weights for segformer with tiny"):
+        load_pretrained(make("segformer", "tiny"), NetworkConfig(name="segformer", encoder="tiny"))

@@ -1,4 +1,4 @@
-"""Each network can learn eight scenes by heart: the whole path from pictures to masks has no hole."""
+"""Each network can learn eight scenes by heart: the whole path from images to masks has no hole."""
 
 from __future__ import annotations
 
@@ -9,18 +9,17 @@ import pytest
 from PIL import Image
 
 from wsss_pipeline.data.classes import load_class_set
-from wsss_pipeline.data.image_ids import find_images
+from wsss_pipeline.data.masks import MaskFolder
 from wsss_pipeline.demo.scenes import draw_scene
-from wsss_pipeline.segmentation.mask_sources import GroundTruthMasks
 from wsss_pipeline.segmentation.train_config import (
     AugmentationConfig,
     NetworkConfig,
     OptimisationConfig,
     TrainConfig,
 )
-from wsss_pipeline.stages.train_seg import TrainRequest, train_seg, validation_images
+from wsss_pipeline.stages.train_seg import TrainJob, train_seg
 
-# network, encoder, learning rate, updates, side of the pictures, pictures an update; deeplabv2 sees and answers
+# network, encoder, learning rate, updates, side of the images, images an update; deeplabv2 sees and answers
 # at an eighth of the size, so its objects have to be larger for as true an edge
 CASES = [
     ("deeplabv3plus", "resnet18", 2e-3, 60, 96, 8),
@@ -53,8 +52,10 @@ def test_eight_scenes_are_learnt_by_heart(
     write_near_views(tmp_path, side)
     images, truth = tmp_path / "images", tmp_path / "truth"
     config = TrainConfig(
-        network=NetworkConfig(name, encoder, "none"),
-        augmentation=AugmentationConfig(side, 1.0, 1.0, flip=False, photometric=False),
+        network=NetworkConfig(name=name, encoder=encoder, weights="none"),
+        augmentation=AugmentationConfig(
+            crop=side, scale_min=1.0, scale_max=1.0, flip=False, photometric=False
+        ),
         optimisation=OptimisationConfig(
             optimizer="adamw",
             lr=lr,
@@ -68,12 +69,7 @@ def test_eight_scenes_are_learnt_by_heart(
         validate_every=iterations,
         save_every=iterations,
     )
-    source = GroundTruthMasks(truth, load_class_set("demo").names)
-    validation = validation_images(truth, images, None)
-    result = train_seg(
-        TrainRequest(
-            find_images(images), source, config, tmp_path / "run", validation=validation, device="cpu"
-        )
-    )
+    masks = MaskFolder(truth, load_class_set("demo").names)
+    result = train_seg(TrainJob(images, masks, tmp_path / "run", config, val_gt=truth, device="cpu", workers=0))
     assert result.miou is not None
     assert result.miou > 0.95

@@ -13,7 +13,7 @@ from transformers import AutoTokenizer, CLIPModel
 from tools.demo_clip.clip_model import embed_images
 from tools.demo_clip.train_clip import TrainingPlan, train
 from wsss_pipeline.clip.sources import locate_clip
-from wsss_pipeline.clip.text_encoder import TextEncoder
+from wsss_pipeline.clip.text import TextEncoder
 from wsss_pipeline.clip.weights import load_clip
 from wsss_pipeline.config import ClipConfig
 

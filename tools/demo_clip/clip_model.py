@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from wsss_pipeline.clip.image_encoder import resize_position_table
+from wsss_pipeline.clip.trunk import resize_position_table
 from wsss_pipeline.data.transforms import CLIP_MEAN, CLIP_STD
 
 PATCH = 8

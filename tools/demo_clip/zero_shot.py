@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from wsss_pipeline.cam.prompts import class_embeddings
+from wsss_pipeline.clip.text import class_embeddings
 from wsss_pipeline.data.classes import load_class_set
 from wsss_pipeline.demo.scenes import CLASS_NAMES, draw_scene
 

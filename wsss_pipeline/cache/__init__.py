@@ -4,23 +4,18 @@
 """
 
 from wsss_pipeline.cache.compaction import GcReport, gc
-from wsss_pipeline.cache.export import ExportFormat, ExportReport, export_masks
-from wsss_pipeline.cache.finished_records import FinishedRecords
-from wsss_pipeline.cache.known_images import KnownImages
-from wsss_pipeline.cache.maintenance import MaskSetStatus, VerifyReport, list_mask_sets, status, verify
-from wsss_pipeline.cache.manifest import MaskSet, open_mask_set
+from wsss_pipeline.cache.finished import FinishedImages
+from wsss_pipeline.cache.maintenance import MaskSetStatus, VerifyReport, status, verify
+from wsss_pipeline.cache.manifest import MaskSet, is_mask_set, list_mask_sets, open_mask_set
 from wsss_pipeline.cache.mask_cache import MaskCache
 from wsss_pipeline.cache.merging import MergeReport, merge
-from wsss_pipeline.data.masks import PseudoMask
 from wsss_pipeline.cache.records import RecordInfo
 from wsss_pipeline.cache.writer import MaskWriter
+from wsss_pipeline.data.masks import PseudoMask
 
 __all__ = [
-    "ExportFormat",
-    "ExportReport",
-    "FinishedRecords",
+    "FinishedImages",
     "GcReport",
-    "KnownImages",
     "MaskCache",
     "MaskSet",
     "MaskSetStatus",
@@ -29,8 +24,8 @@ __all__ = [
     "PseudoMask",
     "RecordInfo",
     "VerifyReport",
-    "export_masks",
     "gc",
+    "is_mask_set",
     "list_mask_sets",
     "merge",
     "open_mask_set",

@@ -6,16 +6,27 @@ import logging
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from wsss_pipeline.runtime.output import TEMPORARY_SUFFIX, writing
-from wsss_pipeline.cache.index import Listing, Stamp, list_records, read_trusted, stamp, write_index
+from wsss_pipeline.cache.index import Stamp, list_records, stamp, write_index
 from wsss_pipeline.cache.locks import without_writers
 from wsss_pipeline.cache.manifest import Completion, read_manifest, update_completion
-from wsss_pipeline.cache.records import check_records
-from wsss_pipeline.cache.salvage import finish_shard, salvage, take_over_partials
-from wsss_pipeline.cache.shard_names import DAMAGED_SUFFIX, ShardName, next_sequence, parse, shard_files
-from wsss_pipeline.cache.shards import ShardBuilder, open_shard
-from wsss_pipeline.cache.writer import BYTES_PER_SHARD, IMAGES_PER_SHARD
+from wsss_pipeline.cache.records import check_records, image_ids
+from wsss_pipeline.cache.shards import (
+    DAMAGED_SUFFIX,
+    ShardBuilder,
+    ShardName,
+    next_sequence,
+    open_shard,
+    shard_files,
+)
+from wsss_pipeline.cache.writer import (
+    BYTES_PER_SHARD,
+    IMAGES_PER_SHARD,
+    finish_shard,
+    salvage,
+    take_over_partials,
+)
 from wsss_pipeline.errors import CacheFormatError
+from wsss_pipeline.runtime.output import TEMPORARY_SUFFIX, writing
 
 SMALL_SHARD = 100  # images; several smaller ones, as interrupted runs leave them, become one
 
@@ -57,15 +68,22 @@ def gc(mask_set: Path) -> GcReport:
     """
     fingerprint = read_manifest(mask_set).fingerprint
     with without_writers(mask_set):
-        before = _folder_size(mask_set)
+        size = _folder_size(mask_set)
         collection = _Collection(mask_set, fingerprint)
-        collection.remove_leftovers()
-        collection.salvage_partials()
+        # what was set aside before, and what a killed process was writing
+        collection.remove([*shard_files(mask_set, DAMAGED_SUFFIX), *mask_set.glob(f"*{TEMPORARY_SUFFIX}")])
+        for name in take_over_partials(mask_set, 0, 1):
+            collection.report.salvaged += salvage(mask_set, name, fingerprint, collection.checked)
         collection.set_unreadable_aside()
         collection.rewrite()
-        collection.write_index()
-        collection.report.bytes_freed = before - _folder_size(mask_set)
-    return collection.report
+        report = collection.report
+        report.set_aside = [path.name for path in shard_files(mask_set, DAMAGED_SUFFIX)]
+        report.images = len(write_index(mask_set, fingerprint, collection.checked).shard_of)
+        completion = read_manifest(mask_set).completion
+        is_complete = completion.complete and not report.damaged and not report.set_aside
+        update_completion(mask_set, Completion(report.images, completion.shares, is_complete))
+        report.bytes_freed = size - _folder_size(mask_set)
+    return report
 
 
 class _Collection:
@@ -74,46 +92,30 @@ class _Collection:
     def __init__(self, folder: Path, fingerprint: str) -> None:
         self._folder = folder
         self._fingerprint = fingerprint
-        self._checked: dict[str, Stamp] = {}
+        self.checked: dict[str, Stamp] = {}
         self.report = GcReport()
 
-    def remove_leftovers(self) -> None:
-        """Remove files that were set aside before, and those that a killed process was writing."""
-        leftovers = shard_files(self._folder, DAMAGED_SUFFIX)
-        leftovers += sorted(self._folder.glob(f"*{TEMPORARY_SUFFIX}"))
-        for path in leftovers:
-            self._remove(path)
-
-    def salvage_partials(self) -> None:
-        """Finish the sound records of interrupted runs."""
-        for partial in take_over_partials(self._folder, 0, 1):
-            found = salvage(partial, self._fingerprint)
-            if found is None:
-                parsed = parse(partial.name)
-                if parsed is not None and (self._folder / parsed[0].damaged).exists():
-                    self.report.set_aside.append(parsed[0].damaged)
-                continue
-            path, self._checked[path.name] = found
-            with open_shard(path, self._fingerprint) as images:
-                self.report.salvaged += len(images)
+    def remove(self, paths: list[Path]) -> None:
+        """Remove files and report them."""
+        with writing(self._folder):
+            for path in paths:
+                path.unlink()
+                self.report.removed.append(path.name)
 
     def set_unreadable_aside(self) -> None:
         """Rename shards that are damaged as a whole; leave those that only we may not read."""
         for path in shard_files(self._folder):
             try:
-                with open_shard(path, self._fingerprint):
-                    pass
+                with open_shard(path, self._fingerprint) as images:
+                    image_ids(images)
             except CacheFormatError as error:
                 cause = error.__cause__
                 # no cause: of another mask set; a number: the operating system refuses, no damage
                 if cause is None or (isinstance(cause, OSError) and cause.errno is not None):
                     logger.warning("left as it is: %s", error)
                     continue
-                parsed = parse(path.name)
-                assert parsed is not None, path
                 with writing(self._folder):
-                    path.replace(self._folder / parsed[0].damaged)
-                self.report.set_aside.append(parsed[0].damaged)
+                    path.replace(path.with_name(path.name + DAMAGED_SUFFIX))
 
     def rewrite(self) -> None:
         """Gather in new shards what is sound and current in shards that hold something else as well."""
@@ -123,69 +125,45 @@ class _Collection:
         for path in shard_files(self._folder):
             if path.name in listing.unreadable:
                 continue
-            kept, others = self._sort_records(path, listing)
-            if others:
-                keep[path] = kept
-            elif len(kept) < SMALL_SHARD:
+            checked_at = stamp(path)
+            with open_shard(path, self._fingerprint) as images:
+                sound, damaged = check_records(images)
+            current = [image_id for image_id in sound if listing.shard_of.get(image_id) == path.name]
+            lost = [image_id for image_id in damaged if listing.shard_of.get(image_id) == path.name]
+            others = len(sound) - len(current) + len(damaged)
+            self.report.damaged += lost
+            self.report.superseded += others - len(lost)
+            if not damaged:
+                self.checked[path.name] = checked_at
+            if others or len(current) < SMALL_SHARD:
+                keep[path] = current
+            if not others and len(current) < SMALL_SHARD:
                 small.append(path)
-                keep[path] = kept
         if len(small) == len(keep) == 1:
-            keep.clear()
-        self._gather(keep)
-
-    def write_index(self) -> None:
-        """Bring index and manifest in line with the shards."""
-        listing = list_records(self._folder, self._fingerprint)
-        write_index(self._folder, self._fingerprint, listing, read_trusted(self._folder) | self._checked)
-        completion = read_manifest(self._folder).completion
-        is_complete = completion.complete and not self.report.damaged and not self.report.set_aside
-        self.report.images = len(listing.places)
-        update_completion(self._folder, Completion(self.report.images, completion.shares, is_complete))
-
-    def _sort_records(self, path: Path, listing: Listing) -> tuple[list[str], int]:
-        """Ids to keep out of a shard, and the number of its other records."""
-        checked_at = stamp(path)
-        with open_shard(path, self._fingerprint) as images:
-            sound, damaged = check_records(images)
-        current = [image_id for image_id in sound if listing.places.get(image_id) == path.name]
-        lost = [image_id for image_id in damaged if listing.places.get(image_id) == path.name]
-        others = len(sound) - len(current) + len(damaged)
-        self.report.damaged += lost
-        self.report.superseded += others - len(lost)
-        if not damaged:
-            self._checked[path.name] = checked_at
-        return current, others
-
-    def _gather(self, keep: dict[Path, list[str]]) -> None:
-        builder = ShardBuilder(self._fingerprint)
+            return  # a small shard alone stays
         copied: list[Path] = []
+        builder = ShardBuilder(self._fingerprint)
         try:
-            for path, image_ids in keep.items():
+            for path, ids in keep.items():
                 with open_shard(path, self._fingerprint) as images:
-                    for image_id in image_ids:
+                    for image_id in ids:
                         builder.copy(images, image_id)
                         if len(builder) >= IMAGES_PER_SHARD or builder.size >= BYTES_PER_SHARD:
-                            builder = self._replace(builder, copied)
+                            self._finish(builder)
+                            builder = ShardBuilder(self._fingerprint)
+                            self.remove(copied)
+                            copied = []
                 copied.append(path)
-            self._replace(builder, copied).close()
+            self._finish(builder)
+            self.remove(copied)
         finally:
             builder.close()
 
-    def _replace(self, builder: ShardBuilder, copied: list[Path]) -> ShardBuilder:
-        """Finish a new shard, then remove those that are wholly copied; returns an empty builder."""
+    def _finish(self, builder: ShardBuilder) -> None:
         if len(builder):
             name = ShardName(next_sequence(self._folder), 0, 1)
-            self._checked[name.finished] = finish_shard(self._folder, name, builder.to_bytes())
+            self.checked[str(name)] = finish_shard(self._folder, name, builder.to_bytes())
         builder.close()
-        for path in copied:
-            self._remove(path)
-        copied.clear()
-        return ShardBuilder(self._fingerprint)
-
-    def _remove(self, path: Path) -> None:
-        with writing(self._folder):
-            path.unlink()
-        self.report.removed.append(path.name)
 
 
 def _folder_size(folder: Path) -> int:

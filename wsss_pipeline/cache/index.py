@@ -1,6 +1,7 @@
-"""``index.h5``: external links to all images, so that any HDF5 tool sees one file.
+"""What the finished shards of a mask set hold, and ``index.h5``: external links to all images, so that any HDF5 tool
+sees one file.
 
-It also remembers size and modification time of the shards whose records have all been checked, as git's
+The index also remembers size and modification time of the shards whose records have all been checked, as git's
 index does, so that the next run needn't check them again.
 """
 
@@ -14,17 +15,24 @@ from pathlib import Path
 
 import h5py
 
-from wsss_pipeline.runtime.output import write_file, writing
-from wsss_pipeline.cache.records import escape_id, unescape_id
-from wsss_pipeline.cache.shard_names import INDEX, shard_files
-from wsss_pipeline.cache.shards import FORMAT_VERSION, IMAGES, file_image, new_file_in_memory, open_shard
+from wsss_pipeline.cache.records import escape_id, image_ids, own_member
+from wsss_pipeline.cache.shards import (
+    FORMAT_VERSION,
+    IMAGES,
+    file_image,
+    new_file_in_memory,
+    open_shard,
+    shard_files,
+)
 from wsss_pipeline.errors import CacheFormatError
+from wsss_pipeline.runtime.output import one_line, write_file, writing
+
+INDEX = "index.h5"
+NOTES = "checked-*-of-*.json"
 
 Stamp = tuple[int, int]  # size in bytes, modification time in nanoseconds
 
 logger = logging.getLogger(__name__)
-
-NOTES = "checked-*-of-*.json"
 
 
 @dataclass
@@ -32,12 +40,12 @@ class Listing:
     """What the finished shards of a mask set hold.
 
     Attributes:
-        places: image id to the file that holds its record; where several do, the latest.
-        superseded: file name to the number of its records that a later file replaces.
-        unreadable: file name to the reason, for shards that can't be opened.
+        shard_of: image id to the name of the shard that holds its record; where several do, of the latest.
+        superseded: shard to the number of its records that a later one replaces.
+        unreadable: shard to the reason, for those that can't be opened.
     """
 
-    places: dict[str, str] = field(default_factory=dict)
+    shard_of: dict[str, str] = field(default_factory=dict)
     superseded: dict[str, int] = field(default_factory=dict)
     unreadable: dict[str, str] = field(default_factory=dict)
 
@@ -48,18 +56,16 @@ def list_records(folder: Path, fingerprint: str) -> Listing:
     for path in shard_files(folder):
         try:
             with open_shard(path, fingerprint) as images:
-                image_ids = [unescape_id(name) for name in images]
-        except FileNotFoundError:
+                found = image_ids(images)
+        except CacheFormatError as error:
+            listing.unreadable[path.name] = one_line(error)
+            logger.warning("the images in it count as missing: %s", error)
             continue
-        except Exception as error:  # names of damaged groups make HDF5 raise almost anything
-            listing.unreadable[path.name] = " ".join(str(error).split())
-            logger.warning("the images in it count as missing: %s", listing.unreadable[path.name])
-            continue
-        for image_id in image_ids:
-            earlier = listing.places.get(image_id)
+        for image_id in found:
+            earlier = listing.shard_of.get(image_id)
             if earlier is not None:
                 listing.superseded[earlier] = listing.superseded.get(earlier, 0) + 1
-            listing.places[image_id] = path.name
+            listing.shard_of[image_id] = path.name
     return listing
 
 
@@ -69,6 +75,26 @@ def stamp(path: Path) -> Stamp:
     return status.st_size, status.st_mtime_ns
 
 
+def read_trusted(folder: Path) -> dict[str, Stamp]:
+    """Shards that were checked in full, with their stamp then, by index and notes."""
+    trusted: dict[str, Stamp] = {}
+    path = folder / INDEX
+    try:
+        if path.is_file():
+            with h5py.File(path, "r", locking="best-effort") as file:
+                shards = own_member(file, "shards", h5py.Group)
+                for name in shards:
+                    attributes = own_member(shards, name, h5py.Group).attrs
+                    if "mtime_ns" in attributes:
+                        trusted[str(name)] = int(attributes["size"]), int(attributes["mtime_ns"])
+    except Exception as error:  # a damaged file makes HDF5 raise almost anything; the index can be made anew
+        logger.warning("%s can't be read (%s); it is made anew", path, error)
+        trusted = {}
+    for path in sorted(folder.glob(NOTES)):
+        trusted |= _read_note(path)
+    return trusted
+
+
 def note_checked(folder: Path, index: int, count: int, checked: Mapping[str, Stamp]) -> None:
     """Leave a note of shards that were checked in full, for whoever writes the index next.
 
@@ -76,15 +102,7 @@ def note_checked(folder: Path, index: int, count: int, checked: Mapping[str, Sta
         OutputError: disk full, read-only, ...
     """
     path = folder / f"checked-{index}-of-{count}.json"
-    write_file(path, json.dumps(_read_note(path) | dict(checked)).encode(), durable=False)
-
-
-def read_trusted(folder: Path) -> dict[str, Stamp]:
-    """Shards that were checked in full, with their stamp then, by index and notes."""
-    trusted = _read_index(folder)
-    for path in sorted(folder.glob(NOTES)):
-        trusted |= _read_note(path)
-    return trusted
+    write_file(path, json.dumps(_read_note(path) | dict(checked)), durable=False)
 
 
 def _read_note(path: Path) -> dict[str, Stamp]:
@@ -98,42 +116,31 @@ def _read_note(path: Path) -> dict[str, Stamp]:
         return {}
 
 
-def _read_index(folder: Path) -> dict[str, Stamp]:
-    try:
-        with h5py.File(folder / INDEX, "r", locking="best-effort") as file:
-            return {
-                str(name): (int(item.attrs["size"]), int(item.attrs["mtime_ns"]))
-                for name, item in file["shards"].items()
-                if "mtime_ns" in item.attrs
-            }
-    except FileNotFoundError:
-        return {}
-    except Exception as error:  # a damaged file makes HDF5 raise almost anything; the index can be made anew
-        logger.warning("%s can't be read (%s); it is made anew", folder / INDEX, " ".join(str(error).split()))
-        return {}
-
-
-def write_index(folder: Path, fingerprint: str, listing: Listing, trusted: Mapping[str, Stamp]) -> None:
-    """Write ``index.h5``, and drop the notes that went into it; the caller holds the set's lock.
+def write_index(folder: Path, fingerprint: str, checked: Mapping[str, Stamp]) -> Listing:
+    """Write ``index.h5`` anew, and drop the notes that went into it; the caller holds the set's lock.
 
     Args:
         folder: of the mask set.
         fingerprint: of the mask set.
-        listing: of its finished shards.
-        trusted: shards checked in full, by file name, with their stamp at that time.
+        checked: shards that the caller has checked in full, with their stamp at that time.
+
+    Returns:
+        What the finished shards hold.
 
     Raises:
+        CacheFormatError: a shard vanished meanwhile.
         OutputError: disk full, read-only, ...
     """
+    listing, trusted = list_records(folder, fingerprint), read_trusted(folder) | dict(checked)
     file = new_file_in_memory()
     try:
         file.attrs["format_version"] = FORMAT_VERSION
         file.attrs["fingerprint"] = fingerprint
         images, shards = file.create_group(IMAGES), file.create_group("shards")
-        for image_id, shard in listing.places.items():
+        for image_id, shard in listing.shard_of.items():
             name = escape_id(image_id)
             images[name] = h5py.ExternalLink(shard, f"/{IMAGES}/{name}")
-        for shard in sorted(set(listing.places.values())):
+        for shard in sorted(set(listing.shard_of.values())):
             item = shards.create_group(shard)
             try:
                 now = stamp(folder / shard)
@@ -147,3 +154,4 @@ def write_index(folder: Path, fingerprint: str, listing: Listing, trusted: Mappi
                 note.unlink()
     finally:
         file.close()
+    return listing

@@ -11,8 +11,8 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from wsss_pipeline.runtime.output import writing
 from wsss_pipeline.errors import CacheLockedError
+from wsss_pipeline.runtime.output import writing
 
 SET_LOCK = "set.lock"
 SET_LOCK_TIMEOUT = 300.0  # seconds; the longest that holds it is `wsss cache gc` on a large set
@@ -62,22 +62,6 @@ def lock_name(index: int, count: int) -> str:
     return f"writer-{index}-of-{count}.lock"
 
 
-def is_free(folder: Path, index: int, count: int) -> bool:
-    """Whether no process writes share ``index`` of ``count``; the caller holds the set's lock.
-
-    Raises:
-        OutputError: the lock file can't be made.
-    """
-    lock = FileLock(folder / lock_name(index, count), thread_local=False)
-    with writing(folder):
-        try:
-            lock.acquire(timeout=0)
-        except Timeout:
-            return False
-        lock.release()
-    return True
-
-
 @contextmanager
 def set_lock(folder: Path) -> Iterator[None]:
     """Hold what all writers have in common: the files' ownership, the index and the manifest.
@@ -101,21 +85,23 @@ def set_lock(folder: Path) -> Iterator[None]:
         lock.release()
 
 
-def is_written(folder: Path) -> bool:
-    """Whether any process writes a share; the caller holds the set's lock.
+def held_locks(folder: Path) -> list[Path]:
+    """Lock files of the shares that some process writes; the caller holds the set's lock.
 
     Raises:
-        OutputError: a lock file can't be made.
+        OutputError: a lock file can't be opened.
     """
-    return next(_held(folder), None) is not None
-
-
-def _held(folder: Path) -> Iterator[Path]:
-    """Lock files of shares that are being written."""
-    for path in sorted(folder.glob("writer-*-of-*.lock")):
-        index, _, count = path.stem.removeprefix("writer-").partition("-of-")
-        if index.isdecimal() and count.isdecimal() and not is_free(folder, int(index), int(count)):
-            yield path
+    held = []
+    with writing(folder):
+        for path in sorted(folder.glob("writer-*-of-*.lock")):
+            lock = FileLock(path, thread_local=False)
+            try:
+                lock.acquire(timeout=0)
+            except Timeout:
+                held.append(path)
+            else:
+                lock.release()
+    return held
 
 
 @contextmanager
@@ -127,7 +113,7 @@ def without_writers(folder: Path) -> Iterator[None]:
         OutputError: the lock file can't be made.
     """
     with set_lock(folder):
-        for path in _held(folder):
+        for path in held_locks(folder):
             raise CacheLockedError(
                 f"{path} is held: a `wsss generate-masks` is writing there; wait for it or stop it"
             )

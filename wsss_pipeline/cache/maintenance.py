@@ -1,18 +1,19 @@
-"""Looking at mask sets: which there are, what they hold, whether it is sound."""
+"""Looking at mask sets: what they hold, whether it is sound."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from wsss_pipeline.cache.index import list_records
-from wsss_pipeline.cache.manifest import Manifest, mask_sets_below, read_manifest
+from wsss_pipeline.cache.manifest import Manifest, read_manifest
 from wsss_pipeline.cache.mask_cache import MaskCache
 from wsss_pipeline.cache.records import check_records
-from wsss_pipeline.cache.shard_names import DAMAGED_SUFFIX, PARTIAL_SUFFIX, shard_files
-from wsss_pipeline.cache.shards import open_shard
-from wsss_pipeline.errors import CacheFormatError
+from wsss_pipeline.cache.shards import DAMAGED_SUFFIX, PARTIAL_SUFFIX, open_shard, shard_files
+from wsss_pipeline.errors import CacheFormatError, CacheRecordError
+from wsss_pipeline.runtime.progress import Progress
 
 
 @dataclass(frozen=True)
@@ -76,46 +77,34 @@ class VerifyReport:
         return not self.damaged and not self.unreadable
 
 
-def list_mask_sets(cache_dir: Path) -> list[Path]:
-    """The mask sets right below ``cache_dir``, by name; ``cache_dir`` itself where it is one.
-
-    Raises:
-        CacheFormatError: ``cache_dir`` isn't a folder.
-    """
-    return mask_sets_below(cache_dir)
-
-
 def status(mask_set: Path) -> MaskSetStatus:
     """What a mask set holds.
 
     Raises:
         CacheFormatError: ``mask_set`` isn't a mask set of this format version.
     """
-    manifest = read_manifest(mask_set)
     finished = shard_files(mask_set)
-    listing = list_records(mask_set, manifest.fingerprint)
+    without_labels = 0
     with MaskCache(mask_set) as cache:
-        without_labels = cache.count_without_labels()
+        for image_id in sorted(cache, key=cache.shard_of.__getitem__):
+            with suppress(CacheRecordError):
+                without_labels += not cache.labels(image_id)
     return MaskSetStatus(
         path=mask_set,
-        manifest=manifest,
-        images=len(listing.places),
+        manifest=cache.manifest,
+        images=len(cache),
         images_without_labels=without_labels,
         shards=len(finished),
         bytes=sum(path.stat().st_size for path in finished),
-        superseded=sum(listing.superseded.values()),
+        superseded=cache.superseded,
         partial=tuple(path.name for path in shard_files(mask_set, PARTIAL_SUFFIX)),
         damaged=tuple(path.name for path in shard_files(mask_set, DAMAGED_SUFFIX)),
-        unreadable=listing.unreadable,
+        unreadable=cache.unreadable,
     )
 
 
-def verify(mask_set: Path, progress: Callable[[Sequence[str]], Iterable[str]] = iter) -> VerifyReport:
-    """Read and recompute every record of a mask set.
-
-    Args:
-        mask_set: its folder.
-        progress: gets the names of the shards and yields them while it shows how far the check is.
+def verify(mask_set: Path) -> VerifyReport:
+    """Read and recompute every record of a mask set, and show how far it is.
 
     Raises:
         CacheFormatError: ``mask_set`` isn't a mask set of this format version.
@@ -123,18 +112,19 @@ def verify(mask_set: Path, progress: Callable[[Sequence[str]], Iterable[str]] = 
     fingerprint = read_manifest(mask_set).fingerprint
     listing = list_records(mask_set, fingerprint)
     report = VerifyReport(unreadable=dict(listing.unreadable))
-    names = [path.name for path in shard_files(mask_set) if path.name not in listing.unreadable]
-    for name in progress(names):
-        try:
-            with open_shard(mask_set / name, fingerprint) as images:
-                sound, damaged = check_records(images)
-        except CacheFormatError as error:
-            report.unreadable[name] = str(error)
-            continue
-        report.sound += sum(listing.places.get(image_id) == name for image_id in sound)
-        for image_id, reason in damaged.items():
-            if listing.places.get(image_id) == name:
-                report.damaged[image_id] = reason
-            else:
-                report.damaged_superseded += 1
+    paths = [path for path in shard_files(mask_set) if path.name not in listing.unreadable]
+    with Progress(len(paths), "shards") as progress:
+        for path in progress.over(paths):
+            try:
+                with open_shard(path, fingerprint) as images:
+                    sound, damaged = check_records(images)
+            except CacheFormatError as error:
+                report.unreadable[path.name] = str(error)
+                continue
+            report.sound += sum(listing.shard_of.get(image_id) == path.name for image_id in sound)
+            for image_id, reason in damaged.items():
+                if listing.shard_of.get(image_id) == path.name:
+                    report.damaged[image_id] = reason
+                else:
+                    report.damaged_superseded += 1
     return report

@@ -13,13 +13,14 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from wsss_pipeline.runtime.output import write_file, writing
 from wsss_pipeline.cache.fingerprint import fingerprint, short
 from wsss_pipeline.cache.locks import set_lock
-from wsss_pipeline.cache.shard_names import MANIFEST
 from wsss_pipeline.cache.shards import FORMAT_VERSION
 from wsss_pipeline.errors import CacheError, CacheFormatError
+from wsss_pipeline.runtime.output import one_line, write_file, writing
 
+MANIFEST = "manifest.json"
+MAX_MANIFEST_BYTES = 2**24
 FORMAT = "wsss-pseudo-masks"
 MAX_NAME_LENGTH = 60
 
@@ -41,14 +42,12 @@ class MaskSet:
         determinants: all that determines the masks and nothing else, see ``fingerprint``.
         class_names: names of mask values 1..C, so without background.
         category_ids: class name to the id it has in the data set, where that isn't the mask value.
-        palette: RGB colour of each mask value, where the class set brings one.
     """
 
     name: str
     determinants: Mapping[str, Any]
     class_names: tuple[str, ...]
     category_ids: Mapping[str, int] | None = None
-    palette: tuple[tuple[int, int, int], ...] | None = None
 
     @property
     def fingerprint(self) -> str:
@@ -139,7 +138,7 @@ def is_mask_set(path: Path) -> bool:
     return (path / MANIFEST).is_file()
 
 
-def mask_sets_below(path: Path) -> list[Path]:
+def list_mask_sets(path: Path) -> list[Path]:
     """``path`` itself where it is a mask set, else the mask sets right below it, by name.
 
     Raises:
@@ -162,7 +161,7 @@ def only_mask_set(path: Path) -> Path:
         CacheFormatError: there is none.
         CacheError: there are several; the message lists them.
     """
-    found = mask_sets_below(path)
+    found = list_mask_sets(path)
     if not found:
         raise CacheFormatError(
             f"{path} isn't a cache (no {MANIFEST} in it); name a folder that `wsss generate-masks` wrote"
@@ -181,6 +180,8 @@ def read_manifest(folder: Path) -> Manifest:
     """
     path = folder / MANIFEST
     try:
+        if path.stat().st_size > MAX_MANIFEST_BYTES:
+            raise ValueError(f"it has more than {MAX_MANIFEST_BYTES} bytes")
         values = json.loads(path.read_text("utf-8"))
         version, form = values["format_version"], values["format"]
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
@@ -210,7 +211,7 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
         "created": manifest.created,
         "class_names": list(manifest.mask_set.class_names),
         "category_ids": manifest.mask_set.category_ids and dict(manifest.mask_set.category_ids),
-        "palette": manifest.mask_set.palette,
+        "palette": None,  # part of the format
         "determinants": manifest.mask_set.determinants,
         "versions": dict(manifest.versions),
         "completion": asdict(manifest.completion),
@@ -246,7 +247,7 @@ class _HalfWrittenError(CacheFormatError):
 
 
 def _half_written(path: Path, error: Exception) -> _HalfWrittenError:
-    reason = " ".join(str(error).split())[:200]
+    reason = one_line(error)[:200]
     return _HalfWrittenError(
         f"{path} isn't a whole manifest ({type(error).__name__}: {reason}); the same `wsss generate-masks` "
         "command as before writes it anew and keeps the masks"
@@ -254,7 +255,7 @@ def _half_written(path: Path, error: Exception) -> _HalfWrittenError:
 
 
 def _from_json(values: Mapping[str, Any]) -> Manifest:
-    palette, category_ids = values["palette"], values["category_ids"]
+    category_ids = values["category_ids"]
     mask_set = MaskSet(
         name=str(values["name"]),
         determinants=dict(values["determinants"]),
@@ -262,10 +263,16 @@ def _from_json(values: Mapping[str, Any]) -> Manifest:
         category_ids=None
         if category_ids is None
         else {str(name): int(number) for name, number in category_ids.items()},
-        palette=None if palette is None else tuple((int(r), int(g), int(b)) for r, g, b in palette),
     )
     if mask_set.fingerprint != values["fingerprint"]:
         raise ValueError("the fingerprint isn't that of the determinants")
+    covered = mask_set.determinants.get("classes")
+    if isinstance(covered, list) and mask_set.class_names != tuple(
+        item["name"] if isinstance(item, dict) else item for item in covered
+    ):
+        raise ValueError("class_names aren't the classes that the fingerprint covers")
+    if mask_set.category_ids is not None and not set(mask_set.class_names) <= set(mask_set.category_ids):
+        raise ValueError("category_ids leave a class out")
     completion = values["completion"]
     shares = {
         str(share): ShareCompletion(int(item["expected"]), int(item["missing"]))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator
-from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -25,12 +24,14 @@ OPEN_SHARDS = 64  # file handles that one process keeps
 class MaskCache:
     """The masks of one mask set, by image id: ``cache[image_id]``, ``in``, ``len``, iteration sorted by id.
 
-    Read only, and a snapshot of the finished shards at the time of ``open``. It may be pickled, and forked:
-    each process opens files of its own when it first needs them.
+    A ``MaskSource``. Read only, and a snapshot of the finished shards at the time of ``open``. It may be
+    pickled, and forked: each process opens files of its own when it first needs them.
 
     Attributes:
         path: the mask set's folder.
         manifest: what the mask set is; its ``completion`` as it was at the time of ``open``.
+        shard_of: image id to the name of the shard that holds its record, sorted by id.
+        superseded: number of records that a later one of the same image replaces.
         unreadable: file name to reason for shards that can't be opened; their images count as missing.
     """
 
@@ -38,9 +39,10 @@ class MaskCache:
         self.path = path
         self.manifest: Manifest = read_manifest(path)
         listing = list_records(path, self.manifest.fingerprint)
+        self.superseded = sum(listing.superseded.values())
         self.unreadable: dict[str, str] = listing.unreadable
-        self._places = {image_id: listing.places[image_id] for image_id in sorted(listing.places)}
-        self._open: OrderedDict[str, tuple[h5py.File, h5py.Group]] = OrderedDict()
+        self.shard_of: dict[str, str] = dict(sorted(listing.shard_of.items()))
+        self._open: OrderedDict[str, h5py.Group] = OrderedDict()
         self._process = os.getpid()
 
     @classmethod
@@ -60,30 +62,37 @@ class MaskCache:
 
     @property
     def identity(self) -> str:
-        """Fingerprint of what determines the masks."""
+        """The fingerprint: SHA-256 of what determines the masks, hexadecimal."""
         return self.manifest.fingerprint
 
     @property
     def description(self) -> str:
-        """The folder, for people."""
+        """Where the masks are from, for people."""
         return f"mask set {self.path}"
 
     def __len__(self) -> int:
-        return len(self._places)
+        return len(self.shard_of)
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._places)
+        return iter(self.shard_of)
 
     def __contains__(self, image_id: object) -> bool:
-        return image_id in self._places
+        return image_id in self.shard_of
 
     def __getitem__(self, image_id: str) -> PseudoMask:
         """The pseudo mask of an image, its digest checked.
 
         Raises:
-            CacheRecordError: there is none, or it is damaged.
+            CacheRecordError: there is none, it is damaged, or it holds a value that is no class.
         """
-        return read_record(self._images(image_id), image_id)[0]
+        pseudo_mask, _ = read_record(self._images(image_id), image_id)
+        largest = pseudo_mask.mask.max()
+        if largest > len(self.class_names):
+            raise CacheRecordError(
+                f"the mask of image '{image_id}' in {self.path} holds the value {largest}, but the mask set has "
+                f"{len(self.class_names)} classes; this program wrote no such mask: make them anew elsewhere"
+            )
+        return pseudo_mask
 
     def labels(self, image_id: str) -> tuple[str, ...]:
         """The class names of an image, without reading its arrays.
@@ -101,22 +110,14 @@ class MaskCache:
         """
         return read_info(self._images(image_id), image_id)
 
-    def count_without_labels(self) -> int:
-        """Number of images that no class was given for; damaged records don't count."""
-        count = 0
-        for image_id in sorted(self, key=self._places.__getitem__):  # shard by shard
-            with suppress(CacheRecordError):
-                count += not self.labels(image_id)
-        return count
-
     def missing(self, image_ids: Iterable[str]) -> list[str]:
         """Those of ``image_ids`` that aren't there, in their order."""
-        return [image_id for image_id in image_ids if image_id not in self._places]
+        return [image_id for image_id in image_ids if image_id not in self.shard_of]
 
     def close(self) -> None:
         """Close the files; the next access opens them again."""
-        for file, _ in self._open.values():
-            file.close()
+        for images in self._open.values():
+            images.file.close()
         self._open.clear()
 
     def __enter__(self) -> MaskCache:
@@ -132,7 +133,7 @@ class MaskCache:
 
     def _images(self, image_id: str) -> h5py.Group:
         """The group, in the shard that has it, of all records."""
-        shard = self._places.get(image_id)
+        shard = self.shard_of.get(image_id)
         if shard is None:
             raise CacheRecordError(
                 f"image '{image_id}' isn't in the cache {self.path}; `wsss generate-masks --cache "
@@ -148,7 +149,6 @@ class MaskCache:
             except CacheFormatError as error:
                 raise CacheRecordError(f"image '{image_id}': {error}") from error
             if len(self._open) > OPEN_SHARDS:
-                _, (file, _) = self._open.popitem(last=False)
-                file.close()
+                self._open.popitem(last=False)[1].file.close()
         self._open.move_to_end(shard)
-        return self._open[shard][1]
+        return self._open[shard]

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from wsss_pipeline.runtime.output import write_file
-from wsss_pipeline.cache.index import list_records, read_trusted, write_index
+from wsss_pipeline.cache.index import write_index
 from wsss_pipeline.cache.locks import without_writers
 from wsss_pipeline.cache.manifest import (
     Completion,
@@ -20,10 +19,10 @@ from wsss_pipeline.cache.manifest import (
     read_manifest,
     update_completion,
 )
-from wsss_pipeline.cache.records import stored_digest, unescape_id
-from wsss_pipeline.cache.shard_names import PARTIAL_SUFFIX, ShardName, next_sequence, shard_files
-from wsss_pipeline.cache.shards import open_shard
+from wsss_pipeline.cache.records import image_ids, stored_digest
+from wsss_pipeline.cache.shards import PARTIAL_SUFFIX, ShardName, next_sequence, open_shard, shard_files
 from wsss_pipeline.errors import CacheError, CacheFormatError, CacheRecordError
+from wsss_pipeline.runtime.output import write_file
 
 logger = logging.getLogger(__name__)
 
@@ -76,9 +75,7 @@ def merge(sources: Sequence[Path], destination: Path) -> MergeReport:
         for folder in folders:
             if folder.resolve() != target.resolve():
                 _copy_shards(folder, target, first.fingerprint, report)
-        listing = list_records(target, first.fingerprint)
-        write_index(target, first.fingerprint, listing, read_trusted(target))
-        report.images = len(listing.places)
+        report.images = len(write_index(target, first.fingerprint, {}).shard_of)
         completions = [manifest.completion for manifest in (read_manifest(target), *manifests)]
         update_completion(target, _merged_completion(completions, report.images))
     return report
@@ -97,11 +94,17 @@ def _copy_shards(source: Path, target: Path, fingerprint: str, report: MergeRepo
         logger.warning(
             "%s holds unfinished work, which isn't merged; run generate-masks there to its end first", source
         )
-    known = dict(_record_digests(target, fingerprint))
+    known: dict[str, str] = {}  # digests of the records that count
+    for path in shard_files(target):
+        with suppress(CacheFormatError), open_shard(path, fingerprint) as images:
+            for image_id in image_ids(images):
+                known.pop(image_id, None)
+                with suppress(CacheRecordError):
+                    known[image_id] = stored_digest(images, image_id)
     for path in shard_files(source):
         try:
             with open_shard(path, fingerprint) as images:
-                digests = {name: stored_digest(images, unescape_id(name)) for name in images}
+                digests = {image_id: stored_digest(images, image_id) for image_id in image_ids(images)}
         except (CacheFormatError, CacheRecordError) as error:
             logger.warning("left out: %s", error)
             report.unreadable += 1
@@ -113,23 +116,9 @@ def _copy_shards(source: Path, target: Path, fingerprint: str, report: MergeRepo
             content = path.read_bytes()
         except OSError as error:
             raise CacheError(f"{path} can't be read: {error.strerror}; mend that and merge again") from error
-        write_file(target / ShardName(next_sequence(target), 0, 1).finished, content)
+        write_file(target / str(ShardName(next_sequence(target), 0, 1)), content)
         known |= digests
         report.copied += 1
-
-
-def _record_digests(folder: Path, fingerprint: str) -> Iterator[tuple[str, str]]:
-    """Name and digest of every record that counts."""
-    listing = list_records(folder, fingerprint)
-    for path in shard_files(folder):
-        if path.name in listing.unreadable:
-            continue
-        with open_shard(path, fingerprint) as images:
-            for name in images:
-                image_id = unescape_id(name)
-                if listing.places.get(image_id) == path.name:
-                    with suppress(CacheRecordError):
-                        yield name, stored_digest(images, image_id)
 
 
 def _merged_completion(completions: Sequence[Completion], images: int) -> Completion:

@@ -3,11 +3,16 @@
 ``images/<escaped image id>`` holds the datasets ``mask``, ``confidence`` and maybe ``cams``, and attributes.
 One of these, ``record_digest``, is the SHA-256 of all that matters in the group, so that damage shows in
 whatever part of the file it lies.
+
+A file may come from anybody. So an array is read only where it is declared as ``write_record`` declares it, and
+inflated here: HDF5 would follow links to other files, and inflate a chunk of kilobytes to gigabytes.
 """
 
 from __future__ import annotations
 
 import hashlib
+import math
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,26 +21,22 @@ from urllib.parse import unquote
 
 import h5py
 import numpy as np
+from numpy.typing import NDArray
 
 from wsss_pipeline.cache.fingerprint import canonical_json
-from wsss_pipeline.data.masks import PseudoMask
-from wsss_pipeline.errors import CacheRecordError
+from wsss_pipeline.data.images import MAX_DECODED_PIXELS
+from wsss_pipeline.data.masks import IGNORE, PseudoMask
+from wsss_pipeline.errors import CacheFormatError, CacheRecordError
+from wsss_pipeline.runtime.output import one_line
 
-__all__ = [
-    "PseudoMask",
-    "RecordInfo",
-    "check_records",
-    "escape_id",
-    "read_info",
-    "read_labels",
-    "read_record",
-    "record_digest",
-    "stored_digest",
-    "unescape_id",
-    "write_record",
-]
+MAX_CAM_VALUES = 2**30  # all CAMs of an image, 2 GiB
+MAX_ATTRIBUTE_BYTES = 2**16
+MAX_TEXT_LENGTH = 4096
 
 _FILTERS = {"compression": "gzip", "compression_opts": 4, "shuffle": True, "fletcher32": True}
+_FILTER_CODES = [h5py.h5z.FILTER_SHUFFLE, h5py.h5z.FILTER_DEFLATE, h5py.h5z.FILTER_FLETCHER32]
+_NOT_DEFLATED = 0b010  # HDF5's note on a chunk that compression would have made larger
+_CHECKSUM_BYTES = 4  # behind each chunk; the record's digest says more
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ class RecordInfo:
         labels: the image's class names.
         image_digest: SHA-256 of the image file, hexadecimal.
         seconds: time its mask took.
-        scale: side of the picture that CLIP and CRF saw, by that of the image; 1.0 where not scaled.
+        scale: side of the image that CLIP and CRF saw, by that of the file's; 1.0 where not scaled.
         width: of the mask.
         height: of the mask.
         has_cams: whether CAMs are stored.
@@ -78,9 +79,18 @@ def escape_id(image_id: str) -> str:
     return image_id.replace("%", "%25").replace("/", "%2F")
 
 
-def unescape_id(name: str) -> str:
-    """The image id for the name of a group."""
-    return unquote(name, errors="strict")
+def image_ids(images: h5py.Group) -> list[str]:
+    """The ids of all records of a shard.
+
+    Raises:
+        CacheFormatError: a name is damaged; the message names the file.
+    """
+    try:
+        return [unquote(name, errors="strict") for name in images]
+    except Exception as error:  # names of damaged groups make HDF5 raise almost anything
+        raise CacheFormatError(
+            f"{images.file.filename} can't be read ({one_line(error)}); `wsss cache gc` sets it aside"
+        ) from error
 
 
 def write_record(
@@ -92,13 +102,34 @@ def write_record(
     seconds: float,
     scale: float,
 ) -> None:
-    """Add an image's group to ``images``, in place of one that it already has there."""
+    """Add an image's group to ``images``, in place of one that it already has there.
+
+    Raises:
+        CacheRecordError: the id can't be stored, or the mask holds 255 or is too large to be read again.
+    """
     name = escape_id(image_id)
+    height, width = pseudo_mask.mask.shape
+    try:
+        _check(pseudo_mask.mask)
+        _check_size((height, width), len(pseudo_mask.labels) if pseudo_mask.cams is not None else 0)
+    except ValueError as error:
+        raise CacheRecordError(f"image '{image_id}' can't be stored: {error}") from error
     if name in images:
         del images[name]
     group = images.create_group(name)
     try:
-        _fill_group(group, image_id, pseudo_mask, image_digest, seconds, scale)
+        for key, array in _arrays(pseudo_mask).items():
+            # CAMs of an image without labels have no values, and HDF5 no chunks of size 0
+            chunked = {"chunks": _chunk(array.shape), **_FILTERS} if array.size else {}
+            group.create_dataset(key, data=array, **chunked)
+        labels = np.array(pseudo_mask.labels, dtype=object)
+        group.attrs.create("labels", labels, dtype=h5py.string_dtype("utf-8"))
+        group.attrs["image_digest"] = image_digest
+        group.attrs["seconds"] = float(seconds)
+        group.attrs["scale"] = float(scale)
+        group.attrs["width"] = width
+        group.attrs["height"] = height
+        group.attrs["record_digest"] = record_digest(image_id, pseudo_mask, image_digest, scale)
     except BaseException:  # an interrupt as well: half a record must not be finished with the rest
         del images[name]
         raise
@@ -111,15 +142,16 @@ def read_record(images: h5py.Group, image_id: str) -> tuple[PseudoMask, RecordIn
         CacheRecordError: it is damaged; the message names the file.
     """
     with _named_damage(images, image_id):
-        group = images[escape_id(image_id)]
+        group = _group(images, image_id)
         info = _info(group)
-        cams = group["cams"][()] if info.has_cams else None
-        pseudo_mask = PseudoMask(group["mask"][()], group["confidence"][()], info.labels, cams)
-        if pseudo_mask.mask.shape != (info.height, info.width):
-            raise ValueError("the size doesn't fit the mask")
-        if (
-            record_digest(image_id, pseudo_mask, info.image_digest, info.scale)
-            != group.attrs["record_digest"]
+        size = (info.height, info.width)
+        _check_size(size, len(info.labels) if info.has_cams else 0)
+        mask, confidence = (_read_array(group, name, size, "|u1") for name in ("mask", "confidence"))
+        cams = _read_array(group, "cams", (len(info.labels), *size), "<f2") if info.has_cams else None
+        _check(mask)
+        pseudo_mask = PseudoMask(mask, confidence, info.labels, cams)
+        if record_digest(image_id, pseudo_mask, info.image_digest, info.scale) != _text(
+            group, "record_digest"
         ):
             raise ValueError("the content doesn't fit its digest")
     return pseudo_mask, info
@@ -132,7 +164,7 @@ def read_info(images: h5py.Group, image_id: str) -> RecordInfo:
         CacheRecordError: they are damaged; the message names the file.
     """
     with _named_damage(images, image_id):
-        return _info(images[escape_id(image_id)])
+        return _info(_group(images, image_id))
 
 
 def read_labels(images: h5py.Group, image_id: str) -> tuple[str, ...]:
@@ -142,7 +174,7 @@ def read_labels(images: h5py.Group, image_id: str) -> tuple[str, ...]:
         CacheRecordError: they are damaged; the message names the file.
     """
     with _named_damage(images, image_id):
-        return _labels(images[escape_id(image_id)])
+        return _labels(_group(images, image_id))
 
 
 def stored_digest(images: h5py.Group, image_id: str) -> str:
@@ -152,7 +184,7 @@ def stored_digest(images: h5py.Group, image_id: str) -> str:
         CacheRecordError: it is damaged; the message names the file.
     """
     with _named_damage(images, image_id):
-        return str(images[escape_id(image_id)].attrs["record_digest"])
+        return _text(_group(images, image_id), "record_digest")
 
 
 def check_records(images: h5py.Group) -> tuple[dict[str, RecordInfo], dict[str, str]]:
@@ -160,11 +192,13 @@ def check_records(images: h5py.Group) -> tuple[dict[str, RecordInfo], dict[str, 
 
     Returns:
         What is known of each sound record, and for each damaged one the reason, both by image id.
+
+    Raises:
+        CacheFormatError: as ``image_ids``.
     """
     sound: dict[str, RecordInfo] = {}
     damaged: dict[str, str] = {}
-    for name in images:
-        image_id = unescape_id(name)
+    for image_id in image_ids(images):
         try:
             _, sound[image_id] = read_record(images, image_id)
         except CacheRecordError as error:
@@ -193,62 +227,121 @@ def record_digest(image_id: str, pseudo_mask: PseudoMask, image_digest: str, sca
     return digest.hexdigest()
 
 
+def own_member(group: h5py.Group, name: str, kind: type[Any]) -> Any:
+    """The member of this name, which lies in this file itself.
+
+    Raises:
+        ValueError: there is none, it is a link that may lead out of the file, or isn't of this kind.
+    """
+    if not isinstance(group.get(name, getlink=True), h5py.HardLink):
+        raise ValueError(f"'{name}' is missing, or a link to somewhere else")
+    member = group[name]
+    if not isinstance(member, kind):
+        raise ValueError(f"'{name}' isn't a {kind.__name__.lower()}")
+    return member
+
+
 @contextmanager
 def _named_damage(images: h5py.Group, image_id: str) -> Iterator[None]:
     """Turn what goes wrong inside into a CacheRecordError with id and file."""
     try:
         yield
     except Exception as error:  # flipped bytes make HDF5 and numpy raise almost anything
-        reason = " ".join(str(error).split())
         raise CacheRecordError(
-            f"the record of image '{image_id}' in {images.file.filename} is damaged ({reason}); "
+            f"the record of image '{image_id}' in {images.file.filename} is damaged ({one_line(error)}); "
             "`wsss cache verify` lists all such, and running generate-masks again makes them anew"
         ) from error
 
 
+def _group(images: h5py.Group, image_id: str) -> h5py.Group:
+    group: h5py.Group = own_member(images, escape_id(image_id), h5py.Group)
+    return group
+
+
 def _info(group: h5py.Group) -> RecordInfo:
-    attributes = group.attrs
     return RecordInfo(
         labels=_labels(group),
-        image_digest=str(attributes["image_digest"]),
-        seconds=float(attributes["seconds"]),
-        scale=float(attributes["scale"]),
-        width=int(attributes["width"]),
-        height=int(attributes["height"]),
+        image_digest=_text(group, "image_digest"),
+        seconds=float(group.attrs["seconds"]),
+        scale=float(group.attrs["scale"]),
+        width=int(group.attrs["width"]),
+        height=int(group.attrs["height"]),
         has_cams="cams" in group,
     )
 
 
-def _fill_group(
-    group: h5py.Group, image_id: str, pseudo_mask: PseudoMask, image_digest: str, seconds: float, scale: float
-) -> None:
-    for key, array in _arrays(pseudo_mask).items():
-        _write_array(group, key, array)
-    height, width = pseudo_mask.mask.shape
-    labels = np.array(pseudo_mask.labels, dtype=object)
-    group.attrs.create("labels", labels, dtype=h5py.string_dtype("utf-8"))
-    group.attrs["image_digest"] = image_digest
-    group.attrs["seconds"] = float(seconds)
-    group.attrs["scale"] = float(scale)
-    group.attrs["width"] = width
-    group.attrs["height"] = height
-    group.attrs["record_digest"] = record_digest(image_id, pseudo_mask, image_digest, scale)
-
-
 def _labels(group: h5py.Group) -> tuple[str, ...]:
-    return tuple(str(label) for label in group.attrs["labels"])
+    return tuple(_bounded(str(label)) for label in _attribute(group, "labels"))
 
 
-def _arrays(pseudo_mask: PseudoMask) -> dict[str, np.ndarray[Any, Any]]:
-    arrays: dict[str, np.ndarray[Any, Any]] = {"mask": pseudo_mask.mask, "confidence": pseudo_mask.confidence}
+def _text(group: h5py.Group, name: str) -> str:
+    return _bounded(str(_attribute(group, name)))
+
+
+def _attribute(group: h5py.Group, name: str) -> Any:
+    declared = group.attrs.get_id(name)
+    if declared.get_type().get_size() * math.prod(declared.shape) > MAX_ATTRIBUTE_BYTES:
+        raise ValueError(f"attribute '{name}' has more than {MAX_ATTRIBUTE_BYTES} bytes")
+    return group.attrs[name]
+
+
+def _bounded(text: str) -> str:
+    if len(text) > MAX_TEXT_LENGTH:
+        raise ValueError(f"a text has {len(text)} characters, the limit is {MAX_TEXT_LENGTH}")
+    return text
+
+
+def _check(mask: NDArray[np.uint8]) -> None:
+    if mask.max() == IGNORE:
+        raise ValueError(f"the mask holds {IGNORE}, which is no class; a low confidence says it instead")
+
+
+def _check_size(size: tuple[int, int], cams: int) -> None:
+    pixels = size[0] * size[1]
+    if min(size) < 1 or pixels > MAX_DECODED_PIXELS or cams * pixels > MAX_CAM_VALUES:
+        raise ValueError(
+            f"{size[1]} x {size[0]} pixels with {cams} CAMs; the limits are {MAX_DECODED_PIXELS} pixels and "
+            f"{MAX_CAM_VALUES} values of CAMs"
+        )
+
+
+def _arrays(pseudo_mask: PseudoMask) -> dict[str, NDArray[Any]]:
+    arrays: dict[str, NDArray[Any]] = {"mask": pseudo_mask.mask, "confidence": pseudo_mask.confidence}
     if pseudo_mask.cams is not None:
         arrays["cams"] = pseudo_mask.cams
     return arrays
 
 
-def _write_array(group: h5py.Group, name: str, array: np.ndarray[Any, Any]) -> None:
-    if array.size == 0:  # CAMs of an image without labels; HDF5 has no chunks of size 0
-        group.create_dataset(name, data=array)
-        return
-    chunk = (1, *array.shape[1:]) if array.ndim == 3 else array.shape
-    group.create_dataset(name, data=array, chunks=chunk, **_FILTERS)
+def _chunk(shape: tuple[int, ...]) -> tuple[int, ...]:
+    return (1, *shape[1:]) if len(shape) == 3 else shape
+
+
+def _read_array(group: h5py.Group, name: str, shape: tuple[int, ...], kind: str) -> NDArray[Any]:
+    """An array that is declared as ``write_record`` declares it, inflated to its size and no further."""
+    dataset = own_member(group, name, h5py.Dataset)
+    declared = dataset.id.get_create_plist()
+    if math.prod(shape) and (
+        declared.get_layout() != h5py.h5d.CHUNKED  # so neither virtual nor in another file
+        or dataset.chunks != _chunk(shape)
+        or [declared.get_filter(n)[0] for n in range(declared.get_nfilters())] != _FILTER_CODES
+    ):
+        raise ValueError(f"'{name}' isn't stored in the chunks and with the compression of this cache")
+    if dataset.dtype != np.dtype(kind) or dataset.shape != shape:
+        raise ValueError(f"'{name}' is {dataset.dtype} {dataset.shape}, not {np.dtype(kind)} {shape}")
+    array = np.empty(shape, kind)
+    chunks = array.reshape(-1, *shape[-2:])
+    for number, chunk in enumerate(chunks if array.size else ()):
+        offset = (number, 0, 0) if len(shape) == 3 else (0, 0)
+        stored = dataset.id.get_chunk_info_by_coord(offset)
+        if stored.byte_offset is None or stored.size > 2 * chunk.nbytes + 1024:
+            raise ValueError(f"a chunk of '{name}' is missing or has {stored.size} bytes")
+        skipped, content = dataset.id.read_direct_chunk(offset)
+        content = content[:-_CHECKSUM_BYTES]
+        if skipped != _NOT_DEFLATED:
+            content = zlib.decompressobj().decompress(content, chunk.nbytes + 1)
+        if skipped not in (0, _NOT_DEFLATED) or len(content) != chunk.nbytes:
+            raise ValueError(f"a chunk of '{name}' doesn't inflate to {chunk.nbytes} bytes")
+        # HDF5 stores the first byte of every value, then the second of every value
+        values = np.frombuffer(content, np.uint8).reshape(chunk.itemsize, -1).T.copy()
+        chunk[...] = values.view(kind).reshape(chunk.shape)
+    return array

@@ -1,4 +1,4 @@
-"""Shard files: built in memory, written whole, opened read-only.
+"""Shard files: named, built in memory, written whole, opened read-only.
 
 HDF5 never writes to the disk here. Where a write fails (disk full, quota, file-size limit), HDF5 2.0 leaves a
 file that often doesn't open any more, and crashes the process when it closes its handles; and a process
@@ -7,19 +7,64 @@ killed in the midst of a flush leaves the same. So a shard is built in memory an
 
 from __future__ import annotations
 
+import re
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import h5py
 
+from wsss_pipeline.cache.records import escape_id, own_member, write_record
 from wsss_pipeline.data.masks import PseudoMask
-from wsss_pipeline.cache.records import escape_id, write_record
 from wsss_pipeline.errors import CacheFormatError
+from wsss_pipeline.runtime.output import one_line
 
 FORMAT_VERSION = 1
 IMAGES = "images"
+PARTIAL_SUFFIX = ".partial"
+DAMAGED_SUFFIX = ".damaged"
+
+_PATTERN = re.compile(r"shard-(\d{1,9})of(\d{1,9})-(\d{1,9})\.h5(\..+)?")
+
+
+@dataclass(frozen=True, order=True)
+class ShardName:
+    """File ``sequence`` in the folder, by writer ``index`` of ``count``; the order is that of writing."""
+
+    sequence: int
+    index: int
+    count: int
+
+    def __str__(self) -> str:
+        """For example ``shard-0of4-00012.h5``; such a file never changes."""
+        return f"shard-{self.index}of{self.count}-{self.sequence:05}.h5"
+
+    @property
+    def partial(self) -> str:
+        """The name while the file is being filled."""
+        return f"{self}{PARTIAL_SUFFIX}"
+
+
+def named_shards(folder: Path) -> list[tuple[ShardName, str, Path]]:
+    """All files of shards, in order of writing, with what stands behind ``.h5``: nothing for a finished one."""
+    matches = ((_PATTERN.fullmatch(path.name), path) for path in folder.iterdir())
+    return sorted(
+        (ShardName(sequence=int(match[3]), index=int(match[1]), count=int(match[2])), match[4] or "", path)
+        for match, path in matches
+        if match is not None
+    )
+
+
+def shard_files(folder: Path, suffix: str = "") -> list[Path]:
+    """Files of shards with this suffix, in order of writing: what a later one says holds."""
+    return [path for _, found, path in named_shards(folder) if found == suffix]
+
+
+def next_sequence(folder: Path) -> int:
+    """One more than the largest number that any shard file in the folder has, whatever its state."""
+    return 1 + max((name.sequence for name, _, _ in named_shards(folder)), default=0)
 
 
 class ShardBuilder:
@@ -47,7 +92,11 @@ class ShardBuilder:
     def add(
         self, image_id: str, pseudo_mask: PseudoMask, *, image_digest: str, seconds: float, scale: float
     ) -> None:
-        """Add a record, in place of one of the same image."""
+        """Add a record, in place of one of the same image.
+
+        Raises:
+            CacheRecordError: as ``write_record``.
+        """
         write_record(
             self._images, image_id, pseudo_mask, image_digest=image_digest, seconds=seconds, scale=scale
         )
@@ -92,34 +141,35 @@ def open_shard(path: Path, fingerprint: str) -> Iterator[h5py.Group]:
     Raises:
         CacheFormatError: the file is damaged, or belongs to another format version or mask set.
     """
-    file, images = open_images(path, fingerprint)
+    images = open_images(path, fingerprint)
     try:
         yield images
     finally:
-        file.close()
+        images.file.close()
 
 
-def open_images(path: Path, fingerprint: str) -> tuple[h5py.File, h5py.Group]:
-    """The file, which the caller closes, and its group of all records.
+def open_images(path: Path, fingerprint: str) -> h5py.Group:
+    """The group of all records; the caller closes its ``file``.
 
     Raises:
         CacheFormatError: the file is damaged, or belongs to another format version or mask set.
     """
     file: h5py.File | None = None
     try:
+        if path.exists() and not path.is_file():  # a pipe would be waited for
+            raise ValueError("it isn't a file")
         # "best-effort": file systems without locks can be read as well; a finished shard needs none
         file = h5py.File(path, "r", locking="best-effort")
-        version, found = int(file.attrs["format_version"]), str(file.attrs["fingerprint"])
-        images = file[IMAGES]
-        if not isinstance(images, h5py.Group):
-            raise TypeError(f"'{IMAGES}' isn't a group")
+        version, owner = int(file.attrs["format_version"]), str(file.attrs["fingerprint"])
+        images: h5py.Group = own_member(file, IMAGES, h5py.Group)
     except Exception as error:  # a damaged file makes HDF5 raise almost anything
         if file is not None:
             file.close()
-        reason = " ".join(str(error).split())
-        raise CacheFormatError(f"{path} can't be opened ({reason}); `wsss cache gc` sets it aside") from error
-    if version != FORMAT_VERSION or found != fingerprint:
+        raise CacheFormatError(
+            f"{path} can't be opened ({one_line(error)}); `wsss cache gc` sets it aside"
+        ) from error
+    if version != FORMAT_VERSION or owner != fingerprint:
         file.close()
-        other = f"format version {version}" if version != FORMAT_VERSION else f"mask set {found[:12]}"
+        other = f"format version {version}" if version != FORMAT_VERSION else f"mask set {owner[:12]}"
         raise CacheFormatError(f"{path} belongs to {other}, not to this folder; move it away")
-    return file, images
+    return images

@@ -10,22 +10,32 @@ from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 
-from wsss_pipeline.runtime.output import write_file, writing
-from wsss_pipeline.cache.finished_records import FinishedRecords
-from wsss_pipeline.cache.index import Stamp, list_records, note_checked, read_trusted, write_index
-from wsss_pipeline.cache.locks import WriterLock, is_written, set_lock
-from wsss_pipeline.cache.manifest import (
-    Completion,
-    ShareCompletion,
-    read_manifest,
-    update_completion,
+from wsss_pipeline.cache.finished import FinishedImages
+from wsss_pipeline.cache.index import (
+    INDEX,
+    Stamp,
+    list_records,
+    note_checked,
+    read_trusted,
+    stamp,
+    write_index,
 )
+from wsss_pipeline.cache.locks import WriterLock, held_locks, lock_name, set_lock
+from wsss_pipeline.cache.manifest import Completion, ShareCompletion, read_manifest, update_completion
+from wsss_pipeline.cache.records import RecordInfo, check_records
+from wsss_pipeline.cache.shards import (
+    DAMAGED_SUFFIX,
+    PARTIAL_SUFFIX,
+    ShardBuilder,
+    ShardName,
+    named_shards,
+    next_sequence,
+    open_shard,
+)
+from wsss_pipeline.data.image_files import ImageFile, Status
 from wsss_pipeline.data.masks import PseudoMask
-from wsss_pipeline.cache.records import RecordInfo
-from wsss_pipeline.cache.salvage import finish_shard, salvage, take_over_partials
-from wsss_pipeline.cache.shard_names import INDEX, ShardName, next_sequence
-from wsss_pipeline.cache.shards import ShardBuilder
-from wsss_pipeline.errors import CacheError, OutputError
+from wsss_pipeline.errors import CacheError, CacheFormatError, OutputError
+from wsss_pipeline.runtime.output import TEMPORARY_SUFFIX, sync_folder, write_file, writing
 
 IMAGES_PER_SHARD = 1000
 BYTES_PER_SHARD = 64 * 2**20  # a shard is in memory until it is finished
@@ -65,8 +75,7 @@ class MaskWriter:
         self._index, self._count = index, count
         self._images_per_shard = images_per_shard
         self._lock = WriterLock(self._folder, index, count)
-        self._finished: FinishedRecords | None = None
-        self._checked: dict[str, Stamp] = {}
+        self._finished: FinishedImages | None = None
         self._builder: ShardBuilder | None = None
         self._name: ShardName | None = None
         self._unsaved = 0
@@ -74,21 +83,23 @@ class MaskWriter:
         self._flush_duration = 0.0
         self._is_marked_incomplete = False
         self._failed = False
-        self._places: Mapping[str, str] = {}
+        self._shard_of: Mapping[str, str] = {}
 
     def __enter__(self) -> MaskWriter:
         self._fingerprint = read_manifest(self._folder).fingerprint
+        checked: dict[str, Stamp] = {}
         with set_lock(self._folder):
             self._lock.acquire()
             try:
-                partials = take_over_partials(self._folder, self._index, self._count)
+                names = take_over_partials(self._folder, self._index, self._count)
             except BaseException:
                 self._lock.release()
                 raise
         try:
-            for partial in partials:
-                self._salvage(partial)
-            self._finished = FinishedRecords(self._folder)
+            for name in names:
+                salvage(self._folder, name, self._fingerprint, checked)
+            self._finished = FinishedImages(self._folder, self._index, self._count)
+            self._finished.checked |= checked
         except BaseException:
             self._lock.release()
             raise
@@ -104,21 +115,31 @@ class MaskWriter:
                 raise
             logger.warning("%s", second)
 
+    def is_current(
+        self,
+        image_id: str,
+        file: ImageFile,
+        labels: tuple[str, ...],
+        *,
+        need_cams: bool = False,
+        check_bytes: bool = False,
+    ) -> bool:
+        """Whether finished shards held this image's mask at the start; see ``FinishedImages.is_current``."""
+        return self._open().is_current(image_id, file, labels, need_cams=need_cams, check_bytes=check_bytes)
+
     def record(self, image_id: str) -> RecordInfo | None:
         """What finished shards held of an image at the start; None where nothing, or a damaged record."""
-        return self._records().get(image_id)
-
-    def done(self, images: Mapping[str, tuple[str, tuple[str, ...]]], need_cams: bool = False) -> set[str]:
-        """The images that finished shards held at the start, for the same bytes and labels.
-
-        Args:
-            images: image id to digest of the image file and class names.
-            need_cams: a record without CAMs doesn't count.
-        """
-        return self._records().done(images, need_cams)
+        return self._open().record(image_id)
 
     def write(
-        self, image_id: str, pseudo_mask: PseudoMask, *, image_digest: str, seconds: float, scale: float = 1.0
+        self,
+        image_id: str,
+        pseudo_mask: PseudoMask,
+        *,
+        image_digest: str,
+        seconds: float,
+        scale: float = 1.0,
+        status: Status | None = None,
     ) -> None:
         """Add an image's record; it takes the place of an earlier one.
 
@@ -127,23 +148,31 @@ class MaskWriter:
             pseudo_mask: mask, confidence, labels, maybe CAMs.
             image_digest: SHA-256 of the image file, hexadecimal.
             seconds: time the mask took.
-            scale: side of the picture that CLIP and CRF saw, by that of the image.
+            scale: side of the image that CLIP and CRF saw, by that of the file's.
+            status: ``file_status`` of the image file before it was read; with it the next run needn't read it.
 
         Raises:
-            CacheRecordError: the id can't be stored.
+            CacheRecordError: the id can't be stored, or the mask holds 255.
             OutputError: see the class.
         """
-        self._records()
-        if self._failed:
-            raise OutputError(f"{self._folder}: an earlier write failed; run the same command again")
+        finished = self._open()
+        self._refuse_after_failure()
         if self._builder is None:
-            self._begin_shard()
-        assert self._builder is not None
+            with self._failing_for_good(), writing(self._folder):
+                self._name = ShardName(next_sequence(self._folder), self._index, self._count)
+            self._builder = ShardBuilder(self._fingerprint)
+            self._last_flush = time.monotonic()
         self._builder.add(image_id, pseudo_mask, image_digest=image_digest, seconds=seconds, scale=scale)
+        if status is not None:
+            has_cams = pseudo_mask.cams is not None
+            finished.note(image_id, status, pseudo_mask.labels, has_cams, str(self._name))
         self._unsaved += 1
         if len(self._builder) >= self._images_per_shard or self._builder.size >= BYTES_PER_SHARD:
             self._finish_shard()
-        elif self._is_flush_due():
+            return
+        rested = time.monotonic() - self._last_flush
+        is_time = self._unsaved >= IMAGES_PER_FLUSH or rested >= SECONDS_PER_FLUSH
+        if is_time and rested >= FLUSH_REST * self._flush_duration:
             self.flush()
 
     def flush(self) -> None:
@@ -158,35 +187,27 @@ class MaskWriter:
         self._last_flush = time.monotonic()
         self._flush_duration = self._last_flush - start
 
-    def adopt(self, name: ShardName, stamp: Stamp) -> None:
-        """A worker has written this shard (see ``ShardWriter``): count its images and believe its bytes."""
-        self._checked[name.finished] = stamp
-
     def finish(self, expected_ids: Collection[str]) -> Completion:
-        """Finish the shard at hand, and note in the manifest how complete the set is.
+        """Finish the shard at hand, note in the manifest how complete the set is, and for the next run what is known.
 
         Args:
             expected_ids: all images of this share, those that failed or were there before as well. The set is
                 complete when each of the shares has finished with none of its images missing.
         """
+        finished = self._open()
+        self._refuse_after_failure()
         self._finish_shard()
         # outside the lock, which others wait for: what they finish meanwhile is theirs to count
-        listing = list_records(self._folder, self._fingerprint)
-        self._places = listing.places
-        missing = sum(image_id not in listing.places for image_id in expected_ids)
+        self._shard_of = list_records(self._folder, self._fingerprint).shard_of
+        missing = sum(image_id not in self._shard_of for image_id in expected_ids)
         with set_lock(self._folder):
-            completion = read_manifest(self._folder).completion
-            shares = self._other_shares(completion)
+            shares = self._other_shares()
             shares[f"{self._index}/{self._count}"] = ShareCompletion(len(expected_ids), missing)
             is_complete = len(shares) == self._count and not any(share.missing for share in shares.values())
-            completion = Completion(len(listing.places), dict(sorted(shares.items())), is_complete)
+            completion = Completion(len(self._shard_of), dict(sorted(shares.items())), is_complete)
             update_completion(self._folder, completion)
+        finished.save(self._shard_of)
         return completion
-
-    @property
-    def places(self) -> Mapping[str, str]:
-        """Image id to the finished shard that holds its record, as of ``finish``."""
-        return self._places
 
     def close(self) -> None:
         """Finish the shard at hand, see to the index, let go of the lock; nothing more the second time.
@@ -199,8 +220,12 @@ class MaskWriter:
         try:
             if not self._failed:
                 self._finish_shard()
-                if self._is_index_stale():
-                    self._leave_index(self._checked | self._finished.checked)
+                checked = self._finished.checked
+                is_stale = bool(checked) or not (self._folder / INDEX).exists()
+                if not is_stale and self._shard_of:
+                    is_stale = set(read_trusted(self._folder)) != set(self._shard_of.values())
+                if is_stale:
+                    self._leave_index(checked)
         finally:
             self._finished = None
             if self._builder is not None:
@@ -208,54 +233,34 @@ class MaskWriter:
                 self._builder = None
             self._lock.release()
 
-    def _is_index_stale(self) -> bool:
-        assert self._finished is not None
-        if self._checked or self._finished.checked or not (self._folder / INDEX).exists():
-            return True
-        return bool(self._places) and set(read_trusted(self._folder)) != set(self._places.values())
-
     def _leave_index(self, checked: dict[str, Stamp]) -> None:
         with set_lock(self._folder):
             # let go within the set's lock: of two that close together, the second finds itself alone
             self._lock.release()
-            if is_written(self._folder):
+            if held_locks(self._folder):
                 note_checked(self._folder, self._index, self._count, checked)
                 return
-            listing = list_records(self._folder, self._fingerprint)
-            write_index(self._folder, self._fingerprint, listing, read_trusted(self._folder) | checked)
+            listing = write_index(self._folder, self._fingerprint, checked)
             completion = read_manifest(self._folder).completion
-            update_completion(self._folder, replace(completion, images=len(listing.places)))
+            update_completion(self._folder, replace(completion, images=len(listing.shard_of)))
 
-    def _records(self) -> FinishedRecords:
+    def _open(self) -> FinishedImages:
         if self._finished is None:
             raise CacheError(f"{self._folder}: the writer isn't open; use it in a with statement")
         return self._finished
 
-    def _salvage(self, partial: Path) -> None:
-        found = salvage(partial, self._fingerprint)
-        if found is not None:
-            path, stamp = found
-            self._checked[path.name] = stamp
-
-    def _begin_shard(self) -> None:
-        with self._failing_for_good(), writing(self._folder):
-            self._name = ShardName(next_sequence(self._folder), self._index, self._count)
-        self._builder = ShardBuilder(self._fingerprint)
-        self._last_flush = time.monotonic()
-
-    def _is_flush_due(self) -> bool:
-        rested = time.monotonic() - self._last_flush
-        is_time = self._unsaved >= IMAGES_PER_FLUSH or rested >= SECONDS_PER_FLUSH
-        return is_time and rested >= FLUSH_REST * self._flush_duration
+    def _refuse_after_failure(self) -> None:
+        if self._failed:
+            raise OutputError(f"{self._folder}: an earlier write failed; run the same command again")
 
     def _finish_shard(self) -> None:
-        if self._builder is None or self._name is None or self._failed:
+        if self._builder is None or self._name is None:
             return
         if len(self._builder):
             with self._failing_for_good():
                 self._mark_incomplete()
-                stamp = finish_shard(self._folder, self._name, self._builder.to_bytes())
-            self._checked[self._name.finished] = stamp
+                written = finish_shard(self._folder, self._name, self._builder.to_bytes())
+            self._open().checked[str(self._name)] = written
         self._builder.close()
         self._builder = self._name = None
         self._unsaved = 0
@@ -271,18 +276,99 @@ class MaskWriter:
 
     def _mark_incomplete(self) -> None:
         """Before the first write: a set that says it is complete no longer is, until ``finish``."""
-        if self._is_marked_incomplete:
-            return
-        with set_lock(self._folder):
-            completion = read_manifest(self._folder).completion
-            shares = self._other_shares(completion)
-            update_completion(self._folder, Completion(completion.images, shares, complete=False))
-        self._is_marked_incomplete = True
+        if not self._is_marked_incomplete:
+            with set_lock(self._folder):
+                images = read_manifest(self._folder).completion.images
+                update_completion(self._folder, Completion(images, self._other_shares(), complete=False))
+            self._is_marked_incomplete = True
 
-    def _other_shares(self, completion: Completion) -> dict[str, ShareCompletion]:
+    def _other_shares(self) -> dict[str, ShareCompletion]:
         """Completion of the other shares of the same partition; another partition's says nothing here."""
         return {
             share: item
-            for share, item in completion.shares.items()
+            for share, item in read_manifest(self._folder).completion.shares.items()
             if share.endswith(f"/{self._count}") and share != f"{self._index}/{self._count}"
         }
+
+
+def finish_shard(folder: Path, name: ShardName, content: bytes) -> Stamp:
+    """Write a shard's last state, wait until it is on the disk, and give it its final name.
+
+    Raises:
+        OutputError: disk full, read-only, ...
+    """
+    partial, finished = folder / name.partial, folder / str(name)
+    write_file(partial, content)
+    with writing(folder):
+        partial.replace(finished)
+        sync_folder(folder)
+        return stamp(finished)
+
+
+def take_over_partials(folder: Path, index: int, count: int) -> list[ShardName]:
+    """Rename what dead writers left to names of share ``index`` of ``count``, whose lock protects it then.
+
+    The caller holds the set's lock and that of the share.
+
+    Returns:
+        Their new names.
+
+    Raises:
+        OutputError: the folder can't be written.
+    """
+    taken = []
+    held = {path.name for path in held_locks(folder)} - {lock_name(index, count)}
+    with writing(folder):
+        for name, suffix, path in named_shards(folder):
+            if lock_name(name.index, name.count) in held:
+                continue
+            if suffix == PARTIAL_SUFFIX + TEMPORARY_SUFFIX:
+                path.unlink()
+            elif suffix == PARTIAL_SUFFIX:
+                taken.append(ShardName(next_sequence(folder), index, count))
+                path.replace(folder / taken[-1].partial)
+    return taken
+
+
+def salvage(folder: Path, name: ShardName, fingerprint: str, checked: dict[str, Stamp]) -> int:
+    """Finish a shard that its writer didn't, without the records that are damaged.
+
+    A partial file that can't be opened is kept, as ``*.damaged``; one without a sound record is removed.
+
+    Args:
+        folder: of the mask set.
+        name: of the shard, from ``take_over_partials``.
+        fingerprint: of the mask set.
+        checked: gets the stamp of the finished shard, by its name.
+
+    Returns:
+        Number of records that were sound.
+
+    Raises:
+        OutputError: disk full, read-only, ...; the partial file is still there then.
+    """
+    partial, builder = folder / name.partial, ShardBuilder(fingerprint)
+    try:
+        with open_shard(partial, fingerprint) as images:
+            sound, damaged = check_records(images)
+            for image_id in sound:
+                builder.copy(images, image_id)
+        if damaged:
+            logger.warning(
+                "%d records that an interrupted run left are damaged, they are done again", len(damaged)
+            )
+        if sound:
+            checked[str(name)] = finish_shard(folder, name, builder.to_bytes())
+            logger.info("%d images of an interrupted run were salvaged into %s", len(sound), name)
+        else:
+            with writing(folder):
+                partial.unlink()
+        return len(sound)
+    except CacheFormatError as error:
+        kept = f"{name}{DAMAGED_SUFFIX}"
+        with writing(folder):
+            partial.replace(folder / kept)
+        logger.warning("%s; what an interrupted run left is kept as %s", error, kept)
+        return 0
+    finally:
+        builder.close()

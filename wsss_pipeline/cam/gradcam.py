@@ -32,7 +32,7 @@ def softmax_gradcam(
     """
     maps = []
     for last, rows, count in zip(features.last, texts, num_classes, strict=True):
-        gradients = probability_gradients(last.pooled(), rows, count, logit_scale)
+        gradients = probability_gradients(last.pooled, rows, count, logit_scale)
         weights = last.mean_token_gradients(gradients)
         maps.append((weights @ last.tokens[1:].T).view(count, *features.grid))
     return maps

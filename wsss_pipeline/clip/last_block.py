@@ -67,8 +67,9 @@ class LastBlock:
         activated, slope = _with_slope(mlp.activation_fn, _product(normed, mlp.fc1))
         output = hidden + _product(activated, mlp.fc2)
         outer, normed = _layer_norm(output, self.post_norm)
+        pooled = normed[1:].mean(dim=0) @ self.projection.T
         return LastBlockPass(
-            self, tokens, output, normed, query, key, value, mixed, probabilities, inner, outer, slope
+            self, tokens, output, normed, pooled, query, key, value, mixed, probabilities, inner, outer, slope
         )
 
 
@@ -81,6 +82,7 @@ class LastBlockPass:
         tokens: float32 (N, D), the normalised input of the self-attention, class token first.
         output: float32 (N, D), the residual stream after the block.
         normed: float32 (N, D), the same after the last layer norm.
+        pooled: float32 (P,), mean over the patch embeddings, not normalised; the class token takes no part.
         query, key, value, mixed: float32 (H, N, d).
         probabilities: float32 (H, N, N), row-stochastic.
         inner, outer: of the layer norms before the MLP and before the projection.
@@ -91,6 +93,7 @@ class LastBlockPass:
     tokens: Tensor
     output: Tensor
     normed: Tensor
+    pooled: Tensor
     query: Tensor
     key: Tensor
     value: Tensor
@@ -99,10 +102,6 @@ class LastBlockPass:
     inner: Normalised
     outer: Normalised
     slope: Tensor
-
-    def pooled(self) -> Tensor:
-        """Mean over the patch embeddings, float32 (P,), not normalised; the class token takes no part."""
-        return self.normed[1:].mean(dim=0) @ self.block.projection.T
 
     def patches(self) -> Tensor:
         """Patch embeddings, float32 (hw, P), not normalised."""
@@ -114,7 +113,7 @@ class LastBlockPass:
         Linear in ``pooled_gradients``, so what these depend on, such as the rows of texts, gets its own gradient.
 
         Args:
-            pooled_gradients: float32 (K, P), gradient of each score at ``pooled()``.
+            pooled_gradients: float32 (K, P), gradient of each score at ``pooled``.
 
         Returns:
             float32 (K, D). The class token's own gradient takes no part in the mean.

@@ -65,7 +65,13 @@ class Trunk:
         self._dtype = DTYPES[precision]
         for layer in self._layers[:-1]:
             attention = layer.self_attn
-            for linear in (attention.q_proj, attention.k_proj, attention.v_proj, attention.out_proj, layer.mlp):
+            for linear in (
+                attention.q_proj,
+                attention.k_proj,
+                attention.v_proj,
+                attention.out_proj,
+                layer.mlp,
+            ):
                 linear.to(self._dtype)
         self._last = LastBlock(self._layers[-1], model.post_layernorm, vision.visual_projection, self._dtype)
 

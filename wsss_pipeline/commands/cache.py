@@ -3,25 +3,54 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from wsss_pipeline.commands.options import PATH
+from wsss_pipeline.errors import ConfigError
+from wsss_pipeline.runtime.output import printable
 
 if TYPE_CHECKING:
     from wsss_pipeline.cache import MaskSetStatus
 
-cache_option = click.option(
-    "--cache",
-    type=PATH,
-    default="cache",
-    show_default=True,
-    help="A mask set, or the folder that holds mask sets.",
-)
+DEFAULT_CACHE = Path("cache")
+
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON for machines.")
+
+
+def mask_sets_argument(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Mask sets, or folders that hold some: as arguments, or one as ``--cache``."""
+    option = click.option(
+        "--cache",
+        type=PATH,
+        show_default=str(DEFAULT_CACHE),
+        help="A mask set, or the folder that holds mask sets; the same as PATH.",
+    )
+    return click.argument("paths", metavar="[PATH]...", nargs=-1, type=PATH)(option(command))
+
+
+def find_mask_sets(paths: tuple[Path, ...], cache: Path | None) -> list[Path]:
+    """The mask sets that a command is about; a folder without one is named on stderr.
+
+    Raises:
+        ConfigError: arguments and ``--cache`` name different folders.
+        CacheFormatError: one isn't there.
+    """
+    from wsss_pipeline.cache import list_mask_sets
+
+    if paths and cache is not None and [path.resolve() for path in paths] != [cache.resolve()]:
+        raise ConfigError(f"{paths[0]} and --cache {cache} are both given; leave one of them away")
+    found: list[Path] = []
+    for path in paths or (cache or DEFAULT_CACHE,):
+        sets = list_mask_sets(path)
+        if not sets:
+            click.echo(printable(f"no mask set in {path}"), err=True)
+        found += sets
+    return list(dict.fromkeys(found))
 
 
 @click.group("cache", short_help="Look after the pseudo-mask cache.")
@@ -30,77 +59,75 @@ def command() -> None:
 
     \b
     Example:
-      wsss cache ls --cache cache
+      wsss cache ls cache
     """
 
 
 @command.command("ls")
-@cache_option
+@mask_sets_argument
 @json_option
-def list_sets(cache: Path, as_json: bool) -> None:
+def list_sets(paths: tuple[Path, ...], cache: Path | None, as_json: bool) -> None:
     """List the mask sets in a cache, a line each.
 
     \b
     Example:
-      wsss cache ls --cache cache
+      wsss cache ls cache
     """
-    from wsss_pipeline.cache import list_mask_sets, status
+    from wsss_pipeline.cache import status
 
-    found = [status(path) for path in list_mask_sets(cache)]
+    found = [status(path) for path in find_mask_sets(paths, cache)]
     if as_json:
-        click.echo(json.dumps([_as_dict(item) for item in found]))
+        click.echo(_json(found))
         return
     for item in found:
         state = "complete" if item.complete else "incomplete"
         size = f"{item.bytes / 2**20:.1f} MiB"
-        click.echo(f"{item.path}  {item.images} images  {size}  {state}  {item.manifest.created}")
-    if not found:
-        click.echo(f"no mask set in {cache}", err=True)
+        line = f"{item.path}  {item.images} images  {size}  {state}  {item.manifest.created}"
+        click.echo(printable(line))
 
 
 @command.command("status")
-@cache_option
+@mask_sets_argument
 @json_option
-def show_status(cache: Path, as_json: bool) -> None:
+def show_status(paths: tuple[Path, ...], cache: Path | None, as_json: bool) -> None:
     """Say what each mask set holds and what its masks were made with.
 
     \b
     Example:
-      wsss cache status --cache cache/voc12-1f0c2a9be45d
+      wsss cache status cache/voc12-1f0c2a9be45d
     """
-    from wsss_pipeline.cache import list_mask_sets, status
+    from wsss_pipeline.cache import status
 
-    found = [status(path) for path in list_mask_sets(cache)]
+    found = [status(path) for path in find_mask_sets(paths, cache)]
     if as_json:
-        click.echo(json.dumps([_as_dict(item) for item in found]))
+        click.echo(_json(found))
         return
     for item in found:
-        click.echo("\n".join(_lines(item)))
-    if not found:
-        click.echo(f"no mask set in {cache}", err=True)
+        click.echo("\n".join(map(printable, _lines(item))))
 
 
 @command.command("verify")
-@cache_option
+@mask_sets_argument
 @click.pass_context
-def verify_sets(context: click.Context, cache: Path) -> None:
+def verify_sets(context: click.Context, paths: tuple[Path, ...], cache: Path | None) -> None:
     """Read every record and compare it with its digest; exit code 1 where something is damaged.
 
     \b
     Example:
-      wsss cache verify --cache cache
+      wsss cache verify cache
     """
-    from wsss_pipeline.cache import list_mask_sets, verify
+    from wsss_pipeline.cache import verify
 
     damaged = False
-    for path in list_mask_sets(cache):
+    for path in find_mask_sets(paths, cache):
         report = verify(path)
         for name, reason in (report.unreadable | report.damaged).items():
-            click.echo(f"{name}: {reason}", err=True)
-        click.echo(
+            click.echo(printable(f"{name}: {reason}"), err=True)
+        summary = (
             f"{path}: {report.sound} images sound, {len(report.damaged)} damaged, "
             f"{len(report.unreadable)} shards unreadable"
         )
+        click.echo(printable(summary))
         damaged |= not report.ok
     if damaged:
         click.echo("running the same generate-masks again makes the damaged masks anew", err=True)
@@ -123,37 +150,38 @@ def merge_sets(sources: tuple[Path, ...], destination: Path) -> None:
 
     report = merge(sources, destination)
     click.echo(
-        f"{report.copied} records copied, {report.already_there} were there already, "
+        f"{report.copied} shards copied, {report.already_there} were there already, "
         f"{report.unreadable} shards unreadable; the mask set holds {report.images} images",
         err=True,
     )
-    click.echo(report.path)
+    click.echo(printable(str(report.path)))
 
 
 @command.command("gc")
-@cache_option
-def collect_garbage(cache: Path) -> None:
+@mask_sets_argument
+def collect_garbage(paths: tuple[Path, ...], cache: Path | None) -> None:
     """Free the disk that replaced or damaged records and left-over files take.
 
     \b
     Example:
-      wsss cache gc --cache cache
+      wsss cache gc cache
     """
-    from wsss_pipeline.cache import gc, list_mask_sets
+    from wsss_pipeline.cache import gc
 
-    for path in list_mask_sets(cache):
+    for path in find_mask_sets(paths, cache):
         report = gc(path)
-        click.echo(
+        summary = (
             f"{path}: {report.images} images kept, {report.superseded} replaced and {len(report.damaged)} damaged "
             f"records dropped, {report.salvaged} salvaged, {report.bytes_freed / 2**20:.1f} MiB freed"
         )
+        click.echo(printable(summary))
         for image_id in report.damaged:
-            click.echo(f"  {image_id}: its record was damaged; generate-masks makes it anew", err=True)
+            line = f"  {image_id}: its record was damaged; generate-masks makes it anew"
+            click.echo(printable(line), err=True)
 
 
-def _as_dict(item: MaskSetStatus) -> dict[str, object]:
-    values = asdict(item)
-    return {**values, "path": str(item.path), "complete": item.complete, "unreadable": dict(item.unreadable)}
+def _json(found: list[MaskSetStatus]) -> str:
+    return json.dumps([{**asdict(item), "path": str(item.path), "complete": item.complete} for item in found])
 
 
 def _lines(item: MaskSetStatus) -> list[str]:

@@ -11,7 +11,11 @@ from wsss_pipeline.commands.options import PATH
 
 @click.command("demo", short_help="Run everything on drawn scenes with the embedded CLIP, offline.")
 @click.option(
-    "--out", type=PATH, default="demo-out", show_default=True, help="Folder for data, cache and pictures."
+    "--out",
+    type=PATH,
+    default="demo-out",
+    show_default=True,
+    help="Folder for data, cache, network and report.",
 )
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of scenes and network.")
 @click.option(
@@ -25,7 +29,7 @@ from wsss_pipeline.commands.options import PATH
 def command(out: Path, seed: int, recipe: str, upper_bound: bool) -> None:
     """Draw a small data set, make pseudo masks of it, train a network on them and score both, offline.
 
-    200 training and 100 test scenes are laid out as PASCAL VOC lays out its pictures, and the CLIP that
+    200 training and 100 test scenes are laid out as PASCAL VOC lays out its images, and the CLIP that
     comes with this package was trained on such scenes and their captions. A second run computes nothing
     twice.
 
@@ -33,10 +37,6 @@ def command(out: Path, seed: int, recipe: str, upper_bound: bool) -> None:
     Example:
       wsss demo --out demo-out
     """
-    from wsss_pipeline.runtime.training_progress import TrainingProgressBar
-    from wsss_pipeline.segmentation.train_config import load_train_config
     from wsss_pipeline.stages.demo import run_demo
 
-    with TrainingProgressBar(load_train_config(recipe).optimisation.iterations) as bar:
-        report = run_demo(out, seed, recipe, upper_bound=upper_bound, log=bar.log)
-    click.echo("\n".join(report.lines()))
+    click.echo("\n".join(run_demo(out, seed, recipe, upper_bound=upper_bound).lines()))

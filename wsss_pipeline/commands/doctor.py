@@ -8,20 +8,15 @@ from pathlib import Path
 
 import click
 
-from wsss_pipeline.commands.options import PATH
+from wsss_pipeline.commands.options import PATH, clip_options, given_settings, json_option
 
 
 @click.command("doctor", short_help="Say what is installed here and what is missing.")
 @click.option("--cache", type=PATH, default="cache", show_default=True, help="Where masks are to be written.")
-@click.option(
-    "--clip", metavar="ID_OR_PATH", help="CLIP to look for.  [default: openai/clip-vit-base-patch16]"
-)
-@click.option("--tokenizer", metavar="ID_OR_PATH", help="Its vocabulary, where a .pt has none beside it.")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON for machines.")
+@clip_options
+@json_option
 @click.pass_context
-def command(
-    context: click.Context, /, cache: Path, clip: str | None, tokenizer: str | None, as_json: bool
-) -> None:
+def command(context: click.Context, /, cache: Path, as_json: bool) -> None:
     """Say what is installed here, which device and CRF would be used, and what is missing.
 
     Nothing is fetched. Exit code 1 where something would stop generate-masks.
@@ -30,10 +25,10 @@ def command(
     Example:
       wsss doctor --cache cache
     """
-    from wsss_pipeline.methods import load_mask_config as load_config
+    from wsss_pipeline.config import MaskConfig, resolve, user_layers
     from wsss_pipeline.stages.doctor import doctor
 
-    config = load_config(flags={"clip.weights": clip, "clip.tokenizer": tokenizer})
+    config = resolve(MaskConfig, user_layers(None, (), given_settings(context)))
     checks = doctor(cache, config.clip)
     if as_json:
         click.echo(json.dumps([asdict(check) for check in checks]))

@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING
 import click
 
 from wsss_pipeline.commands.options import PATH
+from wsss_pipeline.runtime.output import printable
 
 if TYPE_CHECKING:
-    from wsss_pipeline.cache import ExportFormat
+    from wsss_pipeline.stages.export_masks import ExportFormat
 
 
 @click.command("export-masks", short_help="Write masks out of the cache as files.")
@@ -36,15 +37,16 @@ def command(
     Example:
       wsss export-masks --cache cache --out masks --format voc --min-confidence 0.95
     """
-    from wsss_pipeline.cache import MaskCache, export_masks
+    from wsss_pipeline.cache import MaskCache
+    from wsss_pipeline.stages.export_masks import export_masks
 
     with MaskCache.open(cache) as masks:
-        report = export_masks(masks, out, kind, min_confidence)
+        report = export_masks(masks, out, kind, min_confidence, masks.manifest.mask_set.category_ids)
     for image_id, reason in report.failed.items():
-        click.echo(f"{image_id}: {reason}", err=True)
+        click.echo(printable(f"{image_id}: {reason}"), err=True)
     click.echo(
         f"{report.written} masks written, {report.unchanged} were there already, {len(report.failed)} failed",
         err=True,
     )
-    click.echo(out)
+    click.echo(printable(str(out)))
     context.exit(1 if report.failed else 0)

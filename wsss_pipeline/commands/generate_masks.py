@@ -5,23 +5,24 @@ from __future__ import annotations
 import json
 import shlex
 import sys
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from dataclasses import replace
+from typing import TYPE_CHECKING, Unpack
 
 import click
 
 from wsss_pipeline.commands.options import (
     PATH,
     config_options,
-    crf_options,
+    given_settings,
     input_options,
+    json_option,
     machine_options,
-    read_options,
+    method_options,
     template_option,
 )
 
 if TYPE_CHECKING:
-    from wsss_pipeline.stages.mask_plan import Engine
+    from wsss_pipeline.pseudo_masks.job import Engine, JobPaths
 
 
 @click.command("generate-masks", short_help="Make pseudo masks from images and labels, into the cache.")
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
 )
 @template_option
 @config_options
-@crf_options
+@method_options
 @machine_options
 @click.option(
     "--batch-size",
@@ -43,7 +44,7 @@ if TYPE_CHECKING:
 @click.option(
     "--workers",
     type=click.IntRange(0),
-    help="Images that the CPU works on at a time; with Ray, actors at most.  [default: one a core, at most 8; "
+    help="Images that the CPU works on at a time; with Ray, tasks at a time.  [default: one a core, at most 8; "
     "with Ray, as many as there is room for]",
 )
 @click.option(
@@ -54,10 +55,10 @@ if TYPE_CHECKING:
     type=click.Choice(["local", "ray"]),
     default="local",
     show_default=True,
-    help="This machine, or actors on a Ray cluster.",
+    help="This machine, or a Ray cluster.",
 )
 @click.option("--limit", type=click.IntRange(1), help="At most so many images.")
-@click.option("--store-cams", is_flag=True, help="Keep the CAMs before the CRF in the cache as well.")
+@click.option("--store-cams", is_flag=True, help="Keep the CAMs before refinement in the cache as well.")
 @click.option("--overwrite", is_flag=True, help="Compute again what the cache already holds.")
 @click.option(
     "--check-bytes",
@@ -65,14 +66,11 @@ if TYPE_CHECKING:
     help="Read every finished image again, even where size and time are the same.",
 )
 @click.option("--dry-run", is_flag=True, help="Say what would be done and how much disk it takes, and stop.")
-@click.option(
-    "--json", "as_json", is_flag=True, help="Print a summary as one line of JSON before the last line."
-)
+@json_option
 @click.pass_context
 def command(
     context: click.Context,
     /,
-    cache: Path,
     device: str,
     offline: bool,
     batch_size: int,
@@ -83,9 +81,10 @@ def command(
     store_cams: bool,
     overwrite: bool,
     check_bytes: bool,
+    templates: tuple[str, ...],
     dry_run: bool,
     as_json: bool,
-    **options: Any,
+    **paths: Unpack[JobPaths],
 ) -> None:
     """Make pseudo masks from images and image-level labels, into the cache.
 
@@ -101,34 +100,30 @@ def command(
       wsss generate-masks --images photos --labels labels.csv --classes cat,dog --cache cache
       wsss generate-masks --voc VOCdevkit/VOC2012 --split train_aug
     """
+    from wsss_pipeline.pseudo_masks.job import MaskJob
     from wsss_pipeline.runtime.device import images_at_a_time
-    from wsss_pipeline.runtime.shard import is_torchrun, parse_shard, shard_of_environment
-    from wsss_pipeline.stages.dry_run import describe_run
-    from wsss_pipeline.stages.generate_masks import generate_masks
-    from wsss_pipeline.stages.mask_plan import MaskRequest
+    from wsss_pipeline.runtime.share import is_torchrun, parse_share, share_of_environment
+    from wsss_pipeline.stages.generate_masks import describe_masks, generate_masks
 
-    config, inputs = read_options(options)
-    request = MaskRequest(
-        images=inputs.images,
-        labels=inputs.labels,
-        class_set=inputs.class_set,
-        config=config,
-        cache_dir=cache,
+    if workers is None:
+        workers = 0 if engine == "ray" else images_at_a_time()
+    job = replace(
+        MaskJob.read({"templates": templates or None, **given_settings(context)}, **paths),
         device=device,
-        shard=parse_shard(shard) if shard else shard_of_environment(),
+        share=parse_share(shard) if shard else share_of_environment(),
         limit=limit,
         batch_size=batch_size,
-        workers=workers if workers is not None else 0 if engine == "ray" else images_at_a_time(),
-        engine=engine,
+        workers=workers,
         store_cams=store_cams,
         overwrite=overwrite,
         check_bytes=check_bytes,
         offline=offline,
+        engine=engine,
     )
     if dry_run:
-        click.echo("\n".join(describe_run(request)))
+        click.echo("\n".join(describe_masks(job)))
         return
-    report = generate_masks(request)
+    report = generate_masks(job)
     click.echo("\n".join(report.lines()), err=True)
     if as_json:
         click.echo(json.dumps(report.as_dict()))

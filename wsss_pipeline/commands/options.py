@@ -1,45 +1,71 @@
-"""Options that several commands share, and their way into the configuration."""
+"""Options that several commands share, and their way into the configuration.
+
+A help text takes default, range and description from the field of the configuration that the option sets.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, get_args
 
 import click
 
-from wsss_pipeline.config import SCALES, InferenceConfig, bounds, default
+from wsss_pipeline.config import (
+    SCALES,
+    CrfBackend,
+    CrfImage,
+    InferenceConfig,
+    MaskConfig,
+    Precision,
+    RefinerName,
+    Settings,
+    bounds,
+    default,
+    description,
+)
 from wsss_pipeline.errors import ConfigError
-
-if TYPE_CHECKING:
-    from wsss_pipeline.config import MaskConfig
-    from wsss_pipeline.stages.mask_inputs import MaskInputs
 
 Command = Callable[..., Any]
 
 PATH = click.Path(path_type=Path)
 
-# option as click names it -> dotted key of the configuration
-CONFIG_KEYS = {
-    "clip": "clip.weights",
-    "tokenizer": "clip.tokenizer",
-    "precision": "clip.precision",
-    "max_pixels": "max_pixels",
-    "crf": "crf.backend",
-    "crf_image": "crf.image",
-}
+_SETTINGS = "wsss_pipeline.settings"  # where a command's context keeps what its settings were given
 
 
-def read_options(options: dict[str, Any]) -> tuple[MaskConfig, MaskInputs]:
-    """Configuration and inputs out of what ``input_options``, ``config_options`` and ``crf_options`` took."""
-    from wsss_pipeline.stages.mask_inputs import read_inputs
+def setting(kind: type[Settings], key: str, *names: str, **attributes: Any) -> Callable[[Command], Command]:
+    """An option that sets one field of a configuration; left out, it sets nothing. See ``given_settings``.
 
-    flags = {key: options.get(name) for name, key in CONFIG_KEYS.items()}
-    others = {name: value for name, value in options.items() if name not in CONFIG_KEYS}
-    return read_inputs(flags=flags, **others)
+    Args:
+        kind: of the configuration.
+        key: dotted key of the field.
+        names: of the option, as for ``click.option``.
+        attributes: further ones of the option.
+    """
+    value = default(kind, key)
+    shown = "" if value in (None, "", ()) else f"  [default: {value}]"
+
+    def keep(context: click.Context, parameter: click.Parameter, given: Any) -> None:
+        context.meta.setdefault(_SETTINGS, {})[key] = given
+
+    return click.option(
+        *names,
+        help=description(kind, key) + shown,
+        default=None,
+        expose_value=False,
+        callback=keep,
+        **attributes,
+    )
 
 
-def _all(*options: Callable[[Command], Command]) -> Callable[[Command], Command]:
+def given_settings(context: click.Context) -> dict[str, Any]:
+    """Dotted key to value, None where not given, of a command's ``setting`` options."""
+    return dict(context.meta.get(_SETTINGS, {}))
+
+
+def all_of(*options: Callable[[Command], Command]) -> Callable[[Command], Command]:
+    """Several options as one decorator, in their order."""
+
     def decorate(command: Command) -> Command:
         for option in reversed(options):
             command = option(command)
@@ -48,7 +74,12 @@ def _all(*options: Callable[[Command], Command]) -> Callable[[Command], Command]
     return decorate
 
 
-input_options = _all(
+def choice(names: Any) -> click.Choice[str]:
+    """One of the texts of a ``Literal``."""
+    return click.Choice(get_args(names))
+
+
+input_options = all_of(
     click.option(
         "--images",
         type=PATH,
@@ -66,32 +97,25 @@ input_options = _all(
     click.option("--split", help="With --voc or --coco: which part, for example train_aug or train2014."),
 )
 
-config_options = _all(
+clip_options = all_of(
+    setting(MaskConfig, "clip.weights", "--clip", metavar="ID_OR_PATH"),
+    setting(MaskConfig, "clip.tokenizer", "--tokenizer", metavar="ID_OR_PATH"),
+)
+
+config_options = all_of(
+    clip_options,
+    setting(MaskConfig, "clip.precision", "--precision", type=choice(Precision)),
+    setting(MaskConfig, "max_pixels", "--max-pixels", type=int),
     click.option(
-        "--clip",
-        metavar="ID_OR_PATH",
-        help="CLIP: hub id, Hugging Face folder, OpenAI .pt file, or demo.  [default: openai/clip-vit-base-patch16]",
+        "--preset", metavar="NAME", help="Published settings, such as clip-es/voc12 or clip-es/coco14."
     ),
-    click.option("--tokenizer", metavar="ID_OR_PATH", help="Its vocabulary, where a .pt has none beside it."),
-    click.option(
-        "--precision",
-        type=click.Choice(["auto", "fp32", "bf16", "fp16"]),
-        help="Of CLIP's matrix products.  [default: auto, which is bf16 where the device is fast at it, else fp32]",
-    ),
-    click.option(
-        "--max-pixels",
-        type=int,
-        help="Larger images are scaled to this area for CLIP and the CRF; the mask keeps the image's size.  "
-        "[default: 1048576]",
-    ),
-    click.option("--preset", metavar="NAME", help="Published settings: clip-es/voc12 or clip-es/coco14."),
     click.option("--config", "config_file", type=PATH, help="YAML file of settings."),
     click.option(
         "--set",
         "overrides",
         metavar="KEY=VALUE",
         multiple=True,
-        help="One setting, for example cam.threshold=0.7; may be repeated.",
+        help="One setting, for example cam.threshold=0.7; may be repeated; `wsss config show` lists them.",
     ),
 )
 
@@ -103,23 +127,21 @@ template_option = click.option(
     help="Prompt template with one {}; repeated ones are averaged.  [default: that of the class set]",
 )
 
-crf_options = _all(
-    click.option(
-        "--crf",
-        type=click.Choice(["auto", "pydensecrf", "lattice", "none"]),
-        help="Dense CRF.  [default: auto, which is lattice]",
-    ),
-    click.option(
-        "--crf-image",
-        type=click.Choice(["bgr", "reference"]),
-        help="What the CRF sees: the picture, or the picture as the published script alters it.  [default: bgr]",
-    ),
+method_options = all_of(
+    setting(MaskConfig, "method", "--method", metavar="NAME"),
+    setting(MaskConfig, "refine", "--refine", type=choice(RefinerName)),
+    setting(MaskConfig, "crf.backend", "--crf", type=choice(CrfBackend)),
+    setting(MaskConfig, "crf.image", "--crf-image", type=choice(CrfImage)),
 )
 
-machine_options = _all(
-    click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N."),
+device_option = click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
+
+machine_options = all_of(
+    device_option,
     click.option("--offline", is_flag=True, help="Use only what is on this machine already."),
 )
+
+json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON for machines.")
 
 
 def _scales(context: click.Context, parameter: click.Parameter, text: str | None) -> tuple[float, ...]:
@@ -139,11 +161,10 @@ def _scales(context: click.Context, parameter: click.Parameter, text: str | None
 
 
 def _inference_option(key: str, **options: Any) -> Callable[[Command], Command]:
-    description = InferenceConfig.model_fields[key].description
-    return click.option(f"--{key}", help=f"Network: {description}", **options)
+    return click.option(f"--{key}", help=f"Network: {description(InferenceConfig, key)}", **options)
 
 
-inference_options = _all(
+inference_options = all_of(
     _inference_option("scales", metavar="S,S,...", callback=_scales),
     _inference_option("flip", is_flag=True),
     _inference_option("window", type=click.IntRange(*(bounds(InferenceConfig, "window") or ()))),

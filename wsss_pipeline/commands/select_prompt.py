@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Unpack
 
 import click
 
 from wsss_pipeline.commands.options import (
     PATH,
     config_options,
+    given_settings,
     input_options,
+    json_option,
     machine_options,
-    read_options,
     template_option,
 )
+
+if TYPE_CHECKING:
+    from wsss_pipeline.pseudo_masks.job import JobPaths
 
 
 @click.command("select-prompt", short_help="Rank prompt templates on labelled images.")
@@ -28,7 +33,7 @@ from wsss_pipeline.commands.options import (
 @click.option("--top", type=click.IntRange(1), default=10, show_default=True, help="Rows of the table.")
 @config_options
 @machine_options
-@click.option("--json", "as_json", is_flag=True, help="Print JSON for machines.")
+@json_option
 @click.pass_context
 def command(
     context: click.Context,
@@ -40,7 +45,7 @@ def command(
     offline: bool,
     as_json: bool,
     templates: tuple[str, ...],
-    **options: Any,
+    **paths: Unpack[JobPaths],
 ) -> None:
     """Rank prompt templates by their sharpness on labelled images; the smallest is the best.
 
@@ -51,20 +56,16 @@ def command(
       wsss select-prompt --images photos --labels labels.csv --classes cat,dog --out prompt.yaml
       wsss generate-masks --images photos --labels labels.csv --classes cat,dog --config prompt.yaml
     """
-    from wsss_pipeline.cam.prompts import built_in_templates
-    from wsss_pipeline.stages.select_prompt import select_prompt, write_choice
+    import yaml
 
-    config, inputs = read_options(options)
-    ranking = select_prompt(
-        inputs.images,
-        inputs.labels,
-        inputs.class_set,
-        templates or built_in_templates(),
-        config,
-        limit=limit,
-        device=device,
-        offline=offline,
-    )
+    from wsss_pipeline.clip.text import built_in_templates
+    from wsss_pipeline.pseudo_masks.job import MaskJob
+    from wsss_pipeline.runtime.output import write_file
+    from wsss_pipeline.stages.select_prompt import select_prompt
+
+    job = MaskJob.read(given_settings(context), **paths)
+    job = replace(job, limit=limit, device=device, offline=offline)
+    ranking = select_prompt(job, templates or built_in_templates())
     if as_json:
         click.echo(json.dumps({"ranked": ranking.ranked, "images": ranking.images, "failed": ranking.failed}))
     else:
@@ -72,6 +73,6 @@ def command(
         for template, value in ranking.ranked[:top]:
             click.echo(f"{value:9.4f}   {template}")
     if out is not None:
-        write_choice(ranking.ranked[0][0], out)
+        write_file(out, yaml.safe_dump({"templates": [ranking.ranked[0][0]]}, allow_unicode=True))
         click.echo(f"the best one is in {out}", err=True)
     context.exit(1 if ranking.failed else 0)

@@ -2,63 +2,59 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import click
 
 from wsss_pipeline.commands.options import PATH
+from wsss_pipeline.config import Precision, default, fields
+from wsss_pipeline.segmentation.train_config import TrainConfig
 
-# option as click names it -> dotted key of the configuration
-CONFIG_KEYS = {
-    "network": "network.name",
-    "encoder": "network.encoder",
-    "weights": "network.weights",
-    "loss": "loss.confidence",
-    "min_confidence": "loss.min_confidence",
-    "balanced": "loss.balanced",
-    "iterations": "optimisation.iterations",
-    "batch_size": "optimisation.batch",
-    "accumulate": "optimisation.accumulate",
-    "lr": "optimisation.lr",
-    "crop": "augmentation.crop",
-    "precision": "precision",
-    "seed": "seed",
-}
+
+def _setting(name: str, key: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """An option for a dotted key of ``TrainConfig``, with the key's own type, description and default."""
+    kind, field = next((kind, field) for dotted, kind, field in fields(TrainConfig) if dotted == key)
+    info, value = kind.model_fields[field], default(TrainConfig, key)
+    if isinstance(value, bool):
+        return click.option(name, default=None, help=info.description)
+    choices = get_args(info.annotation)
+    of_type = click.Choice(choices) if choices else type(value)
+    return click.option(name, field, type=of_type, help=f"{info.description}  [default: {value}]")
 
 
 @click.command("train-seg", short_help="Train a segmentation network on cached masks.")
 @click.option("--cache", type=PATH, help="Mask set, or a cache folder that holds one.")
 @click.option("--gt-masks", type=PATH, help="Ground-truth index masks instead: the fully supervised bound.")
 @click.option("--classes", help="With --gt-masks: voc12, coco14, demo, a YAML file, or names.")
-@click.option("--images", type=PATH, required=True, help="Folder of the pictures.")
+@click.option("--images", type=PATH, required=True, help="Folder of the images.")
 @click.option("--split", type=PATH, help="Text file of image ids to train on.  [default: all images]")
 @click.option("--out", type=PATH, required=True, help="Folder of the run; the same one goes on.")
 @click.option("--recipe", metavar="NAME", help="Published or tried settings, such as voc12/deeplabv2-coco.")
+@_setting("--network", "network.name")
+@_setting("--encoder", "network.encoder")
+@_setting("--weights", "network.weights")
+@_setting("--loss", "loss.confidence")
+@_setting("--min-confidence", "loss.min_confidence")
+@_setting("--balanced/--not-balanced", "loss.balanced")
+@_setting("--iterations", "optimisation.iterations")
+@_setting("--batch-size", "optimisation.batch")
+@_setting("--accumulate", "optimisation.accumulate")
+@_setting("--lr", "optimisation.lr")
+@_setting("--crop", "augmentation.crop")
+@_setting("--precision", "precision")
+@_setting("--seed", "seed")
 @click.option(
-    "--network", help="deeplabv2, segformer, or deeplabv3plus, unet, fpn, ...  [default: deeplabv3plus]"
-)
-@click.option("--encoder", help="Such as resnet101, mit-b2, or tiny for segformer.  [default: resnet50]")
-@click.option("--weights", help="imagenet, coco, none, a file or a folder.  [default: imagenet]")
-@click.option("--loss", type=click.Choice(["hard", "soft"]), help="Confidence-guided loss.  [default: hard]")
-@click.option("--min-confidence", type=float, help="Pixels below count nothing.  [default: 0.95]")
-@click.option("--balanced/--not-balanced", default=None, help="Background and foreground count half each.")
-@click.option("--iterations", type=int, help="Updates.  [default: 20000]")
-@click.option("--batch-size", type=int, help="Pictures per process and micro-step.  [default: 10]")
-@click.option("--accumulate", type=int, help="Micro-steps per update.  [default: 1]")
-@click.option("--lr", type=float, help="Peak learning rate of the encoder.  [default: 0.001]")
-@click.option("--crop", type=int, help="Side of the square training pictures.  [default: 320]")
-@click.option("--seed", type=int, help="Of weights, order and augmentation.  [default: 0]")
-@click.option(
-    "--seeds", type=click.IntRange(1, 100), default=1, show_default=True, help="Train so many networks."
+    "--seeds", type=click.IntRange(1, 100), default=1, show_default=True, help="Number of networks to train."
 )
 @click.option("--val-gt", type=PATH, help="Ground truth to validate on; keeps the best network.")
-@click.option("--val-images", type=PATH, help="Its pictures.  [default: those of --images]")
+@click.option("--val-images", type=PATH, help="Its images.  [default: those of --images]")
 @click.option("--val-split", type=PATH, help="Text file of its image ids.  [default: all of --val-gt]")
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
-@click.option("--precision", type=click.Choice(["auto", "fp32", "bf16", "fp16"]), help="[default: auto]")
 @click.option(
     "--workers", type=click.IntRange(0), default=2, show_default=True, help="Processes that load samples."
 )
@@ -79,13 +75,31 @@ def command(
     split: Path | None,
     out: Path,
     recipe: str | None,
+    name: str | None,
+    encoder: str | None,
+    weights: str | None,
+    confidence: Literal["hard", "soft"] | None,
+    min_confidence: float | None,
+    balanced: bool | None,
+    iterations: int | None,
+    batch: int | None,
+    accumulate: int | None,
+    lr: float | None,
+    crop: int | None,
+    precision: Precision | None,
+    seed: int | None,
     seeds: int,
     val_gt: Path | None,
     val_images: Path | None,
     val_split: Path | None,
+    device: str,
+    workers: int,
+    allow_missing: bool,
+    overwrite: bool,
+    offline: bool,
+    track: str | None,
     config_file: Path | None,
     overrides: tuple[str, ...],
-    **options: Any,
 ) -> None:
     """Train a segmentation network on the masks of a cache.
 
@@ -98,38 +112,66 @@ def command(
       wsss train-seg --cache cache --images photos --out run --recipe voc12/segformer-b2
       wsss train-seg --cache cache --images photos --out run --network deeplabv3plus --weights none
     """
-    from wsss_pipeline.data.classes import load_class_set
-    from wsss_pipeline.data.image_ids import find_images
-    from wsss_pipeline.data.shortcuts import read_split
-    from wsss_pipeline.runtime.training_progress import TrainingProgressBar
-    from wsss_pipeline.segmentation.train_config import load_train_config
-    from wsss_pipeline.stages.train_seg import (
-        TrainRequest,
-        open_source,
-        spread,
-        train_seeds,
-        train_seg,
-        validation_images,
-    )
+    import torch
 
-    flags = {key: options.pop(name) for name, key in CONFIG_KEYS.items()}
-    request = TrainRequest(
-        images=find_images(images),
-        source=open_source(cache, gt_masks, load_class_set(classes).names if classes else None),
-        config=load_train_config(recipe, config_file, overrides, flags),
+    from wsss_pipeline.cache import MaskCache
+    from wsss_pipeline.data.classes import load_class_set
+    from wsss_pipeline.data.masks import MaskFolder, MaskSource
+    from wsss_pipeline.errors import ConfigError
+    from wsss_pipeline.segmentation.train_config import load_train_config
+    from wsss_pipeline.stages.train_seg import TrainJob, spread, train_seeds, train_seg
+
+    flags = {
+        "network.name": name,
+        "network.encoder": encoder,
+        "network.weights": weights,
+        "loss.confidence": confidence,
+        "loss.min_confidence": min_confidence,
+        "loss.balanced": balanced,
+        "optimisation.iterations": iterations,
+        "optimisation.batch": batch,
+        "optimisation.accumulate": accumulate,
+        "optimisation.lr": lr,
+        "augmentation.crop": crop,
+        "precision": precision,
+        "seed": seed,
+    }
+    if (cache is None) == (gt_masks is None):
+        raise ConfigError("give the masks once: --cache DIR, or --gt-masks DIR for ground truth")
+    masks: MaskSource
+    if gt_masks is not None:
+        if classes is None:
+            raise ConfigError("--gt-masks needs --classes: a folder of masks doesn't know its class names")
+        masks = MaskFolder(gt_masks, load_class_set(classes).names, "ground truth")
+    else:
+        assert cache is not None
+        masks = MaskCache.open(cache)
+    job = TrainJob(
+        images=images,
+        masks=masks,
         out=out,
-        split=read_split(split) if split else None,
-        validation=validation_images(val_gt, val_images or images, val_split) if val_gt else None,
-        **options,
+        config=load_train_config(recipe, config_file, overrides, flags),
+        split=split,
+        val_gt=val_gt,
+        val_images=val_images,
+        val_split=val_split,
+        device=device,
+        workers=workers,
+        allow_missing=allow_missing,
+        overwrite=overwrite,
+        offline=offline,
+        track=track,
     )
-    with TrainingProgressBar(request.config.optimisation.iterations) as bar:
-        results = [train_seg(request, bar.log)] if seeds == 1 else train_seeds(request, seeds, bar.log)
-    if seeds > 1:
-        click.echo(spread(results), err=True)
+    results = [train_seg(job)] if seeds == 1 else train_seeds(job, seeds)
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
     last = results[-1]
-    if last.miou is not None:
-        click.echo(f"best mIoU {100 * last.miou:.2f} %", err=True)
-    if last.interrupted:
-        click.echo(f"interrupted; go on with: {shlex.join(['wsss', *sys.argv[1:]])}", err=True)
-    click.echo(last.checkpoint)
+    if os.environ.get("RANK", "0") == "0":  # of the processes that torchrun started, one speaks
+        if seeds > 1:
+            click.echo(spread(results), err=True)
+        if last.miou is not None:
+            click.echo(f"best mIoU {100 * last.miou:.2f} %", err=True)
+        if last.interrupted:
+            click.echo(f"interrupted; go on with: {shlex.join(['wsss', *sys.argv[1:]])}", err=True)
+        click.echo(last.checkpoint)
     context.exit(130 if last.interrupted else 0)

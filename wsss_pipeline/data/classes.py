@@ -27,8 +27,6 @@ DEFAULT_TEMPLATE = "a clean origami {}."  # the one that CLIP-ES selected (arXiv
 MAX_CLASSES = 254  # mask values 0 and 255 mean something else
 NO_CLASSES = ("background", "_background_", "__ignore__")  # as label files of other tools call those two
 
-Fusion = Literal["sentence", "feature"]
-
 
 def _text(value: object) -> str:
     # YAML reads no, on, 1 and the like as something else than text
@@ -79,7 +77,7 @@ class ClassEntry(Settings):
     name: _Text = Field(description="The name, as it stands in labels, reports and exports.")
     prompt: _Text = Field(default="", description="Text for CLIP in place of the name; empty means the name.")
     synonyms: _SomeTexts = Field(default=(), description="Further texts for CLIP.")
-    fuse: Fusion = Field(
+    fuse: Literal["sentence", "feature"] = Field(
         default="sentence",
         description="How synonyms come together: sentence, all in one text, as CLIP-ES does; feature, the mean "
         "of their embeddings.",
@@ -147,7 +145,9 @@ class ClassSet(Settings):
         for entry in classes:
             for key in (entry.name, *entry.aliases, entry.coco_id):
                 if key in taken:
-                    raise ValueError(f"{key!r:.60} occurs twice (in '{taken[key]}' and '{entry.name}'); keep one")
+                    raise ValueError(
+                        f"{key!r:.60} occurs twice (in '{taken[key]}' and '{entry.name}'); keep one"
+                    )
                 if key is not None:
                     taken[key] = entry.name
         return classes

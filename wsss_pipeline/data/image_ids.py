@@ -1,6 +1,6 @@
-"""Image ids: which texts may be one, and which pictures of a folder carry which.
+"""Image ids: which texts may be one, and which images of a folder carry which.
 
-An image id is the path of the picture below the image folder, without its suffix, with ``/`` between
+An image id is the path of the image below the image folder, without its suffix, with ``/`` between
 components: ``a/b`` for ``a/b.jpg``. Ids come from files of the user's and end up in names of files that
 this package writes, so every one goes through ``check_image_id``.
 """
@@ -11,10 +11,11 @@ import logging
 import os
 import re
 from collections import deque
+from collections.abc import Iterator
 from pathlib import Path
 
 from wsss_pipeline.data.image_files import ImageFile
-from wsss_pipeline.data.tar_images import archives, is_tar_pattern, members_of_all
+from wsss_pipeline.data.tar_images import is_tar_pattern, tar_images
 from wsss_pipeline.errors import ImageError, LabelError
 
 logger = logging.getLogger(__name__)
@@ -66,86 +67,72 @@ def _objection(image_id: str) -> str | None:
 
 
 def without_image_suffix(path: str) -> str:
-    """``path`` without its ending where that is one of a picture (``a/b.jpg`` -> ``a/b``)."""
+    """``path`` without its ending where that is one of an image (``a/b.jpg`` -> ``a/b``)."""
     stem, dot, ending = path.rpartition(".")
     return stem if f"{dot}{ending}".lower() in IMAGE_SUFFIXES else path
 
 
 def find_images(root: Path) -> dict[str, ImageFile]:
-    """Image id to file for all pictures below ``root``, sorted by id; empty where there are none.
+    """Image id to file for all images below ``root``, sorted by id; empty where there are none.
 
     ``root`` may also stand for tar archives, see ``tar_images``: ids are then names in the archives, in the
     order of archives and of what is in them.
 
-    A picture is a file with one of ``IMAGE_SUFFIXES``, in any case. Names that begin with a dot are passed
+    An image is a file with one of ``IMAGE_SUFFIXES``, in any case. Names that begin with a dot are passed
     over. Symbolic links are followed; a folder that several of them lead to is visited once, under its
-    own path where it lies below ``root``. A link to a file that doesn't exist counts as a picture, so
-    that reading it fails and is reported instead of the picture vanishing. A file whose name can't be an
+    own path where it lies below ``root``. A link to a file that doesn't exist counts as an image, so
+    that reading it fails and is reported instead of the image vanishing. A file whose name can't be an
     id is left out with a warning.
 
     Raises:
-        ImageError: a folder or an archive can't be read, or two pictures have the same id.
+        ImageError: a folder or an archive can't be read, or two images have the same id.
     """
-    images: dict[str, ImageFile] = {}
+    files: Iterator[tuple[str, ImageFile]]
     if is_tar_pattern(root):
-        for member in members_of_all(archives(root), IMAGE_SUFFIXES):
-            _register(images, member.name, member)
-        return images
+        files = ((member.name, member) for member in tar_images(root, IMAGE_SUFFIXES))
+    else:
+        files = ((path.relative_to(root).as_posix(), path) for path in _images_below(root))
+    images: dict[str, ImageFile] = {}
+    for name, file in files:
+        image_id = without_image_suffix(name)
+        if reason := _objection(image_id):
+            logger.warning("%r is left out: its image id %s; rename the file", str(file), reason)
+        elif image_id in images:
+            raise ImageError(
+                f"{images[image_id]} and {file} have the same image id '{image_id}'; rename one of them"
+            )
+        else:
+            images[image_id] = file
+    return images if is_tar_pattern(root) else dict(sorted(images.items()))
+
+
+def _images_below(root: Path) -> Iterator[Path]:
+    """Images of ``root`` and all folders below it, each real folder once; linked folders after all others."""
     try:
-        for folder in _folders(root):
-            for entry in _entries(folder):
-                if Path(entry.name).suffix.lower() in IMAGE_SUFFIXES and _is_picture(entry):
-                    _register(images, Path(entry.path).relative_to(root).as_posix(), Path(entry.path))
+        # A link to a folder around the root would bring in everything that lies beside it.
+        seen = {(status.st_dev, status.st_ino) for status in map(os.stat, root.resolve().parents)}
+        pending = deque([root])
+        while pending:
+            folder = pending.popleft()
+            status = folder.stat()
+            if (status.st_dev, status.st_ino) in seen:
+                continue
+            seen.add((status.st_dev, status.st_ino))
+            with os.scandir(folder) as listing:
+                entries = sorted(listing, key=lambda entry: entry.name)
+            for entry in entries:
+                path = Path(entry.path)
+                if entry.name.startswith("."):
+                    continue
+                if entry.is_dir():
+                    (pending.append if entry.is_symlink() else pending.appendleft)(path)
+                # A pipe or a socket with the suffix of an image would block whoever opens it.
+                elif path.suffix.lower() in IMAGE_SUFFIXES and (
+                    entry.is_file() or (entry.is_symlink() and not path.exists())
+                ):
+                    yield path
     except OSError as error:
         raise ImageError(
             f"image folder {str(error.filename or root)!r} can't be read: {error.strerror}; "
-            "name a folder that holds pictures"
+            "name a folder that holds images"
         ) from error
-    return dict(sorted(images.items()))
-
-
-def _folders(root: Path) -> list[Path]:
-    """``root`` and all folders below it, each real folder once; linked ones after all others."""
-    found: list[Path] = []
-    # A link to a folder around the root would bring in everything that lies beside it.
-    seen = {_identity(folder) for folder in root.resolve().parents}
-    pending = deque([root])
-    while pending:
-        folder = pending.popleft()
-        identity = _identity(folder)
-        if identity in seen:
-            continue
-        seen.add(identity)
-        found.append(folder)
-        below = [entry for entry in _entries(folder) if entry.is_dir()]
-        pending.extendleft(Path(entry.path) for entry in below if not entry.is_symlink())
-        pending.extend(Path(entry.path) for entry in below if entry.is_symlink())
-    return found
-
-
-def _identity(folder: Path) -> tuple[int, int]:
-    status = folder.stat()
-    return status.st_dev, status.st_ino
-
-
-def _entries(folder: Path) -> list[os.DirEntry[str]]:
-    with os.scandir(folder) as entries:
-        visible = [entry for entry in entries if not entry.name.startswith(".")]
-    return sorted(visible, key=lambda entry: entry.name)
-
-
-def _is_picture(entry: os.DirEntry[str]) -> bool:
-    # A pipe or a socket with the suffix of a picture would block whoever opens it.
-    return entry.is_file() or (entry.is_symlink() and not entry.is_dir() and not Path(entry.path).exists())
-
-
-def _register(images: dict[str, ImageFile], name: str, file: ImageFile) -> None:
-    image_id = without_image_suffix(name)
-    if reason := _objection(image_id):
-        logger.warning("%r is left out: its image id %s; rename the file", str(file), reason)
-        return
-    if image_id in images:
-        raise ImageError(
-            f"{images[image_id]} and {file} have the same image id '{image_id}'; rename one of them"
-        )
-    images[image_id] = file

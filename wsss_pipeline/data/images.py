@@ -120,8 +120,15 @@ def as_pixels(image: AnyImage) -> NDArray[np.uint8]:
         return read_image(Path(image))
     if isinstance(image, Image.Image):
         return _rgb(image.copy(), Path("the image given"))
-    if image.dtype != np.uint8 or image.ndim not in (2, 3) or image.shape[2:] not in ((), (3,)) or not image.size:
-        raise ImageError(f"an image is a uint8 array (H, W, 3) RGB or (H, W), not {image.dtype} {image.shape}")
+    if (
+        image.dtype != np.uint8
+        or image.ndim not in (2, 3)
+        or image.shape[2:] not in ((), (3,))
+        or not image.size
+    ):
+        raise ImageError(
+            f"an image is a uint8 array (H, W, 3) RGB or (H, W), not {image.dtype} {image.shape}"
+        )
     return np.repeat(image[..., None], 3, axis=2) if image.ndim == 2 else np.ascontiguousarray(image)
 
 

@@ -1,11 +1,11 @@
-"""Pictures in WebDataset shards: uncompressed tar archives, read where they are and never unpacked."""
+"""Images in WebDataset shards: uncompressed tar archives, read where they are and never unpacked."""
 
 from __future__ import annotations
 
 import glob
 import logging
 import tarfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path, PurePosixPath
 
@@ -25,15 +25,18 @@ def is_tar_pattern(images: Path) -> bool:
     return images.suffix == ".tar" and not images.is_dir()
 
 
-def archives(pattern: Path) -> list[Path]:
-    """The archives that a pattern stands for, in its order.
+def tar_images(pattern: Path, suffixes: tuple[str, ...]) -> Iterator[TarMember]:
+    """The images of all archives that a pattern stands for, each with its labels, in the order of what holds them.
+
+    An archive that can't be read is left out with a warning where there are others.
 
     Args:
         pattern: a path, in which ``{000..127}`` and ``{a,b}`` are expanded as WebDataset does, then ``*``, ``?``
             and ``[...]`` as a shell does.
+        suffixes: lower case, of the files that count as images.
 
     Raises:
-        ImageError: braces that don't close, more than a million archives, or none.
+        ImageError: braces that don't close, more than a million archives, none, or none that can be read.
     """
     try:
         names = list(islice(braceexpand(str(pattern)), MOST_ARCHIVES + 1))
@@ -41,34 +44,32 @@ def archives(pattern: Path) -> list[Path]:
         raise ImageError(f"--images {pattern}: {error}; write it like 'shards/{{000..127}}.tar'") from error
     if len(names) > MOST_ARCHIVES:
         raise ImageError(f"--images {pattern}: stands for over {MOST_ARCHIVES:,} archives; name fewer")
-    found = [path for name in names for path in (sorted(glob.glob(name)) if glob.has_magic(name) else [name])]  # noqa: PTH207
-    if not found:
+    paths = [path for name in names for path in (sorted(glob.glob(name)) if glob.has_magic(name) else [name])]  # noqa: PTH207
+    archives = [Path(path) for path in dict.fromkeys(paths)]
+    if not archives:
         raise ImageError(f"--images {pattern}: there are no such archives")
-    return [Path(path) for path in dict.fromkeys(found)]
-
-
-def members_of_all(found: Sequence[Path], suffixes: tuple[str, ...]) -> Iterator[TarMember]:
-    """``tar_members`` of each; an archive that can't be read is left out with a warning where there are others.
-
-    Raises:
-        ImageError: none can be read.
-    """
-    unreadable: list[ImageError] = []
-    for archive in found:
+    unreadable = 0
+    for archive in archives:
         try:
-            yield from tar_members(archive, suffixes)
+            members = _members(archive)
         except ImageError as error:
-            unreadable.append(error)
-            if len(unreadable) == len(found):
+            unreadable += 1
+            if unreadable == len(archives):
                 raise
             logger.warning("%s; its images are left out", error)
+            continue
+        for name, member in members.items():
+            if PurePosixPath(name).suffix.lower() in suffixes:
+                beside = (members.get(name[: name.rindex(".")] + suffix) for suffix in LABEL_SUFFIXES)
+                labels = next((labels for labels in beside if labels is not None), None)
+                yield TarMember(archive, name, member.offset, member.size, labels)
 
 
-def tar_members(archive: Path, suffixes: tuple[str, ...]) -> Iterator[TarMember]:
-    """Its regular files with one of ``suffixes`` (lower case), each with its labels, in their order.
+def _members(archive: Path) -> dict[str, TarMember]:
+    """Name to regular file of an archive, in its order; only headers are read.
 
-    Only headers are read. Names that begin with a dot or ``__`` are passed over. What follows a damaged header
-    is left out with a warning.
+    Names that begin with a dot or ``__`` are passed over. What follows a damaged header is left out with a
+    warning.
 
     Raises:
         ImageError: it isn't an uncompressed tar archive, or can't be read.
@@ -76,7 +77,12 @@ def tar_members(archive: Path, suffixes: tuple[str, ...]) -> Iterator[TarMember]
     members: dict[str, TarMember] = {}
     try:
         with tarfile.open(archive, "r:") as tar:
-            _fill(members, archive, tar)
+            while (header := tar.next()) is not None:
+                tar.members = []  # type: ignore[attr-defined]  # else all headers stay in memory
+                name = header.name.removeprefix("./")
+                is_hidden = any(part.startswith((".", "__")) for part in name.split("/") if part != "..")
+                if header.isreg() and not header.issparse() and not is_hidden:
+                    members[name] = TarMember(archive, name, header.offset_data, header.size)
     except (OSError, tarfile.TarError, ValueError) as error:
         if not members:
             reason = getattr(error, "strerror", None) or error
@@ -84,17 +90,4 @@ def tar_members(archive: Path, suffixes: tuple[str, ...]) -> Iterator[TarMember]
                 f"{archive}: can't be read as an uncompressed tar archive: {reason}; replace or remove it"
             ) from error
         logger.warning("%s is damaged behind %s: %s; the rest is left out", archive, [*members][-1], error)
-    for name, member in members.items():
-        if PurePosixPath(name).suffix.lower() in suffixes:
-            beside = (members.get(name[: name.rindex(".")] + suffix) for suffix in LABEL_SUFFIXES)
-            labels = next((labels for labels in beside if labels is not None), None)
-            yield TarMember(archive, name, member.offset, member.size, labels)
-
-
-def _fill(members: dict[str, TarMember], archive: Path, tar: tarfile.TarFile) -> None:
-    while (header := tar.next()) is not None:
-        tar.members = []  # type: ignore[attr-defined]  # else all headers stay in memory
-        name = header.name.removeprefix("./")
-        is_hidden = any(part.startswith((".", "__")) for part in name.split("/") if part != "..")
-        if header.isreg() and not header.issparse() and not is_hidden:
-            members[name] = TarMember(archive, name, header.offset_data, header.size)
+    return members

@@ -25,9 +25,7 @@ class PixelStatistics(NamedTuple):
 
 
 # Radford et al., "Learning Transferable Visual Models From Natural Language Supervision", released code.
-CLIP_STATISTICS = PixelStatistics(
-    (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
-)
+CLIP_STATISTICS = PixelStatistics((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
 
 
 class ClipInputSize(NamedTuple):

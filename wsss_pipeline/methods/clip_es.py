@@ -31,12 +31,17 @@ class CamConfig(Settings):
 
     affinity: bool = Field(True, description="Spread the CAMs along CLIP's own attention.")
     affinity_layers: int = Field(
-        8, ge=1, le=1000, description="How many last layers' attention is averaged; a shallower CLIP has fewer."
+        8,
+        ge=1,
+        le=1000,
+        description="How many last layers' attention is averaged; a shallower CLIP has fewer.",
     )
     affinity_iterations: int = Field(
         2, ge=1, le=100, description="How often CAMs are spread, t; 1 where an object is few patches wide."
     )
-    sinkhorn_rounds: int = Field(3, ge=0, le=1000, description="Rounds that make the attention doubly stochastic.")
+    sinkhorn_rounds: int = Field(
+        3, ge=0, le=1000, description="Rounds that make the attention doubly stochastic."
+    )
     threshold: float = Field(
         0.4, ge=0, le=1, description="Of the box mask, relative to the map's largest value; for COCO 0.7."
     )

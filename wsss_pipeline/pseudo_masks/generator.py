@@ -24,7 +24,7 @@ from wsss_pipeline.data.transforms import Prepared, resize
 from wsss_pipeline.errors import ConfigError
 from wsss_pipeline.methods import Method, load_mask_config, load_method
 from wsss_pipeline.refine import label, load_refiner
-from wsss_pipeline.runtime.device import Stopwatch, resolve_device, resolve_precision
+from wsss_pipeline.runtime.device import mark, resolve_device, resolve_precision, seconds_between
 
 
 @dataclass(frozen=True)
@@ -43,28 +43,23 @@ class LabelledImage:
     classes: list[int]
     prepared: Prepared
 
-    @property
-    def size(self) -> tuple[int, int]:
-        """(H, W) of the image and its mask."""
-        return self.pixels.shape[0], self.pixels.shape[1]
-
 
 @dataclass(frozen=True)
 class Generated:
     """A pseudo mask that may still be on its way from the device, with the time it took there.
 
     Attributes:
+        labels: the image's class names.
         mask, confidence, cams: uint8 (H, W) twice, float16 (K, H, W) or None, on the host or on the way to it.
-        clip, refining: times of the batch in CLIP, and in refiner and arg max.
-        share: this image's part of them.
+        marks: of the device's clock, before CLIP, after it, and after refiner, arg max and copies.
+        share: this image's part of the batch.
     """
 
     labels: tuple[str, ...]
     mask: Tensor
     confidence: Tensor
     cams: Tensor | None
-    clip: Stopwatch
-    refining: Stopwatch
+    marks: tuple[Any, Any, Any]
     share: float
 
     def wait(self) -> tuple[PseudoMask, float, float]:
@@ -73,10 +68,11 @@ class Generated:
         Raises:
             MaskError: the refiner's posterior isn't finite.
         """
-        refining = self.refining.seconds() * self.share  # waits until the copies have arrived
+        start, middle, end = self.marks
+        refining = seconds_between(middle, end) * self.share  # waits until the copies have arrived
         cams = None if self.cams is None else self.cams.numpy()
         mask = PseudoMask(self.mask.numpy(), self.confidence.numpy(), self.labels, cams)
-        return mask, self.clip.seconds() * self.share, refining
+        return mask, seconds_between(start, middle) * self.share, refining
 
 
 class MaskGenerator:
@@ -117,14 +113,18 @@ class MaskGenerator:
     ) -> None:
         class_set = classes if isinstance(classes, ClassSet) else None
         if config is None:
-            names = classes if isinstance(classes, str) else None if class_set else ",".join(classes) + ","
+            names = classes if isinstance(classes, str) else None
+            if names is None and not isinstance(classes, ClassSet):
+                names = ",".join(classes) + ","
             flags = {"method": method, "classes": names or None, "clip.weights": clip, **(settings or {})}
             config = load_mask_config(preset, flags=flags)
         for template in config.templates:
             check_template(template, "template")
         if class_set is None:
             if not config.classes:
-                raise ConfigError("no classes given; use --classes cat,dog, --classes FILE.yaml or --preset NAME")
+                raise ConfigError(
+                    "no classes given; use --classes cat,dog, --classes FILE.yaml or --preset NAME"
+                )
             class_set = load_class_set(config.classes)
         self.class_set = class_set
         self.config = config.model_copy(update={"templates": config.templates or class_set.templates})
@@ -156,7 +156,8 @@ class MaskGenerator:
                 "clip": self.clip.digest(),
                 "precision": self.precision,
                 "classes": [
-                    {"name": entry.name, "texts": list(entry.texts()), "fuse": entry.fuse} for entry in classes
+                    {"name": entry.name, "texts": list(entry.texts()), "fuse": entry.fuse}
+                    for entry in classes
                 ],
                 "background": list(self.class_set.background),
                 "templates": list(self.config.templates),
@@ -204,9 +205,9 @@ class MaskGenerator:
 
     def background(self, image: LabelledImage, with_cams: bool) -> PseudoMask:
         """The mask of an image in which no class is present."""
-        cams = np.zeros((0, *image.size), np.float16) if with_cams else None
-        confidence = np.full(image.size, CERTAIN, np.uint8)
-        return PseudoMask(np.zeros(image.size, np.uint8), confidence, image.labels, cams)
+        size = image.pixels.shape[:2]
+        cams = np.zeros((0, *size), np.float16) if with_cams else None
+        return PseudoMask(np.zeros(size, np.uint8), np.full(size, CERTAIN, np.uint8), image.labels, cams)
 
     @torch.no_grad()
     def generate(self, batch: Sequence[LabelledImage], with_cams: bool) -> list[Generated]:
@@ -217,26 +218,28 @@ class MaskGenerator:
         Raises:
             ImageError, MemoryError, RuntimeError: one of them can't be labelled, or all together can't.
         """
-        power = self.method.background_power
-        with Stopwatch(self.device) as clip:
-            pixels = torch.stack([image.prepared.pixels for image in batch]).to(self.device)
-            maps = self.method.scores(pixels, [image.classes for image in batch])
-        with Stopwatch(self.device) as refining:
-            seen, scores = [], []
-            for image, cams in zip(batch, maps, strict=True):
-                height, width = (max(1, round(side * image.prepared.scale)) for side in image.size)
-                seen.append(resize(image.pixels, width, height))
-                # half precision is what the cache stores and what the published CRF reads
-                scores.append(assemble(upscale_cams(cams, (height, width)).half(), power))
-            posteriors = self.refiner(seen, scores)
-            generated = []
-            for image, cams, posterior in zip(batch, maps, posteriors, strict=True):
-                mask, confidence = label(posterior, image.classes, image.size)
-                stored = upscale_cams(cams, image.size).half() if with_cams else None
-                # a copy starts when the device gets there; the watch's end says when it has arrived
-                on_host = [
-                    None if tensor is None else tensor.to("cpu", non_blocking=True)
-                    for tensor in (mask, confidence, stored)
-                ]
-                generated.append((image.labels, *on_host))
-        return [Generated(*found, clip, refining, 1 / len(batch)) for found in generated]  # type: ignore[arg-type]
+        power, start = self.method.background_power, mark(self.device)
+        pixels = torch.stack([image.prepared.pixels for image in batch]).to(self.device)
+        maps = self.method.scores(pixels, [image.classes for image in batch])
+        middle = mark(self.device)
+        seen, scores = [], []
+        for image, cams in zip(batch, maps, strict=True):
+            height, width = (max(1, round(side * image.prepared.scale)) for side in image.pixels.shape[:2])
+            seen.append(resize(image.pixels, width, height))
+            # half precision is what the cache stores and what the published CRF reads
+            scores.append(assemble(upscale_cams(cams, (height, width)).half(), power))
+        posteriors = self.refiner(seen, scores)
+        on_host: list[tuple[Tensor, Tensor, Tensor | None]] = []
+        for image, cams, posterior in zip(batch, maps, posteriors, strict=True):
+            size = (image.pixels.shape[0], image.pixels.shape[1])
+            mask, confidence = label(posterior, image.classes, size)
+            stored = upscale_cams(cams, size).half().to("cpu", non_blocking=True) if with_cams else None
+            on_host.append(
+                (mask.to("cpu", non_blocking=True), confidence.to("cpu", non_blocking=True), stored)
+            )
+        # a copy starts when the device gets there; the last mark says when it has arrived
+        marks = (start, middle, mark(self.device))
+        return [
+            Generated(image.labels, *tensors, marks, 1 / len(batch))
+            for image, tensors in zip(batch, on_host, strict=True)
+        ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypedDict, Unpack
 
 from wsss_pipeline.config import MaskConfig
 from wsss_pipeline.data.classes import ClassSet, load_class_set
@@ -19,6 +19,33 @@ from wsss_pipeline.pseudo_masks.generator import MaskGenerator
 from wsss_pipeline.runtime.share import Share
 
 Engine = Literal["local", "ray"]
+
+
+class JobPaths(TypedDict, total=False):
+    """Where a job's inputs lie; what is left out or None isn't given.
+
+    Attributes:
+        images: folder, or WebDataset archives such as ``shards/{000..127}.tar``.
+        labels: file or folder of image-level labels; left out where the images bring theirs.
+        voc, coco: folder of a data set, in place of images, labels and classes.
+        split: part of that data set.
+        classes: built-in class set, YAML file, or names with commas between.
+        preset: name of published settings.
+        config_file: YAML file of settings.
+        overrides: ``key=value`` texts.
+        cache: folder that holds mask sets.
+    """
+
+    images: Path | str | None
+    labels: Path | str | None
+    voc: Path | str | None
+    coco: Path | str | None
+    split: str | None
+    classes: str | None
+    preset: str | None
+    config_file: Path | None
+    overrides: Sequence[str]
+    cache: Path | str
 
 
 @dataclass(frozen=True)
@@ -61,53 +88,35 @@ class MaskJob:
     engine: Engine = "local"
 
     @classmethod
-    def read(
-        cls,
-        *,
-        images: Path | str | None = None,
-        labels: Path | str | None = None,
-        voc: Path | str | None = None,
-        coco: Path | str | None = None,
-        split: str | None = None,
-        classes: str | None = None,
-        templates: Sequence[str] = (),
-        preset: str | None = None,
-        config_file: Path | None = None,
-        overrides: Sequence[str] = (),
-        flags: Mapping[str, Any] | None = None,
-        cache: Path | str = "cache",
-        **options: Any,
-    ) -> MaskJob:
-        """A job out of paths: the configuration resolved, the labels read.
+    def read(cls, settings: Mapping[str, Any] | None = None, **paths: Unpack[JobPaths]) -> MaskJob:
+        """A job out of paths: the configuration resolved, the labels read; ``dataclasses.replace`` sets the rest.
 
         Args:
-            images: folder, or WebDataset archives such as ``shards/{000..127}.tar``.
-            labels: file or folder of image-level labels; None where the images bring theirs.
-            voc, coco: folder of a data set, in place of images, labels and classes.
-            split: part of that data set.
-            classes: built-in class set, YAML file, or names with commas between.
-            templates: prompt templates.
-            preset: name of published settings.
-            config_file: YAML file of settings.
-            overrides: ``key=value`` texts.
-            flags: dotted key of the configuration to value.
-            cache: folder that holds mask sets.
-            options: further fields of a job, by name.
+            settings: dotted key of the configuration to value.
+            paths: see ``JobPaths``.
 
         Raises:
             ConfigError: options that contradict each other or leave something out.
             ClassSetError, LabelError, ImageError: from reading the class set, the labels, the folder.
         """
+        images, labels, classes = paths.get("images"), paths.get("labels"), paths.get("classes")
+        voc, coco, split = paths.get("voc"), paths.get("coco"), paths.get("split")
         if sum(source is not None for source in (images, voc, coco)) != 1:
             raise ConfigError("give the images once: --images DIR, --voc ROOT or --coco ROOT")
         if (split is not None) == (images is not None):
-            raise ConfigError("--split goes with --voc or --coco, and they need it, for example --split train")
+            raise ConfigError(
+                "--split goes with --voc or --coco, and they need it, for example --split train"
+            )
         if labels is not None and images is None:
             raise ConfigError("--labels goes with --images; --voc and --coco bring their own labels")
-        if preset is None and classes is None:
+        if paths.get("preset") is None and classes is None:
             classes = "voc12" if voc is not None else "coco14" if coco is not None else None
-        flags = {"classes": classes, "templates": tuple(templates) or None, **(flags or {})}
-        config = load_mask_config(preset, config_file, overrides, flags)
+        config = load_mask_config(
+            paths.get("preset"),
+            paths.get("config_file"),
+            paths.get("overrides") or (),
+            {"classes": classes, **(settings or {})},
+        )
         if not config.classes:
             raise ConfigError("no classes given; use --classes cat,dog, --classes FILE.yaml or --preset NAME")
         class_set = load_class_set(config.classes)
@@ -118,7 +127,7 @@ class MaskJob:
             files, names = voc_inputs(Path(voc), str(split), class_set)
         else:
             files, names = coco_inputs(Path(str(coco)), str(split), class_set)
-        return cls(files, names, class_set, config, Path(cache), **options)
+        return cls(files, names, class_set, config, Path(paths.get("cache") or "cache"))
 
 
 @dataclass(frozen=True)

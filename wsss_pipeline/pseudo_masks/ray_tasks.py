@@ -76,7 +76,7 @@ def run_on_ray(job: MaskJob) -> MaskReport:
     with redirect_stdout(sys.stderr):
         try:
             ray.init(log_to_driver=False, logging_level=logging.ERROR, ignore_reinit_error=True)
-            room = int(ray.cluster_resources().get("CPU" if on_cpu else "GPU", 1))
+            room = int(ray.cluster_resources().get("CPU" if on_cpu else "GPU", 1))  # type: ignore[no-untyped-call]
             at_a_time = job.workers or max(1, room)
             parts = max(1, min(count, at_a_time * TASKS_EACH, max(at_a_time, count // LEAST_IMAGES)))
             logger.info("Ray: %d tasks, up to %d at a time", parts, at_a_time)

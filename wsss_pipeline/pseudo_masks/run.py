@@ -91,7 +91,9 @@ def run_share(job: MaskJob, generator: MaskGenerator | None = None, *, quiet: bo
                 counts = (report.images, report.reused, len(todo))
                 logger.info("%d images: %d in the cache, %d to compute", *counts)
             _ = plan.generator.method  # loads CLIP, which isn't part of computing
-            _Run(plan, writer, report, quiet).compute(todo)
+            with StopRequest() as stop, Progress(len(todo), is_shown=not quiet) as progress:
+                _Run(plan, writer, report, stop, progress).compute(todo)
+                report.interrupted = stop.requested and progress.left > 0
         writer.finish([*plan.image_ids, *plan.missing])
     report.seconds = time.monotonic() - started
     return report
@@ -100,9 +102,11 @@ def run_share(job: MaskJob, generator: MaskGenerator | None = None, *, quiet: bo
 class _Run:
     """One run over the images that are left to do."""
 
-    def __init__(self, plan: MaskPlan, writer: MaskWriter, report: MaskReport, quiet: bool = False) -> None:
+    def __init__(
+        self, plan: MaskPlan, writer: MaskWriter, report: MaskReport, stop: StopRequest, progress: Progress
+    ) -> None:
         self._job, self._generator, self._writer, self._report = plan.job, plan.generator, writer, report
-        self._quiet = quiet
+        self._stop, self._progress = stop, progress
         self._on_cpu = plan.generator.device.type == "cpu"
         self._warned_of_rotation = False
 
@@ -114,17 +118,14 @@ class _Run:
         report.busy = dict.fromkeys(("reading", "CLIP", "refining", "writing"), 0.0)
         make = self._one_by_one if self._on_cpu else self._in_batches
         with (
-            StopRequest() as stop,
-            Progress(len(todo), is_shown=not self._quiet) as self._progress,
             single_threaded_torch() if self._on_cpu else nullcontext(),
             closing(make(todo)) as results,  # type: ignore[type-var]  # a generator
         ):
             for image_id, wait in results:
                 with self._one_image(image_id):
                     self._write(*wait())
-                if stop.requested:
+                if self._stop.requested:
                     break
-            report.interrupted = stop.requested and self._progress.left > 0
         report.computing += time.monotonic() - started
 
     def _one_by_one(self, todo: list[str]) -> Iterator[tuple[str, Callable[[], Made]]]:
@@ -190,7 +191,8 @@ class _Run:
         if stored.has_rotation and not self._warned_of_rotation:
             self._warned_of_rotation = True
             logger.warning(
-                "%s has an EXIF rotation tag, maybe others too: it is ignored, masks fit the stored pixels", file
+                "%s has an EXIF rotation tag, maybe others too: it is ignored, masks fit the stored pixels",
+                file,
             )
         image = self._generator.prepare(stored.pixels, self._job.labels[image_id])
         return ReadImage(image_id, status, stored.digest, image, time.monotonic() - started)

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from wsss_pipeline.config import CrfConfig, CrfImage
 from wsss_pipeline.errors import ConfigError, ImageError, MissingDependencyError
-from wsss_pipeline.refine import mean_field_cpu
-from wsss_pipeline.refine.mean_field import infer_batch
+from wsss_pipeline.refine.dense_crf_cpu import infer
+from wsss_pipeline.refine.dense_crf_torch import infer_batch
 
 # Mean of the Caffe models in BGR, as the published script subtracts it.
 REFERENCE_MEAN_BGR = (104.008, 116.669, 122.675)
@@ -75,9 +75,9 @@ class DenseCrf:
             device = scores[0].device
             on_device = [torch.from_numpy(image).to(device, non_blocking=True) for image in seen]
             return infer_batch(on_device, unaries, self.config)
-        infer = mean_field_cpu.infer if self.config.backend == "lattice" else _infer_by_pydensecrf
+        on_host = infer if self.config.backend == "lattice" else infer_by_pydensecrf
         return [
-            torch.from_numpy(infer(image, unary.cpu().numpy(), self.config)).to(unary.device)
+            torch.from_numpy(on_host(image, unary.cpu().numpy(), self.config)).to(unary.device)
             for image, unary in zip(seen, unaries, strict=True)
         ]
 
@@ -124,10 +124,10 @@ def has_pydensecrf() -> bool:
     return True
 
 
-def _infer_by_pydensecrf(
+def infer_by_pydensecrf(
     image: NDArray[np.uint8], unary: NDArray[np.float32], parameters: CrfConfig
 ) -> NDArray[np.float32]:
-    """As ``mean_field_cpu.infer``, by the C++ library."""
+    """As ``dense_crf_cpu.infer``, by the C++ library."""
     from pydensecrf import densecrf
 
     labels, height, width = unary.shape

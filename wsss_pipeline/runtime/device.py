@@ -14,6 +14,7 @@ from wsss_pipeline.errors import ConfigError
 if TYPE_CHECKING:
     import torch
 
+
 def resolve_device(requested: str, elsewhere: bool = False) -> torch.device:
     """``auto`` (CUDA where there is one, else the CPU), ``cpu``, ``cuda`` or ``cuda:N`` as a device.
 
@@ -100,37 +101,20 @@ def single_threaded_torch() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-class Stopwatch:
-    """Context manager that times what is given to a device inside it, where a GPU goes on after the call has returned.
+def mark(device: torch.device) -> Any:
+    """A moment on a device's clock: a GPU is there later than the call that gave it its work returns."""
+    if device.type == "cpu":
+        return time.monotonic()
+    import torch
 
-    Args:
-        device: ``cpu`` or a CUDA device.
-    """
+    event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+    event.record(torch.cuda.current_stream(device))
+    return event
 
-    def __init__(self, device: str) -> None:
-        self._device = device
-        self._marks: list[float | torch.cuda.Event] = []
 
-    def __enter__(self) -> Stopwatch:
-        self._marks = [self._mark()]
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._marks.append(self._mark())
-
-    def seconds(self) -> float:
-        """The device's time from entry to exit; waits until it is there."""
-        start, end = self._marks
-        if isinstance(start, float) or isinstance(end, float):
-            return float(end) - float(start)  # type: ignore[arg-type]  # both are of one kind
-        end.synchronize()
-        return float(start.elapsed_time(end)) / 1000
-
-    def _mark(self) -> float | torch.cuda.Event:
-        if self._device == "cpu":
-            return time.monotonic()
-        import torch
-
-        event: torch.cuda.Event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
-        event.record(torch.cuda.current_stream(self._device))
-        return event
+def seconds_between(start: Any, end: Any) -> float:
+    """Seconds from one ``mark`` to a later one of the same device; waits until the device is there."""
+    if isinstance(start, float):
+        return float(end - start)
+    end.synchronize()
+    return float(start.elapsed_time(end)) / 1000

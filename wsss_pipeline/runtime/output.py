@@ -1,4 +1,4 @@
-"""Writing files: whole or not at all, and one line that says why where it can't be done."""
+"""Output: files whole or not at all, with one line that says why where it can't be done; text as one safe line."""
 
 from __future__ import annotations
 
@@ -83,3 +83,13 @@ def sync_folder(folder: Path) -> None:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
+
+
+def printable(text: str) -> str:
+    """``text`` as one line that a terminal takes for text: others' names may hold line breaks and escape codes."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+
+
+def one_line(text: object) -> str:
+    """``text`` printable, with all white space folded."""
+    return printable(" ".join(str(text).split()))

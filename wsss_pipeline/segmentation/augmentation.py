@@ -1,4 +1,4 @@
-"""Random scale, crop, flip and colour, jointly for picture, mask and confidence."""
+"""Random scale, crop, flip and colour, jointly for image, mask and confidence."""
 
 from __future__ import annotations
 
@@ -10,17 +10,23 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
-from wsss_pipeline.segmentation.networks import IMAGE_MEAN, IMAGE_STD
+from wsss_pipeline.data.masks import IGNORE
 from wsss_pipeline.segmentation.train_config import AugmentationConfig
-
-IGNORE = 255
 
 
 @dataclass(frozen=True)
 class Augmentation:
-    """Draws from torch's own random numbers, so whoever seeds them decides what comes out."""
+    """Draws from torch's own random numbers, so whoever seeds them decides what comes out.
+
+    Attributes:
+        config: see there.
+        mean: RGB, for values in [0, 1], what the network's input is normalised with.
+        std: the same.
+    """
 
     config: AugmentationConfig
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
 
     def __call__(self, image: Tensor, mask: Tensor, confidence: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """One training sample.
@@ -28,37 +34,35 @@ class Augmentation:
         Args:
             image: uint8 (3, H, W) RGB.
             mask: uint8 (H, W), 255 where there is no label.
-            confidence: float32 (H, W).
+            confidence: uint8 (H, W).
 
         Returns:
-            float32 (3, S, S) normalised with ImageNet's mean and standard deviation, uint8 (S, S) and float32
-            (S, S), S the crop; beyond the picture's edge the mean colour, 255 and 0.
+            float32 (3, S, S) normalised, uint8 (S, S) and uint8 (S, S), S the crop; beyond the image's edge the
+            mean colour, 255 and 0.
         """
         config = self.config
         height, width = image.shape[-2:]
         factor = config.scale_min + (config.scale_max - config.scale_min) * torch.rand(()).item()
         size = [max(1, round(height * factor)), max(1, round(width * factor))]
         # the confidence as well: it belongs to the label that its pixel has. Exact, since plain nearest lies
-        # up to half a pixel beside the picture
+        # up to half a pixel beside the image
         nearest = v2.InterpolationMode.NEAREST_EXACT
         image = F.resize(tv_tensors.Image(image), size, antialias=True)
         planes = [F.resize(x[None], size, interpolation=nearest) for x in (mask, confidence)]
         if config.photometric:
             image = v2.ColorJitter(0.4, 0.4, 0.4, 0.1)(image)
-        pixels = F.normalize(F.to_dtype(image, torch.float32, scale=True), list(IMAGE_MEAN), list(IMAGE_STD))
-        top, left = (_offset(side, config.crop) for side in size)
+        pixels = F.normalize(F.to_dtype(image, torch.float32, scale=True), list(self.mean), list(self.std))
+        # negative where the image is smaller and lies somewhere inside the crop
+        top, left = (
+            int(torch.randint(min(0, side - config.crop), max(0, side - config.crop) + 1, ()).item())
+            for side in size
+        )
         flip = config.flip and torch.rand(()).item() < 0.5
         cut = []
         for plane, fill in ((pixels, 0.0), (planes[0], float(IGNORE)), (planes[1], 0.0)):
             part = _crop(plane.as_subclass(Tensor), top, left, config.crop, fill)
             cut.append(part.flip(-1) if flip else part)
         return cut[0], cut[1][0], cut[2][0]
-
-
-def _offset(side: int, crop: int) -> int:
-    """Where the crop starts; negative where the picture is smaller and lies somewhere inside it."""
-    low, high = min(0, side - crop), max(0, side - crop)
-    return int(torch.randint(low, high + 1, ()).item())
 
 
 def _crop(plane: Tensor, top: int, left: int, crop: int, fill: float) -> Tensor:

@@ -1,29 +1,40 @@
-"""Trained networks as folders: config.json and safetensors, written so that a kill never loses the last one."""
+"""Trained networks and the state of their training as folders, written so that a kill never loses the last one.
+
+A folder is written beside the one that it replaces and then takes its name. Networks are safetensors and a
+config.json; nothing is read that could run code.
+"""
 
 from __future__ import annotations
 
+import io
 import json
+import math
 import os
 import shutil
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from wsss_pipeline import __version__
 from wsss_pipeline.errors import CheckpointError, NetworkError
-from wsss_pipeline.segmentation.networks import (
-    IMAGE_MEAN,
-    IMAGE_STD,
-    SegmentationNetwork,
-    build_network,
-)
+from wsss_pipeline.runtime.output import writing
+from wsss_pipeline.segmentation.networks import SegmentationNetwork, build_network
 from wsss_pipeline.segmentation.train_config import NetworkConfig
 
+LAST, BEST = "last", "best"  # folders of a run that hold a network each
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 KIND = "wsss-segmentation"
+
+_NETWORK, _AVERAGE, _OPTIMIZER, _PROGRESS = (
+    "network.safetensors",
+    "average.safetensors",
+    "optimizer.pt",
+    "progress.json",
+)
 
 
 @dataclass(frozen=True)
@@ -46,62 +57,56 @@ def save_network(
 
     Args:
         network: its tensors are written as they are, on whatever device.
+        folder: of the checkpoint.
         config: what ``build_network`` built it from.
         class_names: of mask values 1..C.
         extra: further plain values for ``config.json``, such as the step.
 
     Raises:
-        CheckpointError: the folder can't be written; what it held before is still there.
+        OutputError: the folder can't be written; what it held before is still there.
     """
-    from safetensors.torch import save
-
     names = ("background", *class_names)
     values = {
         "model_type": KIND,
         "network": config.model_dump(),
         "id2label": {str(index): name for index, name in enumerate(names)},
         "label2id": {name: index for index, name in enumerate(names)},
-        "image_mean": IMAGE_MEAN,
-        "image_std": IMAGE_STD,
+        "image_mean": network.image_mean,
+        "image_std": network.image_std,
         "wsss_pipeline_version": __version__,
         **(extra or {}),
     }
-    partial = folder.with_name(f".{folder.name}.partial")
-    try:
+    text = json.dumps(values, indent=2, ensure_ascii=False) + "\n"
+    _replace(folder, {WEIGHTS: _safetensors(network), CONFIG: text.encode()})
+
+
+def _safetensors(module: nn.Module) -> bytes:
+    """In memory: where the disk is full, these libraries raise errors of their own kinds."""
+    from safetensors.torch import save
+
+    return save({name: value.detach().cpu().clone() for name, value in module.state_dict().items()})
+
+
+def _replace(folder: Path, files: Mapping[str, bytes | memoryview]) -> None:
+    """Puts a folder of these files in the place of another; ``settle`` mends what a kill in between leaves."""
+    partial, previous = folder.with_name(f".{folder.name}.partial"), _previous(folder)
+    with writing(folder):
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-        tensors = {name: value.detach().cpu().contiguous() for name, value in network.state_dict().items()}
-        # not save_file: where the disk is full, that raises an error of its own kind
-        (partial / WEIGHTS).write_bytes(save({name: value.clone() for name, value in tensors.items()}))
-        (partial / CONFIG).write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", "utf-8")
-        swap_in(partial, folder)
-    except OSError as error:
-        raise not_written(f"checkpoint {folder}", error) from error
-
-
-def not_written(what: str, error: OSError) -> CheckpointError:
-    """The error for a disk that is full, read-only, ..."""
-    return CheckpointError(
-        f"{what} can't be written: {error.strerror or error}; free some space or mend the permissions there, then "
-        "run the same command again: training goes on from what was saved last"
-    )
-
-
-def swap_in(partial: Path, folder: Path) -> None:
-    """Puts a finished folder in the place of another; ``settle`` mends what a kill in between leaves."""
-    for file in partial.iterdir():
-        with file.open("rb") as handle:
-            os.fsync(handle.fileno())
-    previous = _previous(folder)
-    settle(folder)
-    if folder.exists():
-        folder.rename(previous)
-    partial.rename(folder)
-    shutil.rmtree(previous, ignore_errors=True)
+        for name, content in files.items():
+            with (partial / name).open("wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+        settle(folder)
+        if folder.exists():
+            folder.rename(previous)
+        partial.rename(folder)
+        shutil.rmtree(previous, ignore_errors=True)
 
 
 def settle(folder: Path) -> None:
-    """After a kill during ``swap_in``: the previous folder comes back where the new one isn't in place."""
+    """After a kill while ``folder`` was replaced: the previous one comes back where the new one isn't in place."""
     previous = _previous(folder)
     if previous.exists():
         if folder.exists():
@@ -120,7 +125,7 @@ def find_checkpoint(path: Path) -> Path:
     Raises:
         CheckpointError: neither.
     """
-    for folder in (path, path / "best", path / "last"):
+    for folder in (path, path / BEST, path / LAST):
         if folder.parent.is_dir():
             try:
                 settle(folder)
@@ -143,14 +148,20 @@ def load_network(path: Path, device: torch.device | str = "cpu") -> LoadedNetwor
     from safetensors.torch import load_file
 
     folder = find_checkpoint(path)
-    config = _read_config(folder / CONFIG)
+    try:
+        config = json.loads((folder / CONFIG).read_text("utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"checkpoint {folder}: {CONFIG} can't be read: {error}") from error
+    if not isinstance(config, dict) or config.get("model_type") != KIND:
+        raise CheckpointError(f"checkpoint {folder} isn't one of this package: no model_type {KIND}")
     try:
         names = [config["id2label"][str(index)] for index in range(len(config["id2label"]))]
-        network_config = NetworkConfig(**config["network"])
-        network = build_network(network_config, len(names))
+        network = build_network(NetworkConfig(**config["network"]), len(names))
+        network.image_mean, network.image_std = _statistics(config)
         network.load_state_dict(load_file(folder / WEIGHTS))
-    except (KeyError, TypeError, NetworkError) as error:
-        raise CheckpointError(f"checkpoint {folder}: {CONFIG} isn't whole: {error}") from error
+    except (KeyError, TypeError, ValueError, NetworkError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise CheckpointError(f"checkpoint {folder}: {CONFIG} isn't whole: {reason}") from error
     except FileNotFoundError as error:
         raise CheckpointError(f"checkpoint {folder} lacks {WEIGHTS}") from error
     except (SafetensorError, RuntimeError, OSError) as error:
@@ -161,11 +172,95 @@ def load_network(path: Path, device: torch.device | str = "cpu") -> LoadedNetwor
     return LoadedNetwork(network.to(device).eval(), tuple(names[1:]), config)
 
 
-def _read_config(file: Path) -> dict[str, Any]:
+def _statistics(config: Mapping[str, Any]) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """``image_mean`` and ``image_std``: three finite numbers each, and no deviation of 0."""
+    mean, std = (tuple(float(value) for value in config[key]) for key in ("image_mean", "image_std"))
+    if len(mean) != 3 or len(std) != 3 or not all(map(math.isfinite, mean + std)) or min(std) <= 0:
+        raise ValueError(f"image_mean {mean} and image_std {std} are no statistics of RGB images")
+    return mean, std
+
+
+@dataclass
+class TrainingState:
+    """How far a training run is.
+
+    Attributes:
+        step: number of updates done.
+        best_miou: of the validations so far, in [0, 1]; None before the first.
+    """
+
+    step: int = 0
+    best_miou: float | None = None
+
+
+def save_state(
+    folder: Path,
+    state: TrainingState,
+    network: nn.Module,
+    average: nn.Module | None,
+    optimizer: torch.optim.Optimizer,
+    scaler: Any = None,
+) -> None:
+    """Replaces ``folder`` by all that a run needs to go on as if nothing had happened.
+
+    Torch's random numbers, of the CPU and of the CUDA device in use, are written beside the arguments.
+
+    Args:
+        folder: of the state.
+        state: how far the run is.
+        network: being trained.
+        average: of its weights; None where none is kept.
+        optimizer: of the network.
+        scaler: of the gradients in fp16; None in other precisions.
+
+    Raises:
+        OutputError: it can't be written; what it held before is still there.
+    """
+    values: dict[str, Any] = {"optimizer": optimizer.state_dict(), "rng": torch.get_rng_state()}
+    if scaler is not None:
+        values["scaler"] = scaler.state_dict()
+    if torch.cuda.is_available():
+        values["cuda_rng"] = torch.cuda.get_rng_state()
+    buffer = io.BytesIO()
+    torch.save(values, buffer)
+    files: dict[str, bytes | memoryview] = {_NETWORK: _safetensors(network)}
+    if average is not None:
+        files[_AVERAGE] = _safetensors(average)
+    files |= {_OPTIMIZER: buffer.getbuffer(), _PROGRESS: json.dumps(asdict(state)).encode()}
+    _replace(folder, files)
+
+
+def load_state(
+    folder: Path,
+    network: nn.Module,
+    average: nn.Module | None,
+    optimizer: torch.optim.Optimizer,
+    scaler: Any = None,
+) -> TrainingState | None:
+    """Brings everything back to where ``save_state`` left it; None where there is no state.
+
+    Raises:
+        CheckpointError: it is damaged or another network's.
+    """
+    from safetensors.torch import load_file
+
+    if not (folder / _PROGRESS).is_file():
+        return None
     try:
-        values = json.loads(file.read_text("utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"checkpoint {file.parent}: {file.name} can't be read: {error}") from error
-    if not isinstance(values, dict) or values.get("model_type") != KIND:
-        raise CheckpointError(f"checkpoint {file.parent} isn't one of this package: no model_type {KIND}")
-    return values
+        network.load_state_dict(load_file(folder / _NETWORK))
+        if average is not None:
+            average.load_state_dict(load_file(folder / _AVERAGE))
+        values: dict[str, Any] = torch.load(folder / _OPTIMIZER, map_location="cpu", weights_only=True)
+        optimizer.load_state_dict(values["optimizer"])
+        if scaler is not None and "scaler" in values:  # a run on a CPU has none
+            scaler.load_state_dict(values["scaler"])
+        torch.set_rng_state(values["rng"])
+        if torch.cuda.is_available() and "cuda_rng" in values:
+            torch.cuda.set_rng_state(values["cuda_rng"])
+        progress = json.loads((folder / _PROGRESS).read_text("utf-8"))
+        return TrainingState(int(progress["step"]), progress["best_miou"])
+    except Exception as error:  # what a damaged file raises is up to its format
+        reason = " ".join(str(error).split())[:200]
+        raise CheckpointError(
+            f"training state {folder} can't be read ({reason}); start anew with --overwrite"
+        ) from error

@@ -1,4 +1,4 @@
-"""Training samples: picture, mask and confidence, augmented by random numbers of their own."""
+"""Training samples: image, mask and confidence, augmented by random numbers of their own."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from torch.utils.data import Dataset, Sampler
 
 from wsss_pipeline.data.image_files import ImageFile
 from wsss_pipeline.data.images import read_image
-from wsss_pipeline.errors import CacheRecordError, ImageError, TrainingError
-from wsss_pipeline.segmentation.augmentation import IGNORE, Augmentation
-from wsss_pipeline.segmentation.mask_sources import MaskSource
+from wsss_pipeline.data.masks import IGNORE, MaskSource
+from wsss_pipeline.errors import ImageError, MaskError, TrainingError
+from wsss_pipeline.segmentation.augmentation import Augmentation
 
 logger = logging.getLogger(__name__)
 
@@ -24,9 +24,14 @@ _SHOWN = 5
 
 
 class Sample(TypedDict):
-    """``image`` float32 (3, S, S), ``mask`` int64 (S, S) with 255, ``confidence`` float32 (S, S) in [0, 1].
+    """One crop of side S.
 
-    ``damaged``: the picture or mask couldn't be used, and every pixel is 255.
+    Attributes:
+        image: float32 (3, S, S), normalised.
+        mask: int64 (S, S), 255 where there is no label.
+        confidence: uint8 (S, S), half percents.
+        image_id: of the image.
+        damaged: whether image or mask couldn't be used; every pixel is then 255.
     """
 
     image: Tensor
@@ -40,18 +45,18 @@ class Sample(TypedDict):
 class SegmentationDataset(Dataset[Sample]):
     """Samples by (epoch, position); a function of ``seed`` and these two alone, whichever process asks.
 
+    An image or mask that can't be used is warned of once a process and gives a sample without labels.
+
     Args:
         images: image id to file.
-        source: of the masks.
+        masks: of these images.
         image_ids: what to train on; a position is one in this list.
         augmentation: see there.
         seed: of all random numbers.
-
-    A picture or mask that can't be used is warned of once a process and gives a sample without labels.
     """
 
     images: Mapping[str, ImageFile]
-    source: MaskSource
+    masks: MaskSource
     image_ids: Sequence[str]
     augmentation: Augmentation
     seed: int
@@ -60,35 +65,36 @@ class SegmentationDataset(Dataset[Sample]):
     def __len__(self) -> int:
         return len(self.image_ids)
 
-    def __getitem__(self, place: tuple[int, int]) -> Sample:
-        epoch, position = place
+    def __getitem__(self, key: tuple[int, int]) -> Sample:
+        epoch, position = key
         image_id = self.image_ids[position]
         try:
             image = torch.from_numpy(read_image(self.images[image_id]).copy()).permute(2, 0, 1)
-            mask, confidence = (torch.from_numpy(array.copy()) for array in self.source.read(image_id))
+            labelled = self.masks[image_id]
+            mask = torch.from_numpy(labelled.mask.copy())
+            confidence = torch.from_numpy(labelled.confidence.copy())
             if image.shape[1:] != mask.shape:
                 raise ImageError(
-                    f"the picture is {image.shape[2]}x{image.shape[1]}, its mask {mask.shape[1]}x{mask.shape[0]}: "
+                    f"the image is {image.shape[2]}x{image.shape[1]}, its mask {mask.shape[1]}x{mask.shape[0]}: "
                     "they don't belong together"
                 )
-        except (ImageError, CacheRecordError) as error:
-            return self._damaged(image_id, error)
+        except (ImageError, MaskError) as error:
+            if image_id not in self._warned:
+                self._warned.add(image_id)
+                logger.warning("%s: counts nothing in training: %s", image_id, error)
+            side = self.augmentation.config.crop
+            return Sample(
+                image=torch.zeros(3, side, side),
+                mask=torch.full((side, side), IGNORE),
+                confidence=torch.zeros((side, side), dtype=torch.uint8),
+                image_id=image_id,
+                damaged=True,
+            )
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(sample_seed(self.seed, epoch, position))
-            pixels, labels, weights = self.augmentation(image, mask, confidence)
-        return Sample(image=pixels, mask=labels.long(), confidence=weights, image_id=image_id, damaged=False)
-
-    def _damaged(self, image_id: str, error: Exception) -> Sample:
-        if image_id not in self._warned:
-            self._warned.add(image_id)
-            logger.warning("%s: counts nothing in training: %s", image_id, error)
-        side = self.augmentation.config.crop
+            pixels, labels, certainty = self.augmentation(image, mask, confidence)
         return Sample(
-            image=torch.zeros(3, side, side),
-            mask=torch.full((side, side), IGNORE),
-            confidence=torch.zeros(side, side),
-            image_id=image_id,
-            damaged=True,
+            image=pixels, mask=labels.long(), confidence=certainty, image_id=image_id, damaged=False
         )
 
 
@@ -128,23 +134,23 @@ class EpochSampler(Sampler[tuple[int, int]]):
             element += self.world
 
 
-def training_ids(
+def usable_ids(
     images: Mapping[str, ImageFile],
-    source: MaskSource,
+    masks: MaskSource,
     split: Sequence[str] | None = None,
     allow_missing: bool = False,
 ) -> list[str]:
-    """The ids to train on: those of ``split``, or of all images, that have a picture and a mask.
+    """Ids of ``split``, of all images without it, that have an image and a mask.
 
     Raises:
-        TrainingError: some have none and ``allow_missing`` is false, or none is left.
+        TrainingError: some lack one of the two and ``allow_missing`` is false, or none is left.
     """
     wanted = list(split) if split is not None else list(images)
-    without_picture = [image_id for image_id in wanted if image_id not in images]
-    without_mask = [image_id for image_id in wanted if image_id in images and not source.has(image_id)]
+    without_image = [image_id for image_id in wanted if image_id not in images]
+    without_mask = [image_id for image_id in wanted if image_id in images and image_id not in masks]
     for missing, what, remedy in (
-        (without_picture, "have no picture", "give the folder that the list belongs to"),
-        (without_mask, f"aren't in the {source.description}", "make their masks first"),
+        (without_image, "have no image file", "give the folder that the list belongs to"),
+        (without_mask, f"aren't in the {masks.description}", "make their masks first"),
     ):
         if missing and not allow_missing:
             shown = ", ".join(missing[:_SHOWN]) + (", ..." if len(missing) > _SHOWN else "")
@@ -154,8 +160,8 @@ def training_ids(
             )
         if missing:
             logger.warning("%d of the %d images %s; they are left out", len(missing), len(wanted), what)
-    left = set(without_picture) | set(without_mask)
-    ids = [image_id for image_id in wanted if image_id not in left]
+    left_out = {*without_image, *without_mask}
+    ids = [image_id for image_id in wanted if image_id not in left_out]
     if not ids:
-        raise TrainingError(f"no image to train on: none of {len(wanted):,} has a picture and a mask")
+        raise TrainingError(f"no image to work on: none of {len(wanted):,} has an image file and a mask")
     return ids

@@ -22,7 +22,7 @@ from wsss_pipeline.errors import MaskError
 from wsss_pipeline.refine import DenseCrf, label
 from wsss_pipeline.runtime.device import resolve_device
 from wsss_pipeline.segmentation.checkpoint import find_checkpoint, load_network
-from wsss_pipeline.segmentation.networks import IMAGE_MEAN, IMAGE_STD, SegmentationNetwork
+from wsss_pipeline.segmentation.networks import SegmentationNetwork
 
 RAW, CRF = "raw", "+CRF"
 _PLAIN = (1.0, False)  # scale 1, not mirrored
@@ -178,7 +178,7 @@ def _probabilities(
     raw: bool,
 ) -> dict[str, Tensor]:
     """Probabilities (1+C, H, W) as ``config`` says, by its name; before them, with ``raw``, the plain pass's."""
-    mean, std = torch.tensor(IMAGE_MEAN)[:, None, None], torch.tensor(IMAGE_STD)[:, None, None]
+    mean, std = (torch.tensor(row)[:, None, None] for row in (network.image_mean, network.image_std))
     values = torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1).float() / 255
     pixels = ((values - mean) / std)[None].to(device)
     looks = [(scale, mirrored) for scale in config.scales for mirrored in (False, True)[: 1 + config.flip]]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,17 +15,35 @@ from wsss_pipeline.segmentation.train_config import NetworkConfig
 
 IMAGE_MEAN = (0.485, 0.456, 0.406)  # of ImageNet, RGB, for values in [0, 1]
 IMAGE_STD = (0.229, 0.224, 0.225)
+# name -> hidden sizes, depths, decoder's hidden size (Xie et al., "SegFormer", NeurIPS 2021, table 6)
+MIT_ENCODERS = {
+    "tiny": ((16, 32, 64, 96), (1, 1, 2, 1), 64),
+    "mit-b0": ((32, 64, 160, 256), (2, 2, 2, 2), 256),
+    "mit-b1": ((64, 128, 320, 512), (2, 2, 2, 2), 256),
+    "mit-b2": ((64, 128, 320, 512), (3, 4, 6, 3), 768),
+    "mit-b3": ((64, 128, 320, 512), (3, 4, 18, 3), 768),
+    "mit-b4": ((64, 128, 320, 512), (3, 8, 27, 3), 768),
+    "mit-b5": ((64, 128, 320, 512), (3, 6, 40, 3), 768),
+}
 _NORMS = (nn.modules.batchnorm._BatchNorm, nn.LayerNorm, nn.GroupNorm)
 
 
 class SegmentationNetwork(nn.Module, ABC):
-    """Images (B, 3, H, W), normalised with ImageNet's mean and standard deviation, to logits (B, 1+C, H, W).
+    """Images (B, 3, H, W), normalised with the network's mean and standard deviation, to logits (B, 1+C, H, W).
 
-    H and W may be anything. A subclass sets ``model`` and ``multiple`` and says what its encoder is.
+    H and W may be anything. A subclass says what its encoder is.
+
+    Attributes:
+        model: what makes the logits.
+        multiple: number of pixels that the sides of the model's input must be multiples of.
+        image_mean: mean of its training images, RGB, for values in [0, 1].
+        image_std: their standard deviation.
     """
 
     model: nn.Module
-    multiple: int = 1  # of pixels, that the model's input sides must be
+    multiple: int = 1
+    image_mean: tuple[float, ...] = IMAGE_MEAN
+    image_std: tuple[float, ...] = IMAGE_STD
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits at the size of the input."""
@@ -42,9 +61,9 @@ class SegmentationNetwork(nn.Module, ABC):
         output: Tensor = self.model(images)
         return output
 
-    def training_outputs(self, images: Tensor) -> list[Tensor]:
-        """The logits that the loss is summed over."""
-        return [self(images)]
+    def training_outputs(self, images: Tensor) -> dict[str, Tensor]:
+        """What the loss is made of, by name: ``logits`` (B, 1+C, H, W)."""
+        return {"logits": self(images)}
 
     @abstractmethod
     def encoder(self) -> nn.Module:
@@ -103,7 +122,7 @@ class DecoderNetwork(SegmentationNetwork):
             and len(images) == 1
             and any(isinstance(m, nn.AdaptiveAvgPool2d) for m in self.modules())
         ):
-            # its batch norm after global pooling would see one value per channel; two equal pictures are one
+            # its batch norm after global pooling would see one value per channel; two equal images are one
             return super().logits(images.expand(2, -1, -1, -1))[:1]
         return super().logits(images)
 
@@ -121,8 +140,6 @@ class SegFormer(SegmentationNetwork):
         super().__init__()
         from transformers import SegformerForSemanticSegmentation
 
-        from wsss_pipeline.segmentation.pretrained import segformer_config
-
         self.model = SegformerForSemanticSegmentation(segformer_config(encoder, num_classes))
 
     def logits(self, images: Tensor) -> Tensor:
@@ -135,6 +152,40 @@ class SegFormer(SegmentationNetwork):
         encoder = self.model.segformer
         assert isinstance(encoder, nn.Module)
         return encoder
+
+
+def mit_name(encoder: str) -> str:
+    """``mit-b0`` for ``mit_b0`` and ``nvidia/mit-b0``; other names as they are."""
+    name = encoder.replace("_", "-").removeprefix("nvidia/")
+    return name if name in MIT_ENCODERS else encoder
+
+
+def segformer_config(encoder: str, num_classes: int) -> Any:
+    """A ``SegformerConfig`` for one of ``MIT_ENCODERS``, or for a local folder.
+
+    Raises:
+        NetworkError: neither.
+    """
+    from transformers import SegformerConfig
+
+    name = mit_name(encoder)
+    if name in MIT_ENCODERS:
+        sizes, depths, decoder = MIT_ENCODERS[name]
+        return SegformerConfig(  # type: ignore[call-arg]
+            hidden_sizes=list(sizes),
+            depths=list(depths),
+            num_attention_heads=[1, 2, 4 if name == "tiny" else 5, 8],
+            decoder_hidden_size=decoder,
+            num_labels=num_classes,
+        )
+    if (Path(encoder) / "config.json").is_file():
+        config = SegformerConfig.from_pretrained(encoder)
+        config.num_labels = num_classes
+        return config
+    raise NetworkError(
+        f"network segformer has no encoder '{encoder}'; choose one of {', '.join(MIT_ENCODERS)}, or a folder with "
+        "a SegFormer's config.json"
+    )
 
 
 class _Aspp(nn.Module):
@@ -193,17 +244,23 @@ class DeepLabV2(SegmentationNetwork):
         logits: Tensor = self.model["head"](self.model["backbone"](images)[0])
         return logits
 
-    def training_outputs(self, images: Tensor) -> list[Tensor]:
-        """Logits at scales 1, 0.75 and 0.5, and their maximum, at the sizes the network has them."""
+    def training_outputs(self, images: Tensor) -> dict[str, Tensor]:
+        """``logits``, ``logits_0.75`` and ``logits_0.5`` at the sizes the network has them, and ``logits_max``.
+
+        The last is the largest of the three at each place, at the size of ``logits``.
+        """
         full = self.logits(images)
-        smaller = [
-            self.logits(F.interpolate(images, scale_factor=scale, mode="bilinear", align_corners=False))
+        smaller = {
+            f"logits_{scale:g}": self.logits(
+                F.interpolate(images, scale_factor=scale, mode="bilinear", align_corners=False)
+            )
             for scale in self.scales
-        ]
+        }
         alike = [
-            F.interpolate(x, size=full.shape[-2:], mode="bilinear", align_corners=False) for x in smaller
+            F.interpolate(x, size=full.shape[-2:], mode="bilinear", align_corners=False)
+            for x in smaller.values()
         ]
-        return [full, *smaller, torch.stack([full, *alike]).amax(dim=0)]
+        return {"logits": full, **smaller, "logits_max": torch.stack([full, *alike]).amax(dim=0)}
 
     def encoder(self) -> nn.Module:
         """The dilated ResNet."""

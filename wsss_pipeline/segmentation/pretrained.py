@@ -10,49 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from wsss_pipeline.errors import NetworkError
-from wsss_pipeline.segmentation.networks import DecoderNetwork, DeepLabV2, SegFormer, SegmentationNetwork
+from wsss_pipeline.segmentation.networks import DeepLabV2, SegFormer, SegmentationNetwork, mit_name
 from wsss_pipeline.segmentation.train_config import NetworkConfig
 
-# hidden sizes and depths of the encoders (Xie et al., "SegFormer", NeurIPS 2021, table 6)
-_MIT = {
-    "tiny": ((16, 32, 64, 96), (1, 1, 2, 1), 64),
-    "mit-b0": ((32, 64, 160, 256), (2, 2, 2, 2), 256),
-    "mit-b1": ((64, 128, 320, 512), (2, 2, 2, 2), 256),
-    "mit-b2": ((64, 128, 320, 512), (3, 4, 6, 3), 768),
-    "mit-b3": ((64, 128, 320, 512), (3, 4, 18, 3), 768),
-    "mit-b4": ((64, 128, 320, 512), (3, 8, 27, 3), 768),
-    "mit-b5": ((64, 128, 320, 512), (3, 6, 40, 3), 768),
-}
 _LEAST_SHARE = 0.5  # of an encoder's tensors that a file must hold to be its weights
 _PREFIXES = ("module.", "model.", "backbone.", "encoder.", "segformer.", "")
-
-
-def segformer_config(encoder: str, num_classes: int) -> Any:
-    """A ``SegformerConfig`` for a name of the table, or of a local folder.
-
-    Raises:
-        NetworkError: neither.
-    """
-    from transformers import SegformerConfig
-
-    name = encoder.replace("_", "-").removeprefix("nvidia/")
-    if name in _MIT:
-        sizes, depths, decoder = _MIT[name]
-        return SegformerConfig(  # type: ignore[call-arg]
-            hidden_sizes=list(sizes),
-            depths=list(depths),
-            num_attention_heads=[1, 2, 4 if name == "tiny" else 5, 8],
-            decoder_hidden_size=decoder,
-            num_labels=num_classes,
-        )
-    if (Path(encoder) / "config.json").is_file():
-        config = SegformerConfig.from_pretrained(encoder)
-        config.num_labels = num_classes
-        return config
-    raise NetworkError(
-        f"network segformer has no encoder '{encoder}'; choose one of {', '.join(_MIT)}, or a folder with a "
-        "SegFormer's config.json"
-    )
 
 
 def load_pretrained(network: SegmentationNetwork, config: NetworkConfig, offline: bool = False) -> None:
@@ -98,23 +60,26 @@ def _fetch(network: SegmentationNetwork, config: NetworkConfig) -> Mapping[str, 
         weights = getattr(segmentation, f"DeepLabV3_{config.encoder.replace('resnet', 'ResNet')}_Weights")
         state: Mapping[str, Tensor] = weights.DEFAULT.get_state_dict(progress=False, weights_only=True)
         return state
+    found: nn.Module
     if isinstance(network, DeepLabV2):
         import timm
 
-        backbone: dict[str, Tensor] = timm.create_model(config.encoder, pretrained=True).state_dict()
-        return backbone
-    if isinstance(network, SegFormer):
+        found = timm.create_model(config.encoder, pretrained=True)
+    elif isinstance(network, SegFormer):
+        name = mit_name(config.encoder)
+        if not name.startswith("mit-b"):
+            raise NetworkError(
+                f"there are no imagenet weights for segformer with {config.encoder}, only for mit-b0 to mit-b5; "
+                "give a file or folder with --weights, or train from scratch with --weights none"
+            )
         from transformers import SegformerModel
 
-        transformer: dict[str, Tensor] = SegformerModel.from_pretrained(
-            f"nvidia/{config.encoder}"
-        ).state_dict()
-        return transformer
-    assert isinstance(network, DecoderNetwork)
-    import segmentation_models_pytorch as smp
+        found = SegformerModel.from_pretrained(f"nvidia/{name}")
+    else:
+        import segmentation_models_pytorch as smp
 
-    encoder: dict[str, Tensor] = smp.encoders.get_encoder(config.encoder, weights="imagenet").state_dict()
-    return encoder
+        found = smp.encoders.get_encoder(config.encoder, weights="imagenet")
+    return found.state_dict()
 
 
 def _read_state(path: Path) -> Mapping[str, Tensor]:

@@ -23,7 +23,7 @@ class NetworkConfig(Settings):
     )
     encoder: str = Field(
         "resnet50",
-        description="A ResNet of timm for deeplabv2; tiny, mit-b0 to mit-b5, a hub id or a folder for segformer; "
+        description="A ResNet of timm for deeplabv2; tiny, mit-b0 to mit-b5, their hub id or a folder for segformer; "
         "else an encoder of segmentation-models-pytorch.",
     )
     weights: str = Field(
@@ -35,7 +35,8 @@ class LossConfig(Settings):
     """Confidence-guided cross entropy (CLIP-ES, arXiv 2212.09506, section 3.5)."""
 
     confidence: Literal["hard", "soft"] = Field(
-        "hard", description="hard leaves out pixels under min_confidence, as published; soft weights the others."
+        "hard",
+        description="hard leaves out pixels under min_confidence, as published; soft weights the others.",
     )
     min_confidence: float = Field(0.95, ge=0, le=1, description="Pixels below it count nothing.")
     balanced: bool = Field(

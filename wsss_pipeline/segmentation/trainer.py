@@ -7,38 +7,34 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import broadcast
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader
 
 from wsss_pipeline.errors import TrainingError
-from wsss_pipeline.segmentation.checkpoint import not_written, save_network
+from wsss_pipeline.runtime.interrupts import StopRequest
+from wsss_pipeline.runtime.output import writing
+from wsss_pipeline.runtime.progress import Progress
+from wsss_pipeline.segmentation.checkpoint import (
+    BEST,
+    LAST,
+    TrainingState,
+    load_state,
+    save_network,
+    save_state,
+)
 from wsss_pipeline.segmentation.dataset import EpochSampler, SegmentationDataset
 from wsss_pipeline.segmentation.losses import confidence_weights, segmentation_loss
 from wsss_pipeline.segmentation.networks import SegmentationNetwork
 from wsss_pipeline.segmentation.train_config import OptimisationConfig, TrainConfig
-from wsss_pipeline.segmentation.training_state import TrainingProgress, load_state, save_state
 
-LAST, BEST, STATE, NAN, LOG = "last", "best", "state", "nan", "log.jsonl"
-
-
-@dataclass(frozen=True)
-class TrainingHooks:
-    """What the loop calls.
-
-    ``validate``: mIoU of a network in evaluation mode, or None where there's no ground truth. ``stop``: whether
-    to save and stop after this update. ``log``: gets each update's numbers.
-    """
-
-    validate: Callable[[SegmentationNetwork], float] | None
-    stop: Callable[[], bool]
-    log: Callable[[dict[str, Any]], None]
+STATE, NAN, LOG = "state", "nan", "log.jsonl"
 
 
 class _TrainingForward(nn.Module):
@@ -48,21 +44,23 @@ class _TrainingForward(nn.Module):
         super().__init__()
         self.network = network
 
-    def forward(self, images: Tensor) -> list[Tensor]:
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
         return self.network.training_outputs(images)
 
 
 class Trainer:
-    """One training run.
+    """One training run, at the update where its folder says that it is.
 
     Args:
         accelerator: of this process; knows device, precision and the other processes.
-        config: see there.
+        config: of the run.
         network: with the weights to start from.
         dataset: what to train on.
-        class_names: of mask values 1..C, for the checkpoints.
         out: folder of the run.
-        workers: processes that load samples.
+        workers: number of processes that load samples.
+
+    Attributes:
+        state: how far the run is.
     """
 
     def __init__(
@@ -71,7 +69,6 @@ class Trainer:
         config: TrainConfig,
         network: SegmentationNetwork,
         dataset: SegmentationDataset,
-        class_names: tuple[str, ...],
         out: Path,
         workers: int = 0,
     ) -> None:
@@ -79,84 +76,113 @@ class Trainer:
         self._config = config
         self._network = network.to(accelerator.device).train()
         self._dataset = dataset
-        self._class_names = class_names
         self._out = out
         self._workers = workers
+        optimisation = config.optimisation
+        self._images_per_update = optimisation.batch * optimisation.accumulate * accelerator.num_processes
         groups = network.parameter_groups(
-            config.optimisation.lr, config.optimisation.weight_decay, config.optimisation.head_lr_factor
+            optimisation.lr, optimisation.weight_decay, optimisation.head_lr_factor
         )
         for group in groups:
             group["peak"] = group["lr"]
-        self._optimizer = _optimizer(groups, config.optimisation)
-        decay = config.optimisation.ema
+        self._optimizer: torch.optim.Optimizer
+        if optimisation.optimizer == "sgd":
+            self._optimizer = torch.optim.SGD(groups, lr=optimisation.lr, momentum=optimisation.momentum)
+        else:
+            self._optimizer = torch.optim.AdamW(groups, lr=optimisation.lr)
         self._average = (
-            AveragedModel(network, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)  # type: ignore[no-untyped-call]
-            if decay
+            AveragedModel(network, multi_avg_fn=get_ema_multi_avg_fn(optimisation.ema), use_buffers=True)  # type: ignore[no-untyped-call]
+            if optimisation.ema
             else None
         )
         torch.manual_seed(config.seed)
-        self._progress = (
-            load_state(out / STATE, network, self._average, self._optimizer) or TrainingProgress()
+        self.state = (
+            load_state(out / STATE, network, self._average, self._optimizer, accelerator.scaler)
+            or TrainingState()
         )
         self._forward, self._prepared = accelerator.prepare(_TrainingForward(network), self._optimizer)
 
-    @property
-    def progress(self) -> TrainingProgress:
-        """How far the run is."""
-        return self._progress
+    def run(self, validate: Callable[[SegmentationNetwork], float] | None = None) -> bool:
+        """Trains to the end, or to the update in which any of the processes was asked to stop.
 
-    @property
-    def _images_per_update(self) -> int:
-        optimisation = self._config.optimisation
-        return optimisation.batch * optimisation.accumulate * int(self._accelerator.num_processes)
+        Args:
+            validate: mIoU in [0, 1] of a network in evaluation mode; called in all processes, and has the same
+                result in each. None where there is no ground truth.
 
-    def run(self, hooks: TrainingHooks) -> bool:
-        """Trains to the end or until ``hooks.stop``; whether the end was reached.
+        Returns:
+            Whether the end was reached.
 
         Raises:
             TrainingError: the loss isn't a number; the network as it was is in the run's folder ``nan``.
+            OutputError: the run's folder can't be written.
         """
-        config, progress = self._config, self._progress
+        config, state, accelerator = self._config, self.state, self._accelerator
+        updates = config.optimisation.iterations
+        progress = Progress(updates, "updates", done=state.step)
+        smooth_loss, miou, updates_here, seconds_here = math.nan, "", 0, 0.0
         batches = self._batches()
-        while progress.step < config.optimisation.iterations:
-            started = time.monotonic()
-            loss, damaged = self._update(batches)
-            progress.step += 1
-            ended = progress.step == config.optimisation.iterations
-            numbers = {
-                "step": progress.step,
-                "loss": loss,
-                "lr": self._optimizer.param_groups[0]["lr"],
-                "seconds": time.monotonic() - started,
-                "images": self._images_per_update,
-                "damaged": damaged,
-            }
-            if hooks.validate is not None and (ended or progress.step % config.validate_every == 0):
-                numbers["miou"] = self._validate(hooks.validate)
-            self._log(numbers, hooks)
-            stop = hooks.stop()
-            if ended or stop or progress.step % config.save_every == 0:
-                self._save()
-            if stop:
-                break
-        return progress.step == config.optimisation.iterations
+        with StopRequest() as stop, progress if accelerator.is_main_process else nullcontext():
+            while state.step < updates:
+                started = time.monotonic()
+                loss, damaged, is_stopped = self._update(batches, stop.requested)
+                state.step += 1
+                numbers = {
+                    "step": state.step,
+                    "loss": loss,
+                    "lr": self._optimizer.param_groups[0]["lr"],
+                    "seconds": time.monotonic() - started,
+                    "images": self._images_per_update,
+                    "damaged": damaged,
+                }
+                is_last = state.step == updates
+                is_validated = validate is not None and (is_last or state.step % config.validate_every == 0)
+                if validate is not None and is_validated:
+                    numbers["miou"] = self._validate(validate)
+                    miou = f", mIoU {100 * numbers['miou']:.2f} %"
+                accelerator.log({k: v for k, v in numbers.items() if k != "step"}, step=state.step)
+                if accelerator.is_main_process:
+                    with writing(self._out / LOG), (self._out / LOG).open("a", encoding="utf-8") as file:
+                        file.write(json.dumps(numbers) + "\n")
+                    smooth_loss = 0.9 * smooth_loss + 0.1 * loss if updates_here else loss
+                    updates_here, seconds_here = updates_here + 1, seconds_here + numbers["seconds"]
+                    rate = updates_here * self._images_per_update / max(1e-9, seconds_here)
+                    note = f"loss {smooth_loss:.3f}, lr {numbers['lr']:.2g}, {rate:.3g} images/s{miou}"
+                    progress.advance(note=note, show=is_validated or is_last)
+                if is_last or is_stopped or state.step % config.save_every == 0:
+                    self._save()
+                if is_stopped:
+                    break
+        return state.step == updates
 
-    def _update(self, batches: Iterator[Any]) -> tuple[float, int]:
-        """One update out of ``accumulate`` batches; mean loss and number of samples that couldn't be used."""
+    def _update(self, batches: Iterator[Any], stop: bool) -> tuple[float, int, bool]:
+        """One update out of ``accumulate`` batches.
+
+        Args:
+            batches: of this process.
+            stop: whether this process was asked to stop.
+
+        Returns:
+            Mean loss, number of samples that couldn't be used, and whether to stop, of all processes together.
+        """
         optimisation, accelerator = self._config.optimisation, self._accelerator
-        share = schedule(self._progress.step, optimisation)
+        rate = schedule(self.state.step, optimisation)
         for group in self._optimizer.param_groups:
-            group["lr"] = group["peak"] * share
-        total, damaged, seen = 0.0, 0, []
+            group["lr"] = group["peak"] * rate
+        sums = torch.zeros(3, dtype=torch.float64, device=accelerator.device)
+        seen: list[str] = []
         for part in range(optimisation.accumulate):
             batch = next(batches)
             seen += batch["image_id"]
-            damaged += int(batch["damaged"].sum())
             is_last = part == optimisation.accumulate - 1
             with nullcontext() if is_last else accelerator.no_sync(self._forward):
-                loss = self._loss(batch)
-                accelerator.backward(loss * accelerator.num_processes / optimisation.accumulate)
-            total += float(accelerator.reduce(loss.detach(), "sum")) / optimisation.accumulate
+                loss = self._loss(batch) / optimisation.accumulate
+                # distributed training takes the mean of the processes' gradients
+                accelerator.backward(loss * accelerator.num_processes)
+            sums[0] += loss.detach()
+            sums[1] += int(batch["damaged"].sum())
+        sums[2] = float(stop)
+        # a signal may reach one process alone, but they have to stop at the same update
+        total, damaged, stops = accelerator.reduce(sums, "sum").tolist()
         if not math.isfinite(total):
             self._stop_at_nan(total, seen)
         if optimisation.clip_norm:
@@ -165,38 +191,37 @@ class Trainer:
         self._prepared.zero_grad()
         if self._average is not None:
             self._average.update_parameters(self._network)
-        return total, damaged
+        return total, int(damaged), stops > 0
 
     def _loss(self, batch: Any) -> Tensor:
         """This process's part of the mean over all processes' pixels."""
         device, loss = self._accelerator.device, self._config.loss
-        images = batch["image"].to(device, non_blocking=True)
-        target = batch["mask"].to(device, non_blocking=True)
-        confidence = batch["confidence"].to(device, non_blocking=True)
+        images, target, confidence = (
+            batch[name].to(device, non_blocking=True) for name in ("image", "mask", "confidence")
+        )
         with self._accelerator.autocast():
             outputs = self._forward(images)
-        weights = confidence_weights(confidence, loss.confidence, loss.min_confidence)
         return segmentation_loss(
             outputs,
             target,
-            weights,
+            confidence_weights(confidence, loss.confidence, loss.min_confidence),
             balanced=loss.balanced,
             total=lambda sums: self._accelerator.reduce(sums, "sum"),
         )
 
     def _batches(self) -> Iterator[Any]:
-        optimisation, accelerator = self._config.optimisation, self._accelerator
+        accelerator = self._accelerator
         sampler = EpochSampler(
             len(self._dataset),
             self._config.seed,
-            self._progress.step * self._images_per_update,
+            self.state.step * self._images_per_update,
             accelerator.process_index,
             accelerator.num_processes,
         )
         return iter(
             DataLoader(
                 self._dataset,
-                batch_size=optimisation.batch,
+                batch_size=self._config.optimisation.batch,
                 sampler=sampler,
                 num_workers=self._workers,
                 pin_memory=accelerator.device.type == "cuda",
@@ -209,45 +234,42 @@ class Trainer:
         return self._average.module if self._average is not None else self._network  # type: ignore[return-value]
 
     def _validate(self, validate: Callable[[SegmentationNetwork], float]) -> float:
-        network, progress = self._evaluated(), self._progress
-        miou = 0.0
-        if self._accelerator.is_main_process:
-            miou = validate(network.eval())
-            network.train()
-            if progress.best_miou is None or miou > progress.best_miou:
-                progress.best_miou = miou
-                self._save_network(BEST, miou=miou)
-        self._accelerator.wait_for_everyone()
+        network, state = self._evaluated(), self.state
+        if self._accelerator.num_processes > 1:
+            broadcast(list(network.buffers()))  # batch norm's statistics are of each process's own images
+        miou = validate(network.eval())
+        network.train()
+        if state.best_miou is None or miou > state.best_miou:
+            state.best_miou = miou
+            self._save_network(BEST, miou=miou)
         return miou
 
     def _save(self) -> None:
+        self._save_network(LAST)
         if self._accelerator.is_main_process:
-            self._save_network(LAST)
-            save_state(self._out / STATE, self._network, self._average, self._optimizer, self._progress)
+            save_state(
+                self._out / STATE,
+                self.state,
+                self._network,
+                self._average,
+                self._optimizer,
+                self._accelerator.scaler,
+            )
         self._accelerator.wait_for_everyone()
 
     def _save_network(self, name: str, **extra: Any) -> None:
-        extra = {"step": self._progress.step, **extra}
-        save_network(self._evaluated(), self._out / name, self._config.network, self._class_names, extra)
+        if self._accelerator.is_main_process:
+            extra = {"step": self.state.step, **extra}
+            names = self._dataset.masks.class_names
+            save_network(self._evaluated(), self._out / name, self._config.network, names, extra)
 
     def _stop_at_nan(self, loss: float, image_ids: list[str]) -> None:
-        step = self._progress.step + 1
-        if self._accelerator.is_main_process:
-            self._save_network(NAN, image_ids=image_ids)
+        self._save_network(NAN, image_ids=image_ids)
         raise TrainingError(
-            f"the loss is {loss} at update {step}; the network before it is in {self._out / NAN}, the images were "
-            f"{', '.join(image_ids)}: lower the rate (--lr), or try --balanced or --set optimisation.clip_norm=1"
+            f"the loss is {loss} at update {self.state.step + 1}; the network before it is in {self._out / NAN}, the "
+            f"images were {', '.join(image_ids)}: lower the rate (--lr), or try --balanced or --set "
+            "optimisation.clip_norm=1"
         )
-
-    def _log(self, numbers: dict[str, Any], hooks: TrainingHooks) -> None:
-        self._accelerator.log({k: v for k, v in numbers.items() if k != "step"}, step=numbers["step"])
-        if self._accelerator.is_main_process:
-            try:
-                with (self._out / LOG).open("a", encoding="utf-8") as file:
-                    file.write(json.dumps(numbers) + "\n")
-            except OSError as error:
-                raise not_written(str(self._out / LOG), error) from error
-            hooks.log(numbers)
 
 
 def schedule(step: int, config: OptimisationConfig) -> float:
@@ -261,9 +283,3 @@ def schedule(step: int, config: OptimisationConfig) -> float:
     if config.schedule == "poly":
         return float((1 - done) ** config.power)
     return 0.5 * (1 + math.cos(math.pi * done))
-
-
-def _optimizer(groups: list[dict[str, Any]], config: OptimisationConfig) -> torch.optim.Optimizer:
-    if config.optimizer == "sgd":
-        return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum)
-    return torch.optim.AdamW(groups, lr=config.lr)

@@ -1,27 +1,24 @@
-"""The demo: drawn scenes to disk, then the same stages on them that a user's own pictures go through."""
+"""The demo: drawn scenes to disk, then the same stages on them that a user's own images go through."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
+from wsss_pipeline.cache import MaskCache
 from wsss_pipeline.data.image_ids import find_images
-from wsss_pipeline.data.shortcuts import read_split
+from wsss_pipeline.data.masks import MaskFolder, MaskSource
 from wsss_pipeline.demo.voc_folder import write_voc_folder
-from wsss_pipeline.errors import ConfigError
 from wsss_pipeline.evaluation.result import Evaluation
+from wsss_pipeline.pseudo_masks.job import MaskJob
 from wsss_pipeline.runtime.device import images_at_a_time
-from wsss_pipeline.segmentation.mask_sources import CachedMasks, GroundTruthMasks, MaskSource
 from wsss_pipeline.segmentation.train_config import load_train_config
 from wsss_pipeline.stages.evaluate import evaluate, open_masks
 from wsss_pipeline.stages.generate_masks import generate_masks
-from wsss_pipeline.stages.mask_inputs import read_inputs
-from wsss_pipeline.stages.mask_plan import MaskRequest
 from wsss_pipeline.stages.preview import preview
-from wsss_pipeline.stages.train_seg import TrainRequest, train_seg
+from wsss_pipeline.stages.train_seg import TrainJob, train_seg
 
 logger = logging.getLogger(__name__)
 
@@ -76,89 +73,69 @@ def run_demo(
     upper_bound: bool = False,
     scenes: tuple[int, int] = (200, 100),
     overrides: Sequence[str] = (),
-    log: Callable[[dict[str, Any]], None] = lambda numbers: None,
 ) -> DemoReport:
     """Draws the scenes, makes pseudo masks of the training scenes, trains a network on them, scores both.
 
     Running it again on the same folder computes nothing twice.
 
     Args:
-        out: folder for the data set, the cache, the network and the pictures.
+        out: folder for the data set, the cache, the network, the preview and the report.
         seed: of the scenes and of the network.
         recipe: of the network.
         upper_bound: also train a network on the ground truth.
         scenes: how many for training, how many for testing.
         overrides: ``key=value`` settings over those of the recipe.
-        log: gets each update's numbers.
 
     Raises:
-        ConfigError: ``out`` can't be written.
+        OutputError: ``out`` can't be written.
         TrainingError: ``out`` holds a demo with other settings.
+        KeyboardInterrupt: a request to stop came; what was finished is kept.
     """
     data = out / "data"
+    truth = data / "SegmentationClass"
+    splits = {name: data / "ImageSets/Segmentation" / f"{name}.txt" for name in (TRAIN, VAL)}
     report = DemoReport(folders={"data set": data})
     logger.info("drawing %d training and %d test scenes into %s", *scenes, data)
-    try:
-        write_voc_folder(data, seed, dict(zip((TRAIN, VAL), scenes, strict=True)))
-    except OSError as error:
-        raise ConfigError(f"the demo's folder {out} can't be written: {error.strerror or error}") from error
-    masks = data
-    for name, settings in STEPS.items():
-        logger.info("pseudo masks: %s", name)
-        masks = _pseudo_masks(data, out / "cache", settings)
-        result = evaluate(
-            open_masks(cache=masks), data / "SegmentationClass", split=_split(data, TRAIN)
-        )
-        report.add(f"pseudo masks: {name}", result)
-    report.folders["pseudo masks"] = masks
+    write_voc_folder(data, seed, dict(zip(splits, scenes, strict=True)))
     images = find_images(data / "JPEGImages")
-    report.folders["preview"] = preview(masks, images, out / "preview.png")
-    sources: dict[str, MaskSource] = {"network": CachedMasks(masks)}
+    for step, settings in STEPS.items():
+        logger.info("pseudo masks: %s", step)
+        job = MaskJob.read(
+            voc=data,
+            split=TRAIN,
+            classes="demo",
+            overrides=settings,
+            settings={"clip.weights": "demo"},
+            cache=out / "cache",
+        )
+        made = generate_masks(replace(job, workers=images_at_a_time(), store_cams=True, offline=True))
+        if made.interrupted:
+            raise KeyboardInterrupt
+        pseudo_masks = MaskCache.open(made.path)
+        report.add(f"pseudo masks: {step}", evaluate(pseudo_masks, truth, split=splits[TRAIN]))
+    report.folders["pseudo masks"] = made.path
+    report.folders["preview"] = preview(made.path, images, out / "preview.png")
+    sources: dict[str, MaskSource] = {"network": pseudo_masks}
     if upper_bound:
-        names = sources["network"].class_names
-        sources["network-on-ground-truth"] = GroundTruthMasks(data / "SegmentationClass", names)
+        sources["network-on-ground-truth"] = MaskFolder(truth, pseudo_masks.class_names, "ground truth")
     for name, source in sources.items():
         config = load_train_config(recipe, None, overrides, {"seed": seed})
-        split = read_split(_split(data, TRAIN))
-        request = TrainRequest(images, source, config, out / name, split, device="auto", workers=1)
-        report.folders[name] = train_seg(request, log).checkpoint
-        _score_network(report, name, data, out)
+        trained = train_seg(
+            TrainJob(data / "JPEGImages", source, out / name, config, split=splits[TRAIN], workers=1)
+        )
+        if trained.interrupted:
+            raise KeyboardInterrupt
+        report.folders[name] = trained.checkpoint
+        page = out / "report.html" if source is pseudo_masks else None
+        result = evaluate(
+            open_masks(checkpoint=trained.checkpoint, images=images),
+            truth,
+            split=splits[VAL],
+            report=page,
+            images=images,
+            settings={"checkpoint": str(trained.checkpoint)},
+        )
+        report.add(f"{name}, unseen images", result)
+        if page is not None:
+            report.folders["report"] = page
     return report
-
-
-def _split(data: Path, name: str) -> Path:
-    return data / "ImageSets/Segmentation" / f"{name}.txt"
-
-
-def _score_network(report: DemoReport, name: str, data: Path, out: Path) -> None:
-    """On the test scenes, with a report for the one trained on pseudo masks."""
-    images = find_images(data / "JPEGImages")
-    page = out / "report.html" if name == "network" else None
-    result = evaluate(
-        open_masks(checkpoint=report.folders[name], images=images),
-        data / "SegmentationClass",
-        split=_split(data, VAL),
-        report=page,
-        images=images,
-        settings={"checkpoint": str(report.folders[name])},
-    )
-    report.add(f"{name}, unseen images", result)
-    if page is not None:
-        report.folders["report"] = page
-
-
-def _pseudo_masks(data: Path, cache: Path, overrides: Sequence[str]) -> Path:
-    config, inputs = read_inputs(
-        voc=data, split=TRAIN, classes="demo", overrides=overrides, flags={"clip.weights": "demo"}
-    )
-    request = MaskRequest(
-        images=inputs.images,
-        labels=inputs.labels,
-        class_set=inputs.class_set,
-        config=config,
-        cache_dir=cache,
-        workers=images_at_a_time(),
-        store_cams=True,
-        offline=True,
-    )
-    return generate_masks(request).path

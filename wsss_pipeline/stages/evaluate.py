@@ -11,11 +11,11 @@ from numpy.typing import NDArray
 
 from wsss_pipeline.cache import MaskCache
 from wsss_pipeline.config import CrfConfig, InferenceConfig
+from wsss_pipeline.data.datasets import read_split
 from wsss_pipeline.data.image_files import ImageFile
 from wsss_pipeline.data.image_ids import find_images
 from wsss_pipeline.data.images import read_mask
 from wsss_pipeline.data.masks import IGNORE, MaskFolder, MaskSource
-from wsss_pipeline.data.shortcuts import read_split
 from wsss_pipeline.errors import ConfigError, EvaluationError, ImageError, MaskError
 from wsss_pipeline.evaluation.metrics import Scores, check_sizes, confusion_matrix
 from wsss_pipeline.evaluation.result import Evaluation, Variant

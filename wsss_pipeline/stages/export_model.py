@@ -15,7 +15,7 @@ from torch import Tensor
 from wsss_pipeline.errors import CheckpointError, ConfigError, MissingDependencyError
 from wsss_pipeline.runtime.output import write_file, writing
 from wsss_pipeline.segmentation.checkpoint import LoadedNetwork, load_network
-from wsss_pipeline.segmentation.networks import IMAGE_MEAN, IMAGE_STD, SegFormer, SegmentationNetwork
+from wsss_pipeline.segmentation.networks import SegFormer, SegmentationNetwork
 
 logger = logging.getLogger(__name__)
 
@@ -107,8 +107,8 @@ def _huggingface(loaded: LoadedNetwork, out: Path) -> Path:
     model.config.label2id = loaded.config["label2id"]
     processor = SegformerImageProcessor(
         do_resize=False,  # the network takes any size
-        image_mean=list(IMAGE_MEAN),
-        image_std=list(IMAGE_STD),
+        image_mean=list(loaded.network.image_mean),
+        image_std=list(loaded.network.image_std),
         do_reduce_labels=False,
     )
     with writing(out):

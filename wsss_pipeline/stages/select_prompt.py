@@ -63,7 +63,9 @@ def select_prompt(job: MaskJob, templates: Sequence[str]) -> PromptRanking:
     """
     for template in templates:
         check_template(template, "--template")
-    several = [image_id for image_id, names in job.labels.items() if len(names) > 1 and image_id in job.images]
+    several = [
+        image_id for image_id, names in job.labels.items() if len(names) > 1 and image_id in job.images
+    ]
     usable = several[: job.limit]
     if not usable:
         raise ConfigError(
@@ -86,7 +88,7 @@ def select_prompt(job: MaskJob, templates: Sequence[str]) -> PromptRanking:
                 continue
             pixels = prepare_image(image, trunk.patch_size, job.config.max_pixels).pixels
             (last,) = trunk.encode(pixels[None].to(trunk.device)).last
-            embeddings[image_id] = F.normalize(last.pooled(), dim=0).cpu()
+            embeddings[image_id] = F.normalize(last.pooled, dim=0).cpu()
             progress.advance()
     if not embeddings:
         raise ConfigError(

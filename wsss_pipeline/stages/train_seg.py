@@ -1,4 +1,4 @@
-"""Stage two: a segmentation network trained on cached pseudo masks."""
+"""Stage two: a segmentation network trained on pseudo masks."""
 
 from __future__ import annotations
 
@@ -6,33 +6,41 @@ import json
 import logging
 import shutil
 import statistics
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 
 from wsss_pipeline.config import InferenceConfig, differing_keys, to_yaml
-from wsss_pipeline.data.image_files import ImageFile
+from wsss_pipeline.data.datasets import read_split
 from wsss_pipeline.data.image_ids import find_images
-from wsss_pipeline.data.images import read_image, read_mask
-from wsss_pipeline.errors import CheckpointError, ConfigError, MissingDependencyError, TrainingError
-from wsss_pipeline.evaluation.metrics import Scores, confusion_matrix
+from wsss_pipeline.data.images import read_image
+from wsss_pipeline.data.masks import MaskFolder, MaskSource
+from wsss_pipeline.errors import (
+    CheckpointError,
+    ConfigError,
+    EvaluationError,
+    ImageError,
+    MissingDependencyError,
+    TrainingError,
+)
+from wsss_pipeline.evaluation.metrics import Scores, check_sizes, confusion_matrix
 from wsss_pipeline.evaluation.result import id_digest
-from wsss_pipeline.runtime.device import resolve_device
-from wsss_pipeline.runtime.interrupts import StopRequest
+from wsss_pipeline.runtime.device import resolve_device, resolve_precision
+from wsss_pipeline.runtime.output import write_file, writing
 from wsss_pipeline.segmentation.augmentation import Augmentation
-from wsss_pipeline.segmentation.dataset import SegmentationDataset, training_ids
+from wsss_pipeline.segmentation.checkpoint import BEST, LAST, settle
+from wsss_pipeline.segmentation.dataset import SegmentationDataset, usable_ids
 from wsss_pipeline.segmentation.inference import predict_probabilities
-from wsss_pipeline.segmentation.mask_sources import CachedMasks, GroundTruthMasks, MaskSource
 from wsss_pipeline.segmentation.networks import SegmentationNetwork, build_network
 from wsss_pipeline.segmentation.pretrained import load_pretrained
 from wsss_pipeline.segmentation.train_config import TrainConfig, load_train_config
-from wsss_pipeline.segmentation.trainer import BEST, LAST, Trainer, TrainingHooks
-from wsss_pipeline.stages.evaluate import choose_images
+from wsss_pipeline.segmentation.trainer import LOG, STATE, Trainer
 
 logger = logging.getLogger(__name__)
 
@@ -40,29 +48,36 @@ CONFIG, DATA = "config.yaml", "data.json"
 
 
 @dataclass(frozen=True)
-class Validation:
-    """Ground truth to validate on: image id to picture, and to index mask; both hold the same ids."""
+class TrainJob:
+    """A training run as the user asks for it.
 
-    images: Mapping[str, ImageFile]
-    truth: Mapping[str, ImageFile]
-
-
-@dataclass(frozen=True)
-class TrainRequest:
-    """A training run as the user asked for it.
-
-    ``images``: image id to file. ``source``: of the masks. ``split``: ids to train on, all without it. ``out``:
-    the run's folder. ``workers``: processes that load samples. ``track``: name of an accelerate tracker.
+    Attributes:
+        images: folder of the images.
+        masks: of these images; a mask set, or a folder of ground truth.
+        out: folder of the run; one that holds the same run goes on.
+        config: see there.
+        split: text file of the ids to train on; None for all images.
+        val_gt: folder of ground-truth index masks to validate on; None for no validation.
+        val_images: folder of their images; None for ``images``.
+        val_split: text file of the ids to validate on; None for all ground truth that has an image.
+        device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
+        workers: number of processes that load samples.
+        allow_missing: leave out images that lack a file or a mask.
+        overwrite: start anew in a folder that holds a run.
+        offline: fetch no weights.
+        track: name of a tracker of accelerate, such as tensorboard.
     """
 
-    images: Mapping[str, ImageFile]
-    source: MaskSource
-    config: TrainConfig
+    images: Path
+    masks: MaskSource
     out: Path
-    split: Sequence[str] | None = None
-    validation: Validation | None = None
+    config: TrainConfig = field(default_factory=TrainConfig)
+    split: Path | None = None
+    val_gt: Path | None = None
+    val_images: Path | None = None
+    val_split: Path | None = None
     device: str = "auto"
-    workers: int = 0
+    workers: int = 2
     allow_missing: bool = False
     overwrite: bool = False
     offline: bool = False
@@ -71,7 +86,14 @@ class TrainRequest:
 
 @dataclass(frozen=True)
 class TrainResult:
-    """``checkpoint``: the best network where there was validation, else the last. ``miou``: its mIoU in [0, 1]."""
+    """What came out of a run.
+
+    Attributes:
+        checkpoint: folder of the best network where there was validation, else of the last.
+        miou: the best network's, in [0, 1]; None without validation.
+        steps: number of updates done.
+        interrupted: whether some are left.
+    """
 
     checkpoint: Path
     miou: float | None
@@ -79,73 +101,58 @@ class TrainResult:
     interrupted: bool
 
 
-def open_source(
-    cache: Path | None, ground_truth: Path | None, class_names: Sequence[str] | None
-) -> MaskSource:
-    """Masks of a cache, or of a folder of ground truth whose classes are ``class_names``.
-
-    Raises:
-        ConfigError: not exactly one of the two, or classes missing.
-        CacheError, ImageError: it can't be read.
-    """
-    if (cache is None) == (ground_truth is None):
-        raise ConfigError("give the masks once: --cache DIR, or --gt-masks DIR for ground truth")
-    if cache is not None:
-        return CachedMasks(cache)
-    assert ground_truth is not None
-    if class_names is None:
-        raise ConfigError("--gt-masks needs --classes: a folder of masks doesn't know its class names")
-    return GroundTruthMasks(ground_truth, class_names)
-
-
-def train_seg(
-    request: TrainRequest, log: Callable[[dict[str, Any]], None] = lambda numbers: None
-) -> TrainResult:
+def train_seg(job: TrainJob) -> TrainResult:
     """Trains a network, or goes on where an interrupted run stopped; does nothing where one has ended.
 
     Raises:
         WsssError: nothing can be trained: masks missing, weights not there, another run in the folder, NaN.
     """
-    ids = training_ids(request.images, request.source, request.split, request.allow_missing)
-    accelerator = _accelerator(request)
-    config = request.config
+    config, class_names = job.config, job.masks.class_names
+    images = find_images(job.images)
+    ids = usable_ids(images, job.masks, read_split(job.split) if job.split else None, job.allow_missing)
+    accelerator = _accelerator(job)
+    validate = _validation(job, accelerator) if job.val_gt else None
     if accelerator.is_main_process:
-        _prepare_folder(request, ids, accelerator.num_processes)
+        _prepare_folder(job, ids, accelerator.num_processes)
     accelerator.wait_for_everyone()
-    if request.track:
+    if job.track:
         accelerator.init_trackers("wsss")
     torch.manual_seed(config.seed)
-    class_names = request.source.class_names
     network = build_network(config.network, 1 + len(class_names))
-    if not (request.out / LAST).exists():
-        load_pretrained(network, config.network, request.offline)
-    dataset = SegmentationDataset(
-        request.images, request.source, ids, Augmentation(config.augmentation), config.seed
-    )
+    if not (job.out / STATE).exists():
+        load_pretrained(network, config.network, job.offline)
+    augmentation = Augmentation(config.augmentation, network.image_mean, network.image_std)
+    dataset = SegmentationDataset(images, job.masks, ids, augmentation, config.seed)
+    trainer = Trainer(accelerator, config, network, dataset, job.out, job.workers)
+    state = trainer.state
     if accelerator.is_main_process:
-        for line in _lines(request, ids, network):
-            logger.info("%s", line)
-    trainer = Trainer(accelerator, config, network, dataset, class_names, request.out, request.workers)
-    if trainer.progress.step:
-        logger.info("going on after update %d of %d", trainer.progress.step, config.optimisation.iterations)
-    with StopRequest() as stop:
-        validate = _validation(request, accelerator.device, class_names)
-        ended = trainer.run(TrainingHooks(validate, lambda: stop.requested, log))
-    accelerator.end_training()
-    progress = trainer.progress
-    name = BEST if progress.best_miou is not None else LAST
-    return TrainResult(request.out / name, progress.best_miou, progress.step, not ended)
+        millions = sum(parameter.numel() for parameter in network.parameters()) / 1e6
+        chosen, loss, optimisation = config.network, config.loss, config.optimisation
+        logger.info(
+            f"network: {chosen.name}, {chosen.encoder}, {millions:.1f} M parameters, weights {chosen.weights}"
+        )
+        logger.info(f"masks: {job.masks.description}, {len(ids):,} images (ids {id_digest(ids)})")
+        balanced = ", balanced" if loss.balanced else ""
+        logger.info(f"loss: {loss.confidence} confidence from {loss.min_confidence:g}{balanced}")
+        logger.info(
+            f"training: {optimisation.iterations:,} updates of {optimisation.batch * optimisation.accumulate} images "
+            f"a process, seed {config.seed}, on {accelerator.device} in {accelerator.mixed_precision}"
+        )
+        if state.step:
+            logger.info(f"going on after update {state.step} of {optimisation.iterations}")
+    ended = trainer.run(validate)
+    for tracker in accelerator.trackers:
+        tracker.finish()
+    name = BEST if state.best_miou is not None else LAST
+    return TrainResult(job.out / name, state.best_miou, state.step, not ended)
 
 
-def train_seeds(
-    request: TrainRequest, seeds: int, log: Callable[[dict[str, Any]], None] = lambda numbers: None
-) -> list[TrainResult]:
+def train_seeds(job: TrainJob, seeds: int) -> list[TrainResult]:
     """Trains ``seeds`` networks into ``out/seed-0`` and so on, which differ in their seed alone."""
-    first = request.config.seed
-    results = []
-    for seed in range(first, first + seeds):
-        config = request.config.model_copy(update={"seed": seed})
-        results.append(train_seg(replace(request, config=config, out=request.out / f"seed-{seed}"), log))
+    results: list[TrainResult] = []
+    for seed in range(job.config.seed, job.config.seed + seeds):
+        config = job.config.model_copy(update={"seed": seed})
+        results.append(train_seg(replace(job, config=config, out=job.out / f"seed-{seed}")))
         if results[-1].interrupted:
             break
     return results
@@ -161,107 +168,126 @@ def spread(results: Sequence[TrainResult]) -> str:
     return f"mIoU {statistics.fmean(values):.2f}{deviation} over {len(values)} seeds: {listed}"
 
 
-def _accelerator(request: TrainRequest) -> Accelerator:
-    device = resolve_device(request.device)
-    precision = request.config.precision
-    if precision == "auto":
-        fast = device.type == "cuda" and torch.cuda.is_bf16_supported()
-        precision = "bf16" if fast else "fp32"
+def _accelerator(job: TrainJob) -> Accelerator:
+    """Of this process, on the device and in the precision that were asked for."""
+    device = resolve_device(job.device)
+    precision = resolve_precision(job.config.precision, device)
+    if precision == "fp16" and device.type == "cpu":
+        raise ConfigError("--precision fp16 trains on a GPU only; use bf16 or fp32")
+    if device.index is not None:
+        torch.cuda.set_device(device)  # accelerate takes the present one
+    # an earlier run in this process may have had another device or precision; its process group stays
+    AcceleratorState._reset_state(reset_partial_state=not torch.distributed.is_initialized())
     try:
         accelerator = Accelerator(
             cpu=device.type == "cpu",
             mixed_precision="no" if precision == "fp32" else precision,
-            log_with=request.track,
-            project_dir=str(request.out),
+            log_with=job.track,
+            project_dir=str(job.out),
         )
     except ValueError as error:
         reason = " ".join(str(error).split())[:200]
-        raise ConfigError(f"--track {request.track}: {reason}") from error
-    if request.track and not accelerator.log_with:  # accelerate leaves out a tracker that isn't installed
+        raise ConfigError(f"--track {job.track}: {reason}" if job.track else reason) from error
+    if job.track and not accelerator.log_with:  # accelerate leaves out a tracker that isn't installed
         raise MissingDependencyError(
-            f"--track {request.track} isn't installed; for tensorboard, pip install 'wsss-pipeline[track]'"
+            f"--track {job.track} isn't installed; for tensorboard, pip install 'wsss-pipeline[track]'"
+        )
+    used = accelerator.device
+    if used.type != device.type or (None not in (used.index, device.index) and used.index != device.index):
+        raise ConfigError(
+            f"--device {job.device}: accelerate trains on {used}, since each of several processes has a device "
+            "of its own; use --device auto, and CUDA_VISIBLE_DEVICES to choose"
         )
     return accelerator
 
 
-def _prepare_folder(request: TrainRequest, ids: Sequence[str], processes: int) -> None:
-    """Writes what the run is, or refuses a folder that holds another one."""
+def _prepare_folder(job: TrainJob, ids: Sequence[str], processes: int) -> None:
+    """Writes what the run is, or refuses a folder that holds another one, or anything else."""
+    out = job.out
     data = {
-        "masks": getattr(request.source, "fingerprint", request.source.description),
-        "classes": list(request.source.class_names),
+        "masks": job.masks.identity,
+        "classes": list(job.masks.class_names),
         "images": len(ids),
         "ids": id_digest(ids),
         "processes": processes,
     }
-    try:
-        if request.overwrite and request.out.exists():
-            shutil.rmtree(request.out)
-        request.out.mkdir(parents=True, exist_ok=True)
-        if (request.out / CONFIG).exists():
-            _check_same(request, data)
-            return
-        if any(request.out.iterdir()):
-            raise TrainingError(f"{request.out} holds something else; give an empty folder, or --overwrite")
-        (request.out / DATA).write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", "utf-8")
-        (request.out / CONFIG).write_text(to_yaml(request.config), "utf-8")
-    except OSError as error:
-        raise CheckpointError(f"{request.out} can't be written: {error.strerror or error}") from error
+    with writing(out):
+        out.mkdir(parents=True, exist_ok=True)
+        for name in (LAST, BEST, STATE):
+            settle(out / name)
+        entries = [entry.name for entry in out.iterdir()]
+        # a kill may have come between these files, or while one was written
+        is_begun = all(name.startswith((CONFIG, DATA, LOG)) for name in entries)
+        if not is_begun and not {CONFIG, DATA}.issubset(entries):
+            raise TrainingError(f"{out} holds something else than a run; give an empty folder")
+        if job.overwrite:
+            shutil.rmtree(out)
+    if not job.overwrite and (known := _known_run(out, not {LAST, BEST, STATE}.isdisjoint(entries))):
+        config, former = known
+        changes = differing_keys(config, job.config)
+        changes += [
+            f"{key}: {former.get(key)}, {value}" for key, value in data.items() if former.get(key) != value
+        ]
+        if changes:
+            raise TrainingError(
+                f"{out} holds a run with other settings ({'; '.join(changes)}): give another --out, the former "
+                "settings, or --overwrite"
+            )
+        return
+    write_file(out / DATA, json.dumps(data, indent=2, ensure_ascii=False) + "\n")
+    write_file(out / CONFIG, to_yaml(job.config))
 
 
-def _check_same(request: TrainRequest, data: dict[str, Any]) -> None:
-    before = load_train_config(file=request.out / CONFIG)
-    changes = differing_keys(before, request.config)
-    try:
-        known = json.loads((request.out / DATA).read_text("utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{request.out / DATA} can't be read; start anew with --overwrite") from error
-    changes += [f"{key}: {known.get(key)}, {value}" for key, value in data.items() if known.get(key) != value]
-    if changes:
-        raise TrainingError(
-            f"{request.out} holds a run with other settings ({'; '.join(changes)}): give another --out, the former "
-            "settings, or --overwrite"
-        )
-
-
-def _lines(request: TrainRequest, ids: Sequence[str], network: SegmentationNetwork) -> list[str]:
-    config = request.config
-    millions = sum(parameter.numel() for parameter in network.parameters()) / 1e6
-    kind, threshold = config.loss.confidence, config.loss.min_confidence
-    return [
-        f"network: {config.network.name}, {config.network.encoder}, {millions:.1f} M parameters, "
-        f"weights {config.network.weights}",
-        f"masks: {request.source.description}, {len(ids):,} images (ids {id_digest(ids)})",
-        f"loss: {kind} confidence from {threshold:g}{', balanced' if config.loss.balanced else ''}",
-        f"training: {config.optimisation.iterations:,} updates of "
-        f"{config.optimisation.batch * config.optimisation.accumulate} pictures a process, seed {config.seed}",
-    ]
-
-
-def _validation(
-    request: TrainRequest, device: torch.device, class_names: tuple[str, ...]
-) -> Callable[[SegmentationNetwork], float] | None:
-    validation = request.validation
-    if validation is None:
-        return None
-
-    def validate(network: SegmentationNetwork) -> float:
-        names = ("background", *class_names)
-        matrix = np.zeros((len(names), len(names) + 1), np.int64)
-        for image_id, file in validation.truth.items():
-            image = read_image(validation.images[image_id])
-            mask = predict_probabilities(network, image, InferenceConfig(), device).argmax(axis=0)
-            matrix += confusion_matrix(mask.astype(np.uint8), read_mask(file), len(names), str(file))
-        return Scores.from_matrix(matrix, names).miou
-
-    return validate
-
-
-def validation_images(ground_truth: Path, images: Path, split: Path | None) -> Validation:
-    """Pictures and ground truth of one split, or of all ground truth that has a picture.
+def _known_run(out: Path, has_checkpoint: bool) -> tuple[TrainConfig, dict[str, Any]] | None:
+    """Settings and data of the run in ``out``; None where a kill left them cut and nothing else is lost with them.
 
     Raises:
-        EvaluationError: nothing to validate on, or a part of the split is missing.
+        CheckpointError: they can't be read, but there is a checkpoint.
     """
-    truth, pictures = find_images(ground_truth), find_images(images)
-    ids, _ = choose_images(truth, pictures.__contains__, str(images), ground_truth, split, False)
-    return Validation(pictures, {image_id: truth[image_id] for image_id in ids})
+    try:
+        data = json.loads((out / DATA).read_text("utf-8"))
+        if not isinstance(data, dict):
+            raise ValueError("not a JSON object")
+        return load_train_config(file=out / CONFIG), data
+    except (OSError, ValueError, ConfigError) as error:
+        if has_checkpoint:
+            reason = " ".join(str(error).split())[:200]
+            raise CheckpointError(
+                f"{out}: its {CONFIG} or {DATA} can't be read ({reason}); start anew with --overwrite"
+            ) from error
+        return None
+
+
+def _validation(job: TrainJob, accelerator: Accelerator) -> Callable[[SegmentationNetwork], float]:
+    """The function that gives a network's mIoU: each process scores its share of the images, each image once.
+
+    Raises:
+        WsssError: nothing to validate on, or a part of the split is missing.
+    """
+    assert job.val_gt is not None
+    images = find_images(job.val_images or job.images)
+    truth = MaskFolder(job.val_gt, job.masks.class_names, "ground truth")
+    if job.val_split is not None:
+        ids = usable_ids(images, truth, read_split(job.val_split), job.allow_missing)
+    else:
+        ids = usable_ids(images, truth, list(truth.files), allow_missing=True)
+    names = ("background", *job.masks.class_names)
+
+    def validate(network: SegmentationNetwork) -> float:
+        matrix = np.zeros((len(names), len(names) + 1), np.int64)
+        for image_id in ids[accelerator.process_index :: accelerator.num_processes]:
+            try:
+                labels, image = truth[image_id].mask, read_image(images[image_id])
+                check_sizes(image[..., 0], labels, image_id)
+            except (EvaluationError, ImageError) as error:
+                logger.warning("%s: left out of the validation: %s", image_id, error)
+                continue
+            probabilities = predict_probabilities(network, image, InferenceConfig(), accelerator.device)
+            prediction = probabilities.argmax(axis=0).astype(np.uint8)
+            matrix += confusion_matrix(prediction, labels, len(names), image_id)
+        total: torch.Tensor = accelerator.reduce(torch.from_numpy(matrix).to(accelerator.device), "sum")
+        if not total.any():
+            raise EvaluationError(f"none of the {len(ids):,} images of {job.val_gt} could be scored")
+        return Scores.from_matrix(total.cpu().numpy(), names).miou
+
+    return validate

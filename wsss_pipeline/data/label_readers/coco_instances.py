@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from wsss_pipeline.data.classes import ClassEntry
 from wsss_pipeline.data.label_readers.label_table import LabelTable
 from wsss_pipeline.errors import LabelError
+
+Value = TypeVar("Value", int, str)
 
 
 def is_coco_instances(content: Any) -> bool:
@@ -28,33 +30,33 @@ def fill_from_coco(table: LabelTable, content: dict[str, Any], file: Path) -> No
     """
     image_ids: dict[int, str] = {}
     for image, where in _objects(content, "images", file):
-        number = _integer(image, "id", where)
+        number = _value(image, "id", int, where)
         if number in image_ids:
             raise LabelError(f"{where}: id {number} occurs twice; keep one of the images")
-        image_ids[number] = table.add_image(_text(image, "file_name", where), where)
+        image_ids[number] = table.add_image(_value(image, "file_name", str, where), where)
     categories = {
-        _integer(item, "id", where): (item, where) for item, where in _objects(content, "categories", file)
+        _value(item, "id", int, where): (item, where) for item, where in _objects(content, "categories", file)
     }
+    by_number = {entry.coco_id: entry for entry in table.classes.classes}
     entries: dict[int, ClassEntry] = {}
     for annotation, where in _objects(content, "annotations", file):
-        image_number = _integer(annotation, "image_id", where)
+        image_number = _value(annotation, "image_id", int, where)
         if image_number not in image_ids:
             raise LabelError(f"{where}: image_id {image_number} isn't among 'images'; the file is incomplete")
-        category = _integer(annotation, "category_id", where)
-        if category not in entries:
-            if category not in categories:
-                raise LabelError(f"{where}: category_id {category} isn't among 'categories'")
-            entries[category] = _entry(table, category, *categories[category])
-        table.add_class(image_ids[image_number], entries[category])
-
-
-def _entry(table: LabelTable, number: int, item: dict[str, Any], where: str) -> ClassEntry:
-    if "name" in item:
-        return table.class_named(_text(item, "name", where), where)
-    for entry in table.classes.classes:
-        if entry.coco_id == number:
-            return entry
-    raise LabelError(f"{where}: no 'name', and no class of '{table.classes.name}' has the coco_id {number}")
+        number = _value(annotation, "category_id", int, where)
+        if number not in entries:
+            if number not in categories:
+                raise LabelError(f"{where}: category_id {number} isn't among 'categories'")
+            category, listed = categories[number]
+            if "name" in category:
+                entries[number] = table.class_named(_value(category, "name", str, listed), listed)
+            elif number in by_number:
+                entries[number] = by_number[number]
+            else:
+                raise LabelError(
+                    f"{listed}: no 'name', and no class of '{table.classes.name}' has the coco_id {number}"
+                )
+        table.add_class(image_ids[image_number], entries[number])
 
 
 def _objects(content: dict[str, Any], key: str, file: Path) -> Iterator[tuple[dict[str, Any], str]]:
@@ -67,15 +69,10 @@ def _objects(content: dict[str, Any], key: str, file: Path) -> Iterator[tuple[di
         yield item, where
 
 
-def _integer(item: dict[str, Any], key: str, where: str) -> int:
+def _value(item: dict[str, Any], key: str, kind: type[Value], where: str) -> Value:
     value = item.get(key)
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise LabelError(f"{where}: '{key}' is {value!r:.60}; it takes a whole number")
-    return value
-
-
-def _text(item: dict[str, Any], key: str, where: str) -> str:
-    value = item.get(key)
-    if not isinstance(value, str):
-        raise LabelError(f"{where}: '{key}' is {value!r:.60}; it takes text")
+    if type(value) is not kind:  # True is no whole number
+        raise LabelError(
+            f"{where}: '{key}' is {value!r:.60}; it takes {'text' if kind is str else 'a whole number'}"
+        )
     return value

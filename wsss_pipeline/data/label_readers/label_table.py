@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Container, Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,7 @@ class LabelTable:
     """Image id to class names, both in order of first appearance.
 
     Args:
-        images: the known image ids. An id of the file may carry the suffix of the picture; what fits no
+        images: the known image ids. An id of the file may carry the suffix of the image; what fits no
             known image is kept all the same.
         classes: the classes that may occur, by name or alias.
     """
@@ -25,6 +27,7 @@ class LabelTable:
     def __init__(self, images: Container[str], classes: ClassSet) -> None:
         self.classes = classes
         self._images = images
+        self._find = cache(classes.find)  # a file may name the same few classes a million times
         self._labels: dict[str, dict[str, None]] = {}
 
     def add_image(self, text: str, where: str) -> str:
@@ -56,12 +59,33 @@ class LabelTable:
         Raises:
             LabelError: there is none; the message has the nearest names.
         """
-        entry = self.classes.find(name.strip())
+        entry = self._find(name.strip())
         if entry is None:
             raise LabelError(
                 f"{where}: {self.classes.unknown(name.strip())} (class set '{self.classes.name}')"
             )
         return entry
+
+    def class_named_or_numbered(self, text: str, where: str) -> ClassEntry:
+        """The class of that name or alias; without one, of that index, counted from 0.
+
+        Raises:
+            LabelError: there is none; also an index beyond the last class.
+        """
+        classes = self.classes.classes
+        if re.fullmatch("[0-9]{1,9}", text) and self._find(text) is None:
+            if int(text) >= len(classes):
+                raise LabelError(
+                    f"{where}: class index {text}; the {len(classes)} classes of '{self.classes.name}' have "
+                    f"the indices 0 to {len(classes) - 1}"
+                )
+            return classes[int(text)]
+        try:
+            return self.class_named(text, where)
+        except LabelError as error:
+            if any(text in entry.name.split() for entry in classes if " " in entry.name):
+                raise LabelError(f"{error}; names with spaces need a .csv or .json file") from error
+            raise
 
     def labels(self) -> dict[str, tuple[str, ...]]:
         """Image id to class names."""
@@ -103,17 +127,17 @@ def read_json(file: Path) -> Any:
         LabelError: as ``read_text``; also what isn't JSON, or a key that occurs twice in one object,
             of which JSON readers would silently keep the last.
     """
+
+    def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        values = dict(pairs)
+        if len(values) < len(pairs):
+            keys = [key for key, _ in pairs]
+            twice = next(key for key in values if keys.count(key) > 1)
+            raise LabelError(f"{file}: key {twice!r:.60} occurs twice in one object; merge the two entries")
+        return values
+
     text = read_text(file)
     try:
-        return json.loads(text, object_pairs_hook=lambda pairs: _unique_keys(pairs, file))
+        return json.loads(text, object_pairs_hook=unique_keys)
     except (ValueError, RecursionError) as error:
         raise LabelError(f"{file}: not valid JSON: {error}") from error
-
-
-def _unique_keys(pairs: list[tuple[str, Any]], file: Path) -> dict[str, Any]:
-    values = dict(pairs)
-    if len(values) < len(pairs):
-        keys = [key for key, _ in pairs]
-        twice = next(key for key in values if keys.count(key) > 1)
-        raise LabelError(f"{file}: key {twice!r} occurs twice in one object; merge the two entries")
-    return values

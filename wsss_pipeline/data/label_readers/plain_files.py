@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import csv
 import io
-import re
 from pathlib import Path
 from typing import Any
 
-from wsss_pipeline.data.classes import ClassEntry
 from wsss_pipeline.data.label_readers.label_table import LabelTable, read_text
 from wsss_pipeline.errors import LabelError
 
@@ -81,21 +79,4 @@ def fill_from_txt(table: LabelTable, file: Path) -> None:
             continue
         image_id = table.add_image(image, where)
         for name in names:
-            table.add_class(image_id, named_or_numbered(table, name, where))
-
-
-def named_or_numbered(table: LabelTable, name: str, where: str) -> ClassEntry:
-    classes = table.classes.classes
-    if re.fullmatch("[0-9]{1,9}", name) and table.classes.find(name) is None:
-        if int(name) >= len(classes):
-            raise LabelError(
-                f"{where}: class index {name}; the {len(classes)} classes of '{table.classes.name}' have "
-                f"the indices 0 to {len(classes) - 1}"
-            )
-        return classes[int(name)]
-    try:
-        return table.class_named(name, where)
-    except LabelError as error:
-        if any(name in entry.name.split() for entry in classes if " " in entry.name):
-            raise LabelError(f"{error}; names with spaces need a .csv or .json file") from error
-        raise
+            table.add_class(image_id, table.class_named_or_numbered(name, where))

@@ -1,4 +1,4 @@
-"""Labels from a folder of PASCAL VOC annotation files."""
+"""Labels from PASCAL VOC annotation files."""
 
 from __future__ import annotations
 
@@ -41,23 +41,19 @@ def fill_from_voc_files(table: LabelTable, files: Iterable[tuple[str, Path]]) ->
     """
     for image, file in files:
         image_id = table.add_image(image, str(file))
-        for thing in _parse(file).iterfind("object"):
-            name = thing.findtext("name", "").strip()
+        text = read_text(file)
+        if _DECLARATION.search(text):
+            raise LabelError(
+                f"{file}: declares a document type or entities, which isn't safe to read; remove that"
+            )
+        try:
+            root = ElementTree.fromstring(text)
+        except (ElementTree.ParseError, ValueError) as error:
+            raise LabelError(f"{file}: not valid XML: {error}") from error
+        if root.tag != "annotation":
+            raise LabelError(f"{file}: expected <annotation> as in PASCAL VOC, found <{root.tag:.40}>")
+        for annotated in root.iterfind("object"):
+            name = annotated.findtext("name", "").strip()
             if not name:
                 raise LabelError(f"{file}: an <object> has no <name>; add it or remove the object")
             table.add_label(image_id, name, str(file))
-
-
-def _parse(file: Path) -> ElementTree.Element:
-    text = read_text(file)
-    if _DECLARATION.search(text):
-        raise LabelError(
-            f"{file}: declares a document type or entities, which isn't safe to read; remove that"
-        )
-    try:
-        root = ElementTree.fromstring(text)
-    except (ElementTree.ParseError, ValueError) as error:
-        raise LabelError(f"{file}: not valid XML: {error}") from error
-    if root.tag != "annotation":
-        raise LabelError(f"{file}: expected <annotation> as in PASCAL VOC, found <{root.tag:.40}>")
-    return root

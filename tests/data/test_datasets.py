@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from wsss_pipeline.data.classes import load_class_set
-from wsss_pipeline.data.shortcuts import coco_inputs, read_split, voc_inputs
+from wsss_pipeline.data.datasets import coco_inputs, read_split, voc_inputs
 from wsss_pipeline.errors import ImageError, LabelError
 
 
@@ -38,36 +38,26 @@ def annotate(root: Path, image_id: str, name: str) -> None:
 
 
 def test_voc_with_labels_in_json(voc: Path) -> None:
-    inputs = voc_inputs(voc, "train")
-    assert list(inputs.images.items()) == [
+    images, labels = voc_inputs(voc, "train")
+    assert list(images.items()) == [
         (image_id, voc / "JPEGImages" / f"{image_id}.jpg") for image_id in ("2007_2", "2007_1")
     ]
-    assert inputs.labels == {"2007_1": ("cat",), "2007_2": ("dog",)}
-    assert inputs.split == "train"
-    assert inputs.ground_truth is None
+    assert labels == {"2007_1": ("cat",), "2007_2": ("dog",)}
 
 
 def test_voc_annotations_come_before_json(voc: Path) -> None:
     annotate(voc, "2007_1", "sofa")
     annotate(voc, "2007_3", "not a class, and not in the split")
-    assert voc_inputs(voc, "train").labels == {"2007_1": ("sofa",)}
+    assert voc_inputs(voc, "train")[1] == {"2007_1": ("sofa",)}
 
 
-def test_voc_ground_truth_goes_by_the_split(voc: Path) -> None:
-    (voc / "SegmentationClass").mkdir()
-    assert voc_inputs(voc, "train_aug").ground_truth == voc / "SegmentationClass"
-    (voc / "SegmentationClassAug").mkdir()
-    assert voc_inputs(voc, "train_aug").ground_truth == voc / "SegmentationClassAug"
-    assert voc_inputs(voc, "train").ground_truth == voc / "SegmentationClass"
-
-
-def test_voc_keeps_an_id_without_a_picture(voc: Path) -> None:
-    assert voc_inputs(voc, "train_aug").images["2007_9"] == voc / "JPEGImages" / "2007_9.jpg"
+def test_voc_keeps_an_id_without_an_image(voc: Path) -> None:
+    assert voc_inputs(voc, "train_aug")[0]["2007_9"] == voc / "JPEGImages" / "2007_9.jpg"
 
 
 def test_voc_with_classes_of_ones_own(voc: Path) -> None:
     write(voc / "labels.json", '{"2007_1": ["ape"]}')
-    assert voc_inputs(voc, "trainval", load_class_set("ape,man")).labels == {"2007_1": ("ape",)}
+    assert voc_inputs(voc, "trainval", load_class_set("ape,man"))[1] == {"2007_1": ("ape",)}
 
 
 def test_an_unknown_voc_split_lists_those_that_exist(voc: Path) -> None:
@@ -85,7 +75,7 @@ def test_wrong_roots_are_told_apart(voc: Path) -> None:
         voc_inputs(voc, "train")
 
 
-def test_voc_without_pictures_is_an_error(voc: Path) -> None:
+def test_voc_without_images_is_an_error(voc: Path) -> None:
     (voc / "JPEGImages").rename(voc / "Images")
     with pytest.raises(ImageError, match="JPEGImages"):
         voc_inputs(voc, "train")
@@ -108,17 +98,16 @@ def test_coco(tmp_path: Path, folder: str) -> None:
         "annotations": [{"image_id": 1, "category_id": 63}],
     }
     write(tmp_path / "annotations" / "instances_train2014.json", json.dumps(content))
-    inputs = coco_inputs(tmp_path, "train2014")
-    assert inputs.images == {name: tmp_path / folder / f"{name}.jpg" for name in ("COCO_1", "COCO_2")}
-    assert inputs.labels == {"COCO_1": ("sofa",)}
-    assert (inputs.split, inputs.ground_truth) == ("train2014", None)
+    images, labels = coco_inputs(tmp_path, "train2014")
+    assert images == {name: tmp_path / folder / f"{name}.jpg" for name in ("COCO_1", "COCO_2")}
+    assert labels == {"COCO_1": ("sofa",)}
     with pytest.raises(LabelError, match=r"instances_val2014\.json; there are: train2014"):
         coco_inputs(tmp_path, "val2014")
 
 
-def test_coco_without_pictures_is_an_error(tmp_path: Path) -> None:
+def test_coco_without_images_is_an_error(tmp_path: Path) -> None:
     write(tmp_path / "annotations" / "instances_val2014.json", "{}")
-    with pytest.raises(LabelError, match="no pictures for split 'val2014'"):
+    with pytest.raises(LabelError, match="no images for split 'val2014'"):
         coco_inputs(tmp_path, "val2014")
 
 

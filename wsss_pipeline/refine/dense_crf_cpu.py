@@ -1,38 +1,105 @@
-"""The permutohedral lattice compiled for one CPU core: the same filter as ``lattice``, several times as fast.
+"""The dense CRF's inference compiled for one CPU core: the same as ``dense_crf_torch``, several times as fast.
 
 A CPU is slow where torch needs whole arrays for every step; here a pixel goes through all of them at once. The
-vertices are numbered in the order of their keys: those of neighbouring pixels lie near each other, and going
-through the vertices, their neighbours in any direction come in order too. Arithmetic, rounding and order of
-summation are those of ``lattice``; see there for the source. Everything runs without Python's lock, so images
-can be worked on in threads.
+lattice's vertices are numbered in the order of their keys: those of neighbouring pixels lie near each other, and
+going through the vertices, their neighbours in any direction come in order too. Arithmetic, rounding and order of
+summation are those of ``dense_crf_torch``; see there for the sources. Everything runs without Python's lock, so
+images can be worked on in threads.
+
+The labels' probabilities sum to 1 at each pixel and the filters are linear, so of L labels L-1 are filtered and
+the first one's message is what is left: half the work where there is one class and background.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from wsss_pipeline.config import CrfConfig
 from wsss_pipeline.errors import ConfigError
 from wsss_pipeline.refine.compiled import compiled
+from wsss_pipeline.refine.dense_crf_torch import POINTS_AT_A_TIME
 
 _FIRST_TABLE = 1 << 14
 MOST_COLUMNS = 4  # that are filtered at a time; for each number of columns there is machine code of its own
 _ONE = np.float32(1)
 
 
+def infer(image: NDArray[np.uint8], unary: NDArray[np.float32], parameters: CrfConfig) -> NDArray[np.float32]:
+    """Posterior of each label at each pixel.
+
+    Args:
+        image: uint8 (H, W, 3) as the bilateral kernel is to see it.
+        unary: float32 (L, H, W), finite energies -log p.
+        parameters: of the kernels, and the number of iterations.
+
+    Returns:
+        float32 (L, H, W), summing to 1 over L.
+
+    Each iteration is Q = softmax(-U + sum_k w_k N_k F_k (N_k Q)) with F_k the Gaussian filter of kernel k
+    and N_k = (F_k 1)^(-1/2), the symmetric normalisation (NIPS 2011, algorithm 1, Potts model).
+    """
+    labels, height, width = unary.shape
+    if labels == 1:
+        return np.ones_like(unary)
+    kernels = []
+    if parameters.gaussian_weight:
+        kernels.append(_position_kernel(height, width, parameters.gaussian_sxy, parameters.gaussian_weight))
+    if parameters.bilateral_weight:
+        position = _position_features(height, width, parameters.bilateral_sxy)
+        colour = image.reshape(-1, 3).T.astype(np.float32) / np.float32(parameters.bilateral_srgb)
+        kernels.append(_kernel(np.concatenate([position, colour]), parameters.bilateral_weight))
+    scores = np.ascontiguousarray(-unary.reshape(labels, -1).T)
+    posterior: NDArray[np.float32] = np.empty_like(scores)
+    messages: NDArray[np.float32] = np.zeros((len(scores), labels - 1), np.float32)
+    _softmax(scores, messages, posterior)
+    for kernel in kernels:  # what the first label is sent, were all others' probability 0
+        kernel.add_filtered(np.ones((len(scores), 1), np.float32), scores[:, :1])
+    for _ in range(parameters.iterations):
+        messages.fill(0)
+        for kernel in kernels:
+            kernel.add_filtered(posterior[:, 1:], messages)
+        _softmax(scores, messages, posterior)
+    return np.ascontiguousarray(posterior.T).reshape(labels, height, width)
+
+
+@lru_cache(maxsize=4)
+def _position_kernel(height: int, width: int, deviation: float, weight: float) -> CpuLattice:
+    """The kernel that depends on the image's size alone."""
+    return _kernel(_position_features(height, width, deviation), weight)
+
+
+def _position_features(height: int, width: int, deviation: float) -> NDArray[np.float32]:
+    """float32 (2, H*W): column and row of each pixel in units of ``deviation``."""
+    # NumPy divides alike for every device, where a GPU would multiply by the reciprocal
+    rows, columns = np.indices((height, width), dtype=np.float32).reshape(2, -1)
+    return np.stack([columns, rows]) / np.float32(deviation)
+
+
+def _kernel(features: NDArray[np.float32], weight: float) -> CpuLattice:
+    """``w N F N``, a filter with its symmetric normalisation and weight."""
+    lattice = build_lattice(features, POINTS_AT_A_TIME)
+    total = np.zeros((features.shape[1], 1), np.float32)
+    lattice.add_filtered(np.ones_like(total), total)
+    norm = (1 / np.sqrt(total + np.float32(1e-20)))[:, 0]
+    after = norm * np.float32(weight)
+    return replace(lattice, splat=lattice.splat * norm[:, None], slice=lattice.slice * after[:, None])
+
+
 @dataclass(frozen=True)
 class CpuLattice:
     """Filters values on N points; built by ``build_lattice``.
 
-    vertices: uint32 (N, d+1), the vertices around each point, in 0..M-1.
-    splat: float32 (N, d+1), barycentric weights times what the values are to be multiplied by.
-    slice: float32 (N, d+1), the same times the filter's own factor and what its results are to be multiplied by.
-    neighbours: uint32 (d+1, M, 2), one step on and one back in each direction; M where there is none.
+    Attributes:
+        vertices: uint32 (N, d+1), the vertices around each point, in 0..M-1.
+        splat: float32 (N, d+1), barycentric weights times what the values are to be multiplied by.
+        slice: float32 (N, d+1), the same times the filter's own factor and what its results are to be multiplied by.
+        neighbours: uint32 (d+1, M, 2), one step on and one back in each direction; M where there is none.
     """
 
     vertices: NDArray[np.uint32]
@@ -44,13 +111,9 @@ class CpuLattice:
         """Adds the filtered values, float32 (N, C), to ``result``, float32 (N, C)."""
         columns = values.shape[1]
         for start in range(0, columns, MOST_COLUMNS):
-            run = _filter(min(MOST_COLUMNS, columns - start))
+            run = _FILTERS[min(MOST_COLUMNS, columns - start)]
             part = slice(start, start + MOST_COLUMNS)
             run(self.vertices, self.splat, self.slice, self.neighbours, values[:, part], result[:, part])
-
-    def weighted(self, before: NDArray[np.float32], after: NDArray[np.float32]) -> CpuLattice:
-        """The same filter with values and results multiplied by factors (N,) of each point."""
-        return replace(self, splat=self.splat * before[:, None], slice=self.slice * after[:, None])
 
 
 def build_lattice(features: NDArray[np.float32], pad_to: int = 1) -> CpuLattice:
@@ -74,25 +137,22 @@ def build_lattice(features: NDArray[np.float32], pad_to: int = 1) -> CpuLattice:
     radix = [top - bottom + 1 + 4 * dimensions for bottom, top in zip(low, high, strict=True)]
     if math.prod(radix) >= 2**63:
         raise ConfigError(
-            "the dense CRF's kernels are too narrow for the lattice on this picture; raise "
+            "the dense CRF's kernels are too narrow for the lattice on this image; raise "
             "'crf.bilateral_sxy', 'crf.bilateral_srgb' or 'crf.gaussian_sxy'"
         )
     places = np.array([math.prod(radix[:i]) for i in range(dimensions)] + [0], np.int64)
     origin = np.array(low, np.int64) - 2 * dimensions  # so that no coordinate, and no key, is negative
     met, keys = _number(rounded, order, origin, places, points % pad_to != 0)
-    ascending = _argsort(keys, math.prod(radix))
+    bits = len(keys).bit_length()
+    if math.prod(radix) < 2 ** (63 - bits):
+        # NumPy sorts values several times as fast as it finds their order
+        ascending = np.sort((keys << bits) | np.arange(len(keys))) & ((1 << bits) - 1)
+    else:
+        ascending = np.argsort(keys)
     vertices = np.empty(len(keys), np.uint32)
     vertices[ascending] = np.arange(len(keys), dtype=np.uint32)
     attenuation = np.float32(1 / (1 + 2.0**-dimensions))
     return CpuLattice(vertices[met], weights, weights * attenuation, _neighbours(keys[ascending], places))
-
-
-def _argsort(keys: NDArray[np.int64], end: int) -> NDArray[np.int64]:
-    """Order of distinct keys below ``end``; NumPy sorts values several times as fast as it finds their order."""
-    bits = len(keys).bit_length()
-    if end >= 2 ** (63 - bits):
-        return np.argsort(keys)
-    return np.sort((keys << bits) | np.arange(len(keys))) & ((1 << bits) - 1)
 
 
 @compiled
@@ -255,6 +315,28 @@ def _make_filter(columns: int) -> Any:
     return run
 
 
-@cache
-def _filter(columns: int) -> Any:
-    return _make_filter(columns)
+_FILTERS = {
+    columns: _make_filter(columns) for columns in range(1, MOST_COLUMNS + 1)
+}  # compiled when first called
+
+
+@compiled
+def _softmax(scores, messages, result):  # type: ignore[no-untyped-def]  # compiled
+    """Softmax over the labels of scores (N, L) plus messages (N, L-1), of which the first label's is the rest."""
+    points, labels = scores.shape
+    for point in range(points):
+        largest = scores[point, 0]
+        for label in range(1, labels):
+            largest -= messages[point, label - 1]
+        result[point, 0] = largest
+        for label in range(1, labels):
+            logit = scores[point, label] + messages[point, label - 1]
+            result[point, label] = logit
+            largest = max(largest, logit)
+        total = np.float32(0)
+        for label in range(labels):
+            value = np.exp(result[point, label] - largest)
+            result[point, label] = value
+            total += value
+        for label in range(labels):
+            result[point, label] /= total

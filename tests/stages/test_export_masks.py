@@ -8,14 +8,20 @@ from pathlib import Path
 import h5py
 import numpy as np
 import pytest
-from cache_samples import make_digest, make_mask, write_images
 from PIL import Image
 
-from wsss_pipeline.cache import MaskCache, MaskSet, MaskWriter, export_masks, open_mask_set
+from tests.cache.cache_samples import MASK_SET, make_digest, make_mask, write_images
+from wsss_pipeline.cache import MaskCache, MaskSet, MaskWriter, open_mask_set
 from wsss_pipeline.data.classes import voc_palette
-from wsss_pipeline.errors import OutputError, ConfigError, MissingDependencyError
+from wsss_pipeline.errors import ConfigError, MissingDependencyError, OutputError
+from wsss_pipeline.stages.export_masks import export_masks
 
 IDS = ["a/b", "a/c/d", "e", "ü v"]
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return open_mask_set(tmp_path / "cache", MASK_SET)
 
 
 @pytest.fixture
@@ -61,7 +67,7 @@ def test_coco_decodes_to_the_masks(tmp_path: Path) -> None:
     mask_set = MaskSet("coco", {"a": 1}, ("cat", "dog"), category_ids={"cat": 17, "dog": 18})
     folder = open_mask_set(tmp_path / "cache", mask_set)
     write_images(folder, IDS)
-    report = export_masks(MaskCache.open(folder), tmp_path / "out", "coco", 0.5)
+    report = export_masks(MaskCache.open(folder), tmp_path / "out", "coco", 0.5, mask_set.category_ids)
     assert (report.written, report.failed) == (4, {})
     document = json.loads((tmp_path / "out" / "annotations.json").read_text())
     assert document["categories"] == [{"id": 17, "name": "cat"}, {"id": 18, "name": "dog"}]
@@ -123,10 +129,19 @@ def test_bad_records_and_unsafe_ids_are_skipped_and_reported(
     assert len(caplog.records) == 5
 
 
-def test_progress_sees_every_id(cache: MaskCache, tmp_path: Path) -> None:
-    seen: list[str] = []
-    export_masks(cache, tmp_path, "png", progress=lambda ids: seen.extend(ids) or ids)
-    assert seen == sorted(IDS)
+def test_progress_is_shown(
+    cache: MaskCache,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr("wsss_pipeline.runtime.progress.SECONDS_BETWEEN_LINES", 0.0)
+    with caplog.at_level("INFO"):
+        export_masks(cache, tmp_path, "png")
+    assert [line.split(",")[0] for line in capsys.readouterr().err.splitlines()] == [
+        f"{done}/4 images" for done in (1, 2, 3, 4)
+    ]
 
 
 def test_wrong_arguments_are_one_line(cache: MaskCache, tmp_path: Path) -> None:
@@ -149,9 +164,10 @@ def test_reasons_and_folders(folder: Path, tmp_path: Path) -> None:
     report = export_masks(cache, tmp_path / "new" / "out", "png")
     assert set(report.failed) == {ids[1], ids[3], ids[4]}
     assert (
-        report.failed[ids[3]] == f"cache {cache.path}: image id '{'f' * 80}...' is too long for a file name"
+        report.failed[ids[3]]
+        == f"mask set {cache.path}: image id '{'f' * 80}...' is too long for a file name"
     )
-    assert report.failed[ids[4]].startswith(f"cache {cache.path}: image id '../g' has")
+    assert report.failed[ids[4]].startswith(f"mask set {cache.path}: image id '../g' has")
     assert (tmp_path / "new" / "out" / "a" / "b" / "c.png").exists()
     assert (tmp_path / "new" / "out" / f"{ids[2]}.png").exists()
     coco = export_masks(cache, tmp_path / "other" / "out", "coco")
@@ -162,4 +178,4 @@ def test_reasons_and_folders(folder: Path, tmp_path: Path) -> None:
     )
     assert {item["iscrowd"] for item in document["annotations"]} == {0}
     assert all(len(item["bbox"]) == 4 for item in document["annotations"])
-    assert document["info"]["description"] == f"pseudo masks, {folder.name}"
+    assert document["info"] == {"description": "pseudo masks", "fingerprint": MASK_SET.fingerprint}

@@ -1,0 +1,191 @@
+"""What a mask set already holds, and for which bytes and labels, so that no mask is made twice.
+
+Two things spare the reading, both as in git's index. A shard whose size and time are those at which it was checked
+(``index``) is believed; every other one is checked record by record when the first of its images is asked for, so
+that flipped bytes don't pass for a mask. And an image file whose size and times are as ``known-I-of-N.json`` has
+them, a file for each share of the work, is believed to hold the bytes that it held then; that file may be deleted
+at any time, which costs no more than reading once.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from wsss_pipeline.cache.index import Stamp, list_records, read_trusted, stamp
+from wsss_pipeline.cache.manifest import read_manifest
+from wsss_pipeline.cache.records import RecordInfo, check_records, image_ids, read_info
+from wsss_pipeline.cache.shards import open_shard
+from wsss_pipeline.data.image_files import ImageFile, Status, file_status
+from wsss_pipeline.data.images import file_digest
+from wsss_pipeline.errors import CacheFormatError, CacheRecordError, ImageError
+from wsss_pipeline.runtime.output import write_file
+
+# A file may change twice within one tick of its clock: what was read so soon after a change isn't believed.
+SETTLED_NS = 2 * 10**9
+
+logger = logging.getLogger(__name__)
+
+
+class FinishedImages:
+    """The images in finished shards, as they are when this is made. It takes no lock, and only ``save`` writes.
+
+    Args:
+        folder: of the mask set.
+        index: 0-based share of the work.
+        count: number of shares.
+
+    Attributes:
+        checked: shards that were found sound throughout, with their stamp then.
+
+    Raises:
+        CacheFormatError: the folder isn't a mask set of this format version.
+    """
+
+    def __init__(self, folder: Path, index: int = 0, count: int = 1) -> None:
+        self._folder = folder
+        self._fingerprint = read_manifest(folder).fingerprint
+        self._shard_of = list_records(folder, self._fingerprint).shard_of
+        trusted, shards = read_trusted(folder), set(self._shard_of.values())
+        self._believed = {name for name in shards & trusted.keys() if self._stamp(name) == trusted[name]}
+        self._path = folder / f"known-{index}-of-{count}.json"
+        # image id to shard, status of the file, labels, whether there are CAMs
+        self._known = _read_known(self._path)
+        self._noted: dict[str, list[Any]] = {}
+        self._records: dict[str, dict[str, RecordInfo]] = {}
+        self.checked: dict[str, Stamp] = {}
+
+    def is_current(
+        self,
+        image_id: str,
+        file: ImageFile,
+        labels: tuple[str, ...],
+        *,
+        need_cams: bool = False,
+        check_bytes: bool = False,
+    ) -> bool:
+        """Whether there is a sound record for the bytes that ``file`` has and for these labels.
+
+        Args:
+            image_id: as ``find_images`` gives it.
+            file: the image; one that can't be read isn't current.
+            labels: its class names, in order.
+            need_cams: a record without CAMs doesn't count.
+            check_bytes: read the file even where its size and times are as they were.
+        """
+        shard = self._shard_of.get(image_id)
+        if shard is None:
+            return False
+        try:
+            status = file_status(file)
+        except OSError:
+            return False
+        if not check_bytes and shard in self._believed and image_id in self._known:
+            *entry, has_cams = self._known[image_id]
+            if entry == [shard, list(status), list(labels)] and (has_cams or not need_cams):
+                return True
+        record = self.record(image_id)
+        if record is None or record.labels != tuple(labels) or (need_cams and not record.has_cams):
+            return False
+        try:
+            if record.image_digest != file_digest(file):
+                return False
+        except ImageError:
+            return False
+        self.note(image_id, status, record.labels, record.has_cams, shard)
+        return True
+
+    def record(self, image_id: str) -> RecordInfo | None:
+        """What is known of an image; None where it has no record, or a damaged one."""
+        shard = self._shard_of.get(image_id)
+        if shard is None:
+            return None
+        if shard not in self._records:
+            self._records[shard] = self._read_shard(shard)
+        return self._records[shard].get(image_id)
+
+    def note(
+        self, image_id: str, status: Status, labels: tuple[str, ...], has_cams: bool, shard: str
+    ) -> None:
+        """Remember that ``shard`` holds the mask for the bytes that a file of this status had."""
+        if time.time_ns() - max(status[1], status[2]) > SETTLED_NS:
+            self._noted[image_id] = [shard, list(status), list(labels), has_cams]
+
+    def save(self, shard_of: Mapping[str, str]) -> None:
+        """Write what was noted, for the next run.
+
+        Args:
+            shard_of: image id to the shard that holds its mask now.
+
+        Raises:
+            OutputError: disk full, read-only, ...
+        """
+        if not self._noted:
+            return
+        images = {
+            image_id: entry
+            for image_id, entry in (self._known | self._noted).items()
+            if shard_of.get(image_id) == entry[0]
+        }
+        content = json.dumps({"images": images}, separators=(",", ":"))
+        write_file(self._path, content.encode("utf-8", "surrogatepass"), durable=False)
+
+    def _stamp(self, shard: str) -> Stamp | None:
+        with suppress(OSError):
+            return stamp(self._folder / shard)
+        return None
+
+    def _read_shard(self, shard: str) -> dict[str, RecordInfo]:
+        records: dict[str, RecordInfo] = {}
+        damaged: dict[str, str] = {}
+        before = self._stamp(shard)
+        try:
+            with open_shard(self._folder / shard, self._fingerprint) as images:
+                if shard in self._believed:
+                    for image_id in image_ids(images):
+                        try:
+                            records[image_id] = read_info(images, image_id)
+                        except CacheRecordError as error:
+                            damaged[image_id] = str(error)
+                else:
+                    records, damaged = check_records(images)
+        except CacheFormatError as error:
+            logger.warning("its images are done again: %s", error)
+            return {}
+        for reason in damaged.values():
+            logger.warning("it is done again: %s", reason)
+        if not damaged and before is not None and shard not in self._believed:
+            self.checked[shard] = before
+        return records
+
+
+def _read_known(path: Path) -> dict[str, list[Any]]:
+    try:
+        images = json.loads(path.read_bytes().decode("utf-8", "surrogatepass"))["images"]
+        if all(map(_is_entry, images.values())):
+            return dict(images)
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        pass
+    logger.warning("%s can't be read; the images are looked at again", path)
+    return {}
+
+
+def _is_entry(entry: Any) -> bool:
+    """Whether it is shard, status, labels and whether CAMs are stored, as ``note`` and ``save`` write them."""
+    if not isinstance(entry, list) or len(entry) != 4:
+        return False
+    shard, status, labels, has_cams = entry
+    return (
+        isinstance(shard, str)
+        and isinstance(status, list)
+        and all(isinstance(number, int) for number in status)
+        and isinstance(labels, list)
+        and isinstance(has_cams, bool)
+    )

@@ -1,0 +1,133 @@
+"""Images and labels of PASCAL VOC and MS COCO where their archives put them."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from wsss_pipeline.data.classes import ClassSet, load_class_set
+from wsss_pipeline.data.image_files import ImageFile
+from wsss_pipeline.data.image_ids import check_image_id, find_images, without_image_suffix
+from wsss_pipeline.data.label_readers.label_table import LabelTable, read_text, reading
+from wsss_pipeline.data.label_readers.voc_xml import fill_from_voc_files
+from wsss_pipeline.data.labels import read_labels
+from wsss_pipeline.errors import LabelError
+
+ImagesAndLabels = tuple[dict[str, ImageFile], dict[str, tuple[str, ...]]]
+
+
+def voc_inputs(root: Path, split: str, classes: ClassSet | None = None) -> ImagesAndLabels:
+    """A split of PASCAL VOC: image id to file, and image id to class names where labels are known.
+
+    ``ROOT/JPEGImages``, the ids in ``ROOT/ImageSets/Segmentation/SPLIT.txt`` (or ``ImageSets/Main``), labels
+    of ``ROOT/Annotations/*.xml``, or of ``ROOT/labels.json`` where that folder holds none. An id without an
+    image keeps the path where the image should be, so that reading it is reported.
+
+    Args:
+        root: such as ``VOCdevkit/VOC2012``.
+        split: such as ``train_aug``.
+        classes: ``voc12`` where None.
+
+    Raises:
+        LabelError: no such split (the message has those that exist), no labels, or labels that can't be read.
+        ImageError: ``JPEGImages`` can't be read.
+    """
+    classes = classes or load_class_set("voc12")
+    with reading(root):
+        ids = read_split(_voc_split_file(root, split, classes))
+        files = find_images(root / "JPEGImages")
+        images = {image_id: files.get(image_id, root / "JPEGImages" / f"{image_id}.jpg") for image_id in ids}
+        annotations = root / "Annotations"
+        annotated = [(image_id, annotations / f"{image_id}.xml") for image_id in ids]
+        annotated = [(image_id, file) for image_id, file in annotated if file.is_file()]
+        if annotated:
+            table = LabelTable(images, classes)
+            fill_from_voc_files(table, annotated)
+            return images, table.labels()
+        if not (root / "labels.json").is_file():
+            raise LabelError(
+                f"no labels for this split: neither {annotations}/*.xml nor {root / 'labels.json'}; "
+                "give --labels"
+            )
+        labels = read_labels(root / "labels.json", images, classes)
+        return images, {image_id: names for image_id, names in labels.items() if image_id in images}
+
+
+def coco_inputs(root: Path, split: str, classes: ClassSet | None = None) -> ImagesAndLabels:
+    """A split of MS COCO: image id to file, and image id to class names where labels are known.
+
+    All images in ``ROOT/SPLIT`` (or ``ROOT/images/SPLIT``), labels of
+    ``ROOT/annotations/instances_SPLIT.json``.
+
+    Args:
+        root: the folder that holds ``annotations``.
+        split: such as ``train2014``.
+        classes: ``coco14`` where None.
+
+    Raises:
+        LabelError: no such split (the message has those that exist), or labels that can't be read.
+        ImageError: the image folder can't be read.
+    """
+    with reading(root):
+        _check_split_name(split)
+        labels = root / "annotations" / f"instances_{split}.json"
+        if not labels.is_file():
+            files = sorted((root / "annotations").glob("instances_*.json"))
+            raise _no_split(labels, [file.stem.removeprefix("instances_") for file in files])
+        folders = [folder for folder in (root / split, root / "images" / split) if folder.is_dir()]
+        if not folders:
+            raise LabelError(
+                f"no images for split '{split}': neither {root / split} nor {root / 'images' / split}"
+            )
+        images = find_images(folders[0])
+        return images, read_labels(labels, images, classes or load_class_set("coco14"))
+
+
+def read_split(path: Path) -> list[str]:
+    """Image ids from a list, one a line, in its order; duplicates and empty lines dropped.
+
+    An id may carry the suffix of its image. Lines of VOC's augmented lists, as many code bases pass them
+    on (``/JPEGImages/ID.jpg /SegmentationClassAug/ID.png``), stand for the id in them.
+
+    Raises:
+        LabelError: the file can't be read, holds no id or an unsafe one.
+    """
+    ids: dict[str, None] = {}
+    for number, line in enumerate(read_text(path).splitlines(), start=1):
+        text = line.strip()
+        if text.startswith("/JPEGImages/"):
+            text = text.split()[0].removeprefix("/JPEGImages/")
+        if text:
+            ids[check_image_id(without_image_suffix(text), f"{path} line {number}")] = None
+    if not ids:
+        raise LabelError(f"{path}: holds no image id; write one a line")
+    return list(ids)
+
+
+def _voc_split_file(root: Path, split: str, classes: ClassSet) -> Path:
+    _check_split_name(split)
+    folders = [root / "ImageSets" / "Segmentation", root / "ImageSets" / "Main"]
+    for folder in folders:
+        if (folder / f"{split}.txt").is_file():
+            return folder / f"{split}.txt"
+    for inner in ("VOC2012", "VOCdevkit/VOC2012"):
+        if (root / inner / "ImageSets").is_dir():
+            raise LabelError(f"{root} isn't the folder of the data set; did you mean {root / inner}?")
+    segmentation, main = ({file.stem for file in folder.glob("*.txt")} for folder in folders)
+    # Main also has lists of one class each, such as cat_train, with a second column.
+    of_one_class = {f"{name}_{whole}" for name in classes.names for whole in main}
+    raise _no_split(folders[0] / f"{split}.txt", sorted(segmentation | (main - of_one_class)))
+
+
+def _check_split_name(split: str) -> None:
+    if not re.fullmatch(r"[\w.-]+", split) or split.strip(".") == "":
+        raise LabelError(f"split {split!r} isn't the name of a list; write it like train or train2014")
+
+
+def _no_split(file: Path, existing: list[str]) -> LabelError:
+    known = (
+        f"there are: {', '.join(existing)}"
+        if existing
+        else "no other split is there either; check the folder"
+    )
+    return LabelError(f"no split list {file}; {known}")
