@@ -20,7 +20,17 @@ PACKAGE = ROOT / "wsss_pipeline"
 
 # Data flows one way: a part imports only itself and what stands before it.
 ORDER = ["errors", "config", "runtime", "data", "clip", "cam", "cache", "regions", "refine", "methods"]
-ORDER += ["pseudo_masks", "segmentation", "evaluation", "pictures", "demo", "stages", "commands", "cli", "__main__"]
+ORDER += [
+    "pseudo_masks",
+    "segmentation",
+    "evaluation",
+    "pictures",
+    "demo",
+    "stages",
+    "commands",
+    "cli",
+    "__main__",
+]
 MODULES = sorted(PACKAGE.rglob("*.py"))
 
 

@@ -14,7 +14,7 @@ from tests.faults.kills import State, masks
 from wsss_pipeline.data.classes import load_class_set
 from wsss_pipeline.data.labels import read_labels
 from wsss_pipeline.demo.voc_folder import write_voc_folder
-from wsss_pipeline.refine import pydensecrf_backend
+from wsss_pipeline.refine.dense_crf import has_pydensecrf
 
 SCENES = 12
 # pydensecrf's labels come from other code; --batch-size means something with it alone where there is no GPU
@@ -86,7 +86,7 @@ def test_the_order_of_input_changes_nothing(root: Path, tmp_path: Path, expected
 
 
 @pytest.mark.skipif(
-    not pydensecrf_backend.is_available(), reason="the optional package pydensecrf isn't installed"
+    not has_pydensecrf(), reason="the optional package pydensecrf isn't installed"
 )
 def test_batches_before_pydensecrf_change_nothing(
     root: Path, tmp_path: Path, expected: tuple[str, State]

@@ -11,15 +11,15 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from wsss_pipeline.cam.prompts import ClassEmbeddings
 
 from tests.end_to_end.conftest import GOLDEN, LABELS, Run, generate_arguments, mask_set, write_labels, wsss
 from wsss_pipeline.cache import MaskCache
+from wsss_pipeline.clip.text import ClassEmbeddings
 from wsss_pipeline.data.classes import load_class_set
-from wsss_pipeline.refine import pydensecrf_backend
+from wsss_pipeline.refine.dense_crf import has_pydensecrf
 
 needs_pydensecrf = pytest.mark.skipif(
-    not pydensecrf_backend.is_available(), reason="the optional package pydensecrf isn't installed"
+    not has_pydensecrf(), reason="the optional package pydensecrf isn't installed"
 )
 
 
@@ -58,7 +58,7 @@ def test_masks_equal_the_published_ones(
     """The golden text rows stand in for a text tower; all else is the command's own."""
     with np.load(GOLDEN / "expected" / "text.npz") as text:
         rows = ClassEmbeddings(torch.from_numpy(text["fg"]), torch.from_numpy(text["bg"]))
-    monkeypatch.setattr("wsss_pipeline.stages.class_activation.class_embeddings", lambda *arguments: rows)
+    monkeypatch.setattr("wsss_pipeline.methods.clip_es.class_embeddings", lambda *arguments: rows)
     path = mask_set(generate("--store-cams", "--crf", crf, "--crf-image", crf_image, "--precision", "fp32"))
     with MaskCache.open(path) as cache:
         for name in LABELS:
@@ -74,7 +74,7 @@ def test_a_second_run_computes_nothing_and_loads_no_clip(
 ) -> None:
     first = generate()
     files = {path: path.stat().st_mtime_ns for path in mask_set(first).glob("shard-*")}
-    monkeypatch.setattr("wsss_pipeline.stages.class_activation.load_clip", None)
+    monkeypatch.setattr("wsss_pipeline.pseudo_masks.generator.load_clip", None)
     second = generate("--json")
     assert second.exit_code == 0
     assert mask_set(second) == mask_set(first)

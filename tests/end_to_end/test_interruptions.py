@@ -18,7 +18,6 @@ import pytest
 
 from tests.end_to_end.conftest import LABELS, Run, generate_arguments, mask_set, write_labels
 from wsss_pipeline.cache import MaskCache, verify
-from wsss_pipeline.refine import pydensecrf_backend
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -110,37 +109,6 @@ def test_a_signal_finishes_the_image_and_says_how_to_go_on(
     assert 0 < finished < 200
     summary = json.loads(generate("--json").stdout.splitlines()[0])
     assert (summary["reused"], summary["computed"]) == (finished, 200 - finished)
-
-
-@pytest.mark.skipif(
-    not pydensecrf_backend.is_available(),
-    reason="the optional package pydensecrf isn't installed, and no other backend has worker processes",
-)
-def test_a_worker_process_that_dies_does_not_end_the_run(world: Path, clip: Path) -> None:
-    many_images(world, 100)
-    process = start(world, clip, "--workers", "1", "--crf", "pydensecrf")
-    deadline = time.monotonic() + 60
-    while not (workers := spawned_children(process.pid)) and time.monotonic() < deadline:
-        time.sleep(0.02)
-    os.kill(workers[0], signal.SIGKILL)
-    stdout, stderr = process.communicate(timeout=120)
-    assert process.returncode == 0, stderr
-    assert "going on without worker processes" in stderr
-    assert len(records(Path(stdout.splitlines()[-1]))) == 100
-
-
-def spawned_children(parent: int) -> list[int]:
-    """Process ids of the CRF workers that a run has started."""
-    found = []
-    for status in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            fields = status.read_text().rpartition(")")[2].split()
-            command = (status.parent / "cmdline").read_bytes()
-        except (FileNotFoundError, ProcessLookupError):
-            continue
-        if int(fields[1]) == parent and b"spawn_main" in command:
-            found.append(int(status.parent.name))
-    return found
 
 
 def test_a_second_writer_is_told_about_the_first(generate: Run, world: Path) -> None:

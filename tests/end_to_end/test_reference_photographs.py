@@ -15,10 +15,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 from numpy.typing import NDArray
-from wsss_pipeline.clip.text_encoder import TextEncoder
 
 from tests.end_to_end.conftest import mask_set, wsss
 from wsss_pipeline.cache import MaskCache
+from wsss_pipeline.clip.text import TextEncoder
 
 ROOT = Path(__file__).parent.parent.parent
 GOLDEN = Path(os.environ.get("WSSS_GOLDEN", ROOT.parent / "shared" / "golden")) / "clip_es"
@@ -61,9 +61,9 @@ def test_masks_differ_in_at_most_5_pixels(tmp_path: Path, crf_image: str, key: s
 @pytest.mark.parametrize(("name", "suffix"), [("voc12", ""), ("coco14", "_coco")])
 def test_text_rows_within_1e_5(name: str, suffix: str) -> None:
     import torch
-    from wsss_pipeline.cam.prompts import class_embeddings
 
     from wsss_pipeline.clip.sources import locate_clip
+    from wsss_pipeline.clip.text import class_embeddings
     from wsss_pipeline.clip.weights import load_clip
     from wsss_pipeline.config import ClipConfig
     from wsss_pipeline.data.classes import load_class_set

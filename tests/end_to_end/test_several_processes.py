@@ -56,12 +56,12 @@ def test_shares_of_any_number_give_the_masks_of_one_run(world: Path, clip: Path,
         assert json.loads((mask_set(result) / "manifest.json").read_text())["completion"]["complete"]
 
 
-def ray_actors() -> list[int]:
-    """Process ids of Ray's workers that hold a ``MaskActor``."""
+def ray_workers() -> list[int]:
+    """Process ids of Ray's workers that are at a task."""
     found = []
     for file in Path("/proc").glob("[0-9]*/cmdline"):
         try:
-            if file.read_bytes().startswith(b"ray::") and b"MaskActor" in file.read_bytes():
+            if file.read_bytes().startswith(b"ray::") and b"_run_task" in file.read_bytes():
                 found.append(int(file.parent.name))
         except OSError:
             continue
@@ -83,15 +83,15 @@ def test_ray_goes_on_when_a_worker_is_killed_half_way(world: Path, clip: Path, g
         text=True,
     )
     deadline = time.monotonic() + 120
-    while len(list((world / "cache").glob("*/shard-*.h5"))) < 4 and time.monotonic() < deadline:
+    while not list((world / "cache").glob("*/shard-*.h5*")) and time.monotonic() < deadline:
         time.sleep(0.02)
-    actors = ray_actors()
-    os.kill(actors[0], signal.SIGKILL)
+    os.kill(ray_workers()[0], signal.SIGKILL)
     stdout, stderr = process.communicate(timeout=120)
     assert process.returncode == 1, stderr
     assert "Traceback" not in stderr
     summary = json.loads(stdout.splitlines()[0])
-    assert summary["computed"] == 159
+    # what the killed worker had flushed, its successor found in the cache
+    assert summary["computed"] + summary["reused"] == 159
     assert list(summary["failed"]) == ["tiny_odd_4"]
     (path,) = (world / "cache").glob("voc12-*")
     assert records(path) == records(mask_set(generate(cache="alone")))

@@ -9,8 +9,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-
-from wsss_pipeline.errors import ConfigError
 from wsss_pipeline.evaluation.html_report import (
     Cell,
     ImageRow,
@@ -23,8 +21,10 @@ from wsss_pipeline.evaluation.html_report import (
     settings_text,
     write_report,
 )
-from wsss_pipeline.evaluation.metrics import Scores
 from wsss_pipeline.evaluation.report import RULE, EvaluationResult, id_digest
+
+from wsss_pipeline.errors import ConfigError
+from wsss_pipeline.evaluation.metrics import Scores
 
 SCORES = Scores(
     miou=0.6,

@@ -21,9 +21,10 @@ from typing import Any
 import atheris
 
 with atheris.instrument_imports(include=["wsss_pipeline"]):
+    from wsss_pipeline.cache.known_images import KnownImages
+
     from wsss_pipeline.cache.fingerprint import fingerprint
     from wsss_pipeline.cache.index import read_trusted
-    from wsss_pipeline.cache.known_images import KnownImages
     from wsss_pipeline.cache.manifest import MaskSet, open_mask_set, read_manifest
     from wsss_pipeline.data.classes import load_class_set
     from wsss_pipeline.data.image_ids import check_image_id

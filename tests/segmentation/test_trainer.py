@@ -15,12 +15,12 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from wsss_pipeline.segmentation.mask_sources import GroundTruthMasks
 
 from wsss_pipeline.data.classes import load_class_set
 from wsss_pipeline.data.image_ids import find_images
 from wsss_pipeline.demo.voc_folder import write_voc_folder
 from wsss_pipeline.errors import ConfigError, TrainingError
-from wsss_pipeline.segmentation.mask_sources import GroundTruthMasks
 from wsss_pipeline.segmentation.train_config import (
     AugmentationConfig,
     NetworkConfig,

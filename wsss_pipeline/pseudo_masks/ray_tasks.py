@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import time
 from contextlib import redirect_stdout
 from dataclasses import replace
 from functools import lru_cache
@@ -45,6 +46,7 @@ def run_on_ray(job: MaskJob) -> MaskReport:
         EngineError: Ray gave up.
         WsssError: as ``run_share``.
     """
+    started = time.monotonic()
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     try:
         import ray
@@ -114,6 +116,7 @@ def run_on_ray(job: MaskJob) -> MaskReport:
             ) from error
         finally:
             ray.shutdown()
+    report.seconds = time.monotonic() - started
     return report
 
 
