@@ -10,8 +10,8 @@ from wsss_pipeline.data.transforms import prepare_image
 
 
 class PatchText:
-    name, version, refiner, background_power = "patch-text", 1, "none", 2.0
-    presets = {"demo": {"classes": "demo", "sharpness": 40.0}}
+    name, version, presets = "patch-text", 1, {"demo": {"classes": "demo", "sharpness": 40.0}}
+    refiner, background_power = "none", 2.0
 
     class Config(MaskConfig):
         sharpness: float = Field(20.0, ge=0, le=1000, description="Factor on the cosine of patch and text.")
@@ -32,8 +32,9 @@ class PatchText:
         for patches, values in zip(features.patches, present, strict=True):
             rows = torch.cat([self.text.foreground[[v - 1 for v in values]], self.text.background])
             cosines = torch.cosine_similarity(rows.to(patches)[:, None], patches, dim=-1)
-            alike = torch.softmax(self.config.sharpness * cosines, dim=0)
-            maps.append(alike[: len(values)].view(-1, *features.grid))
+            maps.append(
+                (self.config.sharpness * cosines).softmax(dim=0)[: len(values)].view(-1, *features.grid)
+            )
         return maps
 
 
