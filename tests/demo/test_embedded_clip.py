@@ -17,7 +17,7 @@ from wsss_pipeline.config import ClipConfig
 from wsss_pipeline.demo.voc_folder import write_voc_folder
 from wsss_pipeline.methods import load_mask_config as load_config
 from wsss_pipeline.stages.demo import run_demo
-from wsss_pipeline.stages.evaluate import evaluate
+from wsss_pipeline.stages.evaluate import evaluate, open_masks
 
 FOLDER = Path(__file__).parents[2] / "wsss_pipeline" / "demo" / "clip"
 
@@ -87,7 +87,7 @@ def scores(tmp_path_factory: pytest.TempPathFactory) -> dict[str, float]:
             *("--cache", root / "cache", "--workers", 0, *classes, *arguments),
         )
         assert done.exit_code == 0, done.output
-        found[name] = evaluate(root / "SegmentationClass", cache=mask_set(done)).scores.miou
+        found[name] = evaluate(open_masks(cache=mask_set(done)), root / "SegmentationClass").scores.miou
     return found
 
 

@@ -130,7 +130,7 @@ def test_prediction_value_that_fits_no_class_is_an_error():
     [
         ((30, 40), (40, 30), "rotated"),
         ((30, 40), (60, 80), "resized"),
-        ((30, 40), (33, 90), "different pictures"),
+        ((30, 40), (33, 90), "different images"),
     ],
 )
 def test_sizes_that_differ_name_both_and_the_cause(prediction, truth, cause):

@@ -2,17 +2,32 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
+from PIL import Image
+from pydantic import ValidationError
 from torch import Tensor, nn
 
-from wsss_pipeline.segmentation.inference import InferenceConfig, predict_probabilities
-from wsss_pipeline.segmentation.networks import SegmentationNetwork
+from wsss_pipeline.config import CrfConfig, InferenceConfig
+from wsss_pipeline.data.masks import MaskSource
+from wsss_pipeline.errors import CheckpointError, ImageError, MaskError
+from wsss_pipeline.segmentation.checkpoint import save_network
+from wsss_pipeline.segmentation.inference import NetworkMasks, Segmenter, predict_probabilities
+from wsss_pipeline.segmentation.networks import SegmentationNetwork, build_network
+from wsss_pipeline.segmentation.train_config import NetworkConfig
 
 
 class ByColour(SegmentationNetwork):
-    """Class 1 where red is, pixel by pixel."""
+    """Class 1 where red is, pixel by pixel; it counts how often it looks."""
+
+    looks = 0
+
+    def forward(self, images: Tensor) -> Tensor:
+        self.looks += 1
+        return super().forward(images)
 
     def logits(self, images: Tensor) -> Tensor:
         red = 10 * (images[:, :1] - images[:, 2:])
@@ -31,11 +46,11 @@ class LeftIsOne(ByColour):
 
 
 @pytest.fixture
-def picture() -> np.ndarray[tuple[int, ...], np.dtype[np.uint8]]:
-    image = np.zeros((40, 60, 3), np.uint8)
-    image[..., 2] = 255
-    image[8:32, 10:30] = (255, 0, 0)
-    return image
+def image() -> np.ndarray[tuple[int, ...], np.dtype[np.uint8]]:
+    pixels = np.zeros((40, 60, 3), np.uint8)
+    pixels[..., 2] = 255
+    pixels[8:32, 10:30] = (255, 0, 0)
+    return pixels
 
 
 @pytest.mark.parametrize(
@@ -49,27 +64,141 @@ def picture() -> np.ndarray[tuple[int, ...], np.dtype[np.uint8]]:
         InferenceConfig(scales=(1.0, 1.5), flip=True, window=32, combine="max"),
     ],
 )
-def test_however_it_is_looked_at_the_picture_is_the_same(
-    picture: np.ndarray, config: InferenceConfig
-) -> None:  # type: ignore[type-arg]
-    found = predict_probabilities(ByColour().eval(), picture, config)
+def test_however_it_is_looked_at_the_image_is_the_same(image: np.ndarray, config: InferenceConfig) -> None:  # type: ignore[type-arg]
+    found = predict_probabilities(ByColour().eval(), image, config)
     assert found.shape == (2, 40, 60)
     assert found.dtype == np.float32
     assert np.allclose(found.sum(axis=0), 1, atol=1e-5)
-    wrong = found.argmax(axis=0) != (picture[..., 0] > 0)
+    wrong = found.argmax(axis=0) != (image[..., 0] > 0)
     assert wrong.mean() < 0.03, "but for the border, which a scale may move by a pixel"
 
 
-def test_a_flipped_picture_is_flipped_back(picture: np.ndarray) -> None:  # type: ignore[type-arg]
-    once = predict_probabilities(LeftIsOne().eval(), picture, InferenceConfig())
-    both = predict_probabilities(LeftIsOne().eval(), picture, InferenceConfig(flip=True))
+def test_a_flipped_image_is_flipped_back(image: np.ndarray) -> None:  # type: ignore[type-arg]
+    once = predict_probabilities(LeftIsOne().eval(), image, InferenceConfig())
+    both = predict_probabilities(LeftIsOne().eval(), image, InferenceConfig(flip=True))
     assert once[1, :, :10].min() > 0.9
     assert np.allclose(both, both[..., ::-1], atol=1e-5), "left and right answers meet in the middle"
     assert np.allclose(both, 0.5, atol=1e-5)
 
 
-def test_maximum_is_of_logits(picture: np.ndarray) -> None:  # type: ignore[type-arg]
-    found = predict_probabilities(LeftIsOne().eval(), picture, InferenceConfig(flip=True, combine="max"))
+def test_maximum_is_of_logits(image: np.ndarray) -> None:  # type: ignore[type-arg]
+    found = predict_probabilities(LeftIsOne().eval(), image, InferenceConfig(flip=True, combine="max"))
     assert np.allclose(found, 0.5, atol=1e-5)
-    assert InferenceConfig().is_single
-    assert not InferenceConfig(flip=True).is_single
+
+
+def test_settings_have_names_and_ranges() -> None:
+    assert InferenceConfig().name == InferenceConfig(window=32).name == "raw"
+    assert InferenceConfig(flip=True).name == "scales 1 flip"
+    assert InferenceConfig(scales=(0.5, 1.25)).name == "scales 0.5,1.25"
+    assert InferenceConfig(scales=[1, 2]).scales == (1.0, 2.0)  # type: ignore[arg-type]
+    for values in (
+        {"scales": ()},
+        {"scales": (0.01,)},
+        {"scales": (1, 21)},
+        {"window": 8},
+        {"combine": "sum"},
+    ):
+        with pytest.raises(ValidationError):
+            InferenceConfig.model_validate(values)
+
+
+@pytest.mark.parametrize(
+    ("config", "passes", "with_raw"),
+    [
+        (InferenceConfig(), 1, 1),
+        (InferenceConfig(scales=(0.5, 1.0), flip=True), 4, 4),
+        (InferenceConfig(scales=(0.5, 2.0)), 2, 3),
+        (InferenceConfig(scales=(1.0, 1.0)), 1, 1),
+    ],
+)
+def test_every_look_at_an_image_is_taken_once(
+    image: np.ndarray, config: InferenceConfig, passes: int, with_raw: int
+) -> None:  # type: ignore[type-arg]
+    network = ByColour().eval()
+    segmenter = Segmenter(network, ["red"], inference=config, crf=CrfConfig(iterations=1))
+    segmenter(image)
+    assert network.looks == passes, "the most refined mask needs no plain pass"
+    network.looks = 0
+    variants = segmenter.variants(image)
+    assert network.looks == with_raw
+    assert list(variants) == list(dict.fromkeys(["raw", config.name, "+CRF"]))
+
+
+def test_variants_are_what_the_single_ways_give(image: np.ndarray) -> None:  # type: ignore[type-arg]
+    config, crf = InferenceConfig(scales=(0.5, 1.0), flip=True), CrfConfig()
+    network = LeftIsOne().eval()
+    variants = Segmenter(network, ["left"], inference=config, crf=crf).variants(image)
+    single = {
+        "raw": Segmenter(network, ["left"]),
+        config.name: Segmenter(network, ["left"], inference=config),
+        "+CRF": Segmenter(network, ["left"], inference=config, crf=crf),
+    }
+    for name, segmenter in single.items():
+        expected = segmenter(image)
+        assert np.array_equal(variants[name].mask, expected.mask), name
+        assert np.array_equal(variants[name].confidence, expected.confidence), name
+    probabilities = predict_probabilities(network, image, InferenceConfig())
+    assert np.array_equal(variants["raw"].mask, probabilities.argmax(axis=0))
+    off = probabilities.max(axis=0) * 200 - variants["raw"].confidence
+    assert off.min() > -1e-3, "rounded down"
+    assert off.max() < 1
+    assert not np.array_equal(variants["raw"].confidence, variants["+CRF"].confidence)
+
+
+def test_a_mask_of_an_array_a_pillow_image_and_a_path_is_the_same(image: np.ndarray, tmp_path: Path) -> None:  # type: ignore[type-arg]
+    segmenter = Segmenter(ByColour().eval(), ["red"])
+    Image.fromarray(image).save(tmp_path / "image.png")
+    expected = segmenter(image)
+    assert expected.mask[20, 20] == 1
+    assert expected.mask[0, 0] == 0
+    for given in (Image.fromarray(image), tmp_path / "image.png", str(tmp_path / "image.png")):
+        assert np.array_equal(segmenter(given).mask, expected.mask)
+    with pytest.raises(ImageError, match="uint8 array"):
+        segmenter(image.astype(np.float32))
+
+
+def test_a_network_is_a_source_of_masks(image: np.ndarray, tmp_path: Path) -> None:  # type: ignore[type-arg]
+    Image.fromarray(image).save(tmp_path / "image.png")
+    images = {"a": tmp_path / "image.png", "gone": tmp_path / "gone.png"}
+    segmenter = Segmenter(ByColour().eval(), ["red"], description="network run/best")
+    masks: MaskSource = NetworkMasks(segmenter, images)
+    assert (masks.class_names, masks.description) == (("red",), "network run/best")
+    assert "a" in masks
+    assert "b" not in masks
+    assert np.array_equal(masks["a"].mask, segmenter(image).mask)
+    with pytest.raises(MaskError, match="no image 'b'"):
+        masks["b"]
+    with pytest.raises(ImageError, match="gone"):
+        masks["gone"]
+
+
+def test_an_answer_that_is_no_number_is_no_mask(image: np.ndarray) -> None:  # type: ignore[type-arg]
+    network = ByColour().eval()
+    network.logits = lambda images: torch.full((1, 2, *images.shape[-2:]), float("nan"))  # type: ignore[method-assign]
+    with pytest.raises(MaskError):
+        Segmenter(network, ["red"])(image)
+
+
+def test_a_checkpoint_is_loaded_and_its_identity_follows_what_determines_the_masks(
+    image: np.ndarray, tmp_path: Path
+) -> None:  # type: ignore[type-arg]
+    config = NetworkConfig(name="segformer", encoder="tiny", weights="none")
+    torch.manual_seed(0)
+    network = build_network(config, 3).eval()
+    save_network(network, tmp_path / "run" / "best", config, ["cat", "dog"])
+    segmenter = Segmenter.load(tmp_path / "run", device="cpu")
+    assert segmenter.class_names == ("cat", "dog")
+    assert segmenter.description == f"network {tmp_path / 'run' / 'best'}"
+    direct = Segmenter(network, ["cat", "dog"])
+    assert np.array_equal(segmenter(image).confidence, direct(image).confidence)
+    assert segmenter.identity == direct.identity
+    others = [
+        Segmenter(network, ["cat", "cow"]),
+        Segmenter(network, ["cat", "dog"], inference=InferenceConfig(flip=True)),
+        Segmenter(network, ["cat", "dog"], crf=CrfConfig()),
+        Segmenter(build_network(config, 3), ["cat", "dog"]),
+    ]
+    assert len({direct.identity, *(other.identity for other in others)}) == 5
+    assert Segmenter(network, ["cat", "dog"], crf=CrfConfig(backend="none")).identity == direct.identity
+    with pytest.raises(CheckpointError, match="no checkpoint"):
+        Segmenter.load(tmp_path / "nowhere")

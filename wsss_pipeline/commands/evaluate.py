@@ -90,8 +90,7 @@ def command(
         raise ConfigError(f"--{name} doesn't go with --checkpoint: a network knows its classes")
     elif cache and report is None:
         raise ConfigError("--cache goes with --checkpoint only for a --report, to show its pseudo masks too")
-
-    elif ground_truth is None and cache is None:
+    if ground_truth is None and cache is None:
         raise ConfigError("without --gt a report shows pseudo masks: give --cache")
 
     from wsss_pipeline.data.classes import load_class_set

@@ -40,7 +40,7 @@ def check_sizes(
     elif abs(height * true_width - width * true_height) <= max(height, width, true_height, true_width):
         cause = "one of the two was resized; score masks at the size of the ground truth"
     else:
-        cause = "they belong to different pictures; check that both folders use the same image ids"
+        cause = "they belong to different images; check that both folders use the same image ids"
     raise EvaluationError(
         f"{origin}: ground truth is {true_width}x{true_height}, prediction is {width}x{height}: {cause}"
     )

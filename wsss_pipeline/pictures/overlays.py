@@ -56,7 +56,7 @@ def _borders(mask: NDArray[np.uint8]) -> NDArray[np.bool_]:
     return borders
 
 
-def index_png(mask: NDArray[np.uint8], *, with_palette: bool) -> bytes:
+def index_png(mask: NDArray[np.uint8], with_palette: bool) -> bytes:
     """A PNG of class indices (H, W): mode L, or mode P with PASCAL VOC's colours."""
     image = Image.fromarray(mask)
     if with_palette:

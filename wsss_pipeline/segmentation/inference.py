@@ -81,7 +81,8 @@ class Segmenter:
     def identity(self) -> str:
         """Digest of the weights as they are now, the class names, and what is done beside the network."""
         crf = self.crf.config.model_dump() if self.crf is not None else None
-        settings = [type(self.network).__name__, self.class_names, self.inference.model_dump(), crf]
+        network = [type(self.network).__name__, self.network.image_mean, self.network.image_std]
+        settings = [*network, self.class_names, self.inference.model_dump(), crf]
         digest = hashlib.sha256(json.dumps(settings).encode())
         for name, values in self.network.state_dict().items():
             digest.update(f"{name} {values.dtype} {tuple(values.shape)}".encode())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -118,10 +118,7 @@ def evaluate(
     if report is not None and images is None:
         raise ConfigError("a report shows images; give their folder (--images)")
     truth_files = find_images(ground_truth)
-    lacking = "the folder of images" if isinstance(source, NetworkMasks) else source.description
-    image_ids, missing = choose_images(
-        truth_files, source.__contains__, lacking, ground_truth, split, allow_missing
-    )
+    image_ids, missing = _choose_images(source, truth_files, ground_truth, split, allow_missing)
     names = ("background", *source.class_names)
     matrices: dict[str, NDArray[np.int64]] = {}
     image_miou: dict[str, float | None] = {}
@@ -237,19 +234,15 @@ def report_without_ground_truth(
     return len(confidence)
 
 
-def choose_images(
+def _choose_images(
+    source: MaskSource,
     truth_files: Mapping[str, ImageFile],
-    has: Callable[[str], bool],
-    description: str,
     ground_truth: Path,
     split: Path | None,
     allow_missing: bool,
 ) -> tuple[list[str], list[str]]:
-    """The ids to score, and those for which ``has`` says that there is no prediction.
-
-    Raises:
-        EvaluationError: nothing to score, or a part of a split is missing and ``allow_missing`` is false.
-    """
+    """The ids to score, and those that have no prediction."""
+    description = "the folder of images" if isinstance(source, NetworkMasks) else source.description
     wanted = list(truth_files) if split is None else list(dict.fromkeys(read_split(split)))
     if not wanted:
         raise EvaluationError(f"{split or ground_truth}: no image to score in it")
@@ -259,7 +252,7 @@ def choose_images(
             f"ground truth {ground_truth} lacks {len(without_truth):,} of the {len(wanted):,} images of {split}, "
             f"the first is '{without_truth[0]}'; give the folder or the split that belongs to the other"
         )
-    missing = [image_id for image_id in wanted if not has(image_id)]
+    missing = [image_id for image_id in wanted if image_id not in source]
     if len(missing) == len(wanted):
         raise EvaluationError(
             f"{description} holds none of the {len(wanted):,} images, such as '{wanted[0]}': "

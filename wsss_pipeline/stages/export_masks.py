@@ -12,12 +12,11 @@ from typing import Any, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
-from wsss_pipeline.data.classes import voc_palette
 from wsss_pipeline.data.image_ids import check_image_id
 from wsss_pipeline.data.masks import IGNORE, MaskSource, PseudoMask, half_percent_threshold
 from wsss_pipeline.errors import ConfigError, ImageError, LabelError, MaskError, MissingDependencyError
+from wsss_pipeline.pictures.overlays import index_png
 from wsss_pipeline.runtime.output import write_file, writing
 from wsss_pipeline.runtime.progress import Progress
 
@@ -124,7 +123,7 @@ def export_masks(
                         }
                     )
             else:
-                content = _npz(pseudo_mask, mask) if format == "npz" else _png(mask, format == "voc")
+                content = _npz(pseudo_mask, mask) if format == "npz" else index_png(mask, format == "voc")
                 is_written = _write(out_dir / f"{image_id}.{'npz' if format == 'npz' else 'png'}", content)
                 report.written += is_written
                 report.unchanged += not is_written
@@ -141,15 +140,6 @@ def export_masks(
         is_written = _write(out_dir / COCO_FILE, json.dumps(document).encode("ascii"))
         report.written, report.unchanged = (len(images), 0) if is_written else (0, len(images))
     return report
-
-
-def _png(mask: NDArray[np.uint8], with_palette: bool) -> bytes:
-    image = Image.fromarray(mask)
-    if with_palette:
-        image.putpalette(voc_palette().tobytes(), "RGB")  # makes mode P of mode L, values as they are
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG")
-    return buffer.getvalue()
 
 
 def _npz(pseudo_mask: PseudoMask, mask: NDArray[np.uint8]) -> bytes:

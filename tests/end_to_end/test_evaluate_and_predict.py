@@ -1,0 +1,256 @@
+"""evaluate, predict and export-model on small folders, a mask set made by hand and an untrained network."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from tests.end_to_end.conftest import wsss
+from wsss_pipeline.cache import MaskSet, MaskWriter, PseudoMask, open_mask_set
+from wsss_pipeline.segmentation.checkpoint import save_network
+from wsss_pipeline.segmentation.networks import SegFormer, build_network
+from wsss_pipeline.segmentation.train_config import NetworkConfig
+
+NAMES = ("cat", "dog")
+IDS = ("a/one", "a/two", "three")
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """``images/``, ``truth/``, ``masks/`` (equal, but for 8 of 120 pixels of one), ``cache/`` and ``run/``."""
+    folder = tmp_path_factory.mktemp("root")
+    rng = np.random.default_rng(0)
+    mask_set = open_mask_set(folder / "cache", MaskSet("hand", {"crf": {"backend": "lattice"}}, NAMES))
+    with MaskWriter(mask_set) as writer:
+        for image_id in IDS:
+            mask = np.zeros((40, 30), np.uint8)
+            mask[4:14, 2:14] = 1
+            confidence = np.where(mask == 1, 150, 200).astype(np.uint8)
+            writer.write(image_id, PseudoMask(mask, confidence, ("cat",)), image_digest="0" * 64, seconds=0.1)
+            save(folder / "truth" / f"{image_id}.png", mask)
+            if image_id == "three":
+                mask[4, 2:10] = 2
+            save(folder / "masks" / f"{image_id}.png", mask)
+            save(folder / "images" / f"{image_id}.png", rng.integers(0, 255, (40, 30, 3), dtype=np.uint8))
+        writer.finish(IDS)
+    config = NetworkConfig(name="segformer", encoder="tiny", weights="none")
+    torch.manual_seed(0)
+    save_network(build_network(config, 3), folder / "run" / "best", config, NAMES)
+    return folder
+
+
+def save(file: Path, pixels: np.ndarray[Any, np.dtype[np.uint8]]) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(pixels).save(file)
+
+
+@pytest.fixture
+def decoded(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
+    """How often each file has been opened as an image."""
+    count: Counter[str] = Counter()
+    original = Image.open
+
+    def counted(file: Any, *arguments: Any, **options: Any) -> Image.Image:
+        count[str(file)] += 1
+        return original(file, *arguments, **options)
+
+    monkeypatch.setattr(Image, "open", counted)
+    return count
+
+
+@pytest.fixture
+def passes(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
+    """Shapes that a network has looked at."""
+    seen: list[tuple[int, ...]] = []
+    original = SegFormer.logits
+
+    def counted(self: SegFormer, images: torch.Tensor) -> torch.Tensor:
+        seen.append(tuple(images.shape))
+        return original(self, images)
+
+    monkeypatch.setattr(SegFormer, "logits", counted)
+    return seen
+
+
+def predict(root: Path, out: Path, *further: object) -> Any:
+    return wsss(
+        *("predict", "--checkpoint", root / "run", "--images", root / "images", "--out", out),
+        *("--device", "cpu", *further),
+    )
+
+
+def on_masks(root: Path, *further: object) -> tuple[object, ...]:
+    return ("evaluate", "--predictions", root / "masks", "--classes", "cat,dog", *further)
+
+
+def test_predict_decodes_once_and_looks_no_oftener_than_the_scales_say(
+    root: Path, tmp_path: Path, decoded: Counter[str], passes: list[tuple[int, ...]]
+) -> None:
+    done = predict(root, tmp_path, "--scales", "1.5,2", "--overlays", "--confidence")
+    assert done.exit_code == 0, done.output
+    assert len(passes) == 2 * len(IDS)
+    images = {str(root / "images" / f"{image_id}.png") for image_id in IDS}
+    assert {name: count for name, count in decoded.items() if name in images} == dict.fromkeys(images, 1)
+    assert {path.name for path in tmp_path.iterdir()} == {"masks", "overlays", "confidence"}
+    files = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*.*")}
+    assert files == {
+        f"{kind}/{image_id}.{suffix}"
+        for kind, suffix in (("masks", "png"), ("overlays", "jpg"), ("confidence", "png"))
+        for image_id in IDS
+    }
+
+
+def test_evaluate_decodes_once_and_reuses_the_plain_pass(
+    root: Path, decoded: Counter[str], passes: list[tuple[int, ...]]
+) -> None:
+    done = wsss(
+        *("evaluate", "--checkpoint", root / "run", "--images", root / "images", "--gt", root / "truth"),
+        *("--scales", "1,2", "--flip", "--crf", "--device", "cpu", "--json", "-"),
+    )
+    assert done.exit_code == 0, done.output
+    assert list(json.loads(done.stdout)["variants"]) == ["raw", "scales 1,2 flip", "+CRF"]
+    assert len(passes) == 4 * len(IDS)
+    assert set(decoded.values()) == {1}
+
+
+@pytest.mark.parametrize("command", ["predict", "evaluate"])
+def test_progress_shows_how_long_it_takes(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str
+) -> None:
+    monkeypatch.setattr("wsss_pipeline.runtime.progress.SECONDS_BETWEEN_LINES", 0.0)
+    done = predict(root, tmp_path) if command == "predict" else wsss(*on_masks(root, "--gt", root / "truth"))
+    assert done.exit_code == 0, done.output
+    assert "3/3 images" in done.stderr
+    assert "ETA 0:00:00" in done.stderr
+    assert "ETA" not in done.stdout
+
+
+def test_a_folder_of_masks_is_scored(root: Path) -> None:
+    done = wsss(*on_masks(root, "--gt", root / "truth", "--json", "-"))
+    values = json.loads(done.stdout)
+    assert values["per_class_iou"] == {"background": 1.0, "cat": (360 - 8) / 360, "dog": None}
+    assert values["images"] == 3
+    assert values["crf"] is None
+    assert "variant" not in values
+
+
+def test_confidence_counts_for_a_mask_set_and_a_network_but_not_for_a_folder(root: Path) -> None:
+    truth = ("--gt", root / "truth")
+    scored = wsss("evaluate", "--cache", root / "cache", *truth, "--min-confidence", 0.8, "--json", "-")
+    values = json.loads(scored.stdout)
+    assert values["per_class_iou"] == {"background": 1.0, "cat": 0.0, "dog": None}
+    assert values["crf"] == {"backend": "lattice"}
+    assert values["ignored_predictions"] == pytest.approx(120 / 1200)
+    network = ("evaluate", "--checkpoint", root / "run", "--images", root / "images", "--device", "cpu")
+    unsure = json.loads(wsss(*network, *truth, "--min-confidence", 1, "--json", "-").stdout)
+    assert unsure["ignored_predictions"] > 0.5
+    refused = wsss(*on_masks(root, *truth, "--min-confidence", 0.8))
+    assert refused.exit_code == 2
+    assert "holds no confidence" in refused.stderr
+
+
+def test_a_damaged_prediction_is_skipped_and_counted(root: Path, tmp_path: Path) -> None:
+    for image_id in IDS:
+        save(tmp_path / "masks" / f"{image_id}.png", np.zeros((40, 30), np.uint8))
+    (tmp_path / "masks" / "a" / "one.png").write_bytes(b"no image")
+    done = wsss(*on_masks(tmp_path, "--gt", root / "truth", "--json", "-"))
+    assert done.exit_code == 1, done.output
+    values = json.loads(done.stdout)
+    assert (values["images"], list(values["skipped"])) == (2, ["a/one"])
+
+
+def test_masks_of_another_class_set_are_refused(root: Path) -> None:
+    refused = wsss("evaluate", "--predictions", root / "masks", "--classes", "cat,", "--gt", root / "truth")
+    assert refused.exit_code == 2
+    assert "holds the value 2, but there are 1 classes" in refused.stderr
+    refused = wsss("evaluate", "--cache", root / "cache", "--classes", "cat,cow", "--gt", root / "truth")
+    assert refused.exit_code == 2
+    assert "not those of the cache" in refused.stderr
+
+
+@pytest.mark.parametrize("classes", [(), ("--classes", "cat,dog")])
+def test_a_report_without_ground_truth_where_an_image_has_no_prediction(
+    root: Path, tmp_path: Path, classes: tuple[str, ...]
+) -> None:
+    save(tmp_path / "some" / "a" / "one.png", np.zeros((40, 30), np.uint8))
+    report = tmp_path / "report.html"
+    done = wsss(
+        *("evaluate", "--cache", root / "cache", "--predictions", tmp_path / "some", *classes),
+        *("--images", root / "images", "--report", report),
+    )
+    assert done.exit_code == 0, done.output
+    assert "3 images looked at, none scored" in done.stderr
+    assert done.stdout.splitlines()[-1] == str(report)
+    text = report.read_text("utf-8")
+    assert "90.0 % of the pixels agree" in text
+    assert text.count('alt="Prediction of a/one"') == 2, "one in each section"
+    assert 'alt="Prediction of three"' not in text
+
+
+def test_a_report_shows_the_pseudo_masks_beside_a_networks(root: Path, tmp_path: Path) -> None:
+    report = tmp_path / "new" / "report.html"
+    done = wsss(
+        *("evaluate", "--checkpoint", root / "run", "--images", root / "images", "--gt", root / "truth"),
+        *("--cache", root / "cache", "--report", report, "--device", "cpu"),
+    )
+    assert done.exit_code == 0, done.output
+    text = report.read_text("utf-8")
+    for title in ("Image", "Pseudo mask", "Confidence", "Prediction", "Ground truth"):
+        assert f'alt="{title} of a/one"' in text, title
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            ["--predictions", "{root}/masks", "--images", "{root}/images", "--report", "r.html"],
+            "give --cache",
+        ),
+        (["--cache", "{root}/cache", "--gt", "{root}/truth", "--predictions", "{root}/masks"], "masks once"),
+        (["--cache", "{root}/cache", "--gt", "{root}/truth", "--report", "r.html"], "need --images"),
+        (["--cache", "{root}/cache", "--gt", "{root}/truth", "--window", "64"], "--window goes with"),
+        (["--cache", "{root}/cache", "--gt", "{root}/truth", "--scales", "1,30"], "between 0.05 and 20"),
+        (["--cache", "{root}/cache", "--gt", "{root}/truth", "--min-confidence", "2"], "between 0 and 1"),
+        (["--cache", "{root}/cache", "--gt", "{root}/truth", "--json", "{root}/cache/hand/x"], "be written"),
+    ],
+)
+def test_bad_options_are_one_line(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], message: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (root / "cache" / "hand").touch()
+    result = wsss("evaluate", *(argument.format(root=root) for argument in arguments))
+    assert result.exit_code == 2
+    (error,) = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert message in error
+
+
+@pytest.mark.parametrize("command", ["predict", "report", "preview", "huggingface"])
+def test_what_cannot_be_written_is_one_line(root: Path, tmp_path: Path, command: str) -> None:
+    (tmp_path / "file").touch()
+    out = tmp_path / "file" / "out"
+    cache = ("--cache", root / "cache", "--images", root / "images")
+    result = {
+        "predict": lambda: predict(root, out),
+        "report": lambda: wsss("evaluate", *cache, "--report", out),
+        "preview": lambda: wsss("preview", *cache, "--out", out.with_name("sheet.png")),
+        "huggingface": lambda: wsss(
+            "export-model",
+            "--checkpoint",
+            root / "run",
+            "--format",
+            "huggingface",
+            "--out",
+            tmp_path / "file",
+        ),
+    }[command]()
+    assert result.exit_code == 2, result.output
+    (error,) = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert "can't be written" in error
