@@ -32,9 +32,7 @@ class PatchText:
         for patches, values in zip(features.patches, present, strict=True):
             rows = torch.cat([self.text.foreground[[v - 1 for v in values]], self.text.background])
             cosines = torch.cosine_similarity(rows.to(patches)[:, None], patches, dim=-1)
-            maps.append(
-                (self.config.sharpness * cosines).softmax(dim=0)[: len(values)].view(-1, *features.grid)
-            )
+            maps.append((self.config.sharpness * cosines).softmax(0)[: len(values)].view(-1, *features.grid))
         return maps
 
 
