@@ -3,26 +3,29 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from wsss_pipeline.clip.image_encoder import DenseFeatures, ImageEncoder
 
+from tests.end_to_end.conftest import wsss
 from tests.tiny_clip import write_tiny_clip
 from wsss_pipeline.clip.sources import locate_clip
 from wsss_pipeline.clip.text import TextEncoder
+from wsss_pipeline.clip.trunk import Features, Trunk
 from wsss_pipeline.clip.weights import load_clip
-from wsss_pipeline.config import ClipConfig
+from wsss_pipeline.config import ClipConfig, MaskConfig
 from wsss_pipeline.data.classes import ClassEntry, ClassSet
 from wsss_pipeline.data.images import read_image
-from wsss_pipeline.data.transforms import clip_input_size, resize_for_clip, to_clip_tensor
+from wsss_pipeline.data.transforms import prepare_image
 from wsss_pipeline.errors import ClassSetError, ConfigError
-from wsss_pipeline.methods import load_mask_config as load_config
-from wsss_pipeline.methods.clip_es import ClipEsConfig as MaskConfig
-from wsss_pipeline.stages.select_prompt import PromptRanking, select_prompt, write_choice
+from wsss_pipeline.methods import load_mask_config
+from wsss_pipeline.pseudo_masks.job import MaskJob
+from wsss_pipeline.stages.select_prompt import PromptRanking, select_prompt, sharpness
 
 GOLDEN = Path(__file__).parent.parent / "golden"
 CLASSES = ClassSet(
@@ -45,10 +48,9 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> MaskConfig:
     return MaskConfig(clip=ClipConfig(weights=str(folder), precision="fp32"), max_pixels=16384)
 
 
-def rank(config: MaskConfig, **changes: Any) -> PromptRanking:
-    arguments: dict[str, Any] = {"images": IMAGES, "labels": LABELS, "class_set": CLASSES} | changes
-    arguments = {"templates": TEMPLATES, "config": config, "device": "cpu", "offline": True} | arguments
-    return select_prompt(**arguments)
+def rank(config: MaskConfig, templates: Sequence[str] = tuple(TEMPLATES), **changes: Any) -> PromptRanking:
+    job = MaskJob(IMAGES, LABELS, CLASSES, config, device="cpu", offline=True)
+    return select_prompt(replace(job, **changes), templates)
 
 
 def sharpness_by_definition(config: MaskConfig, template: str) -> float:
@@ -56,10 +58,8 @@ def sharpness_by_definition(config: MaskConfig, template: str) -> float:
     clip = load_clip(locate_clip(config.clip, offline=True), torch.device("cpu"))
     texts, total = TextEncoder(clip.text, clip.tokenizer), 0.0
     for image_id in (FIRST, THIRD):
-        pixels = read_image(IMAGES[image_id])
-        size = clip_input_size(pixels.shape[1], pixels.shape[0], 16, config.max_pixels)
-        tensor = to_clip_tensor(resize_for_clip(pixels, size.width, size.height))
-        feature = F.normalize(ImageEncoder(clip.vision).encode(tensor[None]).pooled[0].detach(), dim=0)
+        pixels = prepare_image(read_image(IMAGES[image_id]), 16, config.max_pixels).pixels
+        feature = F.normalize(Trunk(clip.vision).encode(pixels[None]).last[0].pooled, dim=0)
         words = [*LABELS[image_id], *CLASSES.background]
         rows = texts.encode([template.replace("{}", word) for word in words])
         scores = torch.softmax(clip.logit_scale * rows @ feature, dim=0)[: len(LABELS[image_id])].double()
@@ -80,20 +80,20 @@ def test_the_ranking_follows_the_definition(config: MaskConfig) -> None:
 
 
 def test_each_image_goes_through_clip_once(config: MaskConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    encode, seen = ImageEncoder.encode, []
+    encode, seen = Trunk.encode, []
 
-    def counted(self: ImageEncoder, images: torch.Tensor) -> DenseFeatures:
+    def counted(self: Trunk, images: torch.Tensor) -> Features:
         seen.append(len(images))
         return encode(self, images)
 
-    monkeypatch.setattr(ImageEncoder, "encode", counted)
+    monkeypatch.setattr(Trunk, "encode", counted)
     rank(config)
     assert sum(seen) == 2
 
 
 def test_a_bad_image_is_named_and_left_out(config: MaskConfig, tmp_path: Path) -> None:
     broken = tmp_path / "broken.png"
-    broken.write_bytes(b"no picture")
+    broken.write_bytes(b"no image")
     ranking = rank(config, images=IMAGES | {THIRD: broken})
     assert ranking.images == 1
     assert list(ranking.failed) == [THIRD]
@@ -124,14 +124,37 @@ def test_a_template_without_a_place_for_the_class(config: MaskConfig) -> None:
         rank(config, templates=["a {}.", "a photo"])
 
 
-@pytest.mark.parametrize("template", ["a {}.", 'the "{}": yes # no', "ein kleines {} für dich"])
-def test_the_choice_is_read_back_as_configuration(tmp_path: Path, template: str) -> None:
-    file = tmp_path / "new" / "prompt.yaml"
-    write_choice(template, file)
-    assert load_config(file=file).templates == (template,)
+@pytest.mark.parametrize("template", ["a {}.", 'the "{}": yes # no', "a good {} für dich"])
+def test_the_choice_is_read_back_as_configuration(config: MaskConfig, tmp_path: Path, template: str) -> None:
+    result = wsss(
+        *command(config, tmp_path, LABELS), "--template", template, "--out", tmp_path / "new" / "prompt.yaml"
+    )
+    assert result.exit_code == 0
+    assert load_mask_config(file=tmp_path / "new" / "prompt.yaml").templates == (template,)
+    assert json.loads(result.stdout)["ranked"][0][0] == template
 
 
-def test_a_choice_that_cannot_be_written(tmp_path: Path) -> None:
+def test_a_choice_that_cannot_be_written(config: MaskConfig, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(ConfigError, match="can't be written"):
-        write_choice("a {}.", tmp_path / "file" / "prompt.yaml")
+    out = tmp_path / "file" / "prompt.yaml"
+    result = wsss(*command(config, tmp_path, LABELS), "--template", "a {}.", "--out", out)
+    assert result.exit_code == 2
+    assert "can't be written" in result.stderr
+
+
+def command(config: MaskConfig, folder: Path, labels: Mapping[str, Sequence[str]]) -> list[object]:
+    (folder / "labels.json").write_text(json.dumps(labels))
+    return [
+        *("select-prompt", "--images", GOLDEN / "images", "--labels", folder / "labels.json"),
+        *("--classes", "cat,dog,sofa", "--clip", config.clip.weights, "--max-pixels", config.max_pixels),
+        *("--device", "cpu", "--json"),
+    ]
+
+
+def test_sharpness_by_hand() -> None:
+    scores = [torch.tensor([0.2, 0.6]), torch.tensor([0.9]), torch.tensor([0.1, 0.1, 0.4])]
+    # variances 0.04 and 0.02, means 0.4 and 0.2
+    assert sharpness(scores) == pytest.approx(0.04 / 0.4 + 0.02 / 0.2)
+    assert sharpness([torch.tensor([0.3, 0.3])]) == pytest.approx(0)
+    assert sharpness([torch.tensor([0.0, 0.0])]) == 0
+    assert sharpness([]) == 0

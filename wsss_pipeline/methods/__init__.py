@@ -87,10 +87,13 @@ def load_method(name: str) -> type[Method]:
     try:
         module = importlib.import_module(f"{__name__}.{name.replace('-', '_')}" if own else name)
         method: type[Method] = module.METHOD
-    except (ImportError, ValueError, TypeError, AttributeError) as error:
+    except Exception as error:  # a module of the user's own may fail in any way
         close = difflib.get_close_matches(name, method_names(), n=1)
         hint = f"did you mean '{close[0]}'?" if close else f"known: {', '.join(method_names())}"
-        raise ConfigError(f"unknown method '{name}'; {hint}, or a module of yours with a METHOD") from error
+        reason = f"{type(error).__name__}: {error}"
+        raise ConfigError(
+            f"unknown method '{name}'; {hint}, or a module of yours with a METHOD (tried: {reason})"
+        ) from error
     return method
 
 
