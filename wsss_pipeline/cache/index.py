@@ -131,7 +131,7 @@ def write_index(folder: Path, fingerprint: str, checked: Mapping[str, Stamp]) ->
         CacheFormatError: a shard vanished meanwhile.
         OutputError: disk full, read-only, ...
     """
-    listing, trusted = list_records(folder, fingerprint), read_trusted(folder) | checked
+    listing, trusted = list_records(folder, fingerprint), read_trusted(folder) | dict(checked)
     file = new_file_in_memory()
     try:
         file.attrs["format_version"] = FORMAT_VERSION
