@@ -287,6 +287,25 @@ def test_class_names_are_held_against_the_fingerprint(
     assert MaskCache.open(path).class_names == ("cat", "dog")
 
 
+@pytest.mark.parametrize("share", ["0/many", "-1/2", "", "0/99999999999"])
+def test_a_share_that_is_none_is_refused(folder: Path, share: str) -> None:
+    write_images(folder, ["a"])
+    text = (folder / "manifest.json").read_text()
+    (folder / "manifest.json").write_text(text.replace('"0/1"', json.dumps(share)))
+    with pytest.raises(CacheFormatError, match="isn't I/N"):
+        MaskCache.open(folder)
+
+
+def test_settings_nested_without_end_are_refused(folder: Path) -> None:
+    values = json.loads((folder / "manifest.json").read_text())
+    for depth in (*range(100, 1000, 50), 10**5):
+        nested = "[" * depth + "]" * depth
+        text = json.dumps({**values, "determinants": {"a": 0}}).replace('{"a": 0}', f'{{"a": {nested}}}')
+        (folder / "manifest.json").write_text(text)
+        with pytest.raises(CacheFormatError, match="isn't a whole manifest"):
+            MaskCache.open(folder)
+
+
 def test_a_manifest_of_any_size_is_not_read(folder: Path) -> None:
     with (folder / "manifest.json").open("ab") as file:
         file.truncate(2**40)  # takes no disk

@@ -105,7 +105,7 @@ def write_record(
     """Add an image's group to ``images``, in place of one that it already has there.
 
     Raises:
-        CacheRecordError: the id can't be stored, or the mask holds 255 or is too large to be read again, or a label is.
+        CacheRecordError: the id can't be stored, the mask holds 255, or it or a label is too large.
     """
     name = escape_id(image_id)
     height, width = pseudo_mask.mask.shape
