@@ -24,6 +24,7 @@ with atheris.instrument_imports(include=["wsss_pipeline"]):
     from wsss_pipeline.cache.known_images import KnownImages
 
     from wsss_pipeline.cache.fingerprint import fingerprint
+    from wsss_pipeline.cache.finished import FinishedImages
     from wsss_pipeline.cache.index import read_trusted
     from wsss_pipeline.cache.manifest import MaskSet, open_mask_set, read_manifest
     from wsss_pipeline.data.classes import load_class_set
@@ -86,9 +87,9 @@ def known(content: bytes) -> None:
     (SET / "checked-0-of-1.json").write_bytes(damaged_json(data, KNOWN["shards"]))
     read_trusted(SET)
     (SET / "known-0-of-1.json").write_bytes(damaged_json(data, KNOWN))
-    images = KnownImages(SET, 0, 1)
-    images.is_done("a", SET / "known-0-of-1.json", ("cat",), False)
-    images.note("b", (1, 2, 3), ("cat",), False)
+    images = FinishedImages(SET, 0, 1)
+    images.is_current("a", SET / "known-0-of-1.json", ("cat",))
+    images.note("b", (1, 2, 3), ("cat",), False, "shard-0of1-00001.h5")
     images.save({"a": "shard-0of1-00001.h5", "b": "shard-0of1-00001.h5"})
 
 
