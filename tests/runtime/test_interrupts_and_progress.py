@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import os
-import re
 import signal
 
 import pytest
@@ -12,7 +11,6 @@ import pytest
 from wsss_pipeline.runtime import progress as progress_module
 from wsss_pipeline.runtime.interrupts import StopRequest
 from wsss_pipeline.runtime.progress import Progress
-from wsss_pipeline.runtime.training_progress import TrainingProgressBar
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
@@ -38,14 +36,3 @@ def test_progress_prints_rate_time_left_and_failures(monkeypatch: pytest.MonkeyP
             progress.advance(failed=int(step == 0))
         assert progress.left == 5
     assert stream.getvalue().splitlines() == ["3/10 images, 0.10 images/s, ETA 0:01:10, 1 failed"]
-
-
-def test_training_says_rate_and_time_left() -> None:
-    stream = io.StringIO()
-    with TrainingProgressBar(4, stream) as bar:
-        numbers = {"loss": 0.5, "lr": 0.01, "images": 8, "seconds": 0.5}
-        bar.log({"step": 1, **numbers})
-        bar.log({"step": 2, "miou": 0.25, **numbers})
-    first, second = stream.getvalue().splitlines()
-    assert re.fullmatch(r"1/4 updates, loss 0\.500, lr 0\.01, 16 images/s, ETA 0:00:0[12]", first)
-    assert second.endswith(", mIoU 25.00 %")

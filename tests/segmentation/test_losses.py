@@ -40,7 +40,9 @@ def test_balanced_gives_background_and_foreground_a_half_each() -> None:
     target = torch.tensor([[[0, 0, 0, 1]]])
     weights = torch.ones(1, 1, 4)
     expected = (math.log(2) - math.log(0.75)) / 2
-    assert segmentation_loss({"logits": logits}, target, weights, balanced=True).item() == pytest.approx(expected)
+    assert segmentation_loss({"logits": logits}, target, weights, balanced=True).item() == pytest.approx(
+        expected
+    )
 
 
 @pytest.mark.parametrize("balanced", [False, True])
@@ -109,4 +111,6 @@ def test_a_single_pixel_of_small_weight_has_its_whole_mean() -> None:
     target, weights = torch.full((1, 2, 2), 255), torch.full((1, 2, 2), 0.25)
     target[0, 0, 0] = 1
     logits = torch.zeros((1, 2, 2, 2))
-    assert segmentation_loss({"logits": logits}, target, weights) == pytest.approx(torch.log(torch.tensor(2.0)).item())
+    assert segmentation_loss({"logits": logits}, target, weights) == pytest.approx(
+        torch.log(torch.tensor(2.0)).item()
+    )

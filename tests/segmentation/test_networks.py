@@ -103,7 +103,10 @@ def test_what_does_not_exist_is_named(name: str, encoder: str, message: str) -> 
 
 @pytest.mark.parametrize("prefix", ["", "backbone.", "module."])
 def test_an_encoder_takes_weights_from_a_file(tmp_path: Path, prefix: str) -> None:
-    donor, network = make("deeplabv2", "resnet18"), build_network(NetworkConfig(name="deeplabv2", encoder="resnet18"), 4)
+    donor, network = (
+        make("deeplabv2", "resnet18"),
+        build_network(NetworkConfig(name="deeplabv2", encoder="resnet18"), 4),
+    )
     state = donor.encoder().state_dict()
     save_file({prefix + name: value for name, value in state.items()}, tmp_path / "w.safetensors")
     for place in (tmp_path, tmp_path / "w.safetensors"):
@@ -124,7 +127,9 @@ def test_weights_that_cannot_be_used_are_named(tmp_path: Path, weights: str, mes
     save_file({"x": torch.zeros(1)}, tmp_path / "other.safetensors")
     (tmp_path / "pickle.pth").write_bytes(b"\x80\x04cos\nsystem\n(S'true'\ntR.")
     file = tmp_path / ("other.safetensors" if weights == "other" else weights)
-    config = NetworkConfig(name="deeplabv2", encoder="resnet18", weights=str(file) if file.exists() else weights)
+    config = NetworkConfig(
+        name="deeplabv2", encoder="resnet18", weights=str(file) if file.exists() else weights
+    )
     network = make("deeplabv2", "resnet18")
     assert isinstance(network, DeepLabV2)
     with pytest.raises(NetworkError, match=message):

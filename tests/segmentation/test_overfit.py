@@ -70,6 +70,8 @@ def test_eight_scenes_are_learnt_by_heart(
         save_every=iterations,
     )
     masks = MaskFolder(truth, load_class_set("demo").names)
-    result = train_seg(TrainJob(images, masks, tmp_path / "run", config, val_gt=truth, device="cpu", workers=0))
+    result = train_seg(
+        TrainJob(images, masks, tmp_path / "run", config, val_gt=truth, device="cpu", workers=0)
+    )
     assert result.miou is not None
     assert result.miou > 0.95
