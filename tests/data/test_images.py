@@ -16,11 +16,12 @@ from PIL import Image
 
 from wsss_pipeline.data.images import (
     MAX_DECODED_PIXELS,
+    as_pixels,
     file_digest,
-    has_rotation,
     image_size,
     read_image,
     read_mask,
+    read_stored_image,
 )
 from wsss_pipeline.errors import ImageError
 
@@ -82,18 +83,18 @@ def test_grey_and_one_bit_fill_three_channels(tmp_path: Path) -> None:
 def test_palette_gives_its_colours_transparent_or_not(
     tmp_path: Path, transparency: int | bytes | None
 ) -> None:
-    picture = Image.fromarray(np.array([[0, 1, 2]], np.uint8)).convert("P")
-    picture.putpalette([10, 20, 30, 200, 0, 0, 0, 0, 250])
+    stored = Image.fromarray(np.array([[0, 1, 2]], np.uint8)).convert("P")
+    stored.putpalette([10, 20, 30, 200, 0, 0, 0, 0, 250])
     options = {} if transparency is None else {"transparency": transparency}
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        image = read_image(save(tmp_path / "p.png", picture, **options))
+        image = read_image(save(tmp_path / "p.png", stored, **options))
     assert image.tolist() == [[[10, 20, 30], [200, 0, 0], [0, 0, 250]]]
 
 
 def test_cmyk_becomes_rgb(tmp_path: Path) -> None:
-    picture = Image.new("CMYK", (8, 8), (255, 0, 0, 0))
-    image = read_image(save(tmp_path / "a.jpg", picture, quality=100))
+    stored = Image.new("CMYK", (8, 8), (255, 0, 0, 0))
+    image = read_image(save(tmp_path / "a.jpg", stored, quality=100))
     assert image.shape == (8, 8, 3)
     assert np.abs(image.astype(int) - [0, 255, 255]).max() <= 3
 
@@ -111,8 +112,8 @@ def test_sixteen_bit_grey_is_scaled_not_clipped(tmp_path: Path) -> None:
 
 def test_float_grey_is_a_fraction_or_a_byte(tmp_path: Path) -> None:
     def read(values: list[float]) -> list[int]:
-        picture = Image.fromarray(np.array([values], np.float32))
-        return list(read_image(save(tmp_path / "f.tiff", picture))[0, :, 2].tolist())
+        stored = Image.fromarray(np.array([values], np.float32))
+        return list(read_image(save(tmp_path / "f.tiff", stored))[0, :, 2].tolist())
 
     assert read([0, 0.5, 1]) == [0, 128, 255]
     assert read([0, 1, 200.4, 255]) == [0, 1, 200, 255]
@@ -149,8 +150,8 @@ def test_exif_rotation_is_told_but_not_applied(tmp_path: Path, suffix: str) -> N
     rotated = save(tmp_path / f"rotated.{suffix}", Image.fromarray(COLOURS), exif=exif)
     assert np.array_equal(read_image(rotated), read_image(upright))
     assert image_size(rotated) == (9, 6)
-    assert has_rotation(rotated)
-    assert not has_rotation(upright)
+    assert read_stored_image(rotated).has_rotation
+    assert not read_stored_image(upright).has_rotation
 
 
 def test_size_comes_from_the_header_alone(tmp_path: Path) -> None:
@@ -161,7 +162,7 @@ def test_size_comes_from_the_header_alone(tmp_path: Path) -> None:
 @pytest.mark.parametrize("size", [(2**31 - 1, 2**31 - 1), (MAX_DECODED_PIXELS + 1, 1), (12_000, 12_000)])
 def test_absurd_sizes_are_refused_before_decoding(tmp_path: Path, size: tuple[int, int]) -> None:
     (tmp_path / "a.png").write_bytes(png_header(*size))
-    for read in (read_image, read_mask, image_size, has_rotation):
+    for read in (read_image, read_mask, image_size, read_stored_image):
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             with pytest.raises(ImageError, match=r"a\.png: its header says .* the limit is 134217728"):
@@ -209,7 +210,7 @@ def test_damaged_files_raise_nothing_but_image_errors(tmp_path: Path, kind: str)
         data = np.frombuffer(encoded(kind), np.uint8).copy()
         data[generator.integers(0, min(len(data), 300), 4)] = generator.integers(0, 256, 4)
         path.write_bytes(data.tobytes())
-        for read in (read_image, read_mask, image_size, has_rotation):
+        for read in (read_image, read_mask, image_size, read_stored_image):
             try:
                 read(path)
             except ImageError as error:
@@ -219,11 +220,11 @@ def test_damaged_files_raise_nothing_but_image_errors(tmp_path: Path, kind: str)
 
 
 @pytest.mark.parametrize(
-    "content", [b"hello, not a picture", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n"]
+    "content", [b"hello, not an image", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n"]
 )
 def test_other_files_are_refused(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "a.png").write_bytes(content)
-    with pytest.raises(ImageError, match="not a picture"):
+    with pytest.raises(ImageError, match="not an image"):
         read_image(tmp_path / "a.png")
 
 
@@ -231,7 +232,7 @@ def test_missing_empty_and_special_files_are_refused(tmp_path: Path) -> None:
     (tmp_path / "empty.png").touch()
     os.mkfifo(tmp_path / "pipe.png")
     for name, reason in [("gone.png", "No such file"), ("empty.png", "empty"), ("pipe.png", "not a file")]:
-        for read in (read_image, read_mask, image_size, has_rotation, file_digest):
+        for read in (read_image, read_mask, image_size, read_stored_image, file_digest):
             with pytest.raises(ImageError, match=rf"{name}: .*{reason}"):
                 read(tmp_path / name)
     with pytest.raises(ImageError, match="not a file"):
@@ -239,9 +240,9 @@ def test_missing_empty_and_special_files_are_refused(tmp_path: Path) -> None:
 
 
 def test_palette_masks_give_indices_whatever_the_palette(tmp_path: Path) -> None:
-    picture = Image.fromarray(np.array([[0, 1, 255]], np.uint8)).convert("P")
-    picture.putpalette([0, 0, 0, 128, 0, 0] + [7] * 762)
-    mask = read_mask(save(tmp_path / "m.png", picture, transparency=0))
+    stored = Image.fromarray(np.array([[0, 1, 255]], np.uint8)).convert("P")
+    stored.putpalette([0, 0, 0, 128, 0, 0] + [7] * 762)
+    mask = read_mask(save(tmp_path / "m.png", stored, transparency=0))
     assert mask.dtype == np.uint8
     assert mask.tolist() == [[0, 1, 255]]
 
@@ -266,7 +267,7 @@ def test_masks_beyond_a_byte_are_refused(tmp_path: Path, values: np.ndarray) -> 
 
 def test_colour_and_jpeg_masks_are_refused_with_the_cause(tmp_path: Path) -> None:
     with pytest.raises(
-        ImageError, match=r"m\.png: .*RGB picture, probably saved with the colours of the classes"
+        ImageError, match=r"m\.png: .*RGB image, probably saved with the colours of the classes"
     ):
         read_mask(save(tmp_path / "m.png", Image.fromarray(COLOURS)))
     with pytest.raises(ImageError, match="JPEG changes the values of a mask"):
@@ -276,3 +277,40 @@ def test_colour_and_jpeg_masks_are_refused_with_the_cause(tmp_path: Path) -> Non
 def test_digest_is_that_of_the_bytes(tmp_path: Path) -> None:
     (tmp_path / "a").write_bytes(b"abc")
     assert file_digest(tmp_path / "a") == hashlib.sha256(b"abc").hexdigest()
+
+
+def test_pixels_and_digest_of_a_stored_image_are_those_of_the_file(tmp_path: Path) -> None:
+    path = save(tmp_path / "a.png", Image.fromarray(COLOURS))
+    stored = read_stored_image(path)
+    assert np.array_equal(stored.pixels, COLOURS)
+    assert stored.digest == file_digest(path)
+
+
+def test_an_endless_file_is_refused_before_it_is_read(tmp_path: Path) -> None:
+    with (tmp_path / "a.png").open("wb") as file:
+        file.truncate(2**40)  # takes no space on the disk
+    for read in (read_stored_image, file_digest):
+        with pytest.raises(ImageError, match=r"a\.png: 1,099,511,627,776 bytes are too many"):
+            read(tmp_path / "a.png")
+
+
+def test_an_image_may_come_in_any_form(tmp_path: Path) -> None:
+    path = save(tmp_path / "a.png", Image.fromarray(COLOURS))
+    for image in (
+        path,
+        str(path),
+        Image.fromarray(COLOURS),
+        Image.fromarray(COLOURS).convert("RGBA"),
+        COLOURS,
+    ):
+        assert np.array_equal(as_pixels(image), COLOURS)
+    grey = COLOURS[..., 0]
+    assert np.array_equal(as_pixels(grey), np.stack([grey] * 3, axis=2))
+
+
+@pytest.mark.parametrize(
+    "array", [COLOURS.astype(np.float32), COLOURS[..., :2], COLOURS[None], COLOURS[:0], COLOURS[0, :, 0]]
+)
+def test_an_array_that_is_no_image_is_refused(array: Any) -> None:
+    with pytest.raises(ImageError, match=r"an image is a uint8 array \(H, W, 3\) RGB or \(H, W\), not "):
+        as_pixels(array)

@@ -11,11 +11,12 @@ from PIL import Image
 
 from wsss_pipeline.data.images import read_image
 from wsss_pipeline.data.transforms import (
-    CLIP_MEAN,
-    CLIP_STD,
+    CLIP_STATISTICS,
+    PixelStatistics,
     clip_input_size,
-    resize_for_clip,
-    to_clip_tensor,
+    normalise,
+    prepare_image,
+    resize,
 )
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -49,7 +50,7 @@ def test_grids_are_those_of_the_published_code(name: str) -> None:
     "size", [(4000, 3000), (3000, 4000), (1025, 1024), (10_000, 300), (6000, 6000), (1100, 1090)]
 )
 @pytest.mark.parametrize("patch", [14, 16, 32])
-def test_larger_pictures_keep_area_and_aspect(size: tuple[int, int], patch: int) -> None:
+def test_larger_images_keep_area_and_aspect(size: tuple[int, int], patch: int) -> None:
     width, height = size
     target = clip_input_size(width, height, patch, MEGAPIXEL)
     assert target.width % patch == target.height % patch == 0
@@ -72,7 +73,7 @@ def test_a_limit_below_one_patch_still_gives_one() -> None:
 
 def test_resizing_is_pillow_bicubic_on_uint8() -> None:
     image = read_image(GOLDEN / "images" / "tiny_odd.png")
-    resized = resize_for_clip(image, 80, 64)
+    resized = resize(image, 80, 64)
     expected = (
         Image.open(GOLDEN / "images" / "tiny_odd.png")
         .convert("RGB")
@@ -80,20 +81,33 @@ def test_resizing_is_pillow_bicubic_on_uint8() -> None:
     )
     assert resized.dtype == np.uint8
     assert np.array_equal(resized, np.array(expected))
-    assert np.array_equal(resize_for_clip(image, 67, 49), image)
+    assert np.array_equal(resize(image, 67, 49), image)
 
 
-def test_a_grey_picture_resized_in_colour_equals_one_resized_in_grey() -> None:
+def test_a_grey_image_resized_in_colour_equals_one_resized_in_grey() -> None:
     path = GOLDEN / "images" / "camera_gray.png"
     expected = Image.open(path).resize((80, 112), Image.Resampling.BICUBIC).convert("RGB")
-    assert np.array_equal(resize_for_clip(read_image(path), 80, 112), np.array(expected))
+    assert np.array_equal(resize(read_image(path), 80, 112), np.array(expected))
 
 
-def test_normalising_has_the_bits_of_the_formula_in_float32() -> None:
+@pytest.mark.parametrize(
+    "statistics", [CLIP_STATISTICS, PixelStatistics((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))]
+)
+def test_normalising_has_the_bits_of_the_formula_in_float32(statistics: PixelStatistics) -> None:
     image = np.arange(256 * 3, dtype=np.uint16).astype(np.uint8).reshape(16, 16, 3)
-    tensor = to_clip_tensor(image)
-    pixels = torch.from_numpy(image).permute(2, 0, 1).float().div(255)
-    expected = (pixels - torch.tensor(CLIP_MEAN)[:, None, None]) / torch.tensor(CLIP_STD)[:, None, None]
+    tensor = normalise(image, statistics)
+    mean, std = (torch.tensor(values)[:, None, None] for values in statistics)
+    expected = (torch.from_numpy(image).permute(2, 0, 1).float().div(255) - mean) / std
     assert tensor.shape == (3, 16, 16)
     assert tensor.dtype == torch.float32
     assert torch.equal(tensor, expected)
+
+
+def test_a_prepared_image_is_resized_then_normalised() -> None:
+    image = read_image(GOLDEN / "images" / "tiny_odd.png")
+    prepared = prepare_image(image, 16, MEGAPIXEL)
+    assert torch.equal(prepared.pixels, normalise(resize(image, 80, 64), CLIP_STATISTICS))
+    assert prepared.scale == 1.0
+    small = prepare_image(image, 16, 2048)
+    assert small.scale == pytest.approx(math.sqrt(2048 / (67 * 49)))
+    assert small.pixels.shape[1] * small.pixels.shape[2] <= 2048
