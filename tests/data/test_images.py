@@ -83,18 +83,18 @@ def test_grey_and_one_bit_fill_three_channels(tmp_path: Path) -> None:
 def test_palette_gives_its_colours_transparent_or_not(
     tmp_path: Path, transparency: int | bytes | None
 ) -> None:
-    stored = Image.fromarray(np.array([[0, 1, 2]], np.uint8)).convert("P")
-    stored.putpalette([10, 20, 30, 200, 0, 0, 0, 0, 250])
+    indexed = Image.fromarray(np.array([[0, 1, 2]], np.uint8)).convert("P")
+    indexed.putpalette([10, 20, 30, 200, 0, 0, 0, 0, 250])
     options = {} if transparency is None else {"transparency": transparency}
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        image = read_image(save(tmp_path / "p.png", stored, **options))
+        image = read_image(save(tmp_path / "p.png", indexed, **options))
     assert image.tolist() == [[[10, 20, 30], [200, 0, 0], [0, 0, 250]]]
 
 
 def test_cmyk_becomes_rgb(tmp_path: Path) -> None:
-    stored = Image.new("CMYK", (8, 8), (255, 0, 0, 0))
-    image = read_image(save(tmp_path / "a.jpg", stored, quality=100))
+    inks = Image.new("CMYK", (8, 8), (255, 0, 0, 0))
+    image = read_image(save(tmp_path / "a.jpg", inks, quality=100))
     assert image.shape == (8, 8, 3)
     assert np.abs(image.astype(int) - [0, 255, 255]).max() <= 3
 
@@ -112,8 +112,8 @@ def test_sixteen_bit_grey_is_scaled_not_clipped(tmp_path: Path) -> None:
 
 def test_float_grey_is_a_fraction_or_a_byte(tmp_path: Path) -> None:
     def read(values: list[float]) -> list[int]:
-        stored = Image.fromarray(np.array([values], np.float32))
-        return list(read_image(save(tmp_path / "f.tiff", stored))[0, :, 2].tolist())
+        grey = Image.fromarray(np.array([values], np.float32))
+        return list(read_image(save(tmp_path / "f.tiff", grey))[0, :, 2].tolist())
 
     assert read([0, 0.5, 1]) == [0, 128, 255]
     assert read([0, 1, 200.4, 255]) == [0, 1, 200, 255]
@@ -240,9 +240,9 @@ def test_missing_empty_and_special_files_are_refused(tmp_path: Path) -> None:
 
 
 def test_palette_masks_give_indices_whatever_the_palette(tmp_path: Path) -> None:
-    stored = Image.fromarray(np.array([[0, 1, 255]], np.uint8)).convert("P")
-    stored.putpalette([0, 0, 0, 128, 0, 0] + [7] * 762)
-    mask = read_mask(save(tmp_path / "m.png", stored, transparency=0))
+    indexed = Image.fromarray(np.array([[0, 1, 255]], np.uint8)).convert("P")
+    indexed.putpalette([0, 0, 0, 128, 0, 0] + [7] * 762)
+    mask = read_mask(save(tmp_path / "m.png", indexed, transparency=0))
     assert mask.dtype == np.uint8
     assert mask.tolist() == [[0, 1, 255]]
 
@@ -279,11 +279,12 @@ def test_digest_is_that_of_the_bytes(tmp_path: Path) -> None:
     assert file_digest(tmp_path / "a") == hashlib.sha256(b"abc").hexdigest()
 
 
-def test_pixels_and_digest_of_a_stored_image_are_those_of_the_file(tmp_path: Path) -> None:
+def test_a_stored_image_is_pixels_and_digest_of_the_same_bytes(tmp_path: Path) -> None:
     path = save(tmp_path / "a.png", Image.fromarray(COLOURS))
     stored = read_stored_image(path)
-    assert np.array_equal(stored.pixels, COLOURS)
+    assert np.array_equal(stored.pixels, read_image(path))
     assert stored.digest == file_digest(path)
+    assert not stored.has_rotation
 
 
 def test_an_endless_file_is_refused_before_it_is_read(tmp_path: Path) -> None:
@@ -294,23 +295,54 @@ def test_an_endless_file_is_refused_before_it_is_read(tmp_path: Path) -> None:
             read(tmp_path / "a.png")
 
 
-def test_an_image_may_come_in_any_form(tmp_path: Path) -> None:
+def test_a_damaged_exif_block_counts_as_none(tmp_path: Path) -> None:
+    path = save(tmp_path / "a.jpg", Image.fromarray(COLOURS), exif=b"Exif\0\0MM\0*\xff\xff\xff\xff")
+    assert not read_stored_image(path).has_rotation
+
+
+def test_a_tiff_is_turned_by_its_own_orientation_which_is_no_rotation_left(tmp_path: Path) -> None:
+    path = save(tmp_path / "a.tiff", Image.fromarray(COLOURS), tiffinfo={0x0112: 6})
+    stored = read_stored_image(path)
+    assert np.array_equal(stored.pixels, np.rot90(COLOURS, -1))
+    assert image_size(path) == stored.pixels.shape[1::-1]
+    assert not stored.has_rotation
+
+
+def test_an_image_in_any_form_gives_the_same_pixels(tmp_path: Path) -> None:
     path = save(tmp_path / "a.png", Image.fromarray(COLOURS))
-    for image in (
-        path,
-        str(path),
-        Image.fromarray(COLOURS),
-        Image.fromarray(COLOURS).convert("RGBA"),
-        COLOURS,
-    ):
-        assert np.array_equal(as_pixels(image), COLOURS)
+    with Image.open(path) as opened:
+        forms = [path, str(path), opened, Image.fromarray(COLOURS), COLOURS, np.asfortranarray(COLOURS)]
+        for form in forms:
+            pixels = as_pixels(form)
+            assert np.array_equal(pixels, COLOURS)
+            assert pixels.flags.c_contiguous
     grey = COLOURS[..., 0]
-    assert np.array_equal(as_pixels(grey), np.stack([grey] * 3, axis=2))
+    for form in (grey, Image.fromarray(grey), save(tmp_path / "grey.png", Image.fromarray(grey))):
+        assert np.array_equal(as_pixels(form), np.dstack([grey] * 3))
+    hidden = Image.fromarray(np.dstack([COLOURS, np.zeros((6, 9), np.uint8)]))
+    assert np.array_equal(as_pixels(hidden), COLOURS)
+    assert hidden.mode == "RGBA", "the caller's image stays as it is"
 
 
 @pytest.mark.parametrize(
-    "array", [COLOURS.astype(np.float32), COLOURS[..., :2], COLOURS[None], COLOURS[:0], COLOURS[0, :, 0]]
+    "image",
+    [
+        COLOURS.astype(np.float32),
+        COLOURS[None],
+        COLOURS[..., :2],
+        np.zeros((0, 4, 3), np.uint8),
+        COLOURS[0, 0],
+    ],
 )
-def test_an_array_that_is_no_image_is_refused(array: Any) -> None:
-    with pytest.raises(ImageError, match=r"an image is a uint8 array \(H, W, 3\) RGB or \(H, W\), not "):
-        as_pixels(array)
+def test_arrays_that_are_no_image_are_refused(image: np.ndarray) -> None:
+    with pytest.raises(ImageError, match=r"an image is a uint8 array \(H, W, 3\) RGB or \(H, W\), not"):
+        as_pixels(image)
+
+
+def test_an_opened_image_that_is_cut_is_refused_when_it_is_read(tmp_path: Path) -> None:
+    (tmp_path / "cut.jpg").write_bytes(encoded("JPEG")[:900])
+    with (
+        Image.open(tmp_path / "cut.jpg") as opened,
+        pytest.raises(ImageError, match="the image given: can't be"),
+    ):
+        as_pixels(opened)

@@ -96,18 +96,31 @@ def test_a_grey_image_resized_in_colour_equals_one_resized_in_grey() -> None:
 def test_normalising_has_the_bits_of_the_formula_in_float32(statistics: PixelStatistics) -> None:
     image = np.arange(256 * 3, dtype=np.uint16).astype(np.uint8).reshape(16, 16, 3)
     tensor = normalise(image, statistics)
+    pixels = torch.from_numpy(image).permute(2, 0, 1).float().div(255)
     mean, std = (torch.tensor(values)[:, None, None] for values in statistics)
-    expected = (torch.from_numpy(image).permute(2, 0, 1).float().div(255) - mean) / std
     assert tensor.shape == (3, 16, 16)
     assert tensor.dtype == torch.float32
-    assert torch.equal(tensor, expected)
+    assert torch.equal(tensor, (pixels - mean) / std)
 
 
-def test_a_prepared_image_is_resized_then_normalised() -> None:
-    image = read_image(GOLDEN / "images" / "tiny_odd.png")
-    prepared = prepare_image(image, 16, MEGAPIXEL)
-    assert torch.equal(prepared.pixels, normalise(resize(image, 80, 64), CLIP_STATISTICS))
-    assert prepared.scale == 1.0
-    small = prepare_image(image, 16, 2048)
-    assert small.scale == pytest.approx(math.sqrt(2048 / (67 * 49)))
-    assert small.pixels.shape[1] * small.pixels.shape[2] <= 2048
+@pytest.mark.parametrize(
+    ("size", "prepared", "scale"),
+    [
+        ((64, 48), (32, 16), 0.5),
+        ((48, 64), (16, 32), 0.5),
+        ((15, 17), (16, 32), 1.0),
+        ((16, 16), (16, 16), 1.0),
+    ],
+)
+def test_an_image_is_prepared_at_the_size_and_scale_of_clips_input(
+    size: tuple[int, int], prepared: tuple[int, int], scale: float
+) -> None:
+    """Sizes are (H, W) of the image and of what CLIP gets."""
+    image = np.random.default_rng(0).integers(0, 256, (*size, 3), dtype=np.uint8)
+    statistics = PixelStatistics((0.5, 0.4, 0.3), (0.1, 0.2, 0.3))
+    found = prepare_image(image, 16, 768, statistics)
+    height, width = prepared
+    assert torch.equal(found.pixels, normalise(resize(image, width, height), statistics))
+    assert found.scale == scale
+    with_clips_own = prepare_image(image, 16, 768).pixels
+    assert torch.equal(with_clips_own, normalise(resize(image, width, height), CLIP_STATISTICS))

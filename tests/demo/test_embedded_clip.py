@@ -11,14 +11,13 @@ import torch
 from tests.end_to_end.conftest import mask_set, wsss
 from tools.demo_clip.clip_model import embed_images, embed_texts, normalise
 from tools.demo_clip.zero_shot import zero_shot_accuracy
-from wsss_pipeline.cache import MaskCache
 from wsss_pipeline.clip.sources import locate_clip
 from wsss_pipeline.clip.weights import load_clip
 from wsss_pipeline.config import ClipConfig
 from wsss_pipeline.demo.voc_folder import write_voc_folder
-from wsss_pipeline.methods import load_mask_config
+from wsss_pipeline.methods import load_mask_config as load_config
 from wsss_pipeline.stages.demo import run_demo
-from wsss_pipeline.stages.evaluate import evaluate
+from wsss_pipeline.stages.evaluate import evaluate, open_masks
 
 FOLDER = Path(__file__).parents[2] / "wsss_pipeline" / "demo" / "clip"
 
@@ -58,7 +57,7 @@ def test_the_name_demo_is_the_folder_wherever_one_stands(
     files = locate_clip(ClipConfig(weights="demo"), offline=True)
     assert files.digest() == locate_clip(ClipConfig(weights=str(FOLDER)), offline=True).digest()
     assert load_clip(files, torch.device("cpu")).logit_scale == pytest.approx(19.9, abs=0.5)
-    assert load_mask_config(flags={"classes": "demo"}).cam.affinity_iterations == 1
+    assert load_config(flags={"classes": "demo"}).cam.affinity_iterations == 1
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +87,7 @@ def scores(tmp_path_factory: pytest.TempPathFactory) -> dict[str, float]:
             *("--cache", root / "cache", "--workers", 0, *classes, *arguments),
         )
         assert done.exit_code == 0, done.output
-        found[name] = evaluate(MaskCache.open(mask_set(done)), root / "SegmentationClass").scores.miou
+        found[name] = evaluate(open_masks(cache=mask_set(done)), root / "SegmentationClass").scores.miou
     return found
 
 
