@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -83,7 +84,7 @@ def test_the_scale_of_fp16s_gradients_goes_on_as_well(make: Make, monkeypatch: p
 
         def __init__(self, **named: Any) -> None:
             super().__init__(**named)
-            scalers.append(torch.amp.GradScaler("cpu", init_scale=2.0 ** len(scalers), growth_interval=4))
+            scalers.append(torch.amp.GradScaler("cpu", init_scale=8.0 ** len(scalers), growth_interval=4))
             self.scaler = scalers[-1]
 
     monkeypatch.setattr(stage, "Accelerator", InHalfPrecision)
@@ -324,19 +325,31 @@ def test_a_signal_to_one_of_two_processes_stops_both(root: Path, tmp_path: Path)
     On the way, both validate the network that one of them writes, batch norm's statistics included.
     """
     more = ("--network", "segformer", "--encoder", "tiny", "--batch-size", 1, "--set", "save_every=100000")
-    more += ("--val-gt", root / "SegmentationClass", "--set", "validate_every=3", "--lr", "0.01")
+    more += (
+        "--val-gt",
+        root / "SegmentationClass",
+        "--set",
+        "validate_every=10",
+        "--lr",
+        "0.003",
+        "--balanced",
+    )
+    more += ("--set", "optimisation.optimizer=adamw", "--set", "optimisation.head_lr_factor=1")
     process = started(TORCHRUN, root, tmp_path / "run", *more)
+    ranks: dict[str, int] = {}
     try:
         log = tmp_path / "run" / "log.jsonl"
-        while not log.exists() or len(log.read_text().splitlines()) < 3:
+        while not log.exists() or len(log.read_text().splitlines()) < 12:
             assert process.poll() is None, process.communicate()[1]
             time.sleep(0.05)
         children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-        ranks = {_environment(int(child)).get("RANK"): int(child) for child in children}
+        ranks = {_environment(int(child)).get("RANK", ""): int(child) for child in children}
         os.kill(ranks["1"], signal.SIGUSR1)
         _, stderr = process.communicate(timeout=60)
     finally:
-        process.kill()
+        for number in (process.pid, *ranks.values()):
+            with suppress(ProcessLookupError):
+                os.kill(number, signal.SIGKILL)
     steps = len(log.read_text().splitlines())
     assert "SIGUSR1: finishing" in stderr
     assert json.loads((tmp_path / "run" / "state" / "progress.json").read_text())["step"] == steps
