@@ -16,7 +16,6 @@ import time
 from pathlib import Path
 
 import numpy as np
-from wsss_pipeline.cache.known_images import KnownImages
 
 from wsss_pipeline.cache import MaskCache, MaskSet, MaskWriter, PseudoMask, open_mask_set
 
@@ -28,18 +27,14 @@ def measure(count: int) -> None:
         folder = open_mask_set(Path(name), MaskSet("x", {"a": 1}, ("cat",)))
         started = time.perf_counter()
         with MaskWriter(folder) as writer:
-            known = KnownImages(folder, 0, 1)
             for image_id in ids:
-                writer.write(image_id, mask, image_digest="0" * 64, seconds=0.0)
-                known.note(image_id, (1, 2, 3), ("cat",), False)
+                writer.write(image_id, mask, image_digest="0" * 64, seconds=0.0, status=(1, 2, 3))
             written = time.perf_counter() - started
             started = time.perf_counter()
             writer.finish(ids)
-            known.save(writer.places)
         finished = time.perf_counter() - started
         started = time.perf_counter()
-        with MaskWriter(folder) as writer:
-            known = KnownImages(folder, 0, 1)
+        with MaskWriter(folder):
             started_again = time.perf_counter() - started
         started = time.perf_counter()
         cache = MaskCache.open(folder)

@@ -67,7 +67,8 @@ class Update:
 
     def __init__(self, network: str, encoder: str, device: torch.device) -> None:
         self._device = device
-        self._network = build_network(NetworkConfig(name=network, encoder=encoder, weights="none"), 11).to(device).train()
+        config = NetworkConfig(name=network, encoder=encoder, weights="none")
+        self._network = build_network(config, 11).to(device).train()
         self._optimizer = torch.optim.SGD(self._network.parameters(), 1e-4)
 
     def __call__(self, batch: Sample) -> None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Iterator, Mapping
+from functools import reduce
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
@@ -27,7 +28,9 @@ RefinerName = Literal["auto", "crf", "none"]
 CrfBackend = Literal["auto", "pydensecrf", "lattice", "none"]
 CrfImage = Literal["bgr", "reference"]
 
-Layer = tuple[str, Mapping[str, Any]]  # where values come from, for messages; the values, nested by key
+Layer = tuple[
+    str, Mapping[str, Any]
+]  # where values come from, for messages; the values, nested or by dotted key
 
 
 class Settings(BaseModel):
@@ -132,29 +135,38 @@ def resolve(kind: type[Kind], layers: Iterable[Layer]) -> Kind:
     Raises:
         ConfigError: unknown key, wrong type, value out of range; the message names key and layer.
     """
-    layers = list(layers)
     values: dict[str, Any] = {}
+    origins: dict[str, str] = {}
     for origin, layer in layers:
-        _lay(values, layer, kind, origin)
+        for key, value in _flat(layer, kind, origin):
+            *outer, last = key.split(".")
+            node = values
+            for part in outer:
+                if not isinstance(node.get(part), dict):
+                    node[part] = {}
+                node = node[part]
+            node[last], origins[key] = value, origin
     try:
         return kind.model_validate(values)
     except ValidationError as error:
         # an unknown key may be what explains a missing one
-        first = min(error.errors(), key=lambda found: found["type"] != "extra_forbidden")
-        raise ConfigError(_explained(first, kind, layers)) from error
+        first = min(error.errors(), key=lambda item: item["type"] != "extra_forbidden")
+        raise ConfigError(_explained(first, kind, origins)) from error
 
 
-def _lay(values: dict[str, Any], layer: Mapping[str, Any], kind: type[Settings], origin: str) -> None:
-    """Lay nested values over ``values``; a key that holds several keys can't become a single value."""
-    for key, value in layer.items():
-        key = str(key)  # YAML has keys that are numbers
-        inner = section(kind, key)
-        if inner is not None and not isinstance(value, Mapping):
-            raise ConfigError(f"{origin}: '{key}' holds several keys; write '{key}.NAME'")
-        if isinstance(value, Mapping) and inner is not None:
-            _lay(values.setdefault(key, {}), value, inner, origin)
+def _flat(
+    values: Mapping[str, Any], kind: type[Settings], origin: str = "", prefix: str = ""
+) -> Iterator[tuple[str, Any]]:
+    """Dotted key and value of each single setting."""
+    for name, value in values.items():
+        key = f"{prefix}{name}"  # YAML has keys that are numbers
+        inner = section(kind, str(name))
+        if inner is None:
+            yield key, value
+        elif isinstance(value, Mapping):
+            yield from _flat(value, inner, origin, f"{key}.")
         else:
-            values[key] = value
+            raise ConfigError(f"{origin}: '{key}' holds several keys; write '{key}.NAME'")
 
 
 def section(kind: type[Settings], key: str) -> type[Settings] | None:
@@ -164,51 +176,40 @@ def section(kind: type[Settings], key: str) -> type[Settings] | None:
     return found if isinstance(found, type) and issubclass(found, Settings) else None
 
 
-def _explained(error: ErrorDetails, kind: type[Settings], layers: list[Layer]) -> str:
+def _explained(error: ErrorDetails, kind: type[Settings], origins: Mapping[str, str]) -> str:
     """One line for one of pydantic's errors: layer, key, what is wrong, what would be right."""
-    path = [str(part) for part in error["loc"] if isinstance(part, str)]
-    if error["type"] == "value_error" and not path:  # two settings that contradict each other
+    problem, value = error["type"], error["input"]
+    if problem == "value_error" and not error["loc"]:  # two settings that contradict each other
         return str(error["ctx"]["error"])
-    # a part of the path that is no field names a member of a union, not a key
     keys: list[str] = []
-    for part in path:
-        inner = kind.model_fields.get(part)
-        if inner is None and error["type"] != "extra_forbidden":
-            break
+    for part in map(str, error["loc"]):
+        if part not in kind.model_fields and problem != "extra_forbidden":
+            break  # a member of a union, or a place in a list
         keys.append(part)
         kind = section(kind, part) or kind
-    key, value = ".".join(keys), error["input"]
-    origin = next((name for name, layer in reversed(layers) if _holds(layer, keys)), layers[-1][0])
-    if error["type"] == "missing":
-        return f"{origin}: '{key}' is missing; it takes: {kind.model_fields[keys[-1]].description}"
-    if error["type"] == "extra_forbidden":
-        close = difflib.get_close_matches(keys[-1], kind.model_fields, n=1)
-        outer = ".".join(keys[:-1] + close[:1])
-        hint = f"did you mean '{outer}'?" if close else f"known here: {', '.join(kind.model_fields)}"
+    key, name = ".".join(keys), keys[-1]
+    origin = next((origins[k] for k in origins if f"{k}.".startswith(f"{key}.")), list(origins.values())[-1])
+    if problem == "extra_forbidden":
+        close = difflib.get_close_matches(name, kind.model_fields, n=1)
+        meant = ".".join(keys[:-1] + close)
+        hint = f"did you mean '{meant}'?" if close else f"known here: {', '.join(kind.model_fields)}"
         return f"{origin}: unknown key '{key}'; {hint}"
-    limits = bounds(kind, keys[-1])
-    if limits and error["type"] in ("greater_than_equal", "less_than_equal", "finite_number"):
-        low, high = limits
-        return f"{origin}: '{key}' is {value:g}; it must lie between {low:g} and {high:g}"
-    if error["type"] == "literal_error":
+    if problem == "missing":
+        return f"{origin}: '{key}' is missing; it takes: {kind.model_fields[name].description}"
+    if problem in ("greater_than_equal", "less_than_equal", "finite_number") and (
+        limits := bounds(kind, name)
+    ):
+        return f"{origin}: '{key}' is {value:g}; it must lie between {limits[0]:g} and {limits[1]:g}"
+    if problem == "literal_error":
         choices = error["ctx"]["expected"].replace("'", "").replace(" or ", ", ")
         return f"{origin}: '{key}' is {value!r:.60}; choose one of {choices}"
-    if error["type"] == "value_error":
+    if problem == "value_error":
         return f"{origin}: '{key}': {error['ctx']['error']}"
-    wanted = {"tuple_type": "a list of texts", "string_type": "text"}
-    if isinstance(error["loc"][-1], int):
-        return f"{origin}: '{key}' takes a list of texts, not {value!r:.60}"
-    known = wanted.get(error["type"], f"a value of type {error['type'].removesuffix('_type')}")
-    return f"{origin}: '{key}' takes {known}, not {value!r:.60}"
-
-
-def _holds(layer: Mapping[str, Any], keys: list[str]) -> bool:
-    value: Any = layer
-    for key in keys:
-        if not isinstance(value, Mapping) or key not in value:
-            return False
-        value = value[key]
-    return True
+    kinds = {"tuple_type": "a list of texts", "string_type": "text"}
+    if len(keys) < len(error["loc"]):
+        problem = "tuple_type"
+    wanted = kinds.get(problem, f"a value of type {problem.removesuffix('_type')}")
+    return f"{origin}: '{key}' takes {wanted}, not {value!r:.60}"
 
 
 def bounds(kind: type[Settings], key: str) -> tuple[float, float] | None:
@@ -229,10 +230,7 @@ def fields(kind: type[Settings], prefix: str = "") -> Iterator[tuple[str, type[S
 
 def default(kind: type[Settings], key: str) -> Any:
     """Default of a dotted key, for help texts."""
-    value: Any = kind()
-    for part in key.split("."):
-        value = getattr(value, part)
-    return value
+    return reduce(getattr, key.split("."), kind())
 
 
 def description(kind: type[Settings], key: str) -> str:
@@ -247,14 +245,8 @@ def description(kind: type[Settings], key: str) -> str:
 
 def differing_keys(one: Settings, other: Settings) -> list[str]:
     """Dotted keys whose values differ, as ``key: one, other``."""
-    found = []
-    for key, _, _ in fields(type(one)):
-        first, second = one, other
-        for part in key.split("."):
-            first, second = getattr(first, part), getattr(second, part)
-        if first != second:
-            found.append(f"{key}: {first}, {second}")
-    return found
+    first, second = (dict(_flat(settings.model_dump(), type(settings))) for settings in (one, other))
+    return [f"{key}: {first[key]}, {second[key]}" for key in first if first[key] != second[key]]
 
 
 def to_yaml(settings: Settings, *, described: bool = False) -> str:
@@ -296,17 +288,10 @@ def user_layers(
         key, separator, value = text.partition("=")
         if not separator or not key.strip():
             raise ConfigError(f"--set {text}: write it as key=value, for example cam.threshold=0.4")
-        yield f"--set {text}", nested(key.strip(), _yaml(value, f"--set {text}"))
+        yield f"--set {text}", {key.strip(): _yaml(value, f"--set {text}")}
     for key, value in (flags or {}).items():
         if value is not None:
-            yield f"'{key}'", nested(key, value)
-
-
-def nested(key: str, value: Any) -> dict[str, Any]:
-    """``{"a": {"b": value}}`` for the key ``a.b``."""
-    for part in reversed(key.split(".")):
-        value = {part: value}
-    return dict(value)
+            yield f"'{key}'", {key: value}
 
 
 def yaml_mapping(text: str, origin: str) -> Mapping[str, Any]:
@@ -331,14 +316,8 @@ def _yaml(text: str, origin: str) -> Any:
 
 def recipe_names() -> list[str]:
     """Names of the training recipes in the package, such as ``voc12/deeplabv2-coco``."""
-    root = resources.files("wsss_pipeline") / "recipes"
-    return sorted(
-        f"{family.name}/{file.name.removesuffix('.yaml')}"
-        for family in root.iterdir()
-        if family.is_dir()
-        for file in family.iterdir()
-        if file.name.endswith(".yaml")
-    )
+    root = Path(str(resources.files("wsss_pipeline") / "recipes"))
+    return sorted(file.relative_to(root).with_suffix("").as_posix() for file in root.glob("*/*.yaml"))
 
 
 def recipe(name: str) -> Layer:

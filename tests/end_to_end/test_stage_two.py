@@ -308,7 +308,8 @@ def test_bad_input_is_one_line_and_exit_code_2(
 
 
 def test_recipes_are_whole() -> None:
-    from wsss_pipeline.segmentation.train_config import load_train_config, recipe_names
+    from wsss_pipeline.config import recipe_names
+    from wsss_pipeline.segmentation.train_config import load_train_config
 
     assert set(recipe_names()) >= {
         *("voc12/deeplabv2-imagenet", "voc12/deeplabv2-coco", "coco14/deeplabv2", "voc12/segformer-b2"),

@@ -66,6 +66,7 @@ def test_eight_scenes_are_learnt_by_heart(
             warm_up=10,
             clip_norm=1,
         ),
+        precision="fp32",
         validate_every=iterations,
         save_every=iterations,
     )

@@ -148,7 +148,7 @@ class _Collection:
                 with open_shard(path, self._fingerprint) as images:
                     for image_id in ids:
                         builder.copy(images, image_id)
-                        if len(builder) >= IMAGES_PER_SHARD or builder.size >= BYTES_PER_SHARD:
+                        if len(builder.images) >= IMAGES_PER_SHARD or builder.size >= BYTES_PER_SHARD:
                             self._finish(builder)
                             builder = ShardBuilder(self._fingerprint)
                             self.remove(copied)
@@ -160,7 +160,7 @@ class _Collection:
             builder.close()
 
     def _finish(self, builder: ShardBuilder) -> None:
-        if len(builder):
+        if len(builder.images):
             name = ShardName(next_sequence(self._folder), 0, 1)
             self.checked[str(name)] = finish_shard(self._folder, name, builder.to_bytes())
         builder.close()

@@ -10,8 +10,6 @@ from typing import Any
 
 from wsss_pipeline.errors import CacheError
 
-SHORT_LENGTH = 12
-
 
 def fingerprint(determinants: Mapping[str, Any]) -> str:
     """64 hexadecimal digits that stand for ``determinants``: equal on every machine and in every version.
@@ -25,11 +23,6 @@ def fingerprint(determinants: Mapping[str, Any]) -> str:
         CacheError: a value has no canonical form; the message names its key.
     """
     return hashlib.sha256(canonical_json(determinants).encode("ascii")).hexdigest()
-
-
-def short(fingerprint: str) -> str:
-    """The first 12 digits, as folder names have them."""
-    return fingerprint[:SHORT_LENGTH]
 
 
 def canonical_json(value: Any) -> str:

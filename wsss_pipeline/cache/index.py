@@ -41,12 +41,12 @@ class Listing:
 
     Attributes:
         shard_of: image id to the name of the shard that holds its record; where several do, of the latest.
-        superseded: shard to the number of its records that a later one replaces.
+        superseded: number of records that a later one of the same image replaces.
         unreadable: shard to the reason, for those that can't be opened.
     """
 
     shard_of: dict[str, str] = field(default_factory=dict)
-    superseded: dict[str, int] = field(default_factory=dict)
+    superseded: int = 0
     unreadable: dict[str, str] = field(default_factory=dict)
 
 
@@ -62,9 +62,7 @@ def list_records(folder: Path, fingerprint: str) -> Listing:
             logger.warning("the images in it count as missing: %s", error)
             continue
         for image_id in found:
-            earlier = listing.shard_of.get(image_id)
-            if earlier is not None:
-                listing.superseded[earlier] = listing.superseded.get(earlier, 0) + 1
+            listing.superseded += image_id in listing.shard_of
             listing.shard_of[image_id] = path.name
     return listing
 

@@ -13,7 +13,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from wsss_pipeline.cache.fingerprint import fingerprint, short
+from wsss_pipeline.cache.fingerprint import fingerprint
 from wsss_pipeline.cache.locks import set_lock
 from wsss_pipeline.cache.shards import FORMAT_VERSION
 from wsss_pipeline.errors import CacheError, CacheFormatError
@@ -29,6 +29,8 @@ LIBRARIES = (
     *("wsss-pipeline", "torch", "transformers", "numpy", "h5py", "Pillow"),
     *("opencv-python-headless", "opencv-python", "numba", "pydensecrf2"),
 )
+
+_UNREADABLE = (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError)
 
 logger = logging.getLogger(__name__)
 
@@ -58,7 +60,7 @@ class MaskSet:
     def folder_name(self) -> str:
         """``<name>-<12 hexadecimal digits>``, the name made safe for a path."""
         safe = re.sub(r"[^A-Za-z0-9_.-]+", "-", self.name).strip("-.")[:MAX_NAME_LENGTH]
-        return f"{safe or 'masks'}-{short(self.fingerprint)}"
+        return f"{safe or 'masks'}-{self.fingerprint[:12]}"
 
 
 @dataclass(frozen=True)
@@ -184,17 +186,17 @@ def read_manifest(folder: Path) -> Manifest:
             raise ValueError(f"it has more than {MAX_MANIFEST_BYTES} bytes")
         values = json.loads(path.read_text("utf-8"))
         version, form = values["format_version"], values["format"]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise _half_written(path, error) from error
-    if form != FORMAT or version != FORMAT_VERSION:
-        raise CacheFormatError(
-            f"{path} has format version {version!r:.40}, this program reads {FORMAT_VERSION}; use the program "
-            "version that wrote it, or make the masks anew in another --cache folder"
-        )
-    try:
-        return _from_json(values)
-    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, CacheError) as error:
-        raise _half_written(path, error) from error
+        if form == FORMAT and version == FORMAT_VERSION:
+            return _from_json(values)
+    except (*_UNREADABLE, CacheError) as error:
+        raise _HalfWrittenError(
+            f"{path} isn't a whole manifest ({type(error).__name__}: {one_line(error)[:200]}); the same `wsss "
+            "generate-masks` command as before writes it anew and keeps the masks"
+        ) from error
+    raise CacheFormatError(
+        f"{path} has format version {version!r:.40}, this program reads {FORMAT_VERSION}; use the program "
+        "version that wrote it, or make the masks anew in another --cache folder"
+    )
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
@@ -246,14 +248,6 @@ class _HalfWrittenError(CacheFormatError):
     """No manifest can be read out of the file, whatever version wrote it."""
 
 
-def _half_written(path: Path, error: Exception) -> _HalfWrittenError:
-    reason = one_line(error)[:200]
-    return _HalfWrittenError(
-        f"{path} isn't a whole manifest ({type(error).__name__}: {reason}); the same `wsss generate-masks` "
-        "command as before writes it anew and keeps the masks"
-    )
-
-
 def _from_json(values: Mapping[str, Any]) -> Manifest:
     category_ids = values["category_ids"]
     mask_set = MaskSet(
@@ -275,9 +269,11 @@ def _from_json(values: Mapping[str, Any]) -> Manifest:
         raise ValueError("category_ids leave a class out")
     completion = values["completion"]
     shares = {
-        str(share): ShareCompletion(int(item["expected"]), int(item["missing"]))
+        share: ShareCompletion(int(item["expected"]), int(item["missing"]))
         for share, item in completion["shares"].items()
     }
+    if not all(re.fullmatch(r"\d{1,9}/\d{1,9}", share) for share in shares):
+        raise ValueError("a share of the work isn't I/N")
     return Manifest(
         mask_set=mask_set,
         fingerprint=str(values["fingerprint"]),

@@ -39,7 +39,7 @@ class MaskCache:
         self.path = path
         self.manifest: Manifest = read_manifest(path)
         listing = list_records(path, self.manifest.fingerprint)
-        self.superseded = sum(listing.superseded.values())
+        self.superseded = listing.superseded
         self.unreadable: dict[str, str] = listing.unreadable
         self.shard_of: dict[str, str] = dict(sorted(listing.shard_of.items()))
         self._open: OrderedDict[str, h5py.Group] = OrderedDict()

@@ -105,13 +105,15 @@ def write_record(
     """Add an image's group to ``images``, in place of one that it already has there.
 
     Raises:
-        CacheRecordError: the id can't be stored, or the mask holds 255 or is too large to be read again.
+        CacheRecordError: the id can't be stored, the mask holds 255, or it or a label is too large.
     """
     name = escape_id(image_id)
     height, width = pseudo_mask.mask.shape
     try:
         _check(pseudo_mask.mask)
         _check_size((height, width), len(pseudo_mask.labels) if pseudo_mask.cams is not None else 0)
+        for label in pseudo_mask.labels:
+            _bounded(label)
     except ValueError as error:
         raise CacheRecordError(f"image '{image_id}' can't be stored: {error}") from error
     if name in images:

@@ -16,8 +16,7 @@ from pathlib import Path
 
 import h5py
 
-from wsss_pipeline.cache.records import escape_id, own_member, write_record
-from wsss_pipeline.data.masks import PseudoMask
+from wsss_pipeline.cache.records import escape_id, own_member
 from wsss_pipeline.errors import CacheFormatError
 from wsss_pipeline.runtime.output import one_line
 
@@ -72,43 +71,28 @@ class ShardBuilder:
 
     Args:
         fingerprint: of the mask set that the shard belongs to.
+
+    Attributes:
+        images: the group of its records, for ``write_record``.
     """
 
     def __init__(self, fingerprint: str) -> None:
         self._file = new_file_in_memory()
         self._file.attrs["format_version"] = FORMAT_VERSION
         self._file.attrs["fingerprint"] = fingerprint
-        self._images = self._file.create_group(IMAGES)
-        self._count = 0
-
-    def __len__(self) -> int:
-        return self._count
+        self.images = self._file.create_group(IMAGES)
 
     @property
     def size(self) -> int:
         """Bytes in memory, about those of the file to come."""
         return int(self._file.id.get_filesize())
 
-    def add(
-        self, image_id: str, pseudo_mask: PseudoMask, *, image_digest: str, seconds: float, scale: float
-    ) -> None:
-        """Add a record, in place of one of the same image.
-
-        Raises:
-            CacheRecordError: as ``write_record``.
-        """
-        write_record(
-            self._images, image_id, pseudo_mask, image_digest=image_digest, seconds=seconds, scale=scale
-        )
-        self._count = len(self._images)
-
     def copy(self, images: h5py.Group, image_id: str) -> None:
         """Add a record out of another shard's ``images`` as it is, in place of one of the same image."""
         name = escape_id(image_id)
-        if name in self._images:
-            del self._images[name]
-        self._images.copy(images[name], self._images, name=name)
-        self._count = len(self._images)
+        if name in self.images:
+            del self.images[name]
+        self.images.copy(images[name], self.images, name=name)
 
     def to_bytes(self) -> bytes:
         """The file as it stands."""

@@ -22,7 +22,7 @@ from wsss_pipeline.cache.index import (
 )
 from wsss_pipeline.cache.locks import WriterLock, held_locks, lock_name, set_lock
 from wsss_pipeline.cache.manifest import Completion, ShareCompletion, read_manifest, update_completion
-from wsss_pipeline.cache.records import RecordInfo, check_records
+from wsss_pipeline.cache.records import RecordInfo, check_records, write_record
 from wsss_pipeline.cache.shards import (
     DAMAGED_SUFFIX,
     PARTIAL_SUFFIX,
@@ -156,18 +156,18 @@ class MaskWriter:
             OutputError: see the class.
         """
         finished = self._open()
-        self._refuse_after_failure()
         if self._builder is None:
             with self._failing_for_good(), writing(self._folder):
                 self._name = ShardName(next_sequence(self._folder), self._index, self._count)
             self._builder = ShardBuilder(self._fingerprint)
             self._last_flush = time.monotonic()
-        self._builder.add(image_id, pseudo_mask, image_digest=image_digest, seconds=seconds, scale=scale)
+        images = self._builder.images
+        write_record(images, image_id, pseudo_mask, image_digest=image_digest, seconds=seconds, scale=scale)
         if status is not None:
             has_cams = pseudo_mask.cams is not None
             finished.note(image_id, status, pseudo_mask.labels, has_cams, str(self._name))
         self._unsaved += 1
-        if len(self._builder) >= self._images_per_shard or self._builder.size >= BYTES_PER_SHARD:
+        if len(images) >= self._images_per_shard or self._builder.size >= BYTES_PER_SHARD:
             self._finish_shard()
             return
         rested = time.monotonic() - self._last_flush
@@ -195,7 +195,6 @@ class MaskWriter:
                 complete when each of the shares has finished with none of its images missing.
         """
         finished = self._open()
-        self._refuse_after_failure()
         self._finish_shard()
         # outside the lock, which others wait for: what they finish meanwhile is theirs to count
         self._shard_of = list_records(self._folder, self._fingerprint).shard_of
@@ -247,16 +246,14 @@ class MaskWriter:
     def _open(self) -> FinishedImages:
         if self._finished is None:
             raise CacheError(f"{self._folder}: the writer isn't open; use it in a with statement")
-        return self._finished
-
-    def _refuse_after_failure(self) -> None:
         if self._failed:
             raise OutputError(f"{self._folder}: an earlier write failed; run the same command again")
+        return self._finished
 
     def _finish_shard(self) -> None:
         if self._builder is None or self._name is None:
             return
-        if len(self._builder):
+        if len(self._builder.images):
             with self._failing_for_good():
                 self._mark_incomplete()
                 written = finish_shard(self._folder, self._name, self._builder.to_bytes())

@@ -10,7 +10,6 @@ import difflib
 import hashlib
 import json
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -61,8 +60,11 @@ ARCHITECTURE = (
 class ClipFiles:
     """A CLIP found on this machine, not loaded yet.
 
-    ``weights``: one or several files; ``config``: config.json, or None for OpenAI's ``.pt``, whose tensors
-    say it all; ``tokenizer``: folder.
+    Attributes:
+        name: as the user gave it.
+        weights: one or several files.
+        config: config.json, or None for OpenAI's ``.pt``, whose tensors say it all.
+        tokenizer: folder of the vocabulary.
     """
 
     name: str
@@ -70,19 +72,21 @@ class ClipFiles:
     config: Path | None
     tokenizer: Path
 
-    def absolute(self) -> ClipFiles:
-        """The same files under paths that hold in any current folder."""
-        config = self.config and self.config.absolute()
-        weights = tuple(path.absolute() for path in self.weights)
-        return ClipFiles(self.name, weights, config, self.tokenizer.absolute())
-
     def digest(self) -> str:
         """SHA-256 (hexadecimal) of all that determines features and text rows: weights, architecture, vocabulary.
 
         Raises:
             WeightsError: a file can't be read.
         """
-        architecture = _architecture(read_config(self.config)) if self.config else None
+        architecture = None
+        if self.config is not None:
+            towers = {name: read_config(self.config).get(name) for name in ("vision_config", "text_config")}
+            architecture = {
+                name: {key: tower[key] for key in ARCHITECTURE if key in tower}
+                if isinstance(tower, dict)
+                else {}
+                for name, tower in towers.items()
+            }
         content = {
             "weights": [_file_digest(path) for path in self.weights],
             "architecture": architecture,
@@ -241,14 +245,6 @@ def read_config(path: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise WeightsError(f"{path} holds no configuration; fetch it again")
     return values
-
-
-def _architecture(values: Mapping[str, Any]) -> dict[str, Any]:
-    towers = {name: values.get(name) for name in ("vision_config", "text_config")}
-    return {
-        name: {key: tower[key] for key in ARCHITECTURE if key in tower} if isinstance(tower, dict) else {}
-        for name, tower in towers.items()
-    }
 
 
 def _file_digest(path: Path) -> str:

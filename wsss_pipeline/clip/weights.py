@@ -22,8 +22,10 @@ from wsss_pipeline.errors import WeightsError
 class Clip:
     """A loaded CLIP, frozen, in float32.
 
-    ``vision`` and ``text``: the towers of ``transformers`` with their projections; ``logit_scale``: the
-    factor on the cosine, already exponentiated.
+    Attributes:
+        vision, text: the towers of ``transformers`` with their projections.
+        tokenizer: of the text tower.
+        logit_scale: factor on the cosine, already exponentiated.
     """
 
     vision: Any

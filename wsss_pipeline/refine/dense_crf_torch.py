@@ -105,37 +105,13 @@ def _softmax(logits: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class _Simplices:
-    """Where the points lie: each in a simplex with d+1 vertices.
-
-    rounded: int64 (d+1, N), the simplex's vertex of remainder 0.
-    order: int64 (d+1, N); place of coordinate i of a point when the d+1 differences to ``rounded`` are put
-        in ascending order.
-    weights: float32 (d+1, N), barycentric, of the vertices with remainder 0..d; they sum to 1.
-    """
-
-    rounded: Tensor
-    order: Tensor
-    weights: Tensor
-
-
-@dataclass(frozen=True)
-class _Keys:
-    """Vertices as one int64 each: digit i of the mixed-radix number is coordinate i, i < d; then the image.
-
-    vertices: int64 (d+1, N), keys of the vertices around each point.
-    steps: for each of the d+1 directions the difference between a vertex's key and its neighbour's.
-    """
-
-    vertices: Tensor
-    steps: list[int]
-
-
-@dataclass(frozen=True)
 class _WeightedSums:
-    """A sparse matrix (rows, columns) by rows: where a row's entries start, their columns and weights.
+    """A sparse matrix (rows, columns) by rows, of which some may be empty.
 
-    starts: int32 (rows,); columns: int32 (entries,); weights: float32 (entries,). A row may be empty.
+    Attributes:
+        starts: int32 (rows,), where a row's entries start.
+        columns: int32 (entries,).
+        weights: float32 (entries,).
     """
 
     starts: Tensor
@@ -157,7 +133,7 @@ class PermutohedralLattice:
     Args:
         features: float32 (d, N), d >= 1 and N >= 1, in units of the standard deviation; their order
             matters a little, since the lattice isn't symmetric.
-        pictures: int64 (N,), from 0: points of different images share no vertex, so that several images
+        images: int64 (N,), from 0: points of different images share no vertex, so that several images
             go through one lattice. All points belong to one where None.
 
     Raises:
@@ -165,12 +141,12 @@ class PermutohedralLattice:
             vertex no longer fits into 63 bits.
     """
 
-    def __init__(self, features: Tensor, pictures: Tensor | None = None) -> None:
+    def __init__(self, features: Tensor, images: Tensor | None = None) -> None:
         dimensions, points = features.shape
-        simplices = _simplices(features)
-        keys = _keys(simplices, pictures)
+        rounded, order, weights = _simplices(features)
+        keys, steps = _keys(rounded, order, images)
         # stable: the points of a vertex stay in order, so the sums don't depend on the sort
-        ordered, entries = keys.vertices.flatten().sort(stable=True)
+        ordered, entries = keys.flatten().sort(stable=True)
         is_first = torch.ones_like(ordered, dtype=torch.bool)
         torch.ne(ordered[1:], ordered[:-1], out=is_first[1:])
         starts = is_first.nonzero()[:, 0]
@@ -181,19 +157,19 @@ class PermutohedralLattice:
         self._splat = _WeightedSums(
             starts=torch.cat([starts, starts.new_tensor([len(ordered)])]).int(),
             columns=_counted(points, 1, features.device).repeat(dimensions + 1)[entries],
-            weights=simplices.weights.flatten()[entries],
+            weights=weights.flatten()[entries],
         )
         blur_starts = _counted(len(starts) + 1, 3, features.device)
         blur_weights = features.new_tensor([1.0, 0.5, 0.5]).repeat(len(starts) + 1)
         self._blurs = [
             _WeightedSums(blur_starts, _neighbours(ordered[starts], step).flatten(), blur_weights)
-            for step in keys.steps
+            for step in steps
         ]
         attenuation = 1 / (1 + 2.0**-dimensions)
         self._slice = _WeightedSums(
             starts=_counted(points, dimensions + 1, features.device),
             columns=vertices.view(-1, points).T.flatten(),
-            weights=simplices.weights.T.flatten() * attenuation,
+            weights=weights.T.flatten() * attenuation,
         )
 
     def filter(self, values: Tensor) -> Tensor:
@@ -216,10 +192,26 @@ def _counted(count: int, step: int, device: torch.device) -> Tensor:
     return torch.arange(0, count * step, step, dtype=torch.int32, device=device)
 
 
-def _simplices(features: Tensor) -> _Simplices:
+def _simplices(features: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The simplex with d+1 vertices in which each point lies.
+
+    Returns:
+        Its vertex of remainder 0, int64 (d+1, N). Place of coordinate i of a point when the d+1 differences to it
+        are put in ascending order, int64 (d+1, N). Barycentric weights of the vertices with remainder 0..d,
+        float32 (d+1, N), summing to 1.
+    """
     dimensions, points = features.shape
     size = dimensions + 1
-    embedded = _embed(features)
+    # in the plane of d+1 coordinates with sum 0, scaled for the blur's own variance; rounded to float32 where the
+    # C++ code does: a point near a border may else fall into the next simplex
+    deviation = float(np.float32(math.sqrt(2 / 3) * size))
+    embedded = features.new_empty((size, points))
+    total = features.new_zeros(points)
+    for j in range(dimensions, 0, -1):
+        coordinate = features[j - 1] * float(np.float32(1 / math.sqrt(j * (j + 1)) * deviation))
+        embedded[j] = total - j * coordinate
+        total = total + coordinate
+    embedded[0] = total
     quotient = torch.round(embedded * (1 / size))
     rounded = quotient * size
     difference = embedded - rounded
@@ -242,30 +234,18 @@ def _simplices(features: Tensor) -> _Simplices:
     weights = torch.empty_like(scaled)
     torch.sub(scaled[1:], scaled[:-1], out=weights[1:])
     torch.sub(1 + scaled[0], scaled[-1], out=weights[0])
-    return _Simplices(rounded.long(), order, weights)
+    return rounded.long(), order, weights
 
 
-def _embed(features: Tensor) -> Tensor:
-    """Features (d, N) in the plane of d+1 coordinates with sum 0, scaled for the blur's own variance."""
-    dimensions, points = features.shape
-    # rounded to float32 where the C++ code does: a point near a border may else fall into the next simplex
-    deviation = float(np.float32(math.sqrt(2 / 3) * (dimensions + 1)))
-    embedded = features.new_empty((dimensions + 1, points))
-    total = features.new_zeros(points)
-    for j in range(dimensions, 0, -1):
-        coordinate = features[j - 1] * float(np.float32(1 / math.sqrt(j * (j + 1)) * deviation))
-        embedded[j] = total - j * coordinate
-        total = total + coordinate
-    embedded[0] = total
-    return embedded
+def _keys(rounded: Tensor, order: Tensor, images: Tensor | None) -> tuple[Tensor, list[int]]:
+    """The vertices around each point as one int64 each, (d+1, N), and the step to the next in each direction.
 
-
-def _keys(simplices: _Simplices, pictures: Tensor | None) -> _Keys:
-    # The first d coordinates tell a vertex, since all d+1 sum to 0.
-    size = len(simplices.rounded)
+    Digit i of the mixed-radix number is coordinate i, i < d, since all d+1 sum to 0; then comes the image.
+    """
+    size = len(rounded)
     dimensions = size - 1
-    rounded = simplices.rounded[:dimensions]
-    numbers = rounded.new_zeros(1) if pictures is None else pictures
+    rounded = rounded[:dimensions]
+    numbers = rounded.new_zeros(1) if images is None else images
     bounds = [*rounded.aminmax(dim=1), numbers.max()[None]]
     *ends, last = torch.cat(bounds).tolist()  # at once: each list waits for the device
     low, high = ends[:dimensions], ends[dimensions:]
@@ -280,15 +260,15 @@ def _keys(simplices: _Simplices, pictures: Tensor | None) -> _Keys:
     places = torch.tensor(place, device=rounded.device)
 
     # From vertex k to k+1 every coordinate grows by 1, but the one whose turn it is falls by d.
-    falls = torch.empty_like(simplices.order)
-    falls.scatter_(0, simplices.order, size * places[:, None].expand_as(falls))
+    falls = torch.empty_like(order)
+    falls.scatter_(0, order, size * places[:, None].expand_as(falls))
     vertices = torch.empty_like(falls)
     vertices[0] = ((rounded - rounded.new_tensor(low)[:, None]) * places[:dimensions, None]).sum(0)
-    if pictures is not None:
-        vertices[0] += pictures * math.prod(radix)
+    if images is not None:
+        vertices[0] += images * math.prod(radix)
     for k in range(dimensions):
         torch.sub(vertices[k] + sum(place), falls[k], out=vertices[k + 1])
-    return _Keys(vertices, [size * own - sum(place) for own in place])
+    return vertices, [size * own - sum(place) for own in place]
 
 
 def _neighbours(keys: Tensor, step: int) -> Tensor:

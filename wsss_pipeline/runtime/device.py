@@ -48,9 +48,9 @@ def resolve_device(requested: str, elsewhere: bool = False) -> torch.device:
 
 
 def resolve_precision(requested: Precision, device: torch.device) -> ResolvedPrecision:
-    """The precision of CLIP's matrix products; ``auto`` is bf16 where the device has fast ones, else fp32.
+    """The precision of matrix products in both stages; ``auto`` is bf16 where the device has fast ones, else fp32.
 
-    bf16 moves a few masks' edges (see docs/performance.md), fp16 more; the precision is part of the cache's
+    In CLIP, bf16 moves a few masks' edges (see docs/performance.md), fp16 more; the precision is part of the cache's
     fingerprint, and its manifest says which it was.
     """
     if requested != "auto":

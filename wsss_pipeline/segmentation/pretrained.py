@@ -13,6 +13,7 @@ from wsss_pipeline.errors import NetworkError
 from wsss_pipeline.segmentation.networks import DeepLabV2, SegFormer, SegmentationNetwork, mit_name
 from wsss_pipeline.segmentation.train_config import NetworkConfig
 
+_ADVICE = "give a file or folder with --weights, or train from scratch with --weights none"
 _LEAST_SHARE = 0.5  # of an encoder's tensors that a file must hold to be its weights
 _PREFIXES = ("module.", "model.", "backbone.", "encoder.", "segformer.", "")
 
@@ -23,28 +24,29 @@ def load_pretrained(network: SegmentationNetwork, config: NetworkConfig, offline
     Raises:
         NetworkError: the weights can't be found or fetched, or aren't those of this encoder.
     """
+    path = Path(config.weights).expanduser()
     if config.weights == "none":
         return
-    path = Path(config.weights).expanduser()
     if path.exists():
-        _load_encoder(network.encoder(), _read_state(path), config)
-        return
-    if config.weights not in ("imagenet", "coco"):
+        state = _read_state(path)
+    elif config.weights not in ("imagenet", "coco"):
         raise NetworkError(
             f"weights '{config.weights}' don't exist; choose imagenet, coco, none, a file or a folder"
         )
-    advice = "give a file or folder with --weights, or train from scratch with --weights none"
-    if offline:
-        raise NetworkError(f"{config.weights} weights of {config.encoder} can't be fetched offline; {advice}")
-    try:
-        state = _fetch(network, config)
-    except NetworkError:
-        raise
-    except Exception as error:  # the hub, its mirrors and the disk fail in many ways; all mean the same here
-        reason = " ".join(str(error).split())[:200]
+    elif offline:
         raise NetworkError(
-            f"{config.weights} weights of {config.encoder} couldn't be fetched ({reason}); {advice}"
-        ) from error
+            f"{config.weights} weights of {config.encoder} can't be fetched offline; {_ADVICE}"
+        )
+    else:
+        try:
+            state = _fetch(network, config)
+        except NetworkError:
+            raise
+        except Exception as error:  # the hub, its mirrors and the disk fail in many ways; all mean the same
+            reason = " ".join(str(error).split())[:200]
+            raise NetworkError(
+                f"{config.weights} weights of {config.encoder} couldn't be fetched ({reason}); {_ADVICE}"
+            ) from error
     _load_encoder(network.encoder(), state, config)
 
 
@@ -70,7 +72,7 @@ def _fetch(network: SegmentationNetwork, config: NetworkConfig) -> Mapping[str, 
         if not name.startswith("mit-b"):
             raise NetworkError(
                 f"there are no imagenet weights for segformer with {config.encoder}, only for mit-b0 to mit-b5; "
-                "give a file or folder with --weights, or train from scratch with --weights none"
+                f"{_ADVICE}"
             )
         from transformers import SegformerModel
 

@@ -36,7 +36,7 @@ class LossConfig(Settings):
 
     confidence: Literal["hard", "soft"] = Field(
         "hard",
-        description="hard leaves out pixels under min_confidence, as published; soft weights the others.",
+        description="hard leaves out pixels under min_confidence, as published; soft weights the others by it.",
     )
     min_confidence: float = Field(0.95, ge=0, le=1, description="Pixels below it count nothing.")
     balanced: bool = Field(

@@ -135,8 +135,7 @@ class Trainer:
                     "damaged": damaged,
                 }
                 is_last = state.step == updates
-                is_validated = validate is not None and (is_last or state.step % config.validate_every == 0)
-                if validate is not None and is_validated:
+                if validate is not None and (is_last or state.step % config.validate_every == 0):
                     numbers["miou"] = self._validate(validate)
                     miou = f", mIoU {100 * numbers['miou']:.2f} %"
                 accelerator.log({k: v for k, v in numbers.items() if k != "step"}, step=state.step)
@@ -147,7 +146,7 @@ class Trainer:
                     updates_here, seconds_here = updates_here + 1, seconds_here + numbers["seconds"]
                     rate = updates_here * self._images_per_update / max(1e-9, seconds_here)
                     note = f"loss {smooth_loss:.3f}, lr {numbers['lr']:.2g}, {rate:.3g} images/s{miou}"
-                    progress.advance(note=note, show=is_validated or is_last)
+                    progress.advance(note=note, show=is_last or "miou" in numbers)
                 if is_last or is_stopped or state.step % config.save_every == 0:
                     self._save()
                 if is_stopped:

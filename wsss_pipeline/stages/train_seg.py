@@ -128,6 +128,7 @@ def train_seg(job: TrainJob) -> TrainResult:
     if accelerator.is_main_process:
         millions = sum(parameter.numel() for parameter in network.parameters()) / 1e6
         chosen, loss, optimisation = config.network, config.loss, config.optimisation
+        precision = accelerator.mixed_precision.replace("no", "fp32")
         logger.info(
             f"network: {chosen.name}, {chosen.encoder}, {millions:.1f} M parameters, weights {chosen.weights}"
         )
@@ -136,7 +137,7 @@ def train_seg(job: TrainJob) -> TrainResult:
         logger.info(f"loss: {loss.confidence} confidence from {loss.min_confidence:g}{balanced}")
         logger.info(
             f"training: {optimisation.iterations:,} updates of {optimisation.batch * optimisation.accumulate} images "
-            f"a process, seed {config.seed}, on {accelerator.device} in {accelerator.mixed_precision}"
+            f"a process, seed {config.seed}, on {accelerator.device} in {precision}"
         )
         if state.step:
             logger.info(f"going on after update {state.step} of {optimisation.iterations}")

@@ -1,0 +1,240 @@
+"""Every setting of a training run does what it is there for, and nothing else."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from accelerate import Accelerator
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from tests.segmentation.conftest import changed
+from wsss_pipeline.config import fields
+from wsss_pipeline.data.image_ids import find_images
+from wsss_pipeline.data.masks import MaskFolder, PseudoMask
+from wsss_pipeline.segmentation import trainer as trainer_module
+from wsss_pipeline.segmentation.augmentation import Augmentation
+from wsss_pipeline.segmentation.dataset import SegmentationDataset
+from wsss_pipeline.segmentation.networks import SegmentationNetwork, build_network
+from wsss_pipeline.segmentation.train_config import TrainConfig
+from wsss_pipeline.segmentation.trainer import Trainer
+from wsss_pipeline.stages.train_seg import TrainJob, train_seg
+
+NAMES = tuple(f"class {value}" for value in range(1, 11))
+CONFIG = TrainConfig.model_validate(
+    {
+        "network": {"name": "segformer", "encoder": "tiny", "weights": "none"},
+        "augmentation": {"crop": 32},
+        "optimisation": {"lr": 0.01, "iterations": 3, "batch": 2},
+        "precision": "fp32",
+    }
+)
+
+DECODER = {"network__name": "unet", "network__encoder": "mobilenet_v2"}
+LEARNT = {"loss", "trained", "kept"}
+# key -> another value, and what has to change; all else has to stay
+ROWS: dict[str, tuple[Any, set[str]]] = {
+    "version": (2, set()),
+    "network.name": ("linknet", {"architecture", *LEARNT}),
+    "network.encoder": ("mit-b0", {"architecture", *LEARNT}),
+    "network.weights": ("{weights}", LEARNT),
+    "loss.confidence": ("soft", LEARNT),
+    "loss.min_confidence": (0.5, LEARNT),
+    "loss.balanced": (True, LEARNT),
+    "augmentation.crop": (48, LEARNT),
+    "augmentation.scale_min": (1.25, LEARNT),
+    "augmentation.scale_max": (0.75, LEARNT),
+    "augmentation.flip": (False, {"trained", "kept"}),  # the first two crops aren't flipped
+    "augmentation.photometric": (False, LEARNT),
+    "optimisation.optimizer": ("adamw", {"trained", "kept"}),
+    "optimisation.lr": (0.02, {"rates", "trained", "kept"}),
+    "optimisation.momentum": (0.5, {"trained", "kept"}),
+    "optimisation.weight_decay": (0.1, {"trained", "kept"}),
+    "optimisation.head_lr_factor": (1.0, {"trained", "kept"}),
+    "optimisation.schedule": ("cosine", {"rates", "trained", "kept"}),
+    "optimisation.power": (0.5, {"rates", "trained", "kept"}),
+    "optimisation.warm_up": (2, {"rates", "trained", "kept"}),
+    "optimisation.iterations": (2, {"rates", "trained", "kept"}),
+    "optimisation.batch": (3, {"images", *LEARNT}),
+    "optimisation.accumulate": (2, {"images", *LEARNT}),
+    "optimisation.clip_norm": (0.01, {"trained", "kept"}),
+    "optimisation.ema": (0.9, {"kept"}),
+    "precision": ("bf16", LEARNT),
+    "seed": (1, LEARNT),
+    "validate_every": (2, {"validated"}),
+    "save_every": (2, {"saved"}),
+}
+
+
+class Unsure(MaskFolder):
+    """Ground truth, more and less certain by rows and columns, and without label in the lower left corner."""
+
+    def __getitem__(self, image_id: str) -> PseudoMask:
+        mask = super().__getitem__(image_id).mask.copy()
+        confidence = np.full_like(mask, 198)
+        confidence[:, ::2] = 190
+        confidence[::2] = 150
+        mask[-20:, :20] = 255
+        return PseudoMask(mask, confidence)
+
+
+Observe = Callable[..., dict[str, Any]]
+
+
+@pytest.fixture(scope="module")
+def observe(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Observe]:
+    """Trains and says what can be seen of a run: numbers, weights and files."""
+    folder = tmp_path_factory.mktemp("runs")
+    (folder / "val.txt").write_text("train_00003\n")
+    saved: list[int] = []
+    save = trainer_module.save_state
+
+    def observed(**values: Any) -> dict[str, Any]:
+        masks, config = Unsure(root / "SegmentationClass", NAMES), changed(CONFIG, **values)
+        validation = {"val_gt": root / "SegmentationClass", "val_split": folder / "val.txt"}
+        job = TrainJob(
+            root / "JPEGImages", masks, folder / "run", config, device="cpu", workers=0, **validation
+        )
+        saved.clear()
+        train_seg(replace(job, overwrite=True))
+        log = [json.loads(line) for line in (job.out / "log.jsonl").read_text().splitlines()]
+        trained = load_file(job.out / "state/network.safetensors")
+        return {
+            "loss": log[0]["loss"],
+            "rates": [line["lr"] for line in log],
+            "images": {line["images"] for line in log},
+            "validated": [line["step"] for line in log[:-1] if "miou" in line],
+            "saved": saved[:-1],
+            "architecture": {name: value.shape for name, value in trained.items()},
+            "trained": _digest(trained),
+            "kept": _digest(load_file(job.out / "last/model.safetensors")),
+            "config": (job.out / "config.yaml").read_text(),
+        }
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            trainer_module,
+            "save_state",
+            lambda out, state, *more: saved.append(state.step) or save(out, state, *more),
+        )
+        yield observed
+
+
+def _digest(tensors: dict[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for value in tensors.values():
+        digest.update(value.numpy().tobytes())
+    return digest.hexdigest()
+
+
+@pytest.fixture(scope="module")
+def plain(observe: Observe) -> dict[str, Any]:
+    return observe()
+
+
+def test_every_setting_has_a_row() -> None:
+    assert list(ROWS) == [key for key, _, _ in fields(TrainConfig)]
+
+
+@pytest.mark.parametrize("key", ROWS)
+def test_a_setting_changes_what_it_should_and_nothing_else(
+    observe: Observe, plain: dict[str, Any], tmp_path: Path, key: str
+) -> None:
+    value, expected = ROWS[key]
+    if key == "network.weights":
+        torch.manual_seed(7)
+        donor = build_network(CONFIG.network, 11).encoder().state_dict()
+        save_file(donor, tmp_path / "donor.safetensors")
+        value = str(tmp_path / "donor.safetensors")
+    common = DECODER if key == "network.name" else {}
+    before = observe(**common) if common else plain
+    after = observe(**{**common, key.replace(".", "__"): value})
+    assert sorted(name for name in before if before[name] != after[name]) == sorted({*expected, "config"})
+
+
+class ByPixel(SegmentationNetwork):
+    """A class for each pixel's colour alone, so that an update can be worked out by hand."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.model = nn.Conv2d(3, 11, 1)
+
+    def encoder(self) -> nn.Module:
+        return self.model
+
+
+@dataclass(frozen=True)
+class Kept:
+    """Weights at one update."""
+
+    network: Tensor
+    average: Tensor | None
+
+
+@pytest.fixture
+def weights_after(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[Kept]]:
+    """The weights at the beginning and after each update of plain gradient descent on whole, certain masks."""
+    updates: list[Kept] = []
+
+    def keep(out: Path, state: Any, network: nn.Module, average: Any, *others: Any) -> None:
+        both = [
+            None if module is None else torch.cat([value.detach().flatten() for value in module.parameters()])
+            for module in (network, average)
+        ]
+        updates.append(Kept(*both))  # type: ignore[arg-type]
+
+    monkeypatch.setattr(trainer_module, "save_state", keep)
+
+    def weights(**values: Any) -> list[Kept]:
+        plain = {"head_lr_factor": 1.0, "momentum": 0.0, "weight_decay": 0.0}
+        settings = {f"optimisation__{name}": value for name, value in {**plain, **values}.items()}
+        config = changed(
+            CONFIG, save_every=1, augmentation__scale_min=1.0, augmentation__scale_max=1.0, **settings
+        )
+        torch.manual_seed(0)
+        network = ByPixel()
+        updates.clear()
+        (tmp_path / "run").mkdir(exist_ok=True)
+        keep(tmp_path, None, network, None)
+        masks = MaskFolder(root / "SegmentationClass", NAMES)
+        images = find_images(root / "JPEGImages")
+        augmentation = Augmentation(config.augmentation, network.image_mean, network.image_std)
+        dataset = SegmentationDataset(images, masks, list(images), augmentation, 0)
+        Trainer(Accelerator(cpu=True), config, network, dataset, tmp_path / "run").run()
+        return list(updates)
+
+    return weights
+
+
+def test_an_update_of_several_parts_is_that_of_the_whole(weights_after: Callable[..., list[Kept]]) -> None:
+    whole = weights_after(batch=4, accumulate=1, iterations=1)
+    parts = weights_after(batch=1, accumulate=4, iterations=1)
+    assert not torch.allclose(whole[1].network, whole[0].network)
+    assert torch.allclose(parts[1].network, whole[1].network, atol=1e-7)
+
+
+def test_a_gradient_is_no_longer_than_its_limit(weights_after: Callable[..., list[Kept]]) -> None:
+    free, clipped = (weights_after(lr=1.0, clip_norm=limit, iterations=1) for limit in (0.0, 0.01))
+    lengths = [float((run[1].network - run[0].network).norm()) for run in (free, clipped)]
+    assert lengths[0] > 0.02
+    assert lengths[1] == pytest.approx(0.01, rel=1e-3)
+
+
+def test_the_average_keeps_the_decays_share_of_what_it_was(weights_after: Callable[..., list[Kept]]) -> None:
+    _, first, second, third = weights_after(lr=1.0, ema=0.75, iterations=3)
+    assert first.average is not None
+    expected = first.network
+    assert torch.allclose(first.average[-len(expected) :], expected)
+    for update in (second, third):
+        assert update.average is not None
+        expected = 0.75 * expected + 0.25 * update.network
+        assert torch.allclose(update.average[-len(expected) :], expected, atol=1e-6)
+        assert not torch.allclose(update.network, expected, atol=1e-4)
