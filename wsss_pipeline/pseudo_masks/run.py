@@ -254,9 +254,11 @@ def ahead(
             under_way.append((image_id, pool.submit(make, image_id).result))
             if len(under_way) > at_most:
                 yield under_way.popleft()
-        yield from under_way
+        while under_way:
+            yield under_way.popleft()
     finally:
-        pool.shutdown(cancel_futures=True)
+        # what was handed out may still be waited for
+        pool.shutdown(cancel_futures=bool(under_way))
 
 
 def _same(made: Made) -> Made:
