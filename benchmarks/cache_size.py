@@ -24,7 +24,7 @@ def measure(count: int) -> None:
     mask = PseudoMask(np.zeros((8, 8), np.uint8), np.full((8, 8), 200, np.uint8), ("cat",))
     ids = [f"folder/{number:09}" for number in range(count)]
     with tempfile.TemporaryDirectory() as name:
-        folder = open_mask_set(Path(name), MaskSet("x", {"a": 1}, ("cat",)))
+        folder = open_mask_set(Path(name), MaskSet(name="x", determinants={"a": 1}, class_names=("cat",)))
         started = time.perf_counter()
         with MaskWriter(folder) as writer:
             for image_id in ids:

@@ -43,7 +43,8 @@ def make_data(root: Path, crop: int) -> SegmentationDataset:
     classes = load_class_set("demo")
     truth = find_images(root / "SegmentationClass")
     folder = open_mask_set(
-        root / "cache", MaskSet(classes.name, {"made from": "ground truth"}, classes.names)
+        root / "cache",
+        MaskSet(name=classes.name, determinants={"made from": "ground truth"}, class_names=classes.names),
     )
     with MaskWriter(folder) as writer:
         for image_id, file in truth.items():

@@ -15,7 +15,7 @@ import numpy as np
 from wsss_pipeline.cache import FinishedImages, MaskSet, MaskWriter, PseudoMask
 
 SETTINGS = {"cam": {"threshold": 0.4}, "classes": ["cat", "dog"]}
-MASK_SET = MaskSet("voc12", SETTINGS, ("cat", "dog"))
+MASK_SET = MaskSet(name="voc12", determinants=SETTINGS, class_names=("cat", "dog"))
 
 
 def make_mask(image_id: str, size: tuple[int, int] = (12, 16), *, cams: bool = False) -> PseudoMask:

@@ -143,7 +143,9 @@ def test_gc_salvages_several_writers_and_sets_aside_what_does_not_open(folder: P
 def test_gc_leaves_what_it_may_not_read_or_what_is_of_another_set(
     folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    other = open_mask_set(tmp_path / "other", MaskSet("voc12", {"threshold": 0.7}, ("cat", "dog")))
+    other = open_mask_set(
+        tmp_path / "other", MaskSet(name="voc12", determinants={"threshold": 0.7}, class_names=("cat", "dog"))
+    )
     write_images(other, ["z"])
     for name in "ab":
         write_images(folder, [name])

@@ -28,7 +28,9 @@ IDS = [f"image-{number}" for number in range(30)]
 
 
 def test_mask_sets_are_listed_by_name(folder: Path) -> None:
-    other = open_mask_set(folder.parent, MaskSet("coco14", {"other": True}, ("cat",)))
+    other = open_mask_set(
+        folder.parent, MaskSet(name="coco14", determinants={"other": True}, class_names=("cat",))
+    )
     (folder.parent / "something else").mkdir()
     assert list_mask_sets(folder.parent) == [other, folder]
     assert list_mask_sets(folder) == [folder]

@@ -110,7 +110,9 @@ def test_a_shard_that_vanished_is_one_line(folder: Path) -> None:
 
 
 def test_several_sets_are_listed(folder: Path) -> None:
-    other = open_mask_set(folder.parent, MaskSet("coco14", {"other": True}, ("cat",)))
+    other = open_mask_set(
+        folder.parent, MaskSet(name="coco14", determinants={"other": True}, class_names=("cat",))
+    )
     with pytest.raises(CacheError, match="holds 2 mask sets") as caught:
         MaskCache.open(folder.parent)
     assert folder.name in str(caught.value)

@@ -69,7 +69,9 @@ def test_merge_reports_what_it_leaves_out(
 
 
 def test_merge_refuses_other_settings_and_touches_nothing(folder: Path, tmp_path: Path) -> None:
-    other = open_mask_set(tmp_path / "other", MaskSet("voc12", {"threshold": 0.7}, ("cat", "dog")))
+    other = open_mask_set(
+        tmp_path / "other", MaskSet(name="voc12", determinants={"threshold": 0.7}, class_names=("cat", "dog"))
+    )
     write_images(folder, ["a"])
     write_images(other, ["b"])
     for sources, destination in (([folder, other], tmp_path / "new"), ([folder], other)):
@@ -93,7 +95,9 @@ def test_a_copied_set_is_checked_once_and_believed_then(folder: Path, tmp_path: 
 
 
 def test_messages_name_both_sets(folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    other = open_mask_set(tmp_path / "other", MaskSet("voc12", {"threshold": 0.7}, ("cat", "dog")))
+    other = open_mask_set(
+        tmp_path / "other", MaskSet(name="voc12", determinants={"threshold": 0.7}, class_names=("cat", "dog"))
+    )
     write_images(folder, ["a"])
     write_images(other, ["b"])
     mine, theirs = (path.name.removeprefix("voc12-") for path in (folder, other))

@@ -41,7 +41,7 @@ def write_without_closing(folder: Path, image_ids: list[str]) -> None:
 def test_folder_name_holds_name_and_fingerprint(folder: Path) -> None:
     assert folder.name == f"voc12-{MASK_SET.fingerprint[:12]}"
     assert open_mask_set(folder.parent, MASK_SET) == folder
-    other = MaskSet("../../my set", {"a": 1}, ("cat",))
+    other = MaskSet(name="../../my set", determinants={"a": 1}, class_names=("cat",))
     assert open_mask_set(folder.parent, other).parent == folder.parent
 
 
@@ -322,7 +322,9 @@ def test_another_format_version_is_refused(folder: Path) -> None:
 
 
 def test_a_shard_of_another_mask_set_is_left_out(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
-    other = open_mask_set(folder.parent, MaskSet("other", {"a": 1}, ("cat", "dog")))
+    other = open_mask_set(
+        folder.parent, MaskSet(name="other", determinants={"a": 1}, class_names=("cat", "dog"))
+    )
     write_images(other, ["a"])
     stray = folder / "shard-0of1-00005.h5"
     stray.write_bytes(shards(other)[0].read_bytes())

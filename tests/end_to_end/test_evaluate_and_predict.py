@@ -27,7 +27,10 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """``images/``, ``truth/``, ``masks/`` (equal, but for 8 of 120 pixels of one), ``cache/`` and ``run/``."""
     folder = tmp_path_factory.mktemp("root")
     rng = np.random.default_rng(0)
-    mask_set = open_mask_set(folder / "cache", MaskSet("hand", {"crf": {"backend": "lattice"}}, NAMES))
+    mask_set = open_mask_set(
+        folder / "cache",
+        MaskSet(name="hand", determinants={"crf": {"backend": "lattice"}}, class_names=NAMES),
+    )
     with MaskWriter(mask_set) as writer:
         for image_id in IDS:
             mask = np.zeros((40, 30), np.uint8)

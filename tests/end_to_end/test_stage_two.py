@@ -198,7 +198,9 @@ def hostile(tmp_path_factory: pytest.TempPathFactory) -> Path:
     images = folder / "images"
     images.mkdir()
     names = ("<script>alert(3)</script>", "dog")
-    mask_set = open_mask_set(folder / "cache", MaskSet("hostile", {"made": "by hand"}, names))
+    mask_set = open_mask_set(
+        folder / "cache", MaskSet(name="hostile", determinants={"made": "by hand"}, class_names=names)
+    )
     mask = np.zeros((30, 40), np.uint8)
     mask[10:20, 10:20] = 1
     pseudo_mask = PseudoMask(mask, np.full((30, 40), 150, np.uint8), names[:1])

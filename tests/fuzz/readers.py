@@ -38,7 +38,12 @@ LONGEST_MESSAGE = 1000
 FOLDER = Path(tempfile.mkdtemp())
 VOC = load_class_set("voc12")
 
-MASK_SET = MaskSet("x", {"a": [1, "b"], "c": {"d": None}}, ("cat", "dog"), {"cat": 17, "dog": 18})
+MASK_SET = MaskSet(
+    name="x",
+    determinants={"a": [1, "b"], "c": {"d": None}},
+    class_names=("cat", "dog"),
+    category_ids={"cat": 17, "dog": 18},
+)
 SET = open_mask_set(FOLDER / "cache", MASK_SET)
 IMAGE = FOLDER / "a.png"
 IMAGE.write_bytes(b"only its digest counts")

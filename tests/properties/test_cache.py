@@ -48,7 +48,9 @@ def pseudo_masks(draw: st.DrawFn) -> PseudoMask:
 def test_what_is_read_is_what_was_written(
     tmp_path_factory: pytest.TempPathFactory, records: dict[str, PseudoMask], images_per_shard: int
 ) -> None:
-    folder = open_mask_set(tmp_path_factory.mktemp("cache"), MaskSet("x", {"a": 1}, CLASSES))
+    folder = open_mask_set(
+        tmp_path_factory.mktemp("cache"), MaskSet(name="x", determinants={"a": 1}, class_names=CLASSES)
+    )
     with MaskWriter(folder, images_per_shard=images_per_shard) as writer:
         for image_id, mask in records.items():
             writer.write(image_id, mask, image_digest="0" * 64, seconds=1.0)

@@ -64,7 +64,9 @@ def test_coco_decodes_to_the_masks(tmp_path: Path) -> None:
     pytest.importorskip("pycocotools")
     from pycocotools import mask as run_lengths
 
-    mask_set = MaskSet("coco", {"a": 1}, ("cat", "dog"), category_ids={"cat": 17, "dog": 18})
+    mask_set = MaskSet(
+        name="coco", determinants={"a": 1}, class_names=("cat", "dog"), category_ids={"cat": 17, "dog": 18}
+    )
     folder = open_mask_set(tmp_path / "cache", mask_set)
     write_images(folder, IDS)
     report = export_masks(MaskCache.open(folder), tmp_path / "out", "coco", 0.5, mask_set.category_ids)

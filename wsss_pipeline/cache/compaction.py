@@ -8,7 +8,7 @@ from pathlib import Path
 
 from wsss_pipeline.cache.index import Stamp, list_records, stamp, write_index
 from wsss_pipeline.cache.locks import without_writers
-from wsss_pipeline.cache.manifest import Completion, read_manifest, update_completion
+from wsss_pipeline.cache.manifest import read_manifest, update_completion
 from wsss_pipeline.cache.records import check_records, image_ids
 from wsss_pipeline.cache.shards import (
     DAMAGED_SUFFIX,
@@ -81,7 +81,8 @@ def gc(mask_set: Path) -> GcReport:
         report.images = len(write_index(mask_set, fingerprint, collection.checked).shard_of)
         completion = read_manifest(mask_set).completion
         is_complete = completion.complete and not report.damaged and not report.set_aside
-        update_completion(mask_set, Completion(report.images, completion.shares, is_complete))
+        changed = completion.model_copy(update={"images": report.images, "complete": is_complete})
+        update_completion(mask_set, changed)
         report.bytes_freed = size - _folder_size(mask_set)
     return report
 

@@ -8,11 +8,12 @@ import platform
 import re
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from wsss_pipeline.cache.fingerprint import fingerprint
 from wsss_pipeline.cache.locks import set_lock
@@ -31,13 +32,16 @@ LIBRARIES = (
     *("opencv-python-headless", "opencv-python", "numba", "pydensecrf2"),
 )
 
-_UNREADABLE = (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError)
-
 logger = logging.getLogger(__name__)
 
+Count = Annotated[int, Field(ge=0, le=2**53)]
 
-@dataclass(frozen=True)
-class MaskSet:
+
+class _Stored(BaseModel):
+    model_config = ConfigDict(frozen=True, strict=True)
+
+
+class MaskSet(_Stored):
     """What determines a mask set, and what its masks mean.
 
     Attributes:
@@ -48,9 +52,20 @@ class MaskSet:
     """
 
     name: str
-    determinants: Mapping[str, Any]
-    class_names: tuple[str, ...]
-    category_ids: Mapping[str, int] | None = None
+    determinants: dict[str, Any]
+    class_names: tuple[str, ...] = Field(strict=False)  # a list in JSON
+    category_ids: dict[str, int] | None = None
+
+    @model_validator(mode="after")
+    def _fits_the_determinants(self) -> MaskSet:
+        covered = self.determinants.get("classes")
+        if isinstance(covered, list) and self.class_names != tuple(
+            item.get("name") if isinstance(item, dict) else item for item in covered
+        ):
+            raise ValueError("class_names aren't the classes that the fingerprint covers")
+        if self.category_ids is not None and not set(self.class_names) <= self.category_ids.keys():
+            raise ValueError("category_ids leave a class out")
+        return self
 
     @property
     def fingerprint(self) -> str:
@@ -64,16 +79,14 @@ class MaskSet:
         return f"{safe or 'masks'}-{self.fingerprint[:12]}"
 
 
-@dataclass(frozen=True)
-class ShareCompletion:
+class ShareCompletion(_Stored):
     """How far the run over one share came: images it was to do, and those of them that aren't there."""
 
-    expected: int
-    missing: int
+    expected: Count
+    missing: Count
 
 
-@dataclass(frozen=True)
-class Completion:
+class Completion(_Stored):
     """How far a mask set is.
 
     Attributes:
@@ -82,20 +95,32 @@ class Completion:
         complete: all N shares have run to their end, and no image is missing.
     """
 
-    images: int = 0
-    shares: Mapping[str, ShareCompletion] = field(default_factory=dict)
+    images: Count = 0
+    shares: dict[Annotated[str, Field(pattern=r"^\d{1,9}/\d{1,9}$")], ShareCompletion] = {}
     complete: bool = False
 
+    @classmethod
+    def of(cls, images: int, shares: Mapping[str, ShareCompletion], count: int) -> Completion:
+        """With those of ``shares`` that are of a partition into ``count``."""
+        same = {share: item for share, item in sorted(shares.items()) if share.endswith(f"/{count}")}
+        is_complete = len(same) == count and not any(item.missing for item in same.values())
+        return cls(images=images, shares=same, complete=is_complete)
 
-@dataclass(frozen=True)
-class Manifest:
+
+class Manifest(_Stored):
     """The content of ``manifest.json``; ``created``: ISO 8601, UTC; ``versions``: of the libraries, then."""
 
     mask_set: MaskSet
     fingerprint: str
-    versions: Mapping[str, str]
+    versions: dict[str, str]
     created: str
     completion: Completion
+
+    @model_validator(mode="after")
+    def _fits_its_fingerprint(self) -> Manifest:
+        if self.mask_set.fingerprint != self.fingerprint:
+            raise ValueError("the fingerprint isn't that of the determinants")
+        return self
 
 
 def open_mask_set(cache_dir: Path, mask_set: MaskSet) -> Path:
@@ -118,8 +143,14 @@ def open_mask_set(cache_dir: Path, mask_set: MaskSet) -> Path:
                 for name in LIBRARIES:
                     with suppress(metadata.PackageNotFoundError):
                         versions[name] = metadata.version(name)
-                new = Manifest(mask_set, mask_set.fingerprint, versions, created, Completion())
-                write_manifest(folder, new)
+                manifest = Manifest(
+                    mask_set=mask_set,
+                    fingerprint=mask_set.fingerprint,
+                    versions=versions,
+                    created=created,
+                    completion=Completion(),
+                )
+                write_manifest(folder, manifest)
     return folder
 
 
@@ -190,18 +221,26 @@ def read_manifest(folder: Path) -> Manifest:
         if path.stat().st_size > MAX_MANIFEST_BYTES:
             raise ValueError(f"it has more than {MAX_MANIFEST_BYTES} bytes")
         values = json.loads(path.read_text("utf-8"))
-        version, form = values["format_version"], values["format"]
-        if form == FORMAT and version == FORMAT_VERSION:
-            return _from_json(values)
-    except (*_UNREADABLE, CacheError) as error:
+        version = values["format_version"]
+        if values["format"] == FORMAT and version == FORMAT_VERSION:
+            return Manifest.model_validate({**values, "mask_set": values})
+    except (OSError, ValueError, LookupError, TypeError, RecursionError, CacheError) as error:
+        reason = f"{type(error).__name__}: {one_line(error)[:200]}"
+        if isinstance(error, ValidationError):
+            first = error.errors(include_url=False)[0]
+            reason = one_line(f"{'.'.join(map(str, first['loc']))}: {first['msg']}")[:200]
         raise _HalfWrittenError(
-            f"{path} isn't a whole manifest ({type(error).__name__}: {one_line(error)[:200]}); the same `wsss "
-            "generate-masks` command as before writes it anew and keeps the masks"
+            f"{path} isn't a whole manifest ({reason}); the same `wsss generate-masks` command as before "
+            "writes it anew and keeps the masks"
         ) from error
     raise CacheFormatError(
         f"{path} has format version {version!r:.40}, this program reads {FORMAT_VERSION}; use the program "
         "version that wrote it, or make the masks anew in another --cache folder"
     )
+
+
+class _HalfWrittenError(CacheFormatError):
+    """No manifest can be read out of the file, whatever version wrote it."""
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
@@ -217,11 +256,11 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
         "fingerprint": manifest.fingerprint,
         "created": manifest.created,
         "class_names": list(manifest.mask_set.class_names),
-        "category_ids": manifest.mask_set.category_ids and dict(manifest.mask_set.category_ids),
+        "category_ids": manifest.mask_set.category_ids,
         "palette": None,  # part of the format
         "determinants": manifest.mask_set.determinants,
-        "versions": dict(manifest.versions),
-        "completion": asdict(manifest.completion),
+        "versions": manifest.versions,
+        "completion": manifest.completion.model_dump(),
     }
     write_file(folder / MANIFEST, (json.dumps(values, indent=2) + "\n").encode("ascii"))
 
@@ -235,43 +274,4 @@ def update_completion(folder: Path, completion: Completion) -> None:
     """
     manifest = read_manifest(folder)
     if manifest.completion != completion:
-        write_manifest(folder, replace(manifest, completion=completion))
-
-
-class _HalfWrittenError(CacheFormatError):
-    """No manifest can be read out of the file, whatever version wrote it."""
-
-
-def _from_json(values: Mapping[str, Any]) -> Manifest:
-    category_ids = values["category_ids"]
-    mask_set = MaskSet(
-        name=str(values["name"]),
-        determinants=dict(values["determinants"]),
-        class_names=tuple(str(name) for name in values["class_names"]),
-        category_ids=None
-        if category_ids is None
-        else {str(name): int(number) for name, number in category_ids.items()},
-    )
-    if mask_set.fingerprint != values["fingerprint"]:
-        raise ValueError("the fingerprint isn't that of the determinants")
-    covered = mask_set.determinants.get("classes")
-    if isinstance(covered, list) and mask_set.class_names != tuple(
-        item["name"] if isinstance(item, dict) else item for item in covered
-    ):
-        raise ValueError("class_names aren't the classes that the fingerprint covers")
-    if mask_set.category_ids is not None and not set(mask_set.class_names) <= set(mask_set.category_ids):
-        raise ValueError("category_ids leave a class out")
-    completion = values["completion"]
-    shares = {
-        share: ShareCompletion(int(item["expected"]), int(item["missing"]))
-        for share, item in completion["shares"].items()
-    }
-    if not all(re.fullmatch(r"\d{1,9}/\d{1,9}", share) for share in shares):
-        raise ValueError("a share of the work isn't I/N")
-    return Manifest(
-        mask_set=mask_set,
-        fingerprint=str(values["fingerprint"]),
-        versions={str(name): str(version) for name, version in values["versions"].items()},
-        created=str(values["created"]),
-        completion=Completion(int(completion["images"]), shares, bool(completion["complete"])),
-    )
+        write_manifest(folder, manifest.model_copy(update={"completion": completion}))

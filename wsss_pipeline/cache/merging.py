@@ -12,7 +12,6 @@ from wsss_pipeline.cache.index import write_index
 from wsss_pipeline.cache.locks import without_writers
 from wsss_pipeline.cache.manifest import (
     Completion,
-    Manifest,
     is_mask_set,
     only_mask_set,
     open_mask_set,
@@ -62,45 +61,41 @@ def merge(sources: Sequence[Path], destination: Path) -> MergeReport:
         raise CacheError("nothing to merge; name the mask sets, for example cache-a/voc12-0123456789ab")
     folders = [only_mask_set(source) for source in sources]
     manifests = [read_manifest(folder) for folder in folders]
-    first = manifests[0]
-    for folder, manifest in zip(folders, manifests, strict=True):
-        _check_equal(folder, manifest, folders[0], first)
-    if is_mask_set(destination):
-        target = destination
-        _check_equal(target, read_manifest(target), folders[0], first)
-    else:
-        target = open_mask_set(destination, first.mask_set)
+    expected = manifests[0].fingerprint
+    there = [destination] if is_mask_set(destination) else []
+    for folder, manifest in zip([*folders, *there], [*manifests, *map(read_manifest, there)], strict=True):
+        if manifest.fingerprint != expected:
+            raise CacheError(
+                f"{folder} and {folders[0]} were made with other settings (fingerprints "
+                f"{manifest.fingerprint[:12]} and {expected[:12]}); merge only what the same command made"
+            )
+    target = destination if there else open_mask_set(destination, manifests[0].mask_set)
     report = MergeReport(target)
     with without_writers(target):
+        known: dict[str, str] = {}  # digests of the records that count
+        for path in shard_files(target):
+            with suppress(CacheFormatError), open_shard(path, expected) as images:
+                for image_id in image_ids(images):
+                    known.pop(image_id, None)
+                    with suppress(CacheRecordError):
+                        known[image_id] = stored_digest(images, image_id)
         for folder in folders:
             if folder.resolve() != target.resolve():
-                _copy_shards(folder, target, first.fingerprint, report)
-        report.images = len(write_index(target, first.fingerprint, {}).shard_of)
-        completions = [manifest.completion for manifest in (read_manifest(target), *manifests)]
-        update_completion(target, _merged_completion(completions, report.images))
+                _copy_shards(folder, expected, known, report)
+        report.images = len(write_index(target, expected, {}).shard_of)
+        shares = [
+            share for item in (read_manifest(target), *manifests) for share in item.completion.shares.items()
+        ]
+        count = int(shares[-1][0].rpartition("/")[2]) if shares else 1
+        update_completion(target, Completion.of(report.images, dict(shares), count))
     return report
 
 
-def _check_equal(folder: Path, manifest: Manifest, other: Path, expected: Manifest) -> None:
-    if manifest.fingerprint != expected.fingerprint:
-        raise CacheError(
-            f"{folder} and {other} were made with other settings (fingerprints {manifest.fingerprint[:12]} "
-            f"and {expected.fingerprint[:12]}); merge only what the same command made"
-        )
-
-
-def _copy_shards(source: Path, target: Path, fingerprint: str, report: MergeReport) -> None:
+def _copy_shards(source: Path, fingerprint: str, known: dict[str, str], report: MergeReport) -> None:
     if shard_files(source, PARTIAL_SUFFIX):
         logger.warning(
             "%s holds unfinished work, which isn't merged; run generate-masks there to its end first", source
         )
-    known: dict[str, str] = {}  # digests of the records that count
-    for path in shard_files(target):
-        with suppress(CacheFormatError), open_shard(path, fingerprint) as images:
-            for image_id in image_ids(images):
-                known.pop(image_id, None)
-                with suppress(CacheRecordError):
-                    known[image_id] = stored_digest(images, image_id)
     for path in shard_files(source):
         try:
             with open_shard(path, fingerprint) as images:
@@ -116,21 +111,6 @@ def _copy_shards(source: Path, target: Path, fingerprint: str, report: MergeRepo
             content = path.read_bytes()
         except OSError as error:
             raise CacheError(f"{path} can't be read: {error.strerror}; mend that and merge again") from error
-        write_file(target / str(ShardName(next_sequence(target), 0, 1)), content)
+        write_file(report.path / str(ShardName(next_sequence(report.path), 0, 1)), content)
         known |= digests
         report.copied += 1
-
-
-def _merged_completion(completions: Sequence[Completion], images: int) -> Completion:
-    """The shares of all, as far as they are of the same partition as the last one's."""
-    counts = [share.rpartition("/")[2] for completion in completions for share in completion.shares]
-    if not counts:
-        return Completion(images)
-    shares = {
-        share: item
-        for completion in completions
-        for share, item in completion.shares.items()
-        if share.endswith(f"/{counts[-1]}")
-    }
-    is_complete = len(shares) == int(counts[-1]) and not any(item.missing for item in shares.values())
-    return Completion(images, dict(sorted(shares.items())), is_complete)

@@ -6,7 +6,6 @@ import logging
 import time
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 
@@ -72,7 +71,7 @@ class MaskWriter:
         self, folder: Path, index: int = 0, count: int = 1, *, images_per_shard: int = IMAGES_PER_SHARD
     ) -> None:
         self._folder = Path(folder)
-        self._index, self._count = index, count
+        self._index, self._count, self._share = index, count, f"{index}/{count}"
         self._images_per_shard = images_per_shard
         self._lock = WriterLock(self._folder, index, count)
         self._finished: FinishedImages | None = None
@@ -196,10 +195,9 @@ class MaskWriter:
         self._shard_of = list_records(self._folder, self._fingerprint).shard_of
         missing = sum(image_id not in self._shard_of for image_id in expected_ids)
         with set_lock(self._folder):
-            shares = self._other_shares()
-            shares[f"{self._index}/{self._count}"] = ShareCompletion(len(expected_ids), missing)
-            is_complete = len(shares) == self._count and not any(share.missing for share in shares.values())
-            completion = Completion(len(self._shard_of), dict(sorted(shares.items())), is_complete)
+            shares = read_manifest(self._folder).completion.shares
+            own = ShareCompletion(expected=len(expected_ids), missing=missing)
+            completion = Completion.of(len(self._shard_of), {**shares, self._share: own}, self._count)
             update_completion(self._folder, completion)
         finished.save(self._shard_of)
         return completion
@@ -237,7 +235,8 @@ class MaskWriter:
                 return
             listing = write_index(self._folder, self._fingerprint, checked)
             completion = read_manifest(self._folder).completion
-            update_completion(self._folder, replace(completion, images=len(listing.shard_of)))
+            images = len(listing.shard_of)
+            update_completion(self._folder, completion.model_copy(update={"images": images}))
 
     def _open(self) -> FinishedImages:
         if self._finished is None:
@@ -271,17 +270,10 @@ class MaskWriter:
         """Before the first write: a set that says it is complete no longer is, until ``finish``."""
         if not self._is_marked_incomplete:
             with set_lock(self._folder):
-                images = read_manifest(self._folder).completion.images
-                update_completion(self._folder, Completion(images, self._other_shares(), complete=False))
+                before = read_manifest(self._folder).completion
+                others = {share: item for share, item in before.shares.items() if share != self._share}
+                update_completion(self._folder, Completion.of(before.images, others, self._count))
             self._is_marked_incomplete = True
-
-    def _other_shares(self) -> dict[str, ShareCompletion]:
-        """Completion of the other shares of the same partition; another partition's says nothing here."""
-        return {
-            share: item
-            for share, item in read_manifest(self._folder).completion.shares.items()
-            if share.endswith(f"/{self._count}") and share != f"{self._index}/{self._count}"
-        }
 
 
 def finish_shard(folder: Path, name: ShardName, content: bytes) -> Stamp:

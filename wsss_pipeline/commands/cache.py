@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -181,7 +180,9 @@ def collect_garbage(paths: tuple[Path, ...], cache: Path | None) -> None:
 
 
 def _json(found: list[MaskSetStatus]) -> str:
-    return json.dumps([{**asdict(item), "path": str(item.path), "complete": item.complete} for item in found])
+    from pydantic_core import to_jsonable_python
+
+    return json.dumps([{**to_jsonable_python(item), "complete": item.complete} for item in found])
 
 
 def _lines(item: MaskSetStatus) -> list[str]:
