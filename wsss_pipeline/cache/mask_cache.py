@@ -13,7 +13,7 @@ import h5py
 
 from wsss_pipeline.cache.index import list_records
 from wsss_pipeline.cache.manifest import Manifest, only_mask_set, read_manifest
-from wsss_pipeline.cache.records import RecordInfo, read_info, read_labels, read_record
+from wsss_pipeline.cache.records import RecordInfo, read_info, read_record, read_texts
 from wsss_pipeline.cache.shards import open_images
 from wsss_pipeline.data.masks import PseudoMask
 from wsss_pipeline.errors import CacheFormatError, CacheRecordError
@@ -100,7 +100,7 @@ class MaskCache:
         Raises:
             CacheRecordError: there is no record, or it is damaged.
         """
-        return read_labels(self._images(image_id), image_id)
+        return read_texts(self._images(image_id), image_id, "labels")
 
     def record_info(self, image_id: str) -> RecordInfo:
         """What is known of an image without reading its arrays.

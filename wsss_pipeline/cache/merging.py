@@ -18,7 +18,7 @@ from wsss_pipeline.cache.manifest import (
     read_manifest,
     update_completion,
 )
-from wsss_pipeline.cache.records import image_ids, stored_digest
+from wsss_pipeline.cache.records import image_ids, read_texts
 from wsss_pipeline.cache.shards import PARTIAL_SUFFIX, ShardName, next_sequence, open_shard, shard_files
 from wsss_pipeline.errors import CacheError, CacheFormatError, CacheRecordError
 from wsss_pipeline.runtime.output import write_file
@@ -72,13 +72,13 @@ def merge(sources: Sequence[Path], destination: Path) -> MergeReport:
     target = destination if there else open_mask_set(destination, manifests[0].mask_set)
     report = MergeReport(target)
     with without_writers(target):
-        known: dict[str, str] = {}  # digests of the records that count
+        known: dict[str, tuple[str, ...]] = {}  # digests of the records that count
         for path in shard_files(target):
             with suppress(CacheFormatError), open_shard(path, expected) as images:
                 for image_id in image_ids(images):
                     known.pop(image_id, None)
                     with suppress(CacheRecordError):
-                        known[image_id] = stored_digest(images, image_id)
+                        known[image_id] = read_texts(images, image_id, "record_digest")
         for folder in folders:
             if folder.resolve() != target.resolve():
                 _copy_shards(folder, expected, known, report)
@@ -91,7 +91,9 @@ def merge(sources: Sequence[Path], destination: Path) -> MergeReport:
     return report
 
 
-def _copy_shards(source: Path, fingerprint: str, known: dict[str, str], report: MergeReport) -> None:
+def _copy_shards(
+    source: Path, fingerprint: str, known: dict[str, tuple[str, ...]], report: MergeReport
+) -> None:
     if shard_files(source, PARTIAL_SUFFIX):
         logger.warning(
             "%s holds unfinished work, which isn't merged; run generate-masks there to its end first", source
@@ -99,7 +101,9 @@ def _copy_shards(source: Path, fingerprint: str, known: dict[str, str], report: 
     for path in shard_files(source):
         try:
             with open_shard(path, fingerprint) as images:
-                digests = {image_id: stored_digest(images, image_id) for image_id in image_ids(images)}
+                digests = {
+                    image_id: read_texts(images, image_id, "record_digest") for image_id in image_ids(images)
+                }
         except (CacheFormatError, CacheRecordError) as error:
             logger.warning("left out: %s", error)
             report.unreadable += 1

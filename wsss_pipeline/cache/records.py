@@ -11,6 +11,7 @@ inflated here: HDF5 would follow links to other files, and inflate a chunk of ki
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 import zlib
 from collections.abc import Iterator
@@ -23,7 +24,6 @@ import h5py
 import numpy as np
 from numpy.typing import NDArray
 
-from wsss_pipeline.cache.fingerprint import canonical_json
 from wsss_pipeline.data.images import MAX_DECODED_PIXELS
 from wsss_pipeline.data.masks import IGNORE, PseudoMask
 from wsss_pipeline.errors import CacheFormatError, CacheRecordError
@@ -108,24 +108,29 @@ def write_record(
         CacheRecordError: the id can't be stored, the mask holds 255, or it or a label is too large.
     """
     name = escape_id(image_id)
-    height, width = pseudo_mask.mask.shape
+    mask, labels, cams = pseudo_mask.mask, pseudo_mask.labels, pseudo_mask.cams
+    height, width = mask.shape
     try:
-        _check(pseudo_mask.mask)
-        _check_size((height, width), len(pseudo_mask.labels) if pseudo_mask.cams is not None else 0)
-        for label in pseudo_mask.labels:
-            _bounded(label)
+        _check_size(height, width, 0 if cams is None else len(labels))
+        if mask.max() == IGNORE:
+            raise ValueError(f"the mask holds {IGNORE}, which is no class; a low confidence says it instead")
+        if (longest := max(map(len, labels), default=0)) > MAX_TEXT_LENGTH:
+            raise ValueError(f"a label has {longest} characters, the limit is {MAX_TEXT_LENGTH}")
     except ValueError as error:
         raise CacheRecordError(f"image '{image_id}' can't be stored: {error}") from error
     if name in images:
         del images[name]
     group = images.create_group(name)
     try:
-        for key, array in _arrays(pseudo_mask).items():
-            # CAMs of an image without labels have no values, and HDF5 no chunks of size 0
-            chunked = {"chunks": _chunk(array.shape), **_FILTERS} if array.size else {}
-            group.create_dataset(key, data=array, **chunked)
-        labels = np.array(pseudo_mask.labels, dtype=object)
-        group.attrs.create("labels", labels, dtype=h5py.string_dtype("utf-8"))
+        for key, array in (("mask", mask), ("confidence", pseudo_mask.confidence), ("cams", cams)):
+            if array is not None:
+                # CAMs of an image without labels have no values, and HDF5 no chunks of size 0
+                chunked = (
+                    {"chunks": (1,) * (array.ndim - 2) + array.shape[-2:], **_FILTERS} if array.size else {}
+                )
+                group.create_dataset(key, data=array, **chunked)
+        texts = np.array(labels, dtype=object)
+        group.attrs.create("labels", texts, dtype=h5py.string_dtype("utf-8"))
         group.attrs["image_digest"] = image_digest
         group.attrs["seconds"] = float(seconds)
         group.attrs["scale"] = float(scale)
@@ -143,18 +148,17 @@ def read_record(images: h5py.Group, image_id: str) -> tuple[PseudoMask, RecordIn
     Raises:
         CacheRecordError: it is damaged; the message names the file.
     """
-    with _named_damage(images, image_id):
-        group = _group(images, image_id)
+    with _record(images, image_id) as group:
         info = _info(group)
         size = (info.height, info.width)
-        _check_size(size, len(info.labels) if info.has_cams else 0)
+        _check_size(*size, len(info.labels) if info.has_cams else 0)
         mask, confidence = (_read_array(group, name, size, "|u1") for name in ("mask", "confidence"))
         cams = _read_array(group, "cams", (len(info.labels), *size), "<f2") if info.has_cams else None
-        _check(mask)
+        if mask.max() == IGNORE:
+            raise ValueError(f"the mask holds {IGNORE}, which is no class")
         pseudo_mask = PseudoMask(mask, confidence, info.labels, cams)
-        if record_digest(image_id, pseudo_mask, info.image_digest, info.scale) != _text(
-            group, "record_digest"
-        ):
+        digest = record_digest(image_id, pseudo_mask, info.image_digest, info.scale)
+        if _texts(group, "record_digest") != (digest,):
             raise ValueError("the content doesn't fit its digest")
     return pseudo_mask, info
 
@@ -165,28 +169,18 @@ def read_info(images: h5py.Group, image_id: str) -> RecordInfo:
     Raises:
         CacheRecordError: they are damaged; the message names the file.
     """
-    with _named_damage(images, image_id):
-        return _info(_group(images, image_id))
+    with _record(images, image_id) as group:
+        return _info(group)
 
 
-def read_labels(images: h5py.Group, image_id: str) -> tuple[str, ...]:
-    """The class names of one image.
-
-    Raises:
-        CacheRecordError: they are damaged; the message names the file.
-    """
-    with _named_damage(images, image_id):
-        return _labels(_group(images, image_id))
-
-
-def stored_digest(images: h5py.Group, image_id: str) -> str:
-    """The ``record_digest`` that was written with one image's record.
+def read_texts(images: h5py.Group, image_id: str, name: str) -> tuple[str, ...]:
+    """One attribute of one image's record, ``labels`` or a digest, of up to 4096 characters each.
 
     Raises:
         CacheRecordError: it is damaged; the message names the file.
     """
-    with _named_damage(images, image_id):
-        return _text(_group(images, image_id), "record_digest")
+    with _record(images, image_id) as group:
+        return _texts(group, name)
 
 
 def check_records(images: h5py.Group) -> tuple[dict[str, RecordInfo], dict[str, str]]:
@@ -213,19 +207,24 @@ def record_digest(image_id: str, pseudo_mask: PseudoMask, image_digest: str, sca
 
     It leaves out how long the mask took, so equal masks of equal images have equal digests.
     """
-    arrays = {name: np.ascontiguousarray(array) for name, array in _arrays(pseudo_mask).items()}
-    header = canonical_json(
-        {
-            "image_id": image_id,
-            "labels": list(pseudo_mask.labels),
-            "image_digest": image_digest,
-            "scale": float(scale),
-            "arrays": [[name, array.dtype.str, list(array.shape)] for name, array in arrays.items()],
-        }
-    )
-    digest = hashlib.sha256(header.encode("ascii"))
-    for array in arrays.values():
-        digest.update(array.data if array.size else b"")
+    arrays: list[tuple[str, NDArray[Any]]] = [
+        ("mask", pseudo_mask.mask),
+        ("confidence", pseudo_mask.confidence),
+    ]
+    if pseudo_mask.cams is not None:
+        arrays.append(("cams", pseudo_mask.cams))
+    header = {
+        "image_id": image_id,
+        "labels": pseudo_mask.labels,
+        "image_digest": image_digest,
+        "scale": float(scale),
+        "arrays": [(name, array.dtype.str, array.shape) for name, array in arrays],
+    }
+    # the form of ``fingerprint.canonical_json``
+    text = json.dumps(header, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    digest = hashlib.sha256(text.encode("ascii"))
+    for _, array in arrays:
+        digest.update(np.ascontiguousarray(array).data if array.size else b"")
     return digest.hexdigest()
 
 
@@ -244,10 +243,10 @@ def own_member(group: h5py.Group, name: str, kind: type[Any]) -> Any:
 
 
 @contextmanager
-def _named_damage(images: h5py.Group, image_id: str) -> Iterator[None]:
-    """Turn what goes wrong inside into a CacheRecordError with id and file."""
+def _record(images: h5py.Group, image_id: str) -> Iterator[h5py.Group]:
+    """The image's group; what goes wrong with it becomes a CacheRecordError with id and file."""
     try:
-        yield
+        yield own_member(images, escape_id(image_id), h5py.Group)
     except Exception as error:  # flipped bytes make HDF5 and numpy raise almost anything
         raise CacheRecordError(
             f"the record of image '{image_id}' in {images.file.filename} is damaged ({one_line(error)}); "
@@ -255,15 +254,11 @@ def _named_damage(images: h5py.Group, image_id: str) -> Iterator[None]:
         ) from error
 
 
-def _group(images: h5py.Group, image_id: str) -> h5py.Group:
-    group: h5py.Group = own_member(images, escape_id(image_id), h5py.Group)
-    return group
-
-
 def _info(group: h5py.Group) -> RecordInfo:
+    (image_digest,) = _texts(group, "image_digest")
     return RecordInfo(
-        labels=_labels(group),
-        image_digest=_text(group, "image_digest"),
+        labels=_texts(group, "labels"),
+        image_digest=image_digest,
         seconds=float(group.attrs["seconds"]),
         scale=float(group.attrs["scale"]),
         width=int(group.attrs["width"]),
@@ -272,60 +267,36 @@ def _info(group: h5py.Group) -> RecordInfo:
     )
 
 
-def _labels(group: h5py.Group) -> tuple[str, ...]:
-    return tuple(_bounded(str(label)) for label in _attribute(group, "labels"))
-
-
-def _text(group: h5py.Group, name: str) -> str:
-    return _bounded(str(_attribute(group, name)))
-
-
-def _attribute(group: h5py.Group, name: str) -> Any:
+def _texts(group: h5py.Group, name: str) -> tuple[str, ...]:
     declared = group.attrs.get_id(name)
     if declared.get_type().get_size() * math.prod(declared.shape) > MAX_ATTRIBUTE_BYTES:
         raise ValueError(f"attribute '{name}' has more than {MAX_ATTRIBUTE_BYTES} bytes")
-    return group.attrs[name]
+    texts = tuple(map(str, np.ravel(np.asarray(group.attrs[name], object))))
+    if (longest := max(map(len, texts), default=0)) > MAX_TEXT_LENGTH:
+        raise ValueError(f"a text has {longest} characters, the limit is {MAX_TEXT_LENGTH}")
+    return texts
 
 
-def _bounded(text: str) -> str:
-    if len(text) > MAX_TEXT_LENGTH:
-        raise ValueError(f"a text has {len(text)} characters, the limit is {MAX_TEXT_LENGTH}")
-    return text
-
-
-def _check(mask: NDArray[np.uint8]) -> None:
-    if mask.max() == IGNORE:
-        raise ValueError(f"the mask holds {IGNORE}, which is no class; a low confidence says it instead")
-
-
-def _check_size(size: tuple[int, int], cams: int) -> None:
-    pixels = size[0] * size[1]
-    if min(size) < 1 or pixels > MAX_DECODED_PIXELS or cams * pixels > MAX_CAM_VALUES:
+def _check_size(height: int, width: int, cams: int) -> None:
+    pixels = height * width
+    if min(height, width) < 1 or pixels > MAX_DECODED_PIXELS or cams * pixels > MAX_CAM_VALUES:
         raise ValueError(
-            f"{size[1]} x {size[0]} pixels with {cams} CAMs; the limits are {MAX_DECODED_PIXELS} pixels and "
+            f"{width} x {height} pixels with {cams} CAMs; the limits are {MAX_DECODED_PIXELS} pixels and "
             f"{MAX_CAM_VALUES} values of CAMs"
         )
-
-
-def _arrays(pseudo_mask: PseudoMask) -> dict[str, NDArray[Any]]:
-    arrays: dict[str, NDArray[Any]] = {"mask": pseudo_mask.mask, "confidence": pseudo_mask.confidence}
-    if pseudo_mask.cams is not None:
-        arrays["cams"] = pseudo_mask.cams
-    return arrays
-
-
-def _chunk(shape: tuple[int, ...]) -> tuple[int, ...]:
-    return (1, *shape[1:]) if len(shape) == 3 else shape
 
 
 def _read_array(group: h5py.Group, name: str, shape: tuple[int, ...], kind: str) -> NDArray[Any]:
     """An array that is declared as ``write_record`` declares it, inflated to its size and no further."""
     dataset = own_member(group, name, h5py.Dataset)
     declared = dataset.id.get_create_plist()
-    if math.prod(shape) and (
-        declared.get_layout() != h5py.h5d.CHUNKED  # so neither virtual nor in another file
-        or dataset.chunks != _chunk(shape)
-        or [declared.get_filter(n)[0] for n in range(declared.get_nfilters())] != _FILTER_CODES
+    if (
+        math.prod(shape)
+        and (
+            declared.get_layout() != h5py.h5d.CHUNKED  # so neither virtual nor in another file
+            or dataset.chunks != (1,) * (len(shape) - 2) + shape[-2:]
+            or [declared.get_filter(n)[0] for n in range(declared.get_nfilters())] != _FILTER_CODES
+        )
     ):
         raise ValueError(f"'{name}' isn't stored in the chunks and with the compression of this cache")
     if dataset.dtype != np.dtype(kind) or dataset.shape != shape:
