@@ -13,8 +13,7 @@ from wsss_pipeline.cache.records import check_records, image_ids
 from wsss_pipeline.cache.shards import (
     DAMAGED_SUFFIX,
     ShardBuilder,
-    ShardName,
-    next_sequence,
+    next_shard,
     open_shard,
     shard_files,
 )
@@ -162,7 +161,7 @@ class _Collection:
 
     def _finish(self, builder: ShardBuilder) -> None:
         if len(builder.images):
-            name = ShardName(next_sequence(self._folder), 0, 1)
+            name = next_shard(self._folder, 0, 1)
             self.checked[str(name)] = finish_shard(self._folder, name, builder.to_bytes())
         builder.close()
 

@@ -13,23 +13,31 @@ import json
 import logging
 import time
 from collections.abc import Mapping
-from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
-from wsss_pipeline.cache.index import Stamp, list_records, read_trusted, stamp
+from pydantic import BaseModel
+
+from wsss_pipeline.cache.index import Stamp, list_records, read_trusted
 from wsss_pipeline.cache.manifest import read_manifest
-from wsss_pipeline.cache.records import RecordInfo, check_records, image_ids, read_info
+from wsss_pipeline.cache.records import RecordInfo, check_records
 from wsss_pipeline.cache.shards import open_shard
 from wsss_pipeline.data.image_files import ImageFile, Status, file_status
 from wsss_pipeline.data.images import file_digest
-from wsss_pipeline.errors import CacheFormatError, CacheRecordError, ImageError
+from wsss_pipeline.errors import CacheFormatError, ImageError
 from wsss_pipeline.runtime.output import write_file
 
 # A file may change twice within one tick of its clock: what was read so soon after a change isn't believed.
 SETTLED_NS = 2 * 10**9
 
+Entry = tuple[str, Status, tuple[str, ...], bool]  # shard, status of the file, labels, whether there are CAMs
+
 logger = logging.getLogger(__name__)
+
+
+class _Known(BaseModel):
+    """The content of ``known-I-of-N.json``, by image id."""
+
+    images: dict[str, Entry]
 
 
 class FinishedImages:
@@ -50,13 +58,18 @@ class FinishedImages:
     def __init__(self, folder: Path, index: int = 0, count: int = 1) -> None:
         self._folder = folder
         self._fingerprint = read_manifest(folder).fingerprint
-        self._shard_of = list_records(folder, self._fingerprint).shard_of
-        trusted, shards = read_trusted(folder), set(self._shard_of.values())
-        self._believed = {name for name in shards & trusted.keys() if self._stamp(name) == trusted[name]}
+        self._listing = list_records(folder, self._fingerprint)
+        self._shard_of = self._listing.shard_of
+        self._believed = dict(self._listing.stamps.items() & read_trusted(folder).items()).keys()
         self._path = folder / f"known-{index}-of-{count}.json"
-        # image id to shard, status of the file, labels, whether there are CAMs
-        self._known = _read_known(self._path)
-        self._noted: dict[str, list[Any]] = {}
+        self._known: dict[str, Entry] = {}
+        try:
+            self._known = _Known.model_validate_json(self._path.read_bytes(), strict=True).images
+        except FileNotFoundError:
+            pass
+        except (OSError, ValueError):
+            logger.warning("%s can't be read; the images are looked at again", self._path)
+        self._noted: dict[str, Entry] = {}
         self._records: dict[str, dict[str, RecordInfo]] = {}
         self.checked: dict[str, Stamp] = {}
 
@@ -87,7 +100,7 @@ class FinishedImages:
             return False
         if not check_bytes and shard in self._believed and image_id in self._known:
             *entry, has_cams = self._known[image_id]
-            if entry == [shard, list(status), list(labels)] and (has_cams or not need_cams):
+            if entry == [shard, status, labels] and (has_cams or not need_cams):
                 return True
         record = self.record(image_id)
         if record is None or record.labels != tuple(labels) or (need_cams and not record.has_cams):
@@ -109,12 +122,26 @@ class FinishedImages:
             self._records[shard] = self._read_shard(shard)
         return self._records[shard].get(image_id)
 
+    def _read_shard(self, shard: str) -> dict[str, RecordInfo]:
+        is_believed = shard in self._believed
+        try:
+            with open_shard(self._folder / shard, self._fingerprint) as images:
+                records, damaged = check_records(images, arrays=not is_believed)
+        except CacheFormatError as error:
+            logger.warning("its images are done again: %s", error)
+            return {}
+        for reason in damaged.values():
+            logger.warning("it is done again: %s", reason)
+        if not damaged and not is_believed:
+            self.checked[shard] = self._listing.stamps[shard]
+        return records
+
     def note(
         self, image_id: str, status: Status, labels: tuple[str, ...], has_cams: bool, shard: str
     ) -> None:
         """Remember that ``shard`` holds the mask for the bytes that a file of this status had."""
         if time.time_ns() - max(status[1], status[2]) > SETTLED_NS:
-            self._noted[image_id] = [shard, list(status), list(labels), has_cams]
+            self._noted[image_id] = shard, status, labels, has_cams
 
     def save(self, shard_of: Mapping[str, str]) -> None:
         """Write what was noted, for the next run.
@@ -125,67 +152,7 @@ class FinishedImages:
         Raises:
             OutputError: disk full, read-only, ...
         """
-        if not self._noted:
-            return
-        images = {
-            image_id: entry
-            for image_id, entry in (self._known | self._noted).items()
-            if shard_of.get(image_id) == entry[0]
-        }
-        content = json.dumps({"images": images}, separators=(",", ":"))
-        write_file(self._path, content.encode("utf-8", "surrogatepass"), durable=False)
-
-    def _stamp(self, shard: str) -> Stamp | None:
-        with suppress(OSError):
-            return stamp(self._folder / shard)
-        return None
-
-    def _read_shard(self, shard: str) -> dict[str, RecordInfo]:
-        records: dict[str, RecordInfo] = {}
-        damaged: dict[str, str] = {}
-        before = self._stamp(shard)
-        try:
-            with open_shard(self._folder / shard, self._fingerprint) as images:
-                if shard in self._believed:
-                    for image_id in image_ids(images):
-                        try:
-                            records[image_id] = read_info(images, image_id)
-                        except CacheRecordError as error:
-                            damaged[image_id] = str(error)
-                else:
-                    records, damaged = check_records(images)
-        except CacheFormatError as error:
-            logger.warning("its images are done again: %s", error)
-            return {}
-        for reason in damaged.values():
-            logger.warning("it is done again: %s", reason)
-        if not damaged and before is not None and shard not in self._believed:
-            self.checked[shard] = before
-        return records
-
-
-def _read_known(path: Path) -> dict[str, list[Any]]:
-    try:
-        images = json.loads(path.read_bytes().decode("utf-8", "surrogatepass"))["images"]
-        if all(map(_is_entry, images.values())):
-            return dict(images)
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        pass
-    logger.warning("%s can't be read; the images are looked at again", path)
-    return {}
-
-
-def _is_entry(entry: Any) -> bool:
-    """Whether it is shard, status, labels and whether CAMs are stored, as ``note`` and ``save`` write them."""
-    if not isinstance(entry, list) or len(entry) != 4:
-        return False
-    shard, status, labels, has_cams = entry
-    return (
-        isinstance(shard, str)
-        and isinstance(status, list)
-        and all(isinstance(number, int) for number in status)
-        and isinstance(labels, list)
-        and isinstance(has_cams, bool)
-    )
+        if self._noted:
+            known = (self._known | self._noted).items()
+            images = {image_id: entry for image_id, entry in known if shard_of.get(image_id) == entry[0]}
+            write_file(self._path, json.dumps({"images": images}, separators=(",", ":")), durable=False)

@@ -14,16 +14,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import h5py
+from pydantic import TypeAdapter
 
 from wsss_pipeline.cache.records import escape_id, image_ids, own_member
-from wsss_pipeline.cache.shards import (
-    FORMAT_VERSION,
-    IMAGES,
-    file_image,
-    new_file_in_memory,
-    open_shard,
-    shard_files,
-)
+from wsss_pipeline.cache.shards import IMAGES, ShardBuilder, open_shard, shard_files
 from wsss_pipeline.errors import CacheFormatError
 from wsss_pipeline.runtime.output import one_line, write_file, writing
 
@@ -31,6 +25,7 @@ INDEX = "index.h5"
 NOTES = "checked-*-of-*.json"
 
 Stamp = tuple[int, int]  # size in bytes, modification time in nanoseconds
+_NOTE = TypeAdapter(dict[str, Stamp])  # stamps by shard
 
 logger = logging.getLogger(__name__)
 
@@ -41,11 +36,13 @@ class Listing:
 
     Attributes:
         shard_of: image id to the name of the shard that holds its record; where several do, of the latest.
+        stamps: of those that could be opened, taken before reading.
         superseded: number of records that a later one of the same image replaces.
         unreadable: shard to the reason, for those that can't be opened.
     """
 
     shard_of: dict[str, str] = field(default_factory=dict)
+    stamps: dict[str, Stamp] = field(default_factory=dict)
     superseded: int = 0
     unreadable: dict[str, str] = field(default_factory=dict)
 
@@ -55,12 +52,14 @@ def list_records(folder: Path, fingerprint: str) -> Listing:
     listing = Listing()
     for path in shard_files(folder):
         try:
+            before = stamp(path)
             with open_shard(path, fingerprint) as images:
                 found = image_ids(images)
-        except CacheFormatError as error:
+        except (CacheFormatError, OSError) as error:
             listing.unreadable[path.name] = one_line(error)
             logger.warning("the images in it count as missing: %s", error)
             continue
+        listing.stamps[path.name] = before
         for image_id in found:
             listing.superseded += image_id in listing.shard_of
             listing.shard_of[image_id] = path.name
@@ -105,11 +104,10 @@ def note_checked(folder: Path, index: int, count: int, checked: Mapping[str, Sta
 
 def _read_note(path: Path) -> dict[str, Stamp]:
     try:
-        content = json.loads(path.read_bytes())
-        return {str(name): (int(size), int(mtime)) for name, (size, mtime) in content.items()}
+        return _NOTE.validate_json(path.read_bytes())
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError, TypeError, AttributeError, OverflowError, RecursionError):
+    except (OSError, ValueError):
         logger.warning("%s can't be read; what it stood for is checked again", path)
         return {}
 
@@ -126,30 +124,23 @@ def write_index(folder: Path, fingerprint: str, checked: Mapping[str, Stamp]) ->
         What the finished shards hold.
 
     Raises:
-        CacheFormatError: a shard vanished meanwhile.
         OutputError: disk full, read-only, ...
     """
     listing, trusted = list_records(folder, fingerprint), read_trusted(folder) | dict(checked)
-    file = new_file_in_memory()
+    builder = ShardBuilder(fingerprint)
     try:
-        file.attrs["format_version"] = FORMAT_VERSION
-        file.attrs["fingerprint"] = fingerprint
-        images, shards = file.create_group(IMAGES), file.create_group("shards")
         for image_id, shard in listing.shard_of.items():
             name = escape_id(image_id)
-            images[name] = h5py.ExternalLink(shard, f"/{IMAGES}/{name}")
+            builder.images[name] = h5py.ExternalLink(shard, f"/{IMAGES}/{name}")
+        shards = builder.file.create_group("shards")
         for shard in sorted(set(listing.shard_of.values())):
             item = shards.create_group(shard)
-            try:
-                now = stamp(folder / shard)
-            except OSError as error:
-                raise CacheFormatError(f"{folder / shard} vanished; run the same command again") from error
-            if trusted.get(shard) == now:
-                item.attrs["size"], item.attrs["mtime_ns"] = now
-        write_file(folder / INDEX, file_image(file))
+            if trusted.get(shard) == listing.stamps[shard]:
+                item.attrs["size"], item.attrs["mtime_ns"] = listing.stamps[shard]
+        write_file(folder / INDEX, builder.to_bytes())
         with writing(folder):
             for note in folder.glob(NOTES):
                 note.unlink()
     finally:
-        file.close()
+        builder.close()
     return listing

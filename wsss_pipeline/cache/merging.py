@@ -19,7 +19,7 @@ from wsss_pipeline.cache.manifest import (
     update_completion,
 )
 from wsss_pipeline.cache.records import image_ids, read_texts
-from wsss_pipeline.cache.shards import PARTIAL_SUFFIX, ShardName, next_sequence, open_shard, shard_files
+from wsss_pipeline.cache.shards import PARTIAL_SUFFIX, next_shard, open_shard, shard_files
 from wsss_pipeline.errors import CacheError, CacheFormatError, CacheRecordError
 from wsss_pipeline.runtime.output import write_file
 
@@ -115,6 +115,6 @@ def _copy_shards(
             content = path.read_bytes()
         except OSError as error:
             raise CacheError(f"{path} can't be read: {error.strerror}; mend that and merge again") from error
-        write_file(report.path / str(ShardName(next_sequence(report.path), 0, 1)), content)
+        write_file(report.path / str(next_shard(report.path, 0, 1)), content)
         known |= digests
         report.copied += 1

@@ -183,8 +183,8 @@ def read_texts(images: h5py.Group, image_id: str, name: str) -> tuple[str, ...]:
         return _texts(group, name)
 
 
-def check_records(images: h5py.Group) -> tuple[dict[str, RecordInfo], dict[str, str]]:
-    """Read and recompute every record of a shard.
+def check_records(images: h5py.Group, *, arrays: bool = True) -> tuple[dict[str, RecordInfo], dict[str, str]]:
+    """Read and recompute every record of a shard; without ``arrays`` only read what else is known.
 
     Returns:
         What is known of each sound record, and for each damaged one the reason, both by image id.
@@ -196,7 +196,7 @@ def check_records(images: h5py.Group) -> tuple[dict[str, RecordInfo], dict[str, 
     damaged: dict[str, str] = {}
     for image_id in image_ids(images):
         try:
-            _, sound[image_id] = read_record(images, image_id)
+            sound[image_id] = read_record(images, image_id)[1] if arrays else read_info(images, image_id)
         except CacheRecordError as error:
             damaged[image_id] = str(error)
     return sound, damaged

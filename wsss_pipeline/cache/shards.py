@@ -61,31 +61,34 @@ def shard_files(folder: Path, suffix: str = "") -> list[Path]:
     return [path for _, found, path in named_shards(folder) if found == suffix]
 
 
-def next_sequence(folder: Path) -> int:
-    """One more than the largest number that any shard file in the folder has, whatever its state."""
-    return 1 + max((name.sequence for name, _, _ in named_shards(folder)), default=0)
+def next_shard(folder: Path, index: int, count: int) -> ShardName:
+    """A new name for this writer, with a number larger than any shard file in the folder has, whatever its state."""
+    return ShardName(1 + max((name.sequence for name, _, _ in named_shards(folder)), default=0), index, count)
 
 
 class ShardBuilder:
-    """A shard in memory.
+    """A shard in memory, or the index.
 
     Args:
-        fingerprint: of the mask set that the shard belongs to.
+        fingerprint: of the mask set that it belongs to.
 
     Attributes:
         images: the group of its records, for ``write_record``.
     """
 
     def __init__(self, fingerprint: str) -> None:
-        self._file = new_file_in_memory()
-        self._file.attrs["format_version"] = FORMAT_VERSION
-        self._file.attrs["fingerprint"] = fingerprint
-        self.images = self._file.create_group(IMAGES)
+        # HDF5 takes two files in memory of the same name for one. The format of HDF5 1.10 has checksums in its
+        # metadata (flipped bytes in the default format crashed HDF5) and saves 6 KB of index for each image.
+        name = f"memory-{uuid.uuid4().hex}"
+        self.file = h5py.File(name, "w", driver="core", backing_store=False, libver=("v110", "v110"))
+        self.file.attrs["format_version"] = FORMAT_VERSION
+        self.file.attrs["fingerprint"] = fingerprint
+        self.images = self.file.create_group(IMAGES)
 
     @property
     def size(self) -> int:
         """Bytes in memory, about those of the file to come."""
-        return int(self._file.id.get_filesize())
+        return int(self.file.id.get_filesize())
 
     def copy(self, images: h5py.Group, image_id: str) -> None:
         """Add a record out of another shard's ``images`` as it is, in place of one of the same image."""
@@ -96,44 +99,17 @@ class ShardBuilder:
 
     def to_bytes(self) -> bytes:
         """The file as it stands."""
-        return file_image(self._file)
+        self.file.flush()
+        content: bytes = self.file.id.get_file_image()
+        return content
 
     def close(self) -> None:
         """Free the memory."""
-        self._file.close()
-
-
-def new_file_in_memory() -> h5py.File:
-    """An empty HDF5 file that never touches the disk."""
-    # HDF5 takes two such files of the same name for one. The format of HDF5 1.10 has checksums in its
-    # metadata (flipped bytes in the default format crashed HDF5) and saves 6 KB of index for each image.
-    name = f"memory-{uuid.uuid4().hex}"
-    return h5py.File(name, "w", driver="core", backing_store=False, libver=("v110", "v110"))
-
-
-def file_image(file: h5py.File) -> bytes:
-    """The bytes of a file in memory."""
-    file.flush()
-    image: bytes = file.id.get_file_image()
-    return image
-
-
-@contextmanager
-def open_shard(path: Path, fingerprint: str) -> Iterator[h5py.Group]:
-    """The group of all records of a finished or partial shard, open for reading.
-
-    Raises:
-        CacheFormatError: the file is damaged, or belongs to another format version or mask set.
-    """
-    images = open_images(path, fingerprint)
-    try:
-        yield images
-    finally:
-        images.file.close()
+        self.file.close()
 
 
 def open_images(path: Path, fingerprint: str) -> h5py.Group:
-    """The group of all records; the caller closes its ``file``.
+    """The group of all records of a finished or partial shard, for reading; the caller closes its ``file``.
 
     Raises:
         CacheFormatError: the file is damaged, or belongs to another format version or mask set.
@@ -157,3 +133,13 @@ def open_images(path: Path, fingerprint: str) -> h5py.Group:
         other = f"format version {version}" if version != FORMAT_VERSION else f"mask set {owner[:12]}"
         raise CacheFormatError(f"{path} belongs to {other}, not to this folder; move it away")
     return images
+
+
+@contextmanager
+def open_shard(path: Path, fingerprint: str) -> Iterator[h5py.Group]:
+    """``open_images`` for the time of a with statement."""
+    images = open_images(path, fingerprint)
+    try:
+        yield images
+    finally:
+        images.file.close()

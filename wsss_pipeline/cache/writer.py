@@ -28,7 +28,7 @@ from wsss_pipeline.cache.shards import (
     ShardBuilder,
     ShardName,
     named_shards,
-    next_sequence,
+    next_shard,
     open_shard,
 )
 from wsss_pipeline.data.image_files import ImageFile, Status
@@ -153,7 +153,7 @@ class MaskWriter:
         finished = self._open()
         if self._builder is None:
             with self._failing_for_good(), writing(self._folder):
-                self._name = ShardName(next_sequence(self._folder), self._index, self._count)
+                self._name = next_shard(self._folder, self._index, self._count)
             self._builder = ShardBuilder(self._fingerprint)
             self._last_flush = time.monotonic()
         images = self._builder.images
@@ -310,7 +310,7 @@ def take_over_partials(folder: Path, index: int, count: int) -> list[ShardName]:
             if suffix == PARTIAL_SUFFIX + TEMPORARY_SUFFIX:
                 path.unlink()
             elif suffix == PARTIAL_SUFFIX:
-                taken.append(ShardName(next_sequence(folder), index, count))
+                taken.append(next_shard(folder, index, count))
                 path.replace(folder / taken[-1].partial)
     return taken
 
