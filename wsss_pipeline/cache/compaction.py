@@ -6,17 +6,11 @@ import logging
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from wsss_pipeline.cache.index import Stamp, list_records, stamp, write_index
+from wsss_pipeline.cache.index import Stamp, list_records, write_index
 from wsss_pipeline.cache.locks import without_writers
 from wsss_pipeline.cache.manifest import read_manifest, update_completion
-from wsss_pipeline.cache.records import check_records, image_ids
-from wsss_pipeline.cache.shards import (
-    DAMAGED_SUFFIX,
-    ShardBuilder,
-    next_shard,
-    open_shard,
-    shard_files,
-)
+from wsss_pipeline.cache.records import check_records
+from wsss_pipeline.cache.shards import DAMAGED_SUFFIX, ShardBuilder, next_shard, open_shard, shard_files
 from wsss_pipeline.cache.writer import (
     BYTES_PER_SHARD,
     IMAGES_PER_SHARD,
@@ -65,23 +59,20 @@ def gc(mask_set: Path) -> GcReport:
         CacheLockedError: a generate-masks is writing there.
         OutputError: disk full, read-only, ...
     """
-    fingerprint = read_manifest(mask_set).fingerprint
     with without_writers(mask_set):
         size = _folder_size(mask_set)
-        collection = _Collection(mask_set, fingerprint)
+        collection = _Collection(mask_set)
+        report = collection.report
         # what was set aside before, and what a killed process was writing
         collection.remove([*shard_files(mask_set, DAMAGED_SUFFIX), *mask_set.glob(f"*{TEMPORARY_SUFFIX}")])
         for name in take_over_partials(mask_set, 0, 1):
-            collection.report.salvaged += salvage(mask_set, name, fingerprint, collection.checked)
-        collection.set_unreadable_aside()
-        collection.rewrite()
-        report = collection.report
+            report.salvaged += salvage(mask_set, name, collection.fingerprint, collection.checked)
+        collection.gather(collection.check())
         report.set_aside = [path.name for path in shard_files(mask_set, DAMAGED_SUFFIX)]
-        report.images = len(write_index(mask_set, fingerprint, collection.checked).shard_of)
-        completion = read_manifest(mask_set).completion
-        is_complete = completion.complete and not report.damaged and not report.set_aside
-        changed = completion.model_copy(update={"images": report.images, "complete": is_complete})
-        update_completion(mask_set, changed)
+        report.images = len(write_index(mask_set, collection.fingerprint, collection.checked).shard_of)
+        is_whole = not report.damaged and not report.set_aside
+        changes = {"images": report.images} | ({} if is_whole else {"complete": False})
+        update_completion(mask_set, lambda before: before.model_copy(update=changes))
         report.bytes_freed = size - _folder_size(mask_set)
     return report
 
@@ -89,81 +80,75 @@ def gc(mask_set: Path) -> GcReport:
 class _Collection:
     """One run of gc, under the set's lock."""
 
-    def __init__(self, folder: Path, fingerprint: str) -> None:
-        self._folder = folder
-        self._fingerprint = fingerprint
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.fingerprint = read_manifest(folder).fingerprint
         self.checked: dict[str, Stamp] = {}
         self.report = GcReport()
 
     def remove(self, paths: list[Path]) -> None:
-        """Remove files and report them."""
-        with writing(self._folder):
+        with writing(self.folder):
             for path in paths:
                 path.unlink()
                 self.report.removed.append(path.name)
 
-    def set_unreadable_aside(self) -> None:
-        """Rename shards that are damaged as a whole; leave those that only we may not read."""
-        for path in shard_files(self._folder):
+    def check(self) -> dict[Path, list[str]]:
+        """Set damaged shards aside; those to be rewritten, each with the images in it that are sound and current."""
+        listing = list_records(self.folder, self.fingerprint)
+        rewrite: dict[Path, list[str]] = {}
+        has_waste = False
+        for path in shard_files(self.folder):
             try:
-                with open_shard(path, self._fingerprint) as images:
-                    image_ids(images)
+                with open_shard(path, self.fingerprint) as images:
+                    sound, damaged = check_records(images)
             except CacheFormatError as error:
+                if path.name in listing.stamps:
+                    raise  # it was listed a moment ago: what the disk says now is no ground to drop anything
                 cause = error.__cause__
                 # no cause: of another mask set; a number: the operating system refuses, no damage
                 if cause is None or (isinstance(cause, OSError) and cause.errno is not None):
                     logger.warning("left as it is: %s", error)
-                    continue
-                with writing(self._folder):
-                    path.replace(path.with_name(path.name + DAMAGED_SUFFIX))
-
-    def rewrite(self) -> None:
-        """Gather in new shards what is sound and current in shards that hold something else as well."""
-        listing = list_records(self._folder, self._fingerprint)
-        keep: dict[Path, list[str]] = {}
-        small: list[Path] = []
-        for path in shard_files(self._folder):
-            if path.name in listing.unreadable:
+                else:
+                    with writing(self.folder):
+                        path.replace(path.with_name(path.name + DAMAGED_SUFFIX))
                 continue
-            checked_at = stamp(path)
-            with open_shard(path, self._fingerprint) as images:
-                sound, damaged = check_records(images)
+            if path.name not in listing.stamps:
+                continue  # it can be read only now
             current = [image_id for image_id in sound if listing.shard_of.get(image_id) == path.name]
             lost = [image_id for image_id in damaged if listing.shard_of.get(image_id) == path.name]
             others = len(sound) - len(current) + len(damaged)
             self.report.damaged += lost
             self.report.superseded += others - len(lost)
             if not damaged:
-                self.checked[path.name] = checked_at
+                self.checked[path.name] = listing.stamps[path.name]
             if others or len(current) < SMALL_SHARD:
-                keep[path] = current
-            if not others and len(current) < SMALL_SHARD:
-                small.append(path)
-        if len(small) == len(keep) == 1:
-            return  # a small shard alone stays
+                rewrite[path] = current
+                has_waste |= others > 0
+        return rewrite if has_waste or len(rewrite) > 1 else {}  # a small shard alone stays
+
+    def gather(self, rewrite: dict[Path, list[str]]) -> None:
+        """Copy these images of these shards into new ones, and remove the old ones."""
         copied: list[Path] = []
-        builder = ShardBuilder(self._fingerprint)
+        builder = ShardBuilder(self.fingerprint)
         try:
-            for path, ids in keep.items():
-                with open_shard(path, self._fingerprint) as images:
+            for path, ids in rewrite.items():
+                with open_shard(path, self.fingerprint) as images:
                     for image_id in ids:
                         builder.copy(images, image_id)
                         if len(builder.images) >= IMAGES_PER_SHARD or builder.size >= BYTES_PER_SHARD:
-                            self._finish(builder)
-                            builder = ShardBuilder(self._fingerprint)
-                            self.remove(copied)
-                            copied = []
+                            self.finish(builder, copied)
+                            builder, copied = ShardBuilder(self.fingerprint), []
                 copied.append(path)
-            self._finish(builder)
-            self.remove(copied)
+            self.finish(builder, copied)
         finally:
             builder.close()
 
-    def _finish(self, builder: ShardBuilder) -> None:
+    def finish(self, builder: ShardBuilder, copied: list[Path]) -> None:
         if len(builder.images):
-            name = next_shard(self._folder, 0, 1)
-            self.checked[str(name)] = finish_shard(self._folder, name, builder.to_bytes())
+            name = next_shard(self.folder, 0, 1)
+            self.checked[str(name)] = finish_shard(self.folder, name, builder.to_bytes())
         builder.close()
+        self.remove(copied)
 
 
 def _folder_size(folder: Path) -> int:

@@ -60,7 +60,7 @@ class FinishedImages:
         self._fingerprint = read_manifest(folder).fingerprint
         self._listing = list_records(folder, self._fingerprint)
         self._shard_of = self._listing.shard_of
-        self._believed = dict(self._listing.stamps.items() & read_trusted(folder).items()).keys()
+        self._believed = {name for name, _ in self._listing.stamps.items() & read_trusted(folder).items()}
         self._path = folder / f"known-{index}-of-{count}.json"
         self._known: dict[str, Entry] = {}
         try:

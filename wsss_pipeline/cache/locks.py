@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import socket
 from collections.abc import Iterator
@@ -36,11 +35,14 @@ class WriterLock:
             try:
                 self._lock.acquire(timeout=0)
             except Timeout as error:
+                owner = "another process"
+                with suppress(OSError, ValueError):
+                    owner = self._owner.read_text()[:200] or owner
                 raise CacheLockedError(
-                    f"{self._lock.lock_file} is held by {self._describe_owner()}, which writes the same "
-                    "share; wait for it or stop it, or give each process its own --shard I/N"
+                    f"{self._lock.lock_file} is held by {owner}, which writes the same share; wait for it or "
+                    "stop it, or give each process its own --shard I/N"
                 ) from error
-            self._owner.write_text(json.dumps({"pid": os.getpid(), "host": socket.gethostname()}))
+            self._owner.write_text(f"process {os.getpid()} on {socket.gethostname()}")
 
     def release(self) -> None:
         """Give the lock back; nothing happens where it isn't held."""
@@ -48,13 +50,6 @@ class WriterLock:
             with suppress(OSError):
                 self._owner.unlink(missing_ok=True)
             self._lock.release()
-
-    def _describe_owner(self) -> str:
-        try:
-            owner = json.loads(self._owner.read_text())
-            return f"process {int(owner['pid'])} on {owner['host']}"
-        except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError):
-            return "another process"
 
 
 def lock_name(index: int, count: int) -> str:

@@ -6,7 +6,7 @@ import json
 import logging
 import platform
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from datetime import UTC, datetime
 from importlib import metadata
@@ -27,10 +27,7 @@ FORMAT = "wsss-pseudo-masks"
 MAX_NAME_LENGTH = 60
 
 # Their versions go into the manifest, where installed.
-LIBRARIES = (
-    *("wsss-pipeline", "torch", "transformers", "numpy", "h5py", "Pillow"),
-    *("opencv-python-headless", "opencv-python", "numba", "pydensecrf2"),
-)
+LIBRARIES = ["wsss-pipeline", "torch", "transformers", "numpy", "h5py", "Pillow", "opencv-python-headless", "opencv-python", "numba", "pydensecrf2"]
 
 logger = logging.getLogger(__name__)
 
@@ -265,13 +262,15 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
     write_file(folder / MANIFEST, (json.dumps(values, indent=2) + "\n").encode("ascii"))
 
 
-def update_completion(folder: Path, completion: Completion) -> None:
-    """Replace the completion in the manifest; the caller holds the set's lock.
+def update_completion(folder: Path, change: Callable[[Completion], Completion]) -> Completion:
+    """Replace the completion in the manifest by what ``change`` makes of it; the caller holds the set's lock.
 
     Raises:
         CacheFormatError: the manifest can't be read.
         OutputError: disk full, read-only, ...
     """
     manifest = read_manifest(folder)
+    completion = change(manifest.completion)
     if manifest.completion != completion:
         write_manifest(folder, manifest.model_copy(update={"completion": completion}))
+    return completion

@@ -83,11 +83,14 @@ def merge(sources: Sequence[Path], destination: Path) -> MergeReport:
             if folder.resolve() != target.resolve():
                 _copy_shards(folder, expected, known, report)
         report.images = len(write_index(target, expected, {}).shard_of)
-        shares = [
-            share for item in (read_manifest(target), *manifests) for share in item.completion.shares.items()
-        ]
-        count = int(shares[-1][0].rpartition("/")[2]) if shares else 1
-        update_completion(target, Completion.of(report.images, dict(shares), count))
+
+        def merged(before: Completion) -> Completion:
+            completions = (before, *(manifest.completion for manifest in manifests))
+            shares = [share for completion in completions for share in completion.shares.items()]
+            count = int(shares[-1][0].rpartition("/")[2]) if shares else 1
+            return Completion.of(report.images, dict(shares), count)
+
+        update_completion(target, merged)
     return report
 
 

@@ -87,14 +87,10 @@ class MaskWriter:
     def __enter__(self) -> MaskWriter:
         self._fingerprint = read_manifest(self._folder).fingerprint
         checked: dict[str, Stamp] = {}
-        with set_lock(self._folder):
-            self._lock.acquire()
-            try:
-                names = take_over_partials(self._folder, self._index, self._count)
-            except BaseException:
-                self._lock.release()
-                raise
         try:
+            with set_lock(self._folder):
+                self._lock.acquire()
+                names = take_over_partials(self._folder, self._index, self._count)
             for name in names:
                 salvage(self._folder, name, self._fingerprint, checked)
             self._finished = FinishedImages(self._folder, self._index, self._count)
@@ -194,11 +190,12 @@ class MaskWriter:
         # outside the lock, which others wait for: what they finish meanwhile is theirs to count
         self._shard_of = list_records(self._folder, self._fingerprint).shard_of
         missing = sum(image_id not in self._shard_of for image_id in expected_ids)
+        images, own = len(self._shard_of), ShareCompletion(expected=len(expected_ids), missing=missing)
         with set_lock(self._folder):
-            shares = read_manifest(self._folder).completion.shares
-            own = ShareCompletion(expected=len(expected_ids), missing=missing)
-            completion = Completion.of(len(self._shard_of), {**shares, self._share: own}, self._count)
-            update_completion(self._folder, completion)
+            completion = update_completion(
+                self._folder,
+                lambda before: Completion.of(images, {**before.shares, self._share: own}, self._count),
+            )
         finished.save(self._shard_of)
         return completion
 
@@ -213,30 +210,28 @@ class MaskWriter:
         try:
             if not self._failed:
                 self._finish_shard()
-                checked = self._finished.checked
-                is_stale = bool(checked) or not (self._folder / INDEX).exists()
-                if not is_stale and self._shard_of:
-                    is_stale = set(read_trusted(self._folder)) != set(self._shard_of.values())
-                if is_stale:
-                    self._leave_index(checked)
+                checked, listed = self._finished.checked, set(self._shard_of.values())
+                if (
+                    checked
+                    or not (self._folder / INDEX).exists()
+                    or (listed and listed != read_trusted(self._folder).keys())
+                ):
+                    with set_lock(self._folder):
+                        # let go within the set's lock: of two that close together, the second finds itself alone
+                        self._lock.release()
+                        if held_locks(self._folder):
+                            note_checked(self._folder, self._index, self._count, checked)
+                        else:
+                            images = len(write_index(self._folder, self._fingerprint, checked).shard_of)
+                            update_completion(
+                                self._folder, lambda before: before.model_copy(update={"images": images})
+                            )
         finally:
             self._finished = None
             if self._builder is not None:
                 self._builder.close()
                 self._builder = None
             self._lock.release()
-
-    def _leave_index(self, checked: dict[str, Stamp]) -> None:
-        with set_lock(self._folder):
-            # let go within the set's lock: of two that close together, the second finds itself alone
-            self._lock.release()
-            if held_locks(self._folder):
-                note_checked(self._folder, self._index, self._count, checked)
-                return
-            listing = write_index(self._folder, self._fingerprint, checked)
-            completion = read_manifest(self._folder).completion
-            images = len(listing.shard_of)
-            update_completion(self._folder, completion.model_copy(update={"images": images}))
 
     def _open(self) -> FinishedImages:
         if self._finished is None:
@@ -270,9 +265,14 @@ class MaskWriter:
         """Before the first write: a set that says it is complete no longer is, until ``finish``."""
         if not self._is_marked_incomplete:
             with set_lock(self._folder):
-                before = read_manifest(self._folder).completion
-                others = {share: item for share, item in before.shares.items() if share != self._share}
-                update_completion(self._folder, Completion.of(before.images, others, self._count))
+                update_completion(
+                    self._folder,
+                    lambda before: Completion.of(
+                        before.images,
+                        {share: item for share, item in before.shares.items() if share != self._share},
+                        self._count,
+                    ),
+                )
             self._is_marked_incomplete = True
 
 
