@@ -84,7 +84,7 @@ def test_gc_finishes_what_a_dead_writer_left(folder: Path) -> None:
 
 
 def test_gc_splits_what_it_gathers(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("wsss_pipeline.cache.compaction.IMAGES_PER_SHARD", 20)
+    monkeypatch.setattr("wsss_pipeline.cache.maintenance.IMAGES_PER_SHARD", 20)
     for start in range(0, 30, 5):
         write_images(folder, IDS[start : start + 5])
     assert gc(folder).images == 30

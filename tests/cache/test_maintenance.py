@@ -106,8 +106,6 @@ def test_status_and_verify_name_their_files(folder: Path, monkeypatch: pytest.Mo
 
     def list_and_vanish(*arguments: Any) -> Listing:
         listing = list_records(*arguments)
-        listed = shards(folder)
-        monkeypatch.setattr(maintenance, "shard_files", lambda _: listed)
         for path in vanishing:
             path.unlink()
         return listing

@@ -19,7 +19,7 @@ from pydantic import TypeAdapter
 from wsss_pipeline.cache.records import escape_id, image_ids, own_member
 from wsss_pipeline.cache.shards import IMAGES, ShardBuilder, open_shard, shard_files
 from wsss_pipeline.errors import CacheFormatError
-from wsss_pipeline.runtime.output import one_line, write_file, writing
+from wsss_pipeline.runtime.output import write_file, writing
 
 INDEX = "index.h5"
 NOTES = "checked-*-of-*.json"
@@ -38,13 +38,13 @@ class Listing:
         shard_of: image id to the name of the shard that holds its record; where several do, of the latest.
         stamps: of those that could be opened, taken before reading.
         superseded: number of records that a later one of the same image replaces.
-        unreadable: shard to the reason, for those that can't be opened.
+        unreadable: shard to the error, for those that can't be opened.
     """
 
     shard_of: dict[str, str] = field(default_factory=dict)
     stamps: dict[str, Stamp] = field(default_factory=dict)
     superseded: int = 0
-    unreadable: dict[str, str] = field(default_factory=dict)
+    unreadable: dict[str, Exception] = field(default_factory=dict)
 
 
 def list_records(folder: Path, fingerprint: str) -> Listing:
@@ -56,7 +56,7 @@ def list_records(folder: Path, fingerprint: str) -> Listing:
             with open_shard(path, fingerprint) as images:
                 found = image_ids(images)
         except (CacheFormatError, OSError) as error:
-            listing.unreadable[path.name] = one_line(error)
+            listing.unreadable[path.name] = error
             logger.warning("the images in it count as missing: %s", error)
             continue
         listing.stamps[path.name] = before

@@ -27,7 +27,10 @@ FORMAT = "wsss-pseudo-masks"
 MAX_NAME_LENGTH = 60
 
 # Their versions go into the manifest, where installed.
-LIBRARIES = ["wsss-pipeline", "torch", "transformers", "numpy", "h5py", "Pillow", "opencv-python-headless", "opencv-python", "numba", "pydensecrf2"]
+LIBRARIES = (
+    *("wsss-pipeline", "torch", "transformers", "numpy", "h5py", "Pillow"),
+    *("opencv-python-headless", "opencv-python", "numba", "pydensecrf2"),
+)
 
 logger = logging.getLogger(__name__)
 

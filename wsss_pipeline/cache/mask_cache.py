@@ -17,6 +17,7 @@ from wsss_pipeline.cache.records import RecordInfo, read_info, read_record, read
 from wsss_pipeline.cache.shards import open_images
 from wsss_pipeline.data.masks import PseudoMask
 from wsss_pipeline.errors import CacheFormatError, CacheRecordError
+from wsss_pipeline.runtime.output import one_line
 
 OPEN_SHARDS = 64  # file handles that one process keeps
 
@@ -40,7 +41,7 @@ class MaskCache:
         self.manifest: Manifest = read_manifest(path)
         listing = list_records(path, self.manifest.fingerprint)
         self.superseded = listing.superseded
-        self.unreadable: dict[str, str] = listing.unreadable
+        self.unreadable = {shard: one_line(error) for shard, error in listing.unreadable.items()}
         self.shard_of: dict[str, str] = dict(sorted(listing.shard_of.items()))
         self._open: OrderedDict[str, h5py.Group] = OrderedDict()
         self._process = os.getpid()

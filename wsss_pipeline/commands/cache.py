@@ -182,7 +182,7 @@ def collect_garbage(paths: tuple[Path, ...], cache: Path | None) -> None:
 def _json(found: list[MaskSetStatus]) -> str:
     from pydantic_core import to_jsonable_python
 
-    return json.dumps([{**to_jsonable_python(item), "complete": item.complete} for item in found])
+    return json.dumps(to_jsonable_python(found))
 
 
 def _lines(item: MaskSetStatus) -> list[str]:
