@@ -23,8 +23,7 @@ import numpy as np
 
 with atheris.instrument_imports(include=["wsss_pipeline"]):
     from wsss_pipeline.cache import FinishedImages, MaskSet, MaskWriter, open_mask_set
-    from wsss_pipeline.cache.fingerprint import fingerprint
-    from wsss_pipeline.cache.manifest import read_manifest
+    from wsss_pipeline.cache.manifest import fingerprint, read_manifest
     from wsss_pipeline.data.classes import load_class_set
     from wsss_pipeline.data.image_files import file_status
     from wsss_pipeline.data.image_ids import check_image_id

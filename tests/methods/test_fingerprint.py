@@ -25,7 +25,7 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 from tests.methods import toy_method
-from wsss_pipeline.cache.fingerprint import fingerprint
+from wsss_pipeline.cache.manifest import fingerprint
 from wsss_pipeline.clip.sources import ClipFiles
 from wsss_pipeline.clip.weights import Clip, load_clip
 from wsss_pipeline.config import fields

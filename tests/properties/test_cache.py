@@ -14,7 +14,7 @@ from hypothesis.extra import numpy as arrays
 
 from tests.properties.test_labels import is_safe
 from wsss_pipeline.cache import MaskCache, MaskSet, MaskWriter, PseudoMask, open_mask_set, verify
-from wsss_pipeline.cache.fingerprint import fingerprint
+from wsss_pipeline.cache.manifest import fingerprint
 from wsss_pipeline.cache.records import escape_id
 
 # HDF5 stores names and attributes in 64 KiB headers; ids of up to 1000 characters fit

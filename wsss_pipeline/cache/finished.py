@@ -20,7 +20,7 @@ from pydantic import BaseModel
 from wsss_pipeline.cache.index import Stamp, list_records, read_trusted
 from wsss_pipeline.cache.manifest import read_manifest
 from wsss_pipeline.cache.records import RecordInfo, check_records
-from wsss_pipeline.cache.shards import open_shard
+from wsss_pipeline.cache.shards import IMAGES, open_shard
 from wsss_pipeline.data.image_files import ImageFile, Status, file_status
 from wsss_pipeline.data.images import file_digest
 from wsss_pipeline.errors import CacheFormatError, ImageError
@@ -125,8 +125,8 @@ class FinishedImages:
     def _read_shard(self, shard: str) -> dict[str, RecordInfo]:
         is_believed = shard in self._believed
         try:
-            with open_shard(self._folder / shard, self._fingerprint) as images:
-                records, damaged = check_records(images, arrays=not is_believed)
+            with open_shard(self._folder / shard, self._fingerprint) as file:
+                records, damaged = check_records(file[IMAGES], arrays=not is_believed)
         except CacheFormatError as error:
             logger.warning("its images are done again: %s", error)
             return {}

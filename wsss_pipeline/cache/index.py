@@ -53,8 +53,8 @@ def list_records(folder: Path, fingerprint: str) -> Listing:
     for path in shard_files(folder):
         try:
             before = stamp(path)
-            with open_shard(path, fingerprint) as images:
-                found = image_ids(images)
+            with open_shard(path, fingerprint) as file:
+                found = image_ids(file[IMAGES])
         except (CacheFormatError, OSError) as error:
             listing.unreadable[path.name] = error
             logger.warning("the images in it count as missing: %s", error)

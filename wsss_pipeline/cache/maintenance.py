@@ -23,6 +23,7 @@ from wsss_pipeline.cache.mask_cache import MaskCache
 from wsss_pipeline.cache.records import check_records, image_ids, read_texts
 from wsss_pipeline.cache.shards import (
     DAMAGED_SUFFIX,
+    IMAGES,
     PARTIAL_SUFFIX,
     ShardBuilder,
     next_shard,
@@ -142,8 +143,8 @@ def verify(mask_set: Path) -> VerifyReport:
     with Progress(len(listing.stamps), "shards") as progress:
         for shard in progress.over(listing.stamps):
             try:
-                with open_shard(mask_set / shard, fingerprint) as images:
-                    sound, damaged = check_records(images)
+                with open_shard(mask_set / shard, fingerprint) as file:
+                    sound, damaged = check_records(file[IMAGES])
             except CacheFormatError as error:
                 report.unreadable[shard] = str(error)
                 continue
@@ -202,11 +203,11 @@ def merge(sources: Sequence[Path], destination: Path) -> MergeReport:
     with without_writers(target):
         known: dict[str, tuple[str, ...]] = {}  # digests of the records that count
         for path in shard_files(target):
-            with suppress(CacheFormatError), open_shard(path, expected) as images:
-                for image_id in image_ids(images):
+            with suppress(CacheFormatError), open_shard(path, expected) as file:
+                for image_id in image_ids(file[IMAGES]):
                     known.pop(image_id, None)
                     with suppress(CacheRecordError):
-                        known[image_id] = read_texts(images, image_id, "record_digest")
+                        known[image_id] = read_texts(file[IMAGES], image_id, "record_digest")
         for folder in folders:
             if folder.resolve() != target.resolve():
                 _copy_shards(folder, expected, known, report)
@@ -231,8 +232,8 @@ def _copy_shards(
         )
     for path in shard_files(source):
         try:
-            with open_shard(path, fingerprint) as images:
-                digests = {i: read_texts(images, i, "record_digest") for i in image_ids(images)}
+            with open_shard(path, fingerprint) as file:
+                digests = {i: read_texts(file[IMAGES], i, "record_digest") for i in image_ids(file[IMAGES])}
         except (CacheFormatError, CacheRecordError) as error:
             logger.warning("left out: %s", error)
             report.unreadable += 1
@@ -303,8 +304,8 @@ def gc(mask_set: Path) -> GcReport:
         rewrite: dict[Path, list[str]] = {}  # shards, each with the images in it that are sound and current
         has_waste = False
         for shard, stamp in listing.stamps.items():
-            with open_shard(mask_set / shard, fingerprint) as images:
-                sound, damaged = check_records(images)
+            with open_shard(mask_set / shard, fingerprint) as file:
+                sound, damaged = check_records(file[IMAGES])
             current, lost = (
                 [image_id for image_id in part if listing.shard_of.get(image_id) == shard]
                 for part in (sound, damaged)
@@ -338,9 +339,9 @@ def _packed(rewrite: Mapping[Path, list[str]], fingerprint: str) -> Iterator[tup
     builder, copied = ShardBuilder(fingerprint), list[Path]()
     try:
         for path, ids in rewrite.items():
-            with open_shard(path, fingerprint) as images:
+            with open_shard(path, fingerprint) as file:
                 for image_id in ids:
-                    builder.copy(images, image_id)
+                    builder.copy(file[IMAGES], image_id)
                     if len(builder.images) >= IMAGES_PER_SHARD or builder.size >= BYTES_PER_SHARD:
                         yield builder.to_bytes(), copied
                         builder.close()

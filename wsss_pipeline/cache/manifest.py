@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
+import math
 import platform
 import re
 from collections.abc import Callable, Mapping
@@ -15,7 +17,6 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from wsss_pipeline.cache.fingerprint import fingerprint
 from wsss_pipeline.cache.locks import set_lock
 from wsss_pipeline.cache.shards import FORMAT_VERSION
 from wsss_pipeline.errors import CacheError, CacheFormatError
@@ -35,6 +36,43 @@ LIBRARIES = (
 logger = logging.getLogger(__name__)
 
 Count = Annotated[int, Field(ge=0, le=2**53)]
+
+
+def fingerprint(determinants: Mapping[str, Any]) -> str:
+    """64 hexadecimal digits that stand for ``determinants``: equal on every machine and in every version.
+
+    SHA-256 of canonical JSON: keys sorted, no white space, ASCII, floats as their shortest exact form. Allowed are
+    None, bool, int, finite float, str, and lists, tuples and mappings with text keys of these. 1 and 1.0 differ:
+    values come from a typed configuration, where each key has one type. Numpy scalars, paths, sets and the
+    like are refused rather than turned into text, for their text form isn't promised to stay the same.
+
+    Raises:
+        CacheError: a value has no canonical form; the message names its key.
+    """
+    _check_canonical(determinants, "determinants")
+    return hashlib.sha256(
+        json.dumps(determinants, sort_keys=True, separators=(",", ":")).encode()
+    ).hexdigest()
+
+
+def _check_canonical(value: Any, where: str) -> None:
+    # Exact types: a subclass may print itself as it likes.
+    kind = type(value)
+    if kind is dict:
+        for key, item in value.items():
+            if type(key) is not str:
+                raise CacheError(f"{where}: the key {key!r} isn't text; a fingerprint needs text keys")
+            _check_canonical(item, f"{where}.{key}")
+    elif kind in (list, tuple):
+        for position, item in enumerate(value):
+            _check_canonical(item, f"{where}[{position}]")
+    elif kind is float:
+        if not math.isfinite(value):
+            raise CacheError(f"{where}: {value} has no canonical form; a fingerprint needs finite numbers")
+    elif value is not None and kind not in (bool, int, str):
+        raise CacheError(
+            f"{where}: {kind.__name__} has no canonical form; make it a number, text, list or dict"
+        )
 
 
 class _Stored(BaseModel):

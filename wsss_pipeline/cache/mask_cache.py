@@ -6,7 +6,6 @@ import os
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import h5py
@@ -14,7 +13,7 @@ import h5py
 from wsss_pipeline.cache.index import list_records
 from wsss_pipeline.cache.manifest import Manifest, only_mask_set, read_manifest
 from wsss_pipeline.cache.records import RecordInfo, read_info, read_record, read_texts
-from wsss_pipeline.cache.shards import open_images
+from wsss_pipeline.cache.shards import IMAGES, open_shard
 from wsss_pipeline.data.masks import PseudoMask
 from wsss_pipeline.errors import CacheFormatError, CacheRecordError
 from wsss_pipeline.runtime.output import one_line
@@ -43,7 +42,7 @@ class MaskCache:
         self.superseded = listing.superseded
         self.unreadable = {shard: one_line(error) for shard, error in listing.unreadable.items()}
         self.shard_of: dict[str, str] = dict(sorted(listing.shard_of.items()))
-        self._open: OrderedDict[str, h5py.Group] = OrderedDict()
+        self._open: OrderedDict[str, h5py.File] = OrderedDict()
         self._process = os.getpid()
 
     @classmethod
@@ -117,16 +116,14 @@ class MaskCache:
 
     def close(self) -> None:
         """Close the files; the next access opens them again."""
-        for images in self._open.values():
-            images.file.close()
+        for file in self._open.values():
+            file.close()
         self._open.clear()
 
     def __enter__(self) -> MaskCache:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -146,10 +143,10 @@ class MaskCache:
             self._process = os.getpid()
         if shard not in self._open:
             try:
-                self._open[shard] = open_images(self.path / shard, self.manifest.fingerprint)
+                self._open[shard] = open_shard(self.path / shard, self.manifest.fingerprint)
             except CacheFormatError as error:
                 raise CacheRecordError(f"image '{image_id}': {error}") from error
             if len(self._open) > OPEN_SHARDS:
-                self._open.popitem(last=False)[1].file.close()
+                self._open.popitem(last=False)[1].close()
         self._open.move_to_end(shard)
-        return self._open[shard]
+        return self._open[shard][IMAGES]

@@ -220,7 +220,7 @@ def record_digest(image_id: str, pseudo_mask: PseudoMask, image_digest: str, sca
         "scale": float(scale),
         "arrays": [(name, array.dtype.str, array.shape) for name, array in arrays],
     }
-    # the form of ``fingerprint.canonical_json``
+    # the form of ``manifest.fingerprint``
     text = json.dumps(header, sort_keys=True, separators=(",", ":"), allow_nan=False)
     digest = hashlib.sha256(text.encode("ascii"))
     for _, array in arrays:

@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import re
 import uuid
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -108,8 +106,8 @@ class ShardBuilder:
         self.file.close()
 
 
-def open_images(path: Path, fingerprint: str) -> h5py.Group:
-    """The group of all records of a finished or partial shard, for reading; the caller closes its ``file``.
+def open_shard(path: Path, fingerprint: str) -> h5py.File:
+    """A finished or partial shard, for reading; the group ``IMAGES`` of all records lies in the file itself.
 
     Raises:
         CacheFormatError: the file is damaged, or belongs to another format version or mask set.
@@ -121,7 +119,7 @@ def open_images(path: Path, fingerprint: str) -> h5py.Group:
         # "best-effort": file systems without locks can be read as well; a finished shard needs none
         file = h5py.File(path, "r", locking="best-effort")
         version, owner = int(file.attrs["format_version"]), str(file.attrs["fingerprint"])
-        images: h5py.Group = own_member(file, IMAGES, h5py.Group)
+        own_member(file, IMAGES, h5py.Group)
     except Exception as error:  # a damaged file makes HDF5 raise almost anything
         if file is not None:
             file.close()
@@ -132,14 +130,4 @@ def open_images(path: Path, fingerprint: str) -> h5py.Group:
         file.close()
         other = f"format version {version}" if version != FORMAT_VERSION else f"mask set {owner[:12]}"
         raise CacheFormatError(f"{path} belongs to {other}, not to this folder; move it away")
-    return images
-
-
-@contextmanager
-def open_shard(path: Path, fingerprint: str) -> Iterator[h5py.Group]:
-    """``open_images`` for the time of a with statement."""
-    images = open_images(path, fingerprint)
-    try:
-        yield images
-    finally:
-        images.file.close()
+    return file

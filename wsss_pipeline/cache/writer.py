@@ -7,7 +7,6 @@ import time
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from types import TracebackType
 
 from wsss_pipeline.cache.finished import FinishedImages
 from wsss_pipeline.cache.index import (
@@ -24,6 +23,7 @@ from wsss_pipeline.cache.manifest import Completion, ShareCompletion, read_manif
 from wsss_pipeline.cache.records import check_records, write_record
 from wsss_pipeline.cache.shards import (
     DAMAGED_SUFFIX,
+    IMAGES,
     PARTIAL_SUFFIX,
     ShardBuilder,
     ShardName,
@@ -100,9 +100,7 @@ class MaskWriter:
             raise
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: object, error: object, trace: object) -> None:
         try:
             self.close()
         except (CacheError, OutputError) as second:
@@ -334,10 +332,10 @@ def salvage(folder: Path, name: ShardName, fingerprint: str, checked: dict[str, 
     """
     partial, builder = folder / name.partial, ShardBuilder(fingerprint)
     try:
-        with open_shard(partial, fingerprint) as images:
-            sound, damaged = check_records(images)
+        with open_shard(partial, fingerprint) as file:
+            sound, damaged = check_records(file[IMAGES])
             for image_id in sound:
-                builder.copy(images, image_id)
+                builder.copy(file[IMAGES], image_id)
         if damaged:
             logger.warning(
                 "%d records that an interrupted run left are damaged, they are done again", len(damaged)

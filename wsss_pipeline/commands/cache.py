@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,40 +18,36 @@ from wsss_pipeline.runtime.output import printable
 if TYPE_CHECKING:
     from wsss_pipeline.cache import MaskSetStatus
 
-DEFAULT_CACHE = Path("cache")
-
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON for machines.")
 
 
-def mask_sets_argument(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Mask sets, or folders that hold some: as arguments, or one as ``--cache``."""
-    option = click.option(
-        "--cache",
-        type=PATH,
-        show_default=str(DEFAULT_CACHE),
-        help="A mask set, or the folder that holds mask sets; the same as PATH.",
+def takes_mask_sets(command: Callable[..., None]) -> Callable[..., None]:
+    """Give ``command`` the mask sets that are named, or lie in folders that are: as arguments, or one as --cache."""
+
+    @click.argument("paths", metavar="[PATH]...", nargs=-1, type=PATH)
+    @click.option(
+        "--cache", type=PATH, show_default="cache", help="The same as one PATH: a mask set or its folder."
     )
-    return click.argument("paths", metavar="[PATH]...", nargs=-1, type=PATH)(option(command))
+    @functools.wraps(command)
+    def with_mask_sets(*arguments: Any, paths: tuple[Path, ...], cache: Path | None, **options: Any) -> None:
+        from wsss_pipeline.cache import list_mask_sets
+
+        if paths and cache is not None and [path.resolve() for path in paths] != [cache.resolve()]:
+            raise ConfigError(f"{paths[0]} and --cache {cache} are both given; leave one of them away")
+        found: dict[Path, None] = {}
+        for path in paths or (cache or Path("cache"),):
+            mask_sets = list_mask_sets(path)
+            if not mask_sets:
+                echo(f"no mask set in {path}", err=True)
+            found |= dict.fromkeys(mask_sets)
+        command(*arguments, mask_sets=list(found), **options)
+
+    return with_mask_sets
 
 
-def find_mask_sets(paths: tuple[Path, ...], cache: Path | None) -> list[Path]:
-    """The mask sets that a command is about; a folder without one is named on stderr.
-
-    Raises:
-        ConfigError: arguments and ``--cache`` name different folders.
-        CacheFormatError: one isn't there.
-    """
-    from wsss_pipeline.cache import list_mask_sets
-
-    if paths and cache is not None and [path.resolve() for path in paths] != [cache.resolve()]:
-        raise ConfigError(f"{paths[0]} and --cache {cache} are both given; leave one of them away")
-    found: list[Path] = []
-    for path in paths or (cache or DEFAULT_CACHE,):
-        sets = list_mask_sets(path)
-        if not sets:
-            click.echo(printable(f"no mask set in {path}"), err=True)
-        found += sets
-    return list(dict.fromkeys(found))
+def echo(line: str, err: bool = False) -> None:
+    """Print a line that may hold others' names."""
+    click.echo(printable(line), err=err)
 
 
 @click.group("cache", short_help="Look after the pseudo-mask cache.")
@@ -63,52 +61,35 @@ def command() -> None:
 
 
 @command.command("ls")
-@mask_sets_argument
+@takes_mask_sets
 @json_option
-def list_sets(paths: tuple[Path, ...], cache: Path | None, as_json: bool) -> None:
+def list_sets(mask_sets: list[Path], as_json: bool) -> None:
     """List the mask sets in a cache, a line each.
 
     \b
     Example:
       wsss cache ls cache
     """
-    from wsss_pipeline.cache import status
-
-    found = [status(path) for path in find_mask_sets(paths, cache)]
-    if as_json:
-        click.echo(_json(found))
-        return
-    for item in found:
-        state = "complete" if item.complete else "incomplete"
-        size = f"{item.bytes / 2**20:.1f} MiB"
-        line = f"{item.path}  {item.images} images  {size}  {state}  {item.manifest.created}"
-        click.echo(printable(line))
+    _show(mask_sets, as_json, _summary)
 
 
 @command.command("status")
-@mask_sets_argument
+@takes_mask_sets
 @json_option
-def show_status(paths: tuple[Path, ...], cache: Path | None, as_json: bool) -> None:
+def show_status(mask_sets: list[Path], as_json: bool) -> None:
     """Say what each mask set holds and what its masks were made with.
 
     \b
     Example:
       wsss cache status cache/voc12-1f0c2a9be45d
     """
-    from wsss_pipeline.cache import status
-
-    found = [status(path) for path in find_mask_sets(paths, cache)]
-    if as_json:
-        click.echo(_json(found))
-        return
-    for item in found:
-        click.echo("\n".join(map(printable, _lines(item))))
+    _show(mask_sets, as_json, _details)
 
 
 @command.command("verify")
-@mask_sets_argument
+@takes_mask_sets
 @click.pass_context
-def verify_sets(context: click.Context, paths: tuple[Path, ...], cache: Path | None) -> None:
+def verify_sets(context: click.Context, mask_sets: list[Path]) -> None:
     """Read every record and compare it with its digest; exit code 1 where something is damaged.
 
     \b
@@ -118,15 +99,14 @@ def verify_sets(context: click.Context, paths: tuple[Path, ...], cache: Path | N
     from wsss_pipeline.cache import verify
 
     damaged = False
-    for path in find_mask_sets(paths, cache):
+    for path in mask_sets:
         report = verify(path)
         for name, reason in (report.unreadable | report.damaged).items():
-            click.echo(printable(f"{name}: {reason}"), err=True)
-        summary = (
+            echo(f"{name}: {reason}", err=True)
+        echo(
             f"{path}: {report.sound} images sound, {len(report.damaged)} damaged, "
             f"{len(report.unreadable)} shards unreadable"
         )
-        click.echo(printable(summary))
         damaged |= not report.ok
     if damaged:
         click.echo("running the same generate-masks again makes the damaged masks anew", err=True)
@@ -153,12 +133,12 @@ def merge_sets(sources: tuple[Path, ...], destination: Path) -> None:
         f"{report.unreadable} shards unreadable; the mask set holds {report.images} images",
         err=True,
     )
-    click.echo(printable(str(report.path)))
+    echo(f"{report.path}")
 
 
 @command.command("gc")
-@mask_sets_argument
-def collect_garbage(paths: tuple[Path, ...], cache: Path | None) -> None:
+@takes_mask_sets
+def collect_garbage(mask_sets: list[Path]) -> None:
     """Free the disk that replaced or damaged records and left-over files take.
 
     \b
@@ -167,46 +147,53 @@ def collect_garbage(paths: tuple[Path, ...], cache: Path | None) -> None:
     """
     from wsss_pipeline.cache import gc
 
-    for path in find_mask_sets(paths, cache):
+    for path in mask_sets:
         report = gc(path)
-        summary = (
+        echo(
             f"{path}: {report.images} images kept, {report.superseded} replaced and {len(report.damaged)} damaged "
             f"records dropped, {report.salvaged} salvaged, {report.bytes_freed / 2**20:.1f} MiB freed"
         )
-        click.echo(printable(summary))
         for image_id in report.damaged:
-            line = f"  {image_id}: its record was damaged; generate-masks makes it anew"
-            click.echo(printable(line), err=True)
+            echo(f"  {image_id}: its record was damaged; generate-masks makes it anew", err=True)
 
 
-def _json(found: list[MaskSetStatus]) -> str:
+def _show(mask_sets: list[Path], as_json: bool, lines: Callable[[MaskSetStatus], Iterable[str]]) -> None:
     from pydantic_core import to_jsonable_python
 
-    return json.dumps(to_jsonable_python(found))
+    from wsss_pipeline.cache import status
+
+    found = [status(path) for path in mask_sets]
+    if as_json:
+        click.echo(json.dumps(to_jsonable_python(found)))
+        return
+    for line in itertools.chain.from_iterable(map(lines, found)):
+        echo(line)
 
 
-def _lines(item: MaskSetStatus) -> list[str]:
-    mask_set = item.manifest.mask_set
-    lines = [
-        f"{item.path}",
-        f"  fingerprint   {item.manifest.fingerprint}",
-        f"  created       {item.manifest.created}",
-        f"  complete      {'yes' if item.complete else 'no'}",
-        f"  images        {item.images} ({item.images_without_labels} without labels)",
-        f"  size          {item.bytes / 2**20:.1f} MiB in {item.shards} shards, "
-        f"{item.bytes_per_image / 1024:.1f} KiB an image",
-        f"  classes       {', '.join(mask_set.class_names)}",
-    ]
+def _summary(item: MaskSetStatus) -> Iterable[str]:
+    state, size = "complete" if item.complete else "incomplete", f"{item.bytes / 2**20:.1f} MiB"
+    yield f"{item.path}  {item.images} images  {size}  {state}  {item.manifest.created}"
+
+
+def _details(item: MaskSetStatus) -> Iterable[str]:
+    manifest = item.manifest
+    size = f"{item.bytes / 2**20:.1f} MiB in {item.shards} shards, {item.bytes_per_image / 1024:.1f} KiB an image"
+    yield f"{item.path}"
+    yield f"  fingerprint   {manifest.fingerprint}"
+    yield f"  created       {manifest.created}"
+    yield f"  complete      {'yes' if item.complete else 'no'}"
+    yield f"  images        {item.images} ({item.images_without_labels} without labels)"
+    yield f"  size          {size}"
+    yield f"  classes       {', '.join(manifest.mask_set.class_names)}"
     if item.superseded:
-        lines.append(f"  replaced      {item.superseded} records (wsss cache gc frees them)")
-    lines += [
-        f"  being written {name} (or its writer died; the next run takes it over)" for name in item.partial
-    ]
-    lines += [f"  damaged       {name} (set aside)" for name in item.damaged]
-    lines += [f"  unreadable    {name}: {reason}" for name, reason in item.unreadable.items()]
-    made_with = {
-        key: value for key, value in mask_set.determinants.items() if key not in ("classes", "background")
-    }
-    lines += [f"  {key:<13} {json.dumps(value, ensure_ascii=False)}" for key, value in made_with.items()]
-    lines.append(f"  versions      {', '.join(f'{name} {v}' for name, v in item.manifest.versions.items())}")
-    return lines
+        yield f"  replaced      {item.superseded} records (wsss cache gc frees them)"
+    for name in item.partial:
+        yield f"  being written {name} (or its writer died; the next run takes it over)"
+    for name in item.damaged:
+        yield f"  damaged       {name} (set aside)"
+    for name, reason in item.unreadable.items():
+        yield f"  unreadable    {name}: {reason}"
+    for key, value in manifest.mask_set.determinants.items():
+        if key not in ("classes", "background"):
+            yield f"  {key:<13} {json.dumps(value, ensure_ascii=False)}"
+    yield f"  versions      {', '.join(f'{name} {version}' for name, version in manifest.versions.items())}"
