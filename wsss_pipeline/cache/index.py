@@ -116,8 +116,7 @@ def write_index(folder: Path, fingerprint: str, checked: Mapping[str, Stamp]) ->
     """Write ``index.h5`` anew, and drop the notes that went into it; the caller holds the set's lock.
 
     Args:
-        folder: of the mask set.
-        fingerprint: of the mask set.
+        folder, fingerprint: of the mask set.
         checked: shards that the caller has checked in full, with their stamp at that time.
 
     Returns:

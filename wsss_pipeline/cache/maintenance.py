@@ -245,7 +245,7 @@ def _copy_shards(
             content = path.read_bytes()
         except OSError as error:
             raise CacheError(f"{path} can't be read: {error.strerror}; mend that and merge again") from error
-        write_file(report.path / str(next_shard(report.path, 0, 1)), content)
+        write_file(report.path / next_shard(report.path, 0, 1), content)
         known |= digests
         report.copied += 1
 
@@ -322,7 +322,7 @@ def gc(mask_set: Path) -> GcReport:
             for content, copied in _packed(rewrite, fingerprint):
                 if content:
                     name = next_shard(mask_set, 0, 1)
-                    checked[str(name)] = finish_shard(mask_set, name, content)
+                    checked[name] = finish_shard(mask_set, name, content)
                 _remove(copied, report)
         report.set_aside = [path.name for path in shard_files(mask_set, DAMAGED_SUFFIX)]
         report.images = len(write_index(mask_set, fingerprint, checked).shard_of)

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import re
 import uuid
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import h5py
 
@@ -26,29 +26,24 @@ DAMAGED_SUFFIX = ".damaged"
 _PATTERN = re.compile(r"shard-(\d{1,9})of(\d{1,9})-(\d{1,9})\.h5(\..+)?")
 
 
-@dataclass(frozen=True, order=True)
-class ShardName:
-    """File ``sequence`` in the folder, by writer ``index`` of ``count``; the order is that of writing."""
+class ShardFile(NamedTuple):
+    """File ``sequence`` in the folder, by writer ``index`` of ``count``; the order is that of writing.
+
+    ``suffix``: what stands behind ``.h5``, nothing for a finished one, which never changes.
+    """
 
     sequence: int
     index: int
     count: int
-
-    def __str__(self) -> str:
-        """For example ``shard-0of4-00012.h5``; such a file never changes."""
-        return f"shard-{self.index}of{self.count}-{self.sequence:05}.h5"
-
-    @property
-    def partial(self) -> str:
-        """The name while the file is being filled."""
-        return f"{self}{PARTIAL_SUFFIX}"
+    suffix: str
+    path: Path
 
 
-def named_shards(folder: Path) -> list[tuple[ShardName, str, Path]]:
-    """All files of shards, in order of writing, with what stands behind ``.h5``: nothing for a finished one."""
+def named_shards(folder: Path) -> list[ShardFile]:
+    """All files of shards, in order of writing."""
     matches = ((_PATTERN.fullmatch(path.name), path) for path in folder.iterdir())
     return sorted(
-        (ShardName(sequence=int(match[3]), index=int(match[1]), count=int(match[2])), match[4] or "", path)
+        ShardFile(int(match[3]), int(match[1]), int(match[2]), match[4] or "", path)
         for match, path in matches
         if match is not None
     )
@@ -56,12 +51,13 @@ def named_shards(folder: Path) -> list[tuple[ShardName, str, Path]]:
 
 def shard_files(folder: Path, suffix: str = "") -> list[Path]:
     """Files of shards with this suffix, in order of writing: what a later one says holds."""
-    return [path for _, found, path in named_shards(folder) if found == suffix]
+    return [shard.path for shard in named_shards(folder) if shard.suffix == suffix]
 
 
-def next_shard(folder: Path, index: int, count: int) -> ShardName:
-    """A new name for this writer, with a number larger than any shard file in the folder has, whatever its state."""
-    return ShardName(1 + max((name.sequence for name, _, _ in named_shards(folder)), default=0), index, count)
+def next_shard(folder: Path, index: int, count: int) -> str:
+    """A new name, such as ``shard-0of4-00012.h5``; no file in the folder has a number as large, whatever its state."""
+    sequence = 1 + max((shard.sequence for shard in named_shards(folder)), default=0)
+    return f"shard-{index}of{count}-{sequence:05}.h5"
 
 
 class ShardBuilder:

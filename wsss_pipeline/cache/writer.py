@@ -26,7 +26,6 @@ from wsss_pipeline.cache.shards import (
     IMAGES,
     PARTIAL_SUFFIX,
     ShardBuilder,
-    ShardName,
     named_shards,
     next_shard,
     open_shard,
@@ -75,8 +74,9 @@ class MaskWriter:
         self._images_per_shard = images_per_shard
         self._lock = WriterLock(self._folder, index, count)
         self._finished: FinishedImages | None = None
-        self._builder: ShardBuilder | None = None
-        self._name: ShardName | None = None
+        self._shard: tuple[str, ShardBuilder] | None = (
+            None  # the one at hand, and its name when it is finished
+        )
         self._unsaved = 0
         self._last_flush = time.monotonic()
         self._flush_duration = 0.0
@@ -108,17 +108,9 @@ class MaskWriter:
                 raise
             logger.warning("%s", second)
 
-    def is_current(
-        self,
-        image_id: str,
-        file: ImageFile,
-        labels: tuple[str, ...],
-        *,
-        need_cams: bool = False,
-        check_bytes: bool = False,
-    ) -> bool:
-        """Whether finished shards held this image's mask at the start; see ``FinishedImages.is_current``."""
-        return self._open().is_current(image_id, file, labels, need_cams=need_cams, check_bytes=check_bytes)
+    def is_current(self, image_id: str, file: ImageFile, labels: tuple[str, ...], **options: bool) -> bool:
+        """Whether finished shards held this image's mask at the start; as ``FinishedImages.is_current``."""
+        return self._open().is_current(image_id, file, labels, **options)
 
     def write(
         self,
@@ -145,18 +137,18 @@ class MaskWriter:
             OutputError: see the class.
         """
         finished = self._open()
-        if self._builder is None:
+        if self._shard is None:
             with self._failing_for_good(), writing(self._folder):
-                self._name = next_shard(self._folder, self._index, self._count)
-            self._builder = ShardBuilder(self._fingerprint)
+                name = next_shard(self._folder, self._index, self._count)
+            self._shard = name, ShardBuilder(self._fingerprint)
             self._last_flush = time.monotonic()
-        images = self._builder.images
+        name, builder = self._shard
+        images = builder.images
         write_record(images, image_id, pseudo_mask, image_digest=image_digest, seconds=seconds, scale=scale)
         if status is not None:
-            has_cams = pseudo_mask.cams is not None
-            finished.note(image_id, status, pseudo_mask.labels, has_cams, str(self._name))
+            finished.note(image_id, status, pseudo_mask.labels, pseudo_mask.cams is not None, name)
         self._unsaved += 1
-        if len(images) >= self._images_per_shard or self._builder.size >= BYTES_PER_SHARD:
+        if len(images) >= self._images_per_shard or builder.size >= BYTES_PER_SHARD:
             self._finish_shard()
             return
         rested = time.monotonic() - self._last_flush
@@ -166,12 +158,13 @@ class MaskWriter:
 
     def flush(self) -> None:
         """Write what has gathered to the partial file, where a kill can't reach it."""
-        if self._builder is None or self._name is None or not self._unsaved:
+        if self._shard is None or not self._unsaved:
             return
+        name, builder = self._shard
         start = time.monotonic()
         with self._failing_for_good():
             self._mark_incomplete()
-            write_file(self._folder / self._name.partial, self._builder.to_bytes(), durable=False)
+            write_file(self._folder / (name + PARTIAL_SUFFIX), builder.to_bytes(), durable=False)
         self._unsaved = 0
         self._last_flush = time.monotonic()
         self._flush_duration = self._last_flush - start
@@ -226,9 +219,9 @@ class MaskWriter:
                             )
         finally:
             self._finished = None
-            if self._builder is not None:
-                self._builder.close()
-                self._builder = None
+            if self._shard is not None:
+                self._shard[1].close()
+                self._shard = None
             self._lock.release()
 
     def _open(self) -> FinishedImages:
@@ -239,16 +232,15 @@ class MaskWriter:
         return self._finished
 
     def _finish_shard(self) -> None:
-        if self._builder is None or self._name is None:
+        if self._shard is None:
             return
-        if len(self._builder.images):
+        name, builder = self._shard
+        if len(builder.images):
             with self._failing_for_good():
                 self._mark_incomplete()
-                written = finish_shard(self._folder, self._name, self._builder.to_bytes())
-            self._open().checked[str(self._name)] = written
-        self._builder.close()
-        self._builder = self._name = None
-        self._unsaved = 0
+                self._open().checked[name] = finish_shard(self._folder, name, builder.to_bytes())
+        builder.close()
+        self._shard, self._unsaved = None, 0
 
     @contextmanager
     def _failing_for_good(self) -> Iterator[None]:
@@ -261,26 +253,24 @@ class MaskWriter:
 
     def _mark_incomplete(self) -> None:
         """Before the first write: a set that says it is complete no longer is, until ``finish``."""
+
+        def without_own_share(before: Completion) -> Completion:
+            others = {share: item for share, item in before.shares.items() if share != self._share}
+            return Completion.of(before.images, others, self._count)
+
         if not self._is_marked_incomplete:
             with set_lock(self._folder):
-                update_completion(
-                    self._folder,
-                    lambda before: Completion.of(
-                        before.images,
-                        {share: item for share, item in before.shares.items() if share != self._share},
-                        self._count,
-                    ),
-                )
+                update_completion(self._folder, without_own_share)
             self._is_marked_incomplete = True
 
 
-def finish_shard(folder: Path, name: ShardName, content: bytes) -> Stamp:
+def finish_shard(folder: Path, name: str, content: bytes) -> Stamp:
     """Write a shard's last state, wait until it is on the disk, and give it its final name.
 
     Raises:
         OutputError: disk full, read-only, ...
     """
-    partial, finished = folder / name.partial, folder / str(name)
+    partial, finished = folder / (name + PARTIAL_SUFFIX), folder / name
     write_file(partial, content)
     with writing(folder):
         partial.replace(finished)
@@ -288,7 +278,7 @@ def finish_shard(folder: Path, name: ShardName, content: bytes) -> Stamp:
         return stamp(finished)
 
 
-def take_over_partials(folder: Path, index: int, count: int) -> list[ShardName]:
+def take_over_partials(folder: Path, index: int, count: int) -> list[str]:
     """Rename what dead writers left to names of share ``index`` of ``count``, whose lock protects it then.
 
     The caller holds the set's lock and that of the share.
@@ -302,26 +292,25 @@ def take_over_partials(folder: Path, index: int, count: int) -> list[ShardName]:
     taken = []
     held = {path.name for path in held_locks(folder)} - {lock_name(index, count)}
     with writing(folder):
-        for name, suffix, path in named_shards(folder):
-            if lock_name(name.index, name.count) in held:
+        for shard in named_shards(folder):
+            if lock_name(shard.index, shard.count) in held:
                 continue
-            if suffix == PARTIAL_SUFFIX + TEMPORARY_SUFFIX:
-                path.unlink()
-            elif suffix == PARTIAL_SUFFIX:
+            if shard.suffix == PARTIAL_SUFFIX + TEMPORARY_SUFFIX:
+                shard.path.unlink()
+            elif shard.suffix == PARTIAL_SUFFIX:
                 taken.append(next_shard(folder, index, count))
-                path.replace(folder / taken[-1].partial)
+                shard.path.replace(folder / (taken[-1] + PARTIAL_SUFFIX))
     return taken
 
 
-def salvage(folder: Path, name: ShardName, fingerprint: str, checked: dict[str, Stamp]) -> int:
+def salvage(folder: Path, name: str, fingerprint: str, checked: dict[str, Stamp]) -> int:
     """Finish a shard that its writer didn't, without the records that are damaged.
 
     A partial file that can't be opened is kept, as ``*.damaged``; one without a sound record is removed.
 
     Args:
-        folder: of the mask set.
+        folder, fingerprint: of the mask set.
         name: of the shard, from ``take_over_partials``.
-        fingerprint: of the mask set.
         checked: gets the stamp of the finished shard, by its name.
 
     Returns:
@@ -330,28 +319,25 @@ def salvage(folder: Path, name: ShardName, fingerprint: str, checked: dict[str, 
     Raises:
         OutputError: disk full, read-only, ...; the partial file is still there then.
     """
-    partial, builder = folder / name.partial, ShardBuilder(fingerprint)
+    partial, builder = folder / (name + PARTIAL_SUFFIX), ShardBuilder(fingerprint)
     try:
         with open_shard(partial, fingerprint) as file:
             sound, damaged = check_records(file[IMAGES])
             for image_id in sound:
                 builder.copy(file[IMAGES], image_id)
         if damaged:
-            logger.warning(
-                "%d records that an interrupted run left are damaged, they are done again", len(damaged)
-            )
+            logger.warning("%d records of an interrupted run are damaged, they are done again", len(damaged))
         if sound:
-            checked[str(name)] = finish_shard(folder, name, builder.to_bytes())
+            checked[name] = finish_shard(folder, name, builder.to_bytes())
             logger.info("%d images of an interrupted run were salvaged into %s", len(sound), name)
         else:
             with writing(folder):
                 partial.unlink()
         return len(sound)
     except CacheFormatError as error:
-        kept = f"{name}{DAMAGED_SUFFIX}"
         with writing(folder):
-            partial.replace(folder / kept)
-        logger.warning("%s; what an interrupted run left is kept as %s", error, kept)
+            kept = partial.replace(folder / (name + DAMAGED_SUFFIX))
+        logger.warning("%s; what an interrupted run left is kept as %s", error, kept.name)
         return 0
     finally:
         builder.close()
