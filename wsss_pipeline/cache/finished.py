@@ -1,10 +1,8 @@
 """What a mask set already holds, and for which bytes and labels, so that no mask is made twice.
 
 Two things spare the reading, both as in git's index. A shard whose size and time are those at which it was checked
-(``index``) is believed; every other one is checked record by record when the first of its images is asked for, so
-that flipped bytes don't pass for a mask. And an image file whose size and times are as ``known-I-of-N.json`` has
-them, a file for each share of the work, is believed to hold the bytes that it held then; that file may be deleted
-at any time, which costs no more than reading once.
+(``index``) is believed; every other one is checked when the first of its images is asked for. And an image file
+whose size and times are as ``known-I-of-N.json`` has them is believed to hold the bytes that it held then.
 """
 
 from __future__ import annotations
@@ -110,7 +108,7 @@ class FinishedImages:
                 return False
         except ImageError:
             return False
-        self.note(image_id, status, record.labels, record.has_cams, shard)
+        self.note(image_id, (shard, status, record.labels, record.has_cams))
         return True
 
     def record(self, image_id: str) -> RecordInfo | None:
@@ -136,22 +134,14 @@ class FinishedImages:
             self.checked[shard] = self._listing.stamps[shard]
         return records
 
-    def note(
-        self, image_id: str, status: Status, labels: tuple[str, ...], has_cams: bool, shard: str
-    ) -> None:
-        """Remember that ``shard`` holds the mask for the bytes that a file of this status had."""
+    def note(self, image_id: str, entry: Entry) -> None:
+        """Remember that a shard holds the mask for the bytes that a file of this status had."""
+        _, status, _, _ = entry
         if time.time_ns() - max(status[1], status[2]) > SETTLED_NS:
-            self._noted[image_id] = shard, status, labels, has_cams
+            self._noted[image_id] = entry
 
     def save(self, shard_of: Mapping[str, str]) -> None:
-        """Write what was noted, for the next run.
-
-        Args:
-            shard_of: image id to the shard that holds its mask now.
-
-        Raises:
-            OutputError: disk full, read-only, ...
-        """
+        """Write what was noted, for the next run; ``shard_of``: image id to the shard that holds its mask now."""
         if self._noted:
             known = (self._known | self._noted).items()
             images = {image_id: entry for image_id, entry in known if shard_of.get(image_id) == entry[0]}

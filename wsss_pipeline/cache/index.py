@@ -93,11 +93,7 @@ def read_trusted(folder: Path) -> dict[str, Stamp]:
 
 
 def note_checked(folder: Path, index: int, count: int, checked: Mapping[str, Stamp]) -> None:
-    """Leave a note of shards that were checked in full, for whoever writes the index next.
-
-    Raises:
-        OutputError: disk full, read-only, ...
-    """
+    """Leave a note of shards that were checked in full, for whoever writes the index next."""
     path = folder / f"checked-{index}-of-{count}.json"
     write_file(path, json.dumps(_read_note(path) | dict(checked)), durable=False)
 
@@ -121,9 +117,6 @@ def write_index(folder: Path, fingerprint: str, checked: Mapping[str, Stamp]) ->
 
     Returns:
         What the finished shards hold.
-
-    Raises:
-        OutputError: disk full, read-only, ...
     """
     listing, trusted = list_records(folder, fingerprint), read_trusted(folder) | dict(checked)
     builder = ShardBuilder(fingerprint)

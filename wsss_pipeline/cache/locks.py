@@ -21,40 +21,49 @@ class WriterLock:
     """The right to write share ``index`` of ``count``; it ends with the process, however that ends."""
 
     def __init__(self, folder: Path, index: int, count: int) -> None:
-        self._lock = FileLock(folder / lock_name(index, count), thread_local=False)
-        self._owner = folder / f"writer-{index}-of-{count}.owner"
+        self._path = folder / lock_name(index, count)
+        self._owner = self._path.with_suffix(".owner")
+        self._lock: FileLock | None = None
 
     def acquire(self) -> None:
         """Take the lock without waiting.
 
         Raises:
             CacheLockedError: another process has it.
-            OutputError: the lock file can't be made.
         """
-        with writing(self._owner.parent):
-            try:
-                self._lock.acquire(timeout=0)
-            except Timeout as error:
-                owner = "another process"
-                with suppress(OSError, ValueError):
-                    owner = self._owner.read_text()[:200] or owner
-                raise CacheLockedError(
-                    f"{self._lock.lock_file} is held by {owner}, which writes the same share; wait for it or "
-                    "stop it, or give each process its own --shard I/N"
-                ) from error
+        self._lock = _acquired(self._path)
+        if self._lock is None:
+            owner = "another process"
+            with suppress(OSError, ValueError):
+                owner = self._owner.read_text()[:200] or owner
+            raise CacheLockedError(
+                f"{self._path} is held by {owner}, which writes the same share; wait for it or stop it, or "
+                "give each process its own --shard I/N"
+            )
+        with writing(self._path.parent):
             self._owner.write_text(f"process {os.getpid()} on {socket.gethostname()}")
 
     def release(self) -> None:
         """Give the lock back; nothing happens where it isn't held."""
-        if self._lock.is_locked:
+        if self._lock is not None:
             with suppress(OSError):
                 self._owner.unlink(missing_ok=True)
             self._lock.release()
+            self._lock = None
 
 
 def lock_name(index: int, count: int) -> str:
     """File name of the lock for share ``index`` of ``count``."""
     return f"writer-{index}-of-{count}.lock"
+
+
+def _acquired(path: Path, seconds: float = 0.0) -> FileLock | None:
+    """The lock, held; None where another process doesn't let go of it for so long."""
+    lock = FileLock(path, thread_local=False)
+    with writing(path.parent), suppress(Timeout):
+        lock.acquire(timeout=seconds)
+        return lock
+    return None
 
 
 @contextmanager
@@ -63,17 +72,13 @@ def set_lock(folder: Path) -> Iterator[None]:
 
     Raises:
         CacheLockedError: another process doesn't let go of it.
-        OutputError: the lock file can't be made.
     """
-    lock = FileLock(folder / SET_LOCK, thread_local=False)
-    with writing(folder):
-        try:
-            lock.acquire(timeout=SET_LOCK_TIMEOUT)
-        except Timeout as error:
-            raise CacheLockedError(
-                f"{lock.lock_file} has been held for {SET_LOCK_TIMEOUT:.0f} s by another process; is a "
-                "`wsss cache gc` or `merge` running? Wait for it, then run the same command again"
-            ) from error
+    lock = _acquired(folder / SET_LOCK, SET_LOCK_TIMEOUT)
+    if lock is None:
+        raise CacheLockedError(
+            f"{folder / SET_LOCK} has been held for {SET_LOCK_TIMEOUT:.0f} s by another process; is a "
+            "`wsss cache gc` or `merge` running? Wait for it, then run the same command again"
+        )
     try:
         yield
     finally:
@@ -81,21 +86,13 @@ def set_lock(folder: Path) -> Iterator[None]:
 
 
 def held_locks(folder: Path) -> list[Path]:
-    """Lock files of the shares that some process writes; the caller holds the set's lock.
-
-    Raises:
-        OutputError: a lock file can't be opened.
-    """
+    """Lock files of the shares that some process writes; the caller holds the set's lock."""
     held = []
-    with writing(folder):
-        for path in sorted(folder.glob("writer-*-of-*.lock")):
-            lock = FileLock(path, thread_local=False)
-            try:
-                lock.acquire(timeout=0)
-            except Timeout:
-                held.append(path)
-            else:
-                lock.release()
+    for path in sorted(folder.glob("writer-*-of-*.lock")):
+        if lock := _acquired(path):
+            lock.release()
+        else:
+            held.append(path)
     return held
 
 
@@ -105,7 +102,6 @@ def without_writers(folder: Path) -> Iterator[None]:
 
     Raises:
         CacheLockedError: somebody writes.
-        OutputError: the lock file can't be made.
     """
     with set_lock(folder):
         for path in held_locks(folder):

@@ -50,9 +50,8 @@ def fingerprint(determinants: Mapping[str, Any]) -> str:
         CacheError: a value has no canonical form; the message names its key.
     """
     _check_canonical(determinants, "determinants")
-    return hashlib.sha256(
-        json.dumps(determinants, sort_keys=True, separators=(",", ":")).encode()
-    ).hexdigest()
+    text = json.dumps(determinants, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _check_canonical(value: Any, where: str) -> None:
@@ -133,9 +132,9 @@ class Completion(_Stored):
         complete: all N shares have run to their end, and no image is missing.
     """
 
-    images: Count = 0
-    shares: dict[Annotated[str, Field(pattern=r"^\d{1,9}/\d{1,9}$")], ShareCompletion] = {}
-    complete: bool = False
+    images: Count
+    shares: dict[Annotated[str, Field(pattern=r"^\d{1,9}/\d{1,9}$")], ShareCompletion]
+    complete: bool
 
     @classmethod
     def of(cls, images: int, shares: Mapping[str, ShareCompletion], count: int) -> Completion:
@@ -176,7 +175,6 @@ def open_mask_set(cache_dir: Path, mask_set: MaskSet) -> Path:
         # tasks of an array all come at the same moment: one of them makes it
         with set_lock(folder):
             if not _is_made(folder, mask_set, will_mend=True):
-                created = datetime.now(UTC).isoformat(timespec="seconds")
                 versions = {"python": platform.python_version()}
                 for name in LIBRARIES:
                     with suppress(metadata.PackageNotFoundError):
@@ -185,8 +183,8 @@ def open_mask_set(cache_dir: Path, mask_set: MaskSet) -> Path:
                     mask_set=mask_set,
                     fingerprint=mask_set.fingerprint,
                     versions=versions,
-                    created=created,
-                    completion=Completion(),
+                    created=datetime.now(UTC).isoformat(timespec="seconds"),
+                    completion=Completion.of(0, {}, 1),
                 )
                 write_manifest(folder, manifest)
     return folder
@@ -282,11 +280,7 @@ class _HalfWrittenError(CacheFormatError):
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
-    """Write the manifest, replacing the one that is there.
-
-    Raises:
-        OutputError: disk full, read-only, ...
-    """
+    """Write the manifest, replacing the one that is there."""
     values = {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
@@ -304,12 +298,7 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
 
 
 def update_completion(folder: Path, change: Callable[[Completion], Completion]) -> Completion:
-    """Replace the completion in the manifest by what ``change`` makes of it; the caller holds the set's lock.
-
-    Raises:
-        CacheFormatError: the manifest can't be read.
-        OutputError: disk full, read-only, ...
-    """
+    """Replace the completion in the manifest by what ``change`` makes of it; the caller holds the set's lock."""
     manifest = read_manifest(folder)
     completion = change(manifest.completion)
     if manifest.completion != completion:

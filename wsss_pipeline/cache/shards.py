@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import re
 import uuid
+from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 import h5py
 
@@ -26,7 +26,8 @@ DAMAGED_SUFFIX = ".damaged"
 _PATTERN = re.compile(r"shard-(\d{1,9})of(\d{1,9})-(\d{1,9})\.h5(\..+)?")
 
 
-class ShardFile(NamedTuple):
+@dataclass(frozen=True, order=True)
+class ShardFile:
     """File ``sequence`` in the folder, by writer ``index`` of ``count``; the order is that of writing.
 
     ``suffix``: what stands behind ``.h5``, nothing for a finished one, which never changes.
@@ -55,7 +56,7 @@ def shard_files(folder: Path, suffix: str = "") -> list[Path]:
 
 
 def next_shard(folder: Path, index: int, count: int) -> str:
-    """A new name, such as ``shard-0of4-00012.h5``; no file in the folder has a number as large, whatever its state."""
+    """A new name, such as ``shard-0of4-00012.h5``, with a number larger than any shard file in the folder has."""
     sequence = 1 + max((shard.sequence for shard in named_shards(folder)), default=0)
     return f"shard-{index}of{count}-{sequence:05}.h5"
 

@@ -146,7 +146,7 @@ class MaskWriter:
         images = builder.images
         write_record(images, image_id, pseudo_mask, image_digest=image_digest, seconds=seconds, scale=scale)
         if status is not None:
-            finished.note(image_id, status, pseudo_mask.labels, pseudo_mask.cams is not None, name)
+            finished.note(image_id, (name, status, pseudo_mask.labels, pseudo_mask.cams is not None))
         self._unsaved += 1
         if len(images) >= self._images_per_shard or builder.size >= BYTES_PER_SHARD:
             self._finish_shard()
@@ -265,11 +265,7 @@ class MaskWriter:
 
 
 def finish_shard(folder: Path, name: str, content: bytes) -> Stamp:
-    """Write a shard's last state, wait until it is on the disk, and give it its final name.
-
-    Raises:
-        OutputError: disk full, read-only, ...
-    """
+    """Write a shard's last state, wait until it is on the disk, and give it its final name."""
     partial, finished = folder / (name + PARTIAL_SUFFIX), folder / name
     write_file(partial, content)
     with writing(folder):
@@ -279,15 +275,9 @@ def finish_shard(folder: Path, name: str, content: bytes) -> Stamp:
 
 
 def take_over_partials(folder: Path, index: int, count: int) -> list[str]:
-    """Rename what dead writers left to names of share ``index`` of ``count``, whose lock protects it then.
+    """Give what dead writers left new names, of share ``index`` of ``count``, whose lock protects it then.
 
     The caller holds the set's lock and that of the share.
-
-    Returns:
-        Their new names.
-
-    Raises:
-        OutputError: the folder can't be written.
     """
     taken = []
     held = {path.name for path in held_locks(folder)} - {lock_name(index, count)}
@@ -314,10 +304,7 @@ def salvage(folder: Path, name: str, fingerprint: str, checked: dict[str, Stamp]
         checked: gets the stamp of the finished shard, by its name.
 
     Returns:
-        Number of records that were sound.
-
-    Raises:
-        OutputError: disk full, read-only, ...; the partial file is still there then.
+        Number of records that were sound. After an OutputError the partial file is still there.
     """
     partial, builder = folder / (name + PARTIAL_SUFFIX), ShardBuilder(fingerprint)
     try:
