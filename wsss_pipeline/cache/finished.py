@@ -98,7 +98,7 @@ class FinishedImages:
             return False
         if not check_bytes and shard in self._believed and image_id in self._known:
             *entry, has_cams = self._known[image_id]
-            if entry == [shard, status, labels] and (has_cams or not need_cams):
+            if entry == [shard, status, tuple(labels)] and (has_cams or not need_cams):
                 return True
         record = self.record(image_id)
         if record is None or record.labels != tuple(labels) or (need_cams and not record.has_cams):
@@ -117,22 +117,19 @@ class FinishedImages:
         if shard is None:
             return None
         if shard not in self._records:
-            self._records[shard] = self._read_shard(shard)
+            self._records[shard] = {}
+            is_believed = shard in self._believed
+            try:
+                with open_shard(self._folder / shard, self._fingerprint) as file:
+                    self._records[shard], damaged = check_records(file[IMAGES], arrays=not is_believed)
+            except CacheFormatError as error:
+                logger.warning("its images are done again: %s", error)
+                return None
+            for reason in damaged.values():
+                logger.warning("it is done again: %s", reason)
+            if not damaged and not is_believed:
+                self.checked[shard] = self._listing.stamps[shard]
         return self._records[shard].get(image_id)
-
-    def _read_shard(self, shard: str) -> dict[str, RecordInfo]:
-        is_believed = shard in self._believed
-        try:
-            with open_shard(self._folder / shard, self._fingerprint) as file:
-                records, damaged = check_records(file[IMAGES], arrays=not is_believed)
-        except CacheFormatError as error:
-            logger.warning("its images are done again: %s", error)
-            return {}
-        for reason in damaged.values():
-            logger.warning("it is done again: %s", reason)
-        if not damaged and not is_believed:
-            self.checked[shard] = self._listing.stamps[shard]
-        return records
 
     def note(self, image_id: str, entry: Entry) -> None:
         """Remember that a shard holds the mask for the bytes that a file of this status had."""

@@ -97,7 +97,6 @@ def write_record(
     images: h5py.Group,
     image_id: str,
     pseudo_mask: PseudoMask,
-    *,
     image_digest: str,
     seconds: float,
     scale: float,
@@ -124,11 +123,11 @@ def write_record(
     try:
         for key, array in (("mask", mask), ("confidence", pseudo_mask.confidence), ("cams", cams)):
             if array is not None:
+                chunks = (1,) * (array.ndim - 2) + array.shape[-2:]
                 # CAMs of an image without labels have no values, and HDF5 no chunks of size 0
-                chunked = (
-                    {"chunks": (1,) * (array.ndim - 2) + array.shape[-2:], **_FILTERS} if array.size else {}
+                group.create_dataset(
+                    key, data=array, **({"chunks": chunks, **_FILTERS} if array.size else {})
                 )
-                group.create_dataset(key, data=array, **chunked)
         texts = np.array(labels, dtype=object)
         group.attrs.create("labels", texts, dtype=h5py.string_dtype("utf-8"))
         group.attrs["image_digest"] = image_digest

@@ -143,12 +143,11 @@ class MaskWriter:
             self._shard = name, ShardBuilder(self._fingerprint)
             self._last_flush = time.monotonic()
         name, builder = self._shard
-        images = builder.images
-        write_record(images, image_id, pseudo_mask, image_digest=image_digest, seconds=seconds, scale=scale)
+        write_record(builder.images, image_id, pseudo_mask, image_digest, seconds, scale)
         if status is not None:
             finished.note(image_id, (name, status, pseudo_mask.labels, pseudo_mask.cams is not None))
         self._unsaved += 1
-        if len(images) >= self._images_per_shard or builder.size >= BYTES_PER_SHARD:
+        if len(builder.images) >= self._images_per_shard or builder.size >= BYTES_PER_SHARD:
             self._finish_shard()
             return
         rested = time.monotonic() - self._last_flush
