@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -309,6 +310,64 @@ def test_a_manifest_with_no_number_where_one_should_be_is_written_anew(folder: P
         read_manifest(folder)
     open_mask_set(folder.parent, MASK_SET)
     assert list(MaskCache.open(folder)) == ["a"]
+
+
+def test_the_manifest_is_this_text_for_ever(tmp_path: Path) -> None:
+    classes = [{"name": "cat"}, {"name": "d\u00f6g"}]
+    mask_set = MaskSet(
+        name="x",
+        determinants={"classes": classes, "at": 1e-7},
+        class_names=("cat", "d\u00f6g"),
+        category_ids=None,
+    )
+    folder = open_mask_set(tmp_path, mask_set)
+    write_images(folder, ["a"])
+    text = (folder / "manifest.json").read_text()
+    written = read_manifest(folder)
+    assert json.loads(text)["completion"] == {
+        "images": 1,
+        "shares": {"0/1": {"expected": 1, "missing": 0}},
+        "complete": True,
+    }
+    values = {
+        "format": "wsss-pseudo-masks",
+        "format_version": 1,
+        "name": "x",
+        "fingerprint": mask_set.fingerprint,
+        "created": written.created,
+        "class_names": ["cat", "d\u00f6g"],
+        "category_ids": None,
+        "palette": None,
+        "determinants": {"classes": classes, "at": 1e-7},
+        "versions": written.versions,
+        "completion": json.loads(text)["completion"],
+    }
+    assert text == json.dumps(values, indent=2) + "\n"
+    (folder / "manifest.json").write_text(json.dumps({**values, "palette": None, "of a later program": 1}))
+    assert read_manifest(folder) == written
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("completion", {}),
+        ("completion", {"images": -1, "shares": {}, "complete": False}),
+        ("completion", {"images": 1, "shares": {"0/1": {"expected": True, "missing": 0}}, "complete": False}),
+        ("completion", {"images": 1, "shares": {}, "complete": "yes"}),
+        ("class_names", "cat"),
+        ("category_ids", {"cat": "1", "dog": "2"}),
+        ("versions", {"torch": 2}),
+        ("created", None),
+    ],
+)
+def test_a_manifest_with_a_value_of_another_type_is_refused(folder: Path, key: str, value: object) -> None:
+    values = json.loads((folder / "manifest.json").read_text())
+    (folder / "manifest.json").write_text(json.dumps({**values, key: value}))
+    with pytest.raises(
+        CacheFormatError, match=rf"isn't a whole manifest \(.*{key}.*\); the same `wsss "
+    ) as caught:
+        read_manifest(folder)
+    assert len(str(caught.value)) < 500
 
 
 def test_another_format_version_is_refused(folder: Path) -> None:

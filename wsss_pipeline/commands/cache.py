@@ -25,7 +25,9 @@ def takes_mask_sets(command: Callable[..., None]) -> Callable[..., None]:
     """Give ``command`` the mask sets that are named, or lie in folders that are: as arguments, or one as --cache."""
 
     @click.argument("paths", metavar="[PATH]...", nargs=-1, type=PATH)
-    @click.option("--cache", type=PATH, show_default="cache", help="As PATH: a mask set, or a folder of some.")
+    @click.option(
+        "--cache", type=PATH, show_default="cache", help="As PATH: a mask set, or a folder of some."
+    )
     @functools.wraps(command)
     def with_mask_sets(*arguments: Any, paths: tuple[Path, ...], cache: Path | None, **options: Any) -> None:
         from wsss_pipeline.cache import list_mask_sets
