@@ -26,7 +26,10 @@ def takes_mask_sets(command: Callable[..., None]) -> Callable[..., None]:
 
     @click.argument("paths", metavar="[PATH]...", nargs=-1, type=PATH)
     @click.option(
-        "--cache", type=PATH, show_default="cache", help="As PATH: a mask set, or a folder of some."
+        "--cache",
+        type=PATH,
+        show_default="cache",
+        help="A mask set, or the folder that holds mask sets; the same as PATH.",
     )
     @functools.wraps(command)
     def with_mask_sets(*arguments: Any, paths: tuple[Path, ...], cache: Path | None, **options: Any) -> None:
