@@ -6,7 +6,7 @@ A help text takes default, range and description from the field of the configura
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
+from functools import partial, reduce
 from pathlib import Path
 from typing import Any, get_args
 
@@ -66,13 +66,7 @@ def given_settings(context: click.Context) -> dict[str, Any]:
 
 def all_of(*options: Callable[[Command], Command]) -> Callable[[Command], Command]:
     """Several options as one decorator, in their order."""
-
-    def decorate(command: Command) -> Command:
-        for option in reversed(options):
-            command = option(command)
-        return command
-
-    return decorate
+    return lambda command: reduce(lambda inner, option: option(inner), reversed(options), command)
 
 
 def choice(names: Any) -> click.Choice[str]:
@@ -103,13 +97,8 @@ clip_options = all_of(
     setting(MaskConfig, "clip.tokenizer", "--tokenizer", metavar="ID_OR_PATH"),
 )
 
-config_options = all_of(
-    clip_options,
-    setting(MaskConfig, "clip.precision", "--precision", type=choice(Precision)),
-    setting(MaskConfig, "max_pixels", "--max-pixels", type=int),
-    click.option(
-        "--preset", metavar="NAME", help="Published settings, such as clip-es/voc12 or clip-es/coco14."
-    ),
+layer_options = all_of(
+    click.option("--preset", metavar="NAME", help="Published settings of stage one, such as clip-es/voc12."),
     click.option("--config", "config_file", type=PATH, help="YAML file of settings."),
     click.option(
         "--set",
@@ -118,6 +107,13 @@ config_options = all_of(
         multiple=True,
         help="One setting, for example cam.threshold=0.7; may be repeated; `wsss config show` lists them.",
     ),
+)
+
+config_options = all_of(
+    clip_options,
+    setting(MaskConfig, "clip.precision", "--precision", type=choice(Precision)),
+    setting(MaskConfig, "max_pixels", "--max-pixels", type=int),
+    layer_options,
 )
 
 template_option = click.option(
@@ -138,8 +134,7 @@ method_options = all_of(
 device_option = click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
 
 machine_options = all_of(
-    device_option,
-    click.option("--offline", is_flag=True, help="Use only what is on this machine already."),
+    device_option, click.option("--offline", is_flag=True, help="Use only what is on this machine already.")
 )
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON for machines.")

@@ -16,7 +16,7 @@ from wsss_pipeline.data.image_files import ImageFile
 from wsss_pipeline.data.masks import MaskSource
 from wsss_pipeline.evaluation.result import Evaluation
 from wsss_pipeline.pictures.overlays import Rgb, class_colour, encoded
-from wsss_pipeline.pictures.rows import Label, Row, make_row
+from wsss_pipeline.pictures.rows import Label, make_row
 
 SHOWN = 12  # images a section
 CELL = (320, 320)  # largest width and height of an image
@@ -39,17 +39,20 @@ def evaluation_page(
         settings: of the run, nested; shown as YAML.
     """
     scores, names = evaluation.scores, ("background", *evaluation.class_names, "no label")
-    percent = {image_id: 100 * miou for image_id, miou in evaluation.image_miou.items() if miou is not None}
-    worst = sorted(percent, key=percent.__getitem__)[:SHOWN]
-    others = sorted(set(percent) - set(worst))
+    known = {image_id: miou for image_id, miou in evaluation.image_miou.items() if miou is not None}
+    notes = {image_id: f"mIoU over its own classes {100 * miou:.1f} %" for image_id, miou in known.items()}
+    worst = sorted(known, key=known.__getitem__)[:SHOWN]
+    others = sorted(set(known) - set(worst))
     chance = sorted(random.Random(0).sample(others, min(SHOWN, len(others))))
-    note = "mIoU over its own classes {:.1f} %"
     # percent of each row's pixels, 0 in an empty row
     matrix = 100 * evaluation.matrix / np.maximum(1, evaluation.matrix.sum(axis=1, keepdims=True))
     confused = matrix.copy()
     np.fill_diagonal(confused, 0)
     largest = np.unravel_index(np.argsort(-confused, axis=None)[:CONFUSIONS_SHOWN], confused.shape)
     return _page(
+        images,
+        masks,
+        settings,
         title=f"Evaluation on {evaluation.split}",
         score=f"{100 * scores.miou:.2f} %",
         warnings=evaluation.warnings,
@@ -71,10 +74,9 @@ def evaluation_page(
         matrix=matrix.tolist(),
         smallest_shown=SMALLEST_SHOWN,
         sections={
-            "Worst images": _rows(worst, percent, note, images, masks),
-            "Random images": _rows(chance, percent, note, images, masks),
+            "Worst images": {image_id: notes[image_id] for image_id in worst},
+            "Random images": {image_id: notes[image_id] for image_id in chance},
         },
-        settings=settings,
     )
 
 
@@ -105,44 +107,43 @@ def confidence_page(
         if values:
             summary.append((f"Mean {name}", f"{np.mean(list(values.values())):.1f} %"))
             lowest = sorted(values, key=values.__getitem__)[:SHOWN]
-            sections[title] = _rows(lowest, values, note, images, masks)
+            sections[title] = {image_id: note.format(values[image_id]) for image_id in lowest}
     return _page(
+        images,
+        masks,
+        settings,
         title="Masks without ground truth",
         summary=summary,
         sections=sections,
         legend=_legend(("background", *next(iter(masks.values())).class_names)),
-        settings=settings,
     )
-
-
-def _rows(
-    image_ids: Iterable[str],
-    values: Mapping[str, float],
-    note: str,
-    images: Mapping[str, ImageFile],
-    masks: Mapping[str, MaskSource],
-) -> list[Row]:
-    return [
-        make_row(image_id, images.get(image_id), masks, CELL, note.format(values[image_id]))
-        for image_id in image_ids
-    ]
 
 
 def _legend(names: Iterable[str]) -> list[Label]:
     return [Label(name, class_colour(value)) for value, name in enumerate(names)]
 
 
-def _page(*, settings: Mapping[str, object], **values: object) -> str:
-    """The template filled in; it escapes every bit of text."""
+def _page(
+    images: Mapping[str, ImageFile],
+    masks: Mapping[str, MaskSource],
+    settings: Mapping[str, object],
+    sections: Mapping[str, Mapping[str, str]],
+    **values: object,
+) -> str:
+    """The template filled in; it escapes every bit of text. ``sections``: heading to image id to its note."""
     import yaml
     from jinja2 import Environment
 
     text = (resources.files("wsss_pipeline.pictures") / "report.html.j2").read_text("utf-8")
+    template = Environment(autoescape=True).from_string(text)
     versions = [("Python", platform.python_version()), ("wsss_pipeline", __version__)]
     versions += [(name, metadata.version(name)) for name in _LIBRARIES]
+    rows = {
+        heading: [make_row(name, images.get(name), masks, CELL, note) for name, note in notes.items()]
+        for heading, notes in sections.items()
+    }
     shown = yaml.safe_dump(dict(settings), sort_keys=False, allow_unicode=True)
-    page = Environment(autoescape=True).from_string(text)
-    return page.render(data_uri=_data_uri, versions=versions, settings=shown, **values)
+    return template.render(sections=rows, settings=shown, versions=versions, data_uri=_data_uri, **values)
 
 
 def _data_uri(pixels: Rgb) -> str:
