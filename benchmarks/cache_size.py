@@ -16,7 +16,6 @@ import time
 from pathlib import Path
 
 import numpy as np
-from wsss_pipeline.cache.known_images import KnownImages
 
 from wsss_pipeline.cache import MaskCache, MaskSet, MaskWriter, PseudoMask, open_mask_set
 

@@ -53,7 +53,9 @@ def _table(kind: type[Settings]) -> str:
     rows = ["| key | default | |", "| --- | --- | --- |"]
     for key, _, _ in fields(kind):
         value = default(kind, key)
-        shown = "" if value in (None, "", ()) else f"`{str(value).lower() if isinstance(value, bool) else value}`"
+        shown = (
+            "" if value in (None, "", ()) else f"`{str(value).lower() if isinstance(value, bool) else value}`"
+        )
         rows.append(f"| `{key}` | {shown} | {description(kind, key)} |")
     return "\n".join(rows) + "\n"
 

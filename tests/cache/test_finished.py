@@ -10,9 +10,10 @@ from pathlib import Path
 
 import h5py
 import pytest
-from cache_samples import make_digest, make_mask, shards, write_images
+from cache_samples import damage, make_digest, make_mask, shards, write_images
 
 from wsss_pipeline.cache import FinishedImages, MaskWriter, finished
+from wsss_pipeline.cache.index import read_trusted, stamp
 from wsss_pipeline.data.image_files import file_status
 from wsss_pipeline.data.images import file_digest
 from wsss_pipeline.errors import ImageError, OutputError
@@ -210,6 +211,30 @@ def test_another_share_that_made_the_mask_anew_is_noticed(folder: Path, image: P
     assert not is_current(folder, image)
     write("unrelated")
     assert not is_current(folder, image)
+    assert list(json.loads((folder / "known-0-of-1.json").read_text())["images"]) == ["unrelated"]
+
+
+def test_a_shard_is_checked_once_and_one_that_is_damaged_each_time(
+    folder: Path, image: Path, write: Write, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write("image", "bad")
+    checked: list[int] = []
+    check = finished.check_records
+    monkeypatch.setattr(finished, "check_records", lambda images: checked.append(1) or check(images))
+    assert is_current(folder, image, check_bytes=True)
+    assert checked == [], "the writer vouches for it"
+    (shard,) = shards(folder)
+    os.utime(shard)
+    for _ in range(2):
+        with MaskWriter(folder) as writer:
+            assert writer.is_current("image", image, LABELS)
+        assert checked == [1], "and then whoever has checked it"
+    damage(shard, "bad")
+    for times in (2, 3):
+        with MaskWriter(folder) as writer:
+            assert writer.is_current("image", image, LABELS)
+        assert len(checked) == times
+        assert read_trusted(folder)[shard.name] != stamp(shard)
 
 
 @pytest.mark.parametrize("at", [1, 2])

@@ -29,7 +29,7 @@ def test_unsafe_ids_are_refused_in_one_line_with_their_origin(image_id: str) -> 
     assert len(str(caught.value)) < 300
 
 
-def test_only_suffixes_of_pictures_are_cut_off() -> None:
+def test_only_suffixes_of_images_are_cut_off() -> None:
     texts = ["a/b.jpg", "a.JPEG", "a.b", "a.tar.png", "a", "v1.0/a"]
     assert [without_image_suffix(text) for text in texts] == ["a/b", "a", "a.b", "a.tar", "a", "v1.0/a"]
 
@@ -40,7 +40,7 @@ def make(root: Path, *names: str) -> None:
         (root / name).touch()
 
 
-def test_pictures_are_found_in_all_depths_sorted_by_id(tmp_path: Path) -> None:
+def test_images_are_found_in_all_depths_sorted_by_id(tmp_path: Path) -> None:
     make(
         tmp_path,
         "b.jpg",
@@ -57,11 +57,11 @@ def test_pictures_are_found_in_all_depths_sorted_by_id(tmp_path: Path) -> None:
     assert images["a/z"] == tmp_path / "a" / "z.PNG"
 
 
-def test_a_folder_without_pictures_gives_none(tmp_path: Path) -> None:
+def test_a_folder_without_images_gives_none(tmp_path: Path) -> None:
     assert find_images(tmp_path) == {}
 
 
-def test_two_pictures_with_one_id_are_refused(tmp_path: Path) -> None:
+def test_two_images_with_one_id_are_refused(tmp_path: Path) -> None:
     make(tmp_path, "a/b.jpg", "a/b.png")
     with pytest.raises(ImageError, match=r"b\.jpg and .*b\.png have the same image id 'a/b'"):
         find_images(tmp_path)
@@ -79,12 +79,12 @@ def test_links_are_followed_without_end_and_each_folder_once(tmp_path: Path) -> 
     assert list(find_images(root)) == ["linked/b", "linked/below/c", "z/a"]
 
 
-def test_a_linked_picture_counts_even_where_its_file_is_gone(tmp_path: Path) -> None:
+def test_a_linked_image_counts_even_where_its_file_is_gone(tmp_path: Path) -> None:
     (tmp_path / "gone.jpg").symlink_to(tmp_path / "nowhere")
     assert list(find_images(tmp_path)) == ["gone"]
 
 
-def test_a_folder_named_like_a_picture_is_a_folder(tmp_path: Path) -> None:
+def test_a_folder_named_like_an_image_is_a_folder(tmp_path: Path) -> None:
     make(tmp_path, "set.jpg/a.png")
     assert list(find_images(tmp_path)) == ["set.jpg/a"]
 

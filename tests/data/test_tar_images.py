@@ -1,4 +1,4 @@
-"""WebDataset shards as a source of pictures and labels."""
+"""WebDataset shards as a source of images and labels."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def write_tar(path: Path, files: dict[str, bytes]) -> Path:
     return path
 
 
-def test_pictures_of_several_archives_are_read_in_place(tmp_path: Path) -> None:
+def test_images_of_several_archives_are_read_in_place(tmp_path: Path) -> None:
     for number in range(3):
         write_tar(
             tmp_path / f"{number:03}.tar", {f"s{number}/b.png": png(number), f"s{number}/a.PNG": png(9)}
@@ -85,7 +85,7 @@ def test_links_hidden_files_and_unsafe_names_are_left_out(
     assert "/etc/passwd" in caplog.text
 
 
-def test_labels_lie_beside_the_pictures(tmp_path: Path) -> None:
+def test_labels_lie_beside_the_images(tmp_path: Path) -> None:
     archive = write_tar(
         tmp_path / "a.tar",
         {

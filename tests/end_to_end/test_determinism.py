@@ -85,9 +85,7 @@ def test_the_order_of_input_changes_nothing(root: Path, tmp_path: Path, expected
         assert masks(cache) == state
 
 
-@pytest.mark.skipif(
-    not has_pydensecrf(), reason="the optional package pydensecrf isn't installed"
-)
+@pytest.mark.skipif(not has_pydensecrf(), reason="the optional package pydensecrf isn't installed")
 def test_batches_before_pydensecrf_change_nothing(
     root: Path, tmp_path: Path, expected: tuple[str, State]
 ) -> None:

@@ -19,17 +19,18 @@ from pathlib import Path
 from typing import Any
 
 import atheris
+import numpy as np
 
 with atheris.instrument_imports(include=["wsss_pipeline"]):
-    from wsss_pipeline.cache.known_images import KnownImages
-
+    from wsss_pipeline.cache import FinishedImages, MaskSet, MaskWriter, open_mask_set
     from wsss_pipeline.cache.fingerprint import fingerprint
-    from wsss_pipeline.cache.finished import FinishedImages
-    from wsss_pipeline.cache.index import read_trusted
-    from wsss_pipeline.cache.manifest import MaskSet, open_mask_set, read_manifest
+    from wsss_pipeline.cache.manifest import read_manifest
     from wsss_pipeline.data.classes import load_class_set
+    from wsss_pipeline.data.image_files import file_status
     from wsss_pipeline.data.image_ids import check_image_id
+    from wsss_pipeline.data.images import file_digest
     from wsss_pipeline.data.labels import read_labels
+    from wsss_pipeline.data.masks import PseudoMask
     from wsss_pipeline.errors import CacheError, LabelError, WsssError
 
 SUFFIXES = (".json", ".csv", ".txt", ".xml")
@@ -39,11 +40,20 @@ VOC = load_class_set("voc12")
 
 MASK_SET = MaskSet("x", {"a": [1, "b"], "c": {"d": None}}, ("cat", "dog"), {"cat": 17, "dog": 18})
 SET = open_mask_set(FOLDER / "cache", MASK_SET)
+IMAGE = FOLDER / "a.png"
+IMAGE.write_bytes(b"only its digest counts")
+with MaskWriter(SET) as writer:
+    writer.write(
+        "a",
+        PseudoMask(np.ones((2, 3), np.uint8), np.full((2, 3), 200, np.uint8), ("cat",)),
+        image_digest=file_digest(IMAGE),
+        seconds=0.0,
+    )
+    writer.finish(["a"])
+(SHARD,) = SET.glob("shard-*.h5")
 MANIFEST = json.loads((SET / "manifest.json").read_bytes())
-KNOWN = {
-    "shards": {"shard-0of1-00001.h5": [1, 2]},
-    "images": {"a": ["shard-0of1-00001.h5", [1, 2, 3], ["cat"], True]},
-}
+CHECKED = {SHARD.name: [SHARD.stat().st_size, SHARD.stat().st_mtime_ns]}
+KNOWN = {"images": {"a": [SHARD.name, list(file_status(IMAGE)), ["cat"], False]}}
 
 SEEDS = [random.Random(number).randbytes(16 + 16 * (number % 8)) for number in range(64)]
 LABELS = [
@@ -82,15 +92,19 @@ def manifest(content: bytes) -> None:
 
 
 def known(content: bytes) -> None:
-    """The list of known images and a note of checked shards, as bytes or wrong in some places."""
+    """The list of known images and a note of checked shards, as bytes or wrong in some places.
+
+    Whatever they say, a mask that is there and sound is found.
+    """
     data = atheris.FuzzedDataProvider(content)
-    (SET / "checked-0-of-1.json").write_bytes(damaged_json(data, KNOWN["shards"]))
-    read_trusted(SET)
     (SET / "known-0-of-1.json").write_bytes(damaged_json(data, KNOWN))
-    images = FinishedImages(SET, 0, 1)
-    images.is_current("a", SET / "known-0-of-1.json", ("cat",))
-    images.note("b", (1, 2, 3), ("cat",), False, "shard-0of1-00001.h5")
-    images.save({"a": "shard-0of1-00001.h5", "b": "shard-0of1-00001.h5"})
+    # mostly sound: the other file counts for shards that this one says were checked
+    checked = json.dumps(CHECKED).encode() if data.ConsumeIntInRange(0, 3) else damaged_json(data, CHECKED)
+    (SET / "checked-0-of-1.json").write_bytes(checked)
+    images = FinishedImages(SET)
+    assert images.is_current("a", IMAGE, ("cat",))
+    images.note("a", (1, 2, 3), ("cat",), False, SHARD.name)
+    images.save({"a": SHARD.name})
 
 
 @contextmanager

@@ -13,10 +13,10 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.skipif(find_spec("atheris") is None, reason="the optional package atheris isn't installed")
-@pytest.mark.parametrize("target", ["labels", "manifest", "known"])
-def test_nothing_is_found_in_a_few_thousand_runs(target: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("target", "runs"), [("labels", 4000), ("manifest", 4000), ("known", 1000)])
+def test_nothing_is_found_in_a_few_thousand_runs(target: str, runs: int, tmp_path: Path) -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "tests.fuzz.readers", target, "-runs=4000", "-seed=1"],
+        [sys.executable, "-m", "tests.fuzz.readers", target, f"-runs={runs}", "-seed=1"],
         cwd=ROOT,
         env={"PATH": "", "PYTHONPATH": str(ROOT), "TMPDIR": str(tmp_path)},
         capture_output=True,
@@ -26,4 +26,4 @@ def test_nothing_is_found_in_a_few_thousand_runs(target: str, tmp_path: Path) ->
         check=False,
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    assert "Done 4000 runs" in done.stderr
+    assert f"Done {runs} runs" in done.stderr

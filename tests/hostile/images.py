@@ -1,4 +1,4 @@
-"""A thousand damaged, strange and hostile pictures out of good ones, the same from every seed.
+"""A thousand damaged, strange and hostile images out of good ones, the same from every seed.
 
 python -m tests.hostile.images FOLDER [--count 1000]
 """
@@ -24,7 +24,7 @@ Sample = tuple[str, bytes, bool | None]
 
 
 def build(folder: Path, count: int = 1000, seed: int = 0) -> dict[str, bool | None]:
-    """Write ``count`` pictures; their ids, and whether each must be usable (None: either will do)."""
+    """Write ``count`` images; their ids, and whether each must be usable (None: either will do)."""
     folder.mkdir(parents=True, exist_ok=True)
     chance = random.Random(seed)
     expected: dict[str, bool | None] = {}
@@ -45,7 +45,7 @@ def _samples(chance: random.Random, rounds: int) -> Iterator[tuple[str, Sample]]
     for kind, suffix in FORMATS.items():
         content = _encoded(good, kind)
         for tenth in range(10):
-            # some formats keep the picture whole without their last bytes
+            # some formats keep the image whole without their last bytes
             yield f"cut-{kind}-{tenth}", (suffix, content[: len(content) * tenth // 10], None)
         for number in range(4):
             yield f"flipped-{kind}-{number}", (suffix, _flipped(content, chance, 1 + 8 * number), None)
@@ -82,7 +82,7 @@ def _flipped(content: bytes, chance: random.Random, count: int) -> bytes:
 
 
 def _kinds(good: Image.Image) -> Iterator[tuple[str, Sample]]:
-    """Kinds of pictures that are unusual and usable."""
+    """Kinds of images that are unusual and usable."""
     grey16 = Image.fromarray(np.asarray(good.convert("L")).astype(np.uint16) * 257)
     transparent = good.convert("RGBA")
     transparent.putalpha(good.convert("L"))
@@ -159,4 +159,4 @@ if __name__ == "__main__":
     parser.add_argument("folder", type=Path)
     parser.add_argument("--count", type=int, default=1000)
     options = parser.parse_args()
-    print(len(build(options.folder, options.count)), "pictures in", options.folder)
+    print(len(build(options.folder, options.count)), "images in", options.folder)

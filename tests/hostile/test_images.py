@@ -1,4 +1,4 @@
-"""A thousand hostile pictures through generate-masks: each is labelled or listed, and the run ends."""
+"""A thousand hostile images through generate-masks: each is labelled or listed, and the run ends."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from tests.hostile.images import build
 from wsss_pipeline.cache import MaskCache, verify
 
 ROOT = Path(__file__).parents[2]
-MOST_MEMORY = 3 * 2**30  # bytes; the largest picture that is decoded takes 400 MB, several times over
+MOST_MEMORY = 3 * 2**30  # bytes; the largest image that is decoded takes 400 MB, several times over
 
 
-def test_a_thousand_hostile_pictures_cost_themselves_alone(tmp_path: Path) -> None:
+def test_a_thousand_hostile_images_cost_themselves_alone(tmp_path: Path) -> None:
     expected = build(tmp_path / "images", 1000)
     assert len(expected) == 1000
     with (tmp_path / "labels.csv").open("w", newline="") as file:

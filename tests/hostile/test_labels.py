@@ -110,11 +110,11 @@ def test_an_unsafe_id_is_refused(image_id: str) -> None:
 def test_strange_ids_are_names_and_nothing_else(tmp_path: Path, clip: Path) -> None:
     """Unicode forms stay apart, and nothing is interpreted, in the cache and in exported files."""
     images = tmp_path / "images"
-    picture = (GOLDEN / "images" / "tiny_odd.png").read_bytes()
+    content = (GOLDEN / "images" / "tiny_odd.png").read_bytes()
     usable = [name for name in STRANGE_IDS if len(f"{name}.png".encode()) <= 255]
     for name in usable:
         (images / f"{name}.png").parent.mkdir(parents=True, exist_ok=True)
-        (images / f"{name}.png").write_bytes(picture)
+        (images / f"{name}.png").write_bytes(content)
     write_labels(tmp_path, {name: [] for name in STRANGE_IDS})
     result = wsss(
         *("generate-masks", "--images", images, "--labels", tmp_path / "labels.json", "--classes", "voc12"),

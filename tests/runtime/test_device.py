@@ -77,7 +77,7 @@ def test_the_device_of_another_machine_need_not_be_here() -> None:
 
 def test_torch_gets_its_threads_back() -> None:
     before = torch.get_num_threads()
-    with pytest.raises(KeyError), single_threaded_torch():
+    with pytest.raises(KeyError), single_threaded_torch():  # noqa: PT012
         assert torch.get_num_threads() == 1
         raise KeyError
     assert torch.get_num_threads() == before

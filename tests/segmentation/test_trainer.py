@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -83,7 +84,7 @@ def test_the_scale_of_fp16s_gradients_goes_on_as_well(make: Make, monkeypatch: p
 
         def __init__(self, **named: Any) -> None:
             super().__init__(**named)
-            scalers.append(torch.amp.GradScaler("cpu", init_scale=2.0 ** len(scalers), growth_interval=4))
+            scalers.append(torch.amp.GradScaler("cpu", init_scale=8.0 ** len(scalers), growth_interval=4))
             self.scaler = scalers[-1]
 
     monkeypatch.setattr(stage, "Accelerator", InHalfPrecision)
@@ -119,6 +120,26 @@ def test_validation_keeps_the_best(make: Make, root: Path) -> None:
     mious = [line["miou"] for line in log_of(result.checkpoint.parent) if "miou" in line]
     assert len(mious) == 2
     assert result.miou == max(mious)
+
+
+def test_all_processes_validate_with_the_same_statistics_of_batch_norm(
+    make: Make, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each has those of its own images; what the network's checkpoint holds has to be what was scored."""
+
+    def from_another_process(buffers: list[torch.Tensor]) -> None:
+        for buffer in buffers:
+            buffer.fill_(7)
+
+    monkeypatch.setattr(Accelerator, "num_processes", 2)
+    monkeypatch.setattr(trainer_module, "broadcast", from_another_process)
+    for ema in (0.0, 0.9):
+        config = changed(CONFIG, optimisation__iterations=1, optimisation__ema=ema)
+        result = train_seg(make(f"run-{ema}", config=config, val_gt=root / "SegmentationClass"))
+        kept = load_file(result.checkpoint / "model.safetensors")
+        statistics = [value for name, value in kept.items() if "running_" in name]
+        assert statistics
+        assert all((value == 7).all() for value in statistics)
 
 
 def test_progress_says_how_the_training_does(
@@ -321,22 +342,25 @@ def test_two_processes_are_one_with_twice_the_batch(root: Path, tmp_path: Path) 
 def test_a_signal_to_one_of_two_processes_stops_both(root: Path, tmp_path: Path) -> None:
     """As a scheduler sends it, or a Ctrl-C that reaches them one after the other.
 
-    On the way, both validate the network that one of them writes, batch norm's statistics included.
+    On the way, both validate the network that one of them writes.
     """
     more = ("--network", "segformer", "--encoder", "tiny", "--batch-size", 1, "--set", "save_every=100000")
-    more += ("--val-gt", root / "SegmentationClass", "--set", "validate_every=3", "--lr", "0.01")
+    more += ("--val-gt", root / "SegmentationClass", "--set", "validate_every=3")
     process = started(TORCHRUN, root, tmp_path / "run", *more)
+    ranks: dict[str, int] = {}
     try:
         log = tmp_path / "run" / "log.jsonl"
-        while not log.exists() or len(log.read_text().splitlines()) < 3:
+        while not log.exists() or len(log.read_text().splitlines()) < 4:
             assert process.poll() is None, process.communicate()[1]
             time.sleep(0.05)
         children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-        ranks = {_environment(int(child)).get("RANK"): int(child) for child in children}
+        ranks = {_environment(int(child)).get("RANK", ""): int(child) for child in children}
         os.kill(ranks["1"], signal.SIGUSR1)
         _, stderr = process.communicate(timeout=60)
     finally:
-        process.kill()
+        for number in (process.pid, *ranks.values()):
+            with suppress(ProcessLookupError):
+                os.kill(number, signal.SIGKILL)
     steps = len(log.read_text().splitlines())
     assert "SIGUSR1: finishing" in stderr
     assert json.loads((tmp_path / "run" / "state" / "progress.json").read_text())["step"] == steps

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from wsss_pipeline.clip.trunk import resize_position_table
-from wsss_pipeline.data.transforms import CLIP_MEAN, CLIP_STD
+from wsss_pipeline.data import transforms
 
 PATCH = 8
 TABLE_SIDE = 12  # of the position table, in patches
@@ -140,5 +140,4 @@ def embed_texts(model: Any, tokenizer: Any, texts: Sequence[str]) -> Tensor:
 
 def normalise(images: NDArray[np.uint8]) -> Tensor:
     """uint8 (B, H, W, 3) RGB to float32 (B, 3, H, W) with CLIP's mean and standard deviation."""
-    values = torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255
-    return (values - torch.tensor(CLIP_MEAN)[:, None, None]) / torch.tensor(CLIP_STD)[:, None, None]
+    return torch.stack([transforms.normalise(image, transforms.CLIP_STATISTICS) for image in images])

@@ -7,6 +7,7 @@ import logging
 import platform
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from importlib import metadata
@@ -113,7 +114,11 @@ def open_mask_set(cache_dir: Path, mask_set: MaskSet) -> Path:
         with set_lock(folder):
             if not _is_made(folder, mask_set, will_mend=True):
                 created = datetime.now(UTC).isoformat(timespec="seconds")
-                new = Manifest(mask_set, mask_set.fingerprint, library_versions(), created, Completion())
+                versions = {"python": platform.python_version()}
+                for name in LIBRARIES:
+                    with suppress(metadata.PackageNotFoundError):
+                        versions[name] = metadata.version(name)
+                new = Manifest(mask_set, mask_set.fingerprint, versions, created, Completion())
                 write_manifest(folder, new)
     return folder
 
@@ -231,17 +236,6 @@ def update_completion(folder: Path, completion: Completion) -> None:
     manifest = read_manifest(folder)
     if manifest.completion != completion:
         write_manifest(folder, replace(manifest, completion=completion))
-
-
-def library_versions() -> dict[str, str]:
-    """Versions of Python and of the libraries that have a say in the masks."""
-    versions = {"python": platform.python_version()}
-    for name in LIBRARIES:
-        try:
-            versions[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    return versions
 
 
 class _HalfWrittenError(CacheFormatError):

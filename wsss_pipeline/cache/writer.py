@@ -22,7 +22,7 @@ from wsss_pipeline.cache.index import (
 )
 from wsss_pipeline.cache.locks import WriterLock, held_locks, lock_name, set_lock
 from wsss_pipeline.cache.manifest import Completion, ShareCompletion, read_manifest, update_completion
-from wsss_pipeline.cache.records import RecordInfo, check_records, write_record
+from wsss_pipeline.cache.records import check_records, write_record
 from wsss_pipeline.cache.shards import (
     DAMAGED_SUFFIX,
     PARTIAL_SUFFIX,
@@ -126,10 +126,6 @@ class MaskWriter:
     ) -> bool:
         """Whether finished shards held this image's mask at the start; see ``FinishedImages.is_current``."""
         return self._open().is_current(image_id, file, labels, need_cams=need_cams, check_bytes=check_bytes)
-
-    def record(self, image_id: str) -> RecordInfo | None:
-        """What finished shards held of an image at the start; None where nothing, or a damaged record."""
-        return self._open().record(image_id)
 
     def write(
         self,

@@ -9,7 +9,7 @@ import difflib
 import logging
 import re
 from collections.abc import Mapping
-from functools import cache
+from functools import cache, cached_property
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -157,9 +157,16 @@ class ClassSet(Settings):
         """The names of the classes, mask value 1 first."""
         return tuple(entry.name for entry in self.classes)
 
+    @cached_property
+    def _values(self) -> dict[str, int]:
+        """Mask value of each name and alias; no two classes share one."""
+        numbered = enumerate(self.classes, start=1)
+        return {known: value for value, entry in numbered for known in (entry.name, *entry.aliases)}
+
     def find(self, name: str) -> ClassEntry | None:
         """The class of that name or alias, exactly as written; None where there is none."""
-        return next((entry for entry in self.classes if name == entry.name or name in entry.aliases), None)
+        value = self._values.get(name)
+        return None if value is None else self.classes[value - 1]
 
     def index(self, name: str) -> int:
         """Mask value 1..C of a name or alias.
@@ -167,16 +174,14 @@ class ClassSet(Settings):
         Raises:
             ClassSetError: no such class.
         """
-        entry = self.find(name)
-        if entry is None:
+        value = self._values.get(name)
+        if value is None:
             raise ClassSetError(f"class set '{self.name}': {self.unknown(name)}")
-        return self.names.index(entry.name) + 1
+        return value
 
     def nearest(self, name: str) -> list[str]:
         """Up to three names of classes that look or are called like ``name``, the most similar first."""
-        spellings = {
-            known.casefold(): entry.name for entry in self.classes for known in (entry.name, *entry.aliases)
-        }
+        spellings = {known.casefold(): self.classes[value - 1].name for known, value in self._values.items()}
         close = difflib.get_close_matches(name.casefold(), spellings, n=9)
         return list(dict.fromkeys(spellings[spelling] for spelling in close))[:3]
 

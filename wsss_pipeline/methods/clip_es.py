@@ -99,7 +99,8 @@ class ClipEs:
     def scores(self, batch: Tensor, present: Sequence[Sequence[int]]) -> list[Tensor]:
         """See ``Method``: normalised CAMs, or with affinity the refined ones, which aren't normalised."""
         cam = self._config.cam
-        features = self._trunk.encode(batch, last_layers=cam.affinity_layers)
+        # without affinity nobody asks for attention; how much is computed would show in the maps' rounding
+        features = self._trunk.encode(batch, last_layers=cam.affinity_layers if cam.affinity else 1)
         texts = [
             torch.cat([self._foreground[[value - 1 for value in values]], self._background])
             for values in present

@@ -1,0 +1,248 @@
+"""The fingerprint changes exactly when masks do: a row at least for every setting of every method.
+
+A row holds another value of a setting and what comes of it. The mask, confidence and class activation maps of a small
+drawn scene, made with the embedded CLIP, are compared with those that the defaults give. A new setting, or a new
+method, without a row fails.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable, Mapping
+from copy import deepcopy
+from dataclasses import dataclass, field
+from functools import cache
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file, save_file
+
+from tests.methods import toy_method
+from wsss_pipeline.cache.fingerprint import fingerprint
+from wsss_pipeline.clip.sources import ClipFiles
+from wsss_pipeline.clip.weights import Clip, load_clip
+from wsss_pipeline.config import fields
+from wsss_pipeline.data.classes import ClassEntry, ClassSet
+from wsss_pipeline.demo.scenes import draw_scene
+from wsss_pipeline.methods import load_method, method_names
+from wsss_pipeline.pseudo_masks import generator as module
+from wsss_pipeline.pseudo_masks.generator import MaskGenerator
+from wsss_pipeline.refine.dense_crf import has_pydensecrf
+
+TOY = toy_method.__name__
+SCENE = draw_scene((77, 3))  # three classes
+# the file, since a built-in class set would bring the method's preset of its name
+DEMO = str(resources.files("wsss_pipeline.data") / "class_sets" / "demo.yaml")
+IMAGE, LABELS = np.ascontiguousarray(SCENE.image[20:100, 20:132]), SCENE.labels
+
+CHANGES = "other masks, other fingerprint"
+SAME = "equal masks, equal fingerprint"
+ROUNDING = "another fingerprint, and masks that differ by rounding if at all"
+
+
+@dataclass(frozen=True)
+class Row:
+    """Another value of a setting.
+
+    Attributes:
+        value: a value, or a function that makes it in a folder.
+        outcome: one of the three above.
+        given: settings under which that is so.
+    """
+
+    value: Any
+    outcome: str
+    given: Mapping[str, Any] = field(default_factory=dict)
+
+
+def clip_folder(change: Callable[[Path], None]) -> Callable[[Path], str]:
+    """A copy of the embedded CLIP, changed."""
+
+    def make(folder: Path) -> str:
+        source = Path(str(resources.files("wsss_pipeline") / "demo" / "clip"))
+        shutil.copytree(source, folder / "clip")
+        change(folder / "clip")
+        return str(folder / "clip")
+
+    return make
+
+
+def other_weights(folder: Path) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    name = next(name for name in tensors if name.endswith("post_layernorm.bias"))
+    save_file({**tensors, name: tensors[name] + 0.1}, folder / "model.safetensors")
+
+
+def other_vocabulary(folder: Path) -> None:
+    """The tokens of two words change places."""
+    file = folder / "tokenizer.json"
+    content = json.loads(file.read_text("utf-8"))
+    vocabulary = content["model"]["vocab"]
+    one, other = "ball</w>", "grass</w>"
+    vocabulary[one], vocabulary[other] = vocabulary[other], vocabulary[one]
+    file.write_text(json.dumps(content), "utf-8")
+
+
+def nothing(folder: Path) -> None:
+    (folder / "README.md").write_text("another place, the same bytes\n")
+
+
+def class_set(change: Callable[[dict[str, Any]], object]) -> Callable[[Path], str]:
+    """A YAML file of the demo's class set, changed."""
+
+    def make(folder: Path) -> str:
+        values = yaml.safe_load(Path(DEMO).read_text("utf-8"))
+        change(values)
+        (folder / "classes.yaml").write_text(yaml.safe_dump(values))
+        return str(folder / "classes.yaml")
+
+    return make
+
+
+def of_class(name: str, /, **keys: Any) -> Callable[[Path], str]:
+    return class_set(
+        lambda values: next(entry for entry in values["classes"] if entry["name"] == name).update(keys)
+    )
+
+
+CRF = {"refine": "crf", "crf.backend": "lattice"}
+UNREFINED = {"refine": "none"}
+
+# settings that every method has
+COMMON: dict[str, list[Row]] = {
+    "method": [Row(TOY, CHANGES)],
+    "classes": [Row(class_set(lambda values: values["classes"].reverse()), CHANGES)],
+    "templates": [Row(("a drawing of the {}",), CHANGES), Row(("a photo of a {}.",), SAME)],
+    "clip.weights": [Row(clip_folder(other_weights), CHANGES), Row(clip_folder(nothing), SAME)],
+    "clip.tokenizer": [Row(clip_folder(other_vocabulary), CHANGES), Row(clip_folder(nothing), SAME)],
+    "clip.precision": [Row("bf16", CHANGES)],
+    "refine": [Row("none", CHANGES, CRF), Row("crf", CHANGES, UNREFINED)],
+    "crf.backend": [
+        Row("auto", SAME, CRF),
+        Row("pydensecrf", ROUNDING, CRF),
+    ],
+    "crf.image": [Row("reference", CHANGES, CRF), Row("reference", SAME, UNREFINED)],
+    "crf.iterations": [Row(2, CHANGES, CRF), Row(2, SAME, UNREFINED)],
+    "crf.gaussian_sxy": [Row(3.0, CHANGES, CRF), Row(1, SAME, CRF), Row(3.0, SAME, UNREFINED)],
+    "crf.gaussian_weight": [Row(6.0, CHANGES, CRF), Row(6.0, SAME, UNREFINED)],
+    "crf.bilateral_sxy": [Row(20.0, CHANGES, CRF), Row(20.0, SAME, UNREFINED)],
+    "crf.bilateral_srgb": [Row(9.0, CHANGES, CRF), Row(9.0, SAME, UNREFINED)],
+    "crf.bilateral_weight": [Row(8.0, CHANGES, CRF), Row(8.0, SAME, UNREFINED)],
+    "max_pixels": [Row(5000, CHANGES)],
+}
+
+# by method: settings of its own, and what comes of the others for it alone
+OWN: dict[str, dict[str, list[Row]]] = {
+    "clip-es": {
+        "crf.backend": [Row("none", CHANGES)],
+        "cam.affinity": [Row(False, CHANGES)],
+        "cam.affinity_layers": [Row(2, CHANGES), Row(2, SAME, {"cam.affinity": False})],
+        "cam.affinity_iterations": [Row(3, CHANGES), Row(3, SAME, {"cam.affinity": False})],
+        "cam.sinkhorn_rounds": [Row(1, CHANGES), Row(1, SAME, {"cam.affinity": False})],
+        "cam.threshold": [Row(0.8, CHANGES), Row(0.8, SAME, {"cam.affinity": False})],
+    },
+    TOY: {"crf.backend": [Row("none", SAME)], "sharpness": [Row(10.0, CHANGES)]},
+}
+
+# parts of a class set; the image's classes are starfish, mushroom and ball
+CLASS_SETS: dict[str, list[Row]] = {
+    "name": [Row(class_set(lambda values: values.update(name="other")), SAME)],
+    "templates": [Row(class_set(lambda values: values.update(template="the {}")), CHANGES)],
+    "background": [Row(class_set(lambda values: values.update(background=["wood", "snow"])), CHANGES)],
+    "classes": [Row(class_set(lambda values: values["classes"].pop(1)), CHANGES)],
+    "classes.name": [Row(of_class("kite", name="bird", prompt="kite"), ROUNDING)],
+    "classes.prompt": [
+        Row(of_class("ball", prompt="car"), CHANGES),
+        Row(of_class("ball", prompt="ball"), SAME),
+    ],
+    "classes.synonyms": [Row(of_class("ball", synonyms=["red"]), CHANGES)],
+    "classes.fuse": [Row(of_class("mushroom", synonyms=["cup"], fuse="feature"), CHANGES)],
+    "classes.aliases": [Row(of_class("ball", aliases=["sphere"]), SAME)],
+    "classes.coco_id": [Row(of_class("ball", coco_id=37), SAME)],
+}
+
+
+@pytest.fixture(autouse=True)
+def clip_loaded_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Loading takes longer than a mask; a precision under fp32 casts the weights in place, so each has its own."""
+    monkeypatch.setattr(module, "load_clip", lambda files, device: deepcopy(loaded(files)))
+
+
+@cache
+def loaded(files: ClipFiles) -> Clip:
+    return load_clip(files, torch.device("cpu"))
+
+
+def made(method: str, settings: Mapping[str, Any]) -> tuple[str, str]:
+    """Fingerprint of the mask set, and digest of what the scene's mask holds."""
+    base = {"clip.weights": "demo", "clip.precision": "fp32", "classes": DEMO, "method": method}
+    generator = MaskGenerator(settings={**base, **settings}, device="cpu", offline=True)
+    found = generator(IMAGE, LABELS)
+    assert found.cams is not None
+    content = hashlib.sha256(found.mask.tobytes() + found.confidence.tobytes() + found.cams.tobytes())
+    return generator.mask_set.fingerprint, content.hexdigest()
+
+
+@cache
+def unchanged(method: str, given: tuple[tuple[str, Any], ...]) -> tuple[str, str]:
+    return made(method, dict(given))
+
+
+def rows() -> list[Any]:
+    listed = [
+        pytest.param(method, key, row, id=f"{method}-{key}-{number}")
+        for method in [*method_names(), TOY]
+        for key in {**COMMON, **OWN.get(method, {})}
+        for number, row in enumerate([*COMMON.get(key, []), *OWN.get(method, {}).get(key, [])])
+        if row.value != method
+    ]
+    return listed + [
+        pytest.param(method_names()[0], "classes", row, id=f"class set-{key}-{number}")
+        for key, of_key in CLASS_SETS.items()
+        for number, row in enumerate(of_key)
+    ]
+
+
+@pytest.mark.parametrize(("method", "key", "row"), rows())
+def test_the_fingerprint_changes_with_the_masks_and_only_then(
+    method: str, key: str, row: Row, tmp_path: Path
+) -> None:
+    if row.value == "pydensecrf" and not has_pydensecrf():
+        pytest.skip("the optional package pydensecrf isn't installed")
+    value = row.value(tmp_path) if callable(row.value) else row.value
+    before, masks_before = unchanged(method, tuple(row.given.items()))
+    after, masks = made(method, {**row.given, key: value})
+    assert (after == before) == (row.outcome == SAME), "the fingerprint"
+    if row.outcome != ROUNDING:
+        assert (masks == masks_before) == (row.outcome == SAME), "the masks"
+
+
+@pytest.mark.parametrize("method", [*method_names(), TOY])
+def test_every_setting_has_a_row(method: str) -> None:
+    keys = {key for key, _, _ in fields(load_method(method).Config)}
+    assert keys == COMMON.keys() | OWN[method].keys()
+
+
+def test_every_part_of_a_class_set_has_a_row() -> None:
+    entries = {f"classes.{name}" for name in ClassEntry.model_fields}
+    assert ClassSet.model_fields.keys() | entries == CLASS_SETS.keys()
+
+
+@pytest.mark.parametrize("method", [*method_names(), TOY])
+def test_determinants_are_canonical_json_and_what_a_manifest_gives_back(method: str) -> None:
+    settings = {"clip.weights": "demo", "classes": "demo", "method": method, "clip.precision": "fp32"}
+    mask_set = MaskGenerator(settings=settings, device="cpu", offline=True).mask_set
+    text = json.dumps(mask_set.determinants, sort_keys=True, allow_nan=False)
+    assert json.loads(text) == mask_set.determinants, "no tuples, no keys that aren't texts"
+    assert fingerprint(json.loads(text)) == mask_set.fingerprint
+    assert mask_set.determinants["method"] == {
+        "name": load_method(method).name,
+        "version": load_method(method).version,
+    }
