@@ -173,7 +173,10 @@ def test_images_that_the_labels_do_not_name_are_left_out(generate: Run, world: P
         assert list(cache) == ["cat"]
 
 
-def test_bad_images_are_reported_skipped_and_counted(generate: Run, world: Path) -> None:
+def test_bad_images_are_reported_skipped_and_counted(
+    generate: Run, world: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("wsss_pipeline.runtime.progress.SECONDS_BETWEEN_LINES", 0)
     images = world / "images"
     whole = (images / "cat.png").read_bytes()
     (images / "cut.png").write_bytes(whole[: len(whole) // 2])
@@ -189,6 +192,8 @@ def test_bad_images_are_reported_skipped_and_counted(generate: Run, world: Path)
     summary = json.loads(result.stdout.splitlines()[0])
     assert sorted(summary["failed"]) == sorted(bad)
     assert summary["computed"] == len(LABELS)
+    last = [line for line in result.stderr.splitlines() if "images/s, ETA" in line][-1]
+    assert last.startswith("9/9 images, ") and last.endswith(", 4 failed")
     for name in bad:
         assert f"  {name}: " in result.stderr
     assert contents(mask_set(result)).keys() == LABELS.keys()
