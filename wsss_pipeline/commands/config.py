@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import click
 
-from wsss_pipeline.commands.options import given_settings, layer_options, setting
+from wsss_pipeline.commands.options import given_paths, given_settings, layer_options, setting
 from wsss_pipeline.config import MaskConfig
 
 
@@ -26,14 +24,7 @@ def command() -> None:
 @click.option("--train", is_flag=True, help="The settings of train-seg instead of generate-masks.")
 @click.option("--recipe", metavar="NAME", help="Settings of train-seg, such as voc12/segformer-b2.")
 @click.pass_context
-def show(
-    context: click.Context,
-    preset: str | None,
-    train: bool,
-    recipe: str | None,
-    config_file: Path | None,
-    overrides: tuple[str, ...],
-) -> None:
+def show(context: click.Context, train: bool, recipe: str | None) -> None:
     """Print the resolved settings as YAML that --config reads, each with its description and range.
 
     \b
@@ -46,7 +37,8 @@ def show(
     from wsss_pipeline.methods import load_mask_config
     from wsss_pipeline.segmentation.train_config import load_train_config
 
-    flags = given_settings(context)
+    flags, paths = given_settings(context), given_paths(context)
+    preset, config_file, overrides = paths["preset"], paths["config_file"], paths["overrides"]
     if train or recipe:
         if preset or flags["method"]:
             raise ConfigError(

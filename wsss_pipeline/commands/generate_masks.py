@@ -6,13 +6,14 @@ import json
 import shlex
 import sys
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
 from wsss_pipeline.commands.options import (
-    PATH,
+    cache_option,
     config_options,
+    given_paths,
     given_settings,
     input_options,
     json_option,
@@ -27,9 +28,7 @@ if TYPE_CHECKING:
 
 @click.command("generate-masks", short_help="Make pseudo masks from images and labels, into the cache.")
 @input_options
-@click.option(
-    "--cache", type=PATH, default="cache", show_default=True, help="Folder that holds the mask sets."
-)
+@cache_option
 @template_option
 @config_options
 @method_options
@@ -71,13 +70,19 @@ if TYPE_CHECKING:
 def command(
     context: click.Context,
     /,
+    templates: tuple[str, ...],
+    device: str,
+    offline: bool,
+    batch_size: int,
     workers: int | None,
     shard: str | None,
     engine: Engine,
-    templates: tuple[str, ...],
+    limit: int | None,
+    store_cams: bool,
+    overwrite: bool,
+    check_bytes: bool,
     dry_run: bool,
     as_json: bool,
-    **options: Any,
 ) -> None:
     """Make pseudo masks from images and image-level labels, into the cache.
 
@@ -93,17 +98,26 @@ def command(
       wsss generate-masks --images photos --labels labels.csv --classes cat,dog --cache cache
       wsss generate-masks --voc VOCdevkit/VOC2012 --split train_aug
     """
-    from wsss_pipeline.pseudo_masks.job import JobPaths, MaskJob
+    from wsss_pipeline.pseudo_masks.job import MaskJob
     from wsss_pipeline.runtime.device import images_at_a_time
     from wsss_pipeline.runtime.share import is_torchrun, parse_share, share_of_environment
     from wsss_pipeline.stages.generate_masks import describe_masks, generate_masks
 
     if workers is None:
         workers = 0 if engine == "ray" else images_at_a_time()
-    paths = {name: options.pop(name) for name in JobPaths.__annotations__}
-    job = MaskJob.read({"templates": templates or None, **given_settings(context)}, **paths)
-    share = parse_share(shard) if shard else share_of_environment()
-    job = replace(job, share=share, workers=workers, engine=engine, **options)
+    job = replace(
+        MaskJob.read({"templates": templates or None, **given_settings(context)}, **given_paths(context)),
+        share=parse_share(shard) if shard else share_of_environment(),
+        device=device,
+        offline=offline,
+        batch_size=batch_size,
+        workers=workers,
+        engine=engine,
+        limit=limit,
+        store_cams=store_cams,
+        overwrite=overwrite,
+        check_bytes=check_bytes,
+    )
     if dry_run:
         click.echo("\n".join(describe_masks(job)))
         return

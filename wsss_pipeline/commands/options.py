@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial, reduce
 from pathlib import Path
-from typing import Any, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 import click
 
@@ -28,11 +28,15 @@ from wsss_pipeline.config import (
 )
 from wsss_pipeline.errors import ConfigError
 
+if TYPE_CHECKING:
+    from wsss_pipeline.pseudo_masks.job import JobPaths
+
 Command = Callable[..., Any]
 
 PATH = click.Path(path_type=Path)
 
-_SETTINGS = "wsss_pipeline.settings"  # where a command's context keeps what its settings were given
+# where a command's context keeps what options were given that many commands share
+_SETTINGS, _PATHS = "wsss_pipeline.settings", "wsss_pipeline.paths"
 
 
 def setting(
@@ -41,27 +45,41 @@ def setting(
     """An option that sets one field of a configuration; left out, it sets nothing. See ``given_settings``.
 
     Args:
-        kind: of the configuration.
+        kind: type of the configuration.
         key: dotted key of the field.
-        names: of the option, as for ``click.option``.
-        about: what is set, to stand before the description.
-        attributes: further ones of the option.
+        names: names of the option, as for ``click.option``.
+        about: text before the description.
+        attributes: further attributes of the option.
     """
     value = default(kind, key)
     if isinstance(value, tuple):
         value = ",".join(map(str, value))
     shown = f"  [default: {value}]" if value not in (None, "", False) else ""
-
-    def keep(context: click.Context, parameter: click.Parameter, given: Any) -> None:
-        context.meta.setdefault(_SETTINGS, {})[key] = given
-
-    options: dict[str, Any] = {"default": None, "expose_value": False, "callback": keep, **attributes}
-    return click.option(*names, help=about + description(kind, key) + shown, **options)
+    attributes = {"default": None, "help": about + description(kind, key) + shown, **attributes}
+    return _kept(_SETTINGS, key, *names, **attributes)
 
 
 def given_settings(context: click.Context) -> dict[str, Any]:
     """Dotted key to value, None where not given, of a command's ``setting`` options."""
     return dict(context.meta.get(_SETTINGS, {}))
+
+
+def given_paths(context: click.Context) -> JobPaths:
+    """What the ``input_options``, ``layer_options`` and ``--cache`` of a command were given."""
+    paths: JobPaths = {**context.meta.get(_PATHS, {})}  # type: ignore[typeddict-item]  # by their names
+    return paths
+
+
+def _kept(where: str, key: str | None, *names: str, **attributes: Any) -> Callable[[Command], Command]:
+    """An option whose value is kept in the command's context, under ``key`` or its name, not passed on."""
+
+    def keep(context: click.Context, parameter: click.Parameter, given: Any) -> None:
+        context.meta.setdefault(where, {})[key or parameter.name] = given
+
+    return click.option(*names, expose_value=False, callback=keep, **attributes)
+
+
+_path = partial(_kept, _PATHS, None)
 
 
 def all_of(*options: Callable[[Command], Command]) -> Callable[[Command], Command]:
@@ -75,21 +93,25 @@ def choice(names: Any) -> click.Choice[str]:
 
 
 input_options = all_of(
-    click.option(
+    _path(
         "--images",
         type=PATH,
         help="Folder of images, searched with all below it, or WebDataset archives: 'shards/{000..127}.tar'.",
     ),
-    click.option(
+    _path(
         "--labels",
         type=PATH,
         help="Image-level labels: .json, .csv, .txt, a folder of VOC XML, or COCO instances JSON. "
         "Without it they lie beside the images in the archives, or the images in one folder per class.",
     ),
-    click.option("--classes", help="voc12, coco14, demo, a YAML file, or names: cat,dog."),
-    click.option("--voc", type=PATH, help="VOC2012 folder, instead of --images and --labels."),
-    click.option("--coco", type=PATH, help="COCO folder, instead of --images and --labels."),
-    click.option("--split", help="With --voc or --coco: which part, for example train_aug or train2014."),
+    _path("--classes", help="voc12, coco14, demo, a YAML file, or names: cat,dog."),
+    _path("--voc", type=PATH, help="VOC2012 folder, instead of --images and --labels."),
+    _path("--coco", type=PATH, help="COCO folder, instead of --images and --labels."),
+    _path("--split", help="With --voc or --coco: which part, for example train_aug or train2014."),
+)
+
+cache_option = _path(
+    "--cache", type=PATH, default="cache", show_default=True, help="Folder that holds the mask sets."
 )
 
 clip_options = all_of(
@@ -98,9 +120,9 @@ clip_options = all_of(
 )
 
 layer_options = all_of(
-    click.option("--preset", metavar="NAME", help="Published settings of stage one, such as clip-es/voc12."),
-    click.option("--config", "config_file", type=PATH, help="YAML file of settings."),
-    click.option(
+    _path("--preset", metavar="NAME", help="Published settings of stage one, such as clip-es/voc12."),
+    _path("--config", "config_file", type=PATH, help="YAML file of settings."),
+    _path(
         "--set",
         "overrides",
         metavar="KEY=VALUE",

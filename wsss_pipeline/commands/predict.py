@@ -5,7 +5,6 @@ from __future__ import annotations
 import shlex
 import sys
 from pathlib import Path
-from typing import Any
 
 import click
 
@@ -23,7 +22,18 @@ from wsss_pipeline.config import CrfConfig
 @device_option
 @click.option("--overwrite", is_flag=True, help="Predict again what is there already.")
 @click.pass_context
-def command(context: click.Context, /, out: Path, crf: bool, **options: Any) -> None:
+def command(
+    context: click.Context,
+    /,
+    checkpoint: Path,
+    images: Path,
+    out: Path,
+    crf: bool,
+    overlays: bool,
+    confidence: bool,
+    device: str,
+    overwrite: bool,
+) -> None:
     """Segment every image of a folder with a trained network.
 
     Masks are palette PNGs: 0 background, then the classes in the order of the network's config.json. The last
@@ -35,8 +45,17 @@ def command(context: click.Context, /, out: Path, crf: bool, **options: Any) -> 
     """
     from wsss_pipeline.stages.predict import MASKS, predict
 
-    refiner = CrfConfig() if crf else None
-    report = predict(out=out, inference=inference_config(context), crf=refiner, **options)
+    report = predict(
+        checkpoint,
+        images,
+        out,
+        inference=inference_config(context),
+        crf=CrfConfig() if crf else None,
+        overlays=overlays,
+        confidence=confidence,
+        device=device,
+        overwrite=overwrite,
+    )
     kept = f", {report.kept} were there already" if report.kept else ""
     click.echo(f"{report.written} masks written{kept}, {len(report.failed)} failed", err=True)
     if report.interrupted:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import click
 
 from wsss_pipeline.commands.options import (
     PATH,
     config_options,
+    given_paths,
     given_settings,
     input_options,
     json_option,
@@ -35,11 +35,13 @@ from wsss_pipeline.commands.options import (
 def command(
     context: click.Context,
     /,
-    out: Path | None,
-    top: int,
-    as_json: bool,
     templates: tuple[str, ...],
-    **options: Any,
+    out: Path | None,
+    limit: int | None,
+    top: int,
+    device: str,
+    offline: bool,
+    as_json: bool,
 ) -> None:
     """Rank prompt templates by their sharpness on labelled images; the smallest is the best.
 
@@ -53,12 +55,12 @@ def command(
     import yaml
 
     from wsss_pipeline.clip.text import built_in_templates
-    from wsss_pipeline.pseudo_masks.job import JobPaths, MaskJob
+    from wsss_pipeline.pseudo_masks.job import MaskJob
     from wsss_pipeline.runtime.output import write_file
     from wsss_pipeline.stages.select_prompt import select_prompt
 
-    paths = {name: options.pop(name) for name in JobPaths.__annotations__ if name in options}
-    job = replace(MaskJob.read(given_settings(context), **paths), **options)
+    job = MaskJob.read(given_settings(context), **given_paths(context))
+    job = replace(job, limit=limit, device=device, offline=offline)
     ranking = select_prompt(job, templates or built_in_templates())
     if as_json:
         click.echo(json.dumps({"ranked": ranking.ranked, "images": ranking.images, "failed": ranking.failed}))
