@@ -37,6 +37,7 @@ MAX_FILE_BYTES = 2**30 + 2**20
 # Pillow registers by itself.
 _FORMATS = ("BMP", "GIF", "JPEG", "PNG", TiffImageFile.format, WebPImageFile.format)
 _ORIENTATION = 0x0112
+_INDICES = "(0 background, 1.. classes, 255 ignore)"
 
 
 class StoredImage(NamedTuple):
@@ -96,8 +97,12 @@ def read_image(path: ImageFile) -> NDArray[np.uint8]:
 
 def _rgb(image: Image.Image, path: ImageFile) -> NDArray[np.uint8]:
     if image.mode.startswith("I") or image.mode == "F":
-        grey = _eight_bit(np.array(image), path)
-        return np.repeat(grey[..., None], 3, axis=2)
+        levels = np.array(image, np.float64)
+        low, high = np.min(levels), np.max(levels)
+        if not (low >= 0 and high <= (255 if image.mode == "F" else 65535)):  # so written, NaN is refused too
+            raise ImageError(f"{path}: values run from {low:g} to {high:g}; save them as 8 or 16 bits")
+        factor = 1 / 257 if image.mode != "F" else 255 if high <= 1 else 1
+        return np.repeat(np.rint(levels * factor).astype(np.uint8)[..., None], 3, axis=2)
     # Pillow would look at the transparency on conversion and warn about some forms of it.
     image.load()
     image.info.pop("transparency", None)
@@ -126,12 +131,8 @@ def as_pixels(image: AnyImage) -> NDArray[np.uint8]:
             raise
         except Exception as error:  # it may be read only now, and Pillow raises errors of many kinds
             raise _unusable(given, error) from error
-    if (
-        image.dtype != np.uint8
-        or image.ndim not in (2, 3)
-        or image.shape[2:] not in ((), (3,))
-        or not image.size
-    ):
+    fits = image.ndim == 2 or (image.ndim == 3 and image.shape[2] == 3)
+    if image.dtype != np.uint8 or not fits or image.size == 0:
         raise ImageError(
             f"an image is a uint8 array (H, W, 3) RGB or (H, W), not {image.dtype} {image.shape}"
         )
@@ -152,15 +153,13 @@ def read_mask(path: ImageFile) -> NDArray[np.uint8]:
             raise ImageError(f"{path}: JPEG changes the values of a mask; save it as an 8-bit PNG")
         if image.mode not in ("1", "L", "P") and not image.mode.startswith("I"):
             raise ImageError(
-                f"{path}: a mask holds one class index a pixel, but this is a {image.mode} image, "
-                "probably saved with the colours of the classes; turn each colour into its index "
-                "(0 background, 1.. classes, 255 ignore) and save it as an 8-bit PNG"
+                f"{path}: a mask holds one class index a pixel, but this is a {image.mode} image, probably saved "
+                f"with the colours of the classes; save the indices {_INDICES} as an 8-bit PNG"
             )
         values = np.array(image)
         if values.dtype.itemsize > 1 and (values.min() < 0 or values.max() > 255):
             raise ImageError(
-                f"{path}: mask values run from {values.min()} to {values.max()}; only 0..255 can be class "
-                "indices (0 background, 1.. classes, 255 ignore)"
+                f"{path}: values run from {values.min()} to {values.max()}; a mask holds class indices {_INDICES}"
             )
         return values.astype(np.uint8)
 
@@ -176,76 +175,13 @@ def image_size(path: ImageFile) -> tuple[int, int]:
 
 
 def file_digest(path: ImageFile) -> str:
-    """SHA-256 of the file's bytes, 64 hexadecimal digits.
-
-    Raises:
-        ImageError: the file can't be read.
-    """
+    """SHA-256 of the file's bytes, 64 hexadecimal digits; an ImageError where it can't be read."""
     try:
         check_file(path)
         with path.open("rb") if isinstance(path, Path) else BytesIO(path.read_bytes()) as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except (OSError, ValueError) as error:
         raise _unusable(path, error) from error
-
-
-def _eight_bit(values: NDArray[np.generic], path: ImageFile) -> NDArray[np.uint8]:
-    """Grey values of more than 8 bits (H, W) as uint8."""
-    if values.dtype.kind == "f":
-        levels = values.astype(np.float64)
-        low, high = float(np.min(levels)), float(np.max(levels))
-        if not (low >= 0 and high <= 255):  # so written, NaN is refused too
-            raise ImageError(f"{path}: float values run from {low:g} to {high:g}; save them as 8 or 16 bits")
-        return np.rint(levels * (255 if high <= 1 else 1)).astype(np.uint8)
-    wide = values.astype(np.int64)
-    if np.min(wide) < 0 or np.max(wide) > 65535:
-        raise ImageError(
-            f"{path}: values run from {np.min(wide)} to {np.max(wide)}, beyond 16 bits; save them as 8 or 16 bits"
-        )
-    return ((wide + 128) // 257).astype(np.uint8)
-
-
-@contextmanager
-def _opened(path: ImageFile, *, header: bool = False) -> Iterator[tuple[Image.Image, bytes]]:
-    """The file's first image, header read and size checked, and its bytes, where not the header alone is wanted.
-
-    Whatever goes wrong is an ImageError.
-    """
-    try:
-        if (size := check_file(path)) > MAX_FILE_BYTES:
-            raise ImageError(f"{path}: {size:,} bytes are too many for an image; scale it down or remove it")
-        content = b"" if header and isinstance(path, Path) else path.read_bytes()
-        source = BytesIO(content) if content or not isinstance(path, Path) else path
-        with _quiet_pillow, Image.open(source, formats=_FORMATS) as image:
-            width, height = image.size
-            if width < 1 or height < 1:
-                raise ImageError(f"{path}: its header says {width} x {height} pixels; the file is damaged")
-            if width * height > MAX_DECODED_PIXELS:
-                raise _too_large(path, f"{width} x {height} pixels")
-            yield image, content
-    except ImageError:
-        raise
-    except Image.DecompressionBombError as error:
-        raise _too_large(path, "too many pixels") from error
-    # Damaged files make Pillow raise OSError, SyntaxError, struct.error, zlib.error, TypeError and more.
-    except Exception as error:
-        raise _unusable(path, error) from error
-
-
-def _too_large(path: ImageFile, size: str) -> ImageError:
-    return ImageError(
-        f"{path}: its header says {size}, the limit is {MAX_DECODED_PIXELS}; scale it down or remove it"
-    )
-
-
-def _unusable(path: ImageFile, error: Exception) -> ImageError:
-    if isinstance(error, UnidentifiedImageError):
-        reason = "not an image (JPEG, PNG, BMP, GIF, TIFF, WebP), or its header is damaged"
-    elif isinstance(error, OSError) and error.strerror:
-        reason = error.strerror
-    else:
-        reason = " ".join(str(error).split()) or type(error).__name__
-    return ImageError(f"{path}: can't be read: {reason}; replace or remove it")
 
 
 class _QuietPillow:
@@ -256,17 +192,15 @@ class _QuietPillow:
     """
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._readers = 0
-        self._filters = warnings.catch_warnings()
+        self._lock, self._readers = threading.Lock(), 0
 
     def __enter__(self) -> None:
         with self._lock:
-            if self._readers == 0:
+            self._readers += 1
+            if self._readers == 1:
                 self._filters = warnings.catch_warnings()
                 self._filters.__enter__()
                 warnings.filterwarnings("ignore", module=r"PIL\.")
-            self._readers += 1
 
     def __exit__(self, *_: object) -> None:
         with self._lock:
@@ -276,3 +210,44 @@ class _QuietPillow:
 
 
 _quiet_pillow = _QuietPillow()
+
+
+@contextmanager
+def _opened(path: ImageFile, *, header: bool = False) -> Iterator[tuple[Image.Image, bytes]]:
+    """The file's first image, header read and size checked, and its bytes, where not the header alone is wanted.
+
+    Whatever goes wrong is an ImageError.
+    """
+    pixels = "too many pixels"  # where Pillow refuses before it tells how many
+    try:
+        if (size := check_file(path)) > MAX_FILE_BYTES:
+            raise ImageError(f"{path}: {size:,} bytes are too many for an image; scale it down or remove it")
+        content = b"" if header and isinstance(path, Path) else path.read_bytes()
+        source = BytesIO(content) if content or not isinstance(path, Path) else path
+        with _quiet_pillow, Image.open(source, formats=_FORMATS) as image:
+            width, height = image.size
+            pixels = f"{width} x {height} pixels"
+            if width < 1 or height < 1:
+                raise ImageError(f"{path}: its header says {pixels}; the file is damaged")
+            if width * height > MAX_DECODED_PIXELS:
+                raise Image.DecompressionBombError
+            yield image, content
+    except ImageError:
+        raise
+    except Image.DecompressionBombError as error:
+        raise ImageError(
+            f"{path}: its header says {pixels}, the limit is {MAX_DECODED_PIXELS}; scale it down or remove it"
+        ) from error
+    # Damaged files make Pillow raise OSError, SyntaxError, struct.error, zlib.error, TypeError and more.
+    except Exception as error:
+        raise _unusable(path, error) from error
+
+
+def _unusable(path: ImageFile, error: Exception) -> ImageError:
+    if isinstance(error, UnidentifiedImageError):
+        reason = "not an image (JPEG, PNG, BMP, GIF, TIFF, WebP), or its header is damaged"
+    elif isinstance(error, OSError) and error.strerror:
+        reason = error.strerror
+    else:
+        reason = " ".join(str(error).split()) or type(error).__name__
+    return ImageError(f"{path}: can't be read: {reason}; replace or remove it")
