@@ -30,11 +30,7 @@ class TarMember:
         return f"{self.archive}/{self.name}"
 
     def read_bytes(self) -> bytes:
-        """Its bytes.
-
-        Raises:
-            OSError: the archive can't be read, or ends before the member does.
-        """
+        """Its bytes; an OSError where the archive can't be read, or ends before the member does."""
         with self.archive.open("rb") as file:
             # asked for before memory is: a damaged header may name any size
             if self.offset + self.size > file.seek(0, io.SEEK_END):
@@ -57,16 +53,12 @@ def is_there(file: ImageFile) -> bool:
 
 
 def file_status(file: ImageFile) -> Status:
-    """What tells whether a file has changed; take it before reading the file.
-
-    Raises:
-        OSError: it isn't there.
-    """
+    """What tells whether a file has changed; take it before reading the file. An OSError where it isn't there."""
     if isinstance(file, TarMember):
-        found = file.archive.stat()
-        return file.size, found.st_mtime_ns, found.st_ctime_ns, file.offset
-    found = file.stat()
-    return found.st_size, found.st_mtime_ns, found.st_ctime_ns
+        status = file.archive.stat()
+        return file.size, status.st_mtime_ns, status.st_ctime_ns, file.offset
+    status = file.stat()
+    return status.st_size, status.st_mtime_ns, status.st_ctime_ns
 
 
 def reading_order(file: ImageFile) -> tuple[str, int]:

@@ -28,7 +28,7 @@ def fill_from_json(table: LabelTable, content: Any, file: Path) -> None:
         for name in names:
             if not isinstance(name, str):
                 raise LabelError(f"{where}: {form}; {name!r:.60} in its list isn't text")
-            table.add_label(image_id, name, where)
+            table.add_class(image_id, table.class_named(name, where))
 
 
 def fill_from_csv(table: LabelTable, file: Path) -> None:
@@ -57,7 +57,7 @@ def fill_from_csv(table: LabelTable, file: Path) -> None:
             image_id = table.add_image(row[image_at].strip(), where)
             for name in row[labels_at].split(";"):
                 if name.strip():
-                    table.add_label(image_id, name, where)
+                    table.add_class(image_id, table.class_named(name, where))
     except csv.Error as error:
         raise LabelError(f"{file} line {rows.line_num}: not valid CSV: {error}") from error
 
@@ -73,10 +73,10 @@ def fill_from_txt(table: LabelTable, file: Path) -> None:
         LabelError: an unsafe id, an unknown class or an index beyond the last class.
     """
     for number, line in enumerate(read_text(file).splitlines(), start=1):
-        where = f"{file} line {number}"
-        image, *names = line.split() or [""]
-        if not image:
+        if not line.strip():
             continue
+        where = f"{file} line {number}"
+        image, *names = line.split()
         image_id = table.add_image(image, where)
         for name in names:
-            table.add_class(image_id, table.class_named_or_numbered(name, where))
+            table.add_class(image_id, table.class_named(name, where, or_numbered=True))

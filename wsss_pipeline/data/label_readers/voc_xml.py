@@ -22,12 +22,9 @@ def fill_from_voc_folder(table: LabelTable, folder: Path) -> None:
     """
     files = sorted(file for file in folder.rglob("*.xml") if not file.name.startswith("."))
     if not files:
-        raise LabelError(
-            f"label folder {folder} holds no .xml files; name a folder of VOC annotations or a label file"
-        )
-    fill_from_voc_files(
-        table, ((file.relative_to(folder).with_suffix("").as_posix(), file) for file in files)
-    )
+        raise LabelError(f"{folder} holds no .xml files; name a folder of VOC annotations or a label file")
+    ids = (file.relative_to(folder).with_suffix("").as_posix() for file in files)
+    fill_from_voc_files(table, zip(ids, files, strict=True))
 
 
 def fill_from_voc_files(table: LabelTable, files: Iterable[tuple[str, Path]]) -> None:
@@ -43,9 +40,7 @@ def fill_from_voc_files(table: LabelTable, files: Iterable[tuple[str, Path]]) ->
         image_id = table.add_image(image, str(file))
         text = read_text(file)
         if _DECLARATION.search(text):
-            raise LabelError(
-                f"{file}: declares a document type or entities, which isn't safe to read; remove that"
-            )
+            raise LabelError(f"{file}: declares a document type or entities, which isn't safe; remove that")
         try:
             root = ElementTree.fromstring(text)
         except (ElementTree.ParseError, ValueError) as error:
@@ -56,4 +51,4 @@ def fill_from_voc_files(table: LabelTable, files: Iterable[tuple[str, Path]]) ->
             name = annotated.findtext("name", "").strip()
             if not name:
                 raise LabelError(f"{file}: an <object> has no <name>; add it or remove the object")
-            table.add_label(image_id, name, str(file))
+            table.add_class(image_id, table.class_named(name, str(file)))
