@@ -56,11 +56,7 @@ class StoredImage(NamedTuple):
 
 
 def read_stored_image(path: ImageFile) -> StoredImage:
-    """Pixels and digest out of the same bytes, so that they belong together whatever happens to the file.
-
-    Raises:
-        ImageError: as ``read_image``.
-    """
+    """Pixels and digest out of the same bytes, so that they belong together; an ImageError as ``read_image``."""
     with _opened(path) as (image, content):
         has_rotation = False
         # Pillow decodes a whole PNG in search of a late EXIF block, and applies TIFF's orientation itself.
@@ -133,9 +129,8 @@ def as_pixels(image: AnyImage) -> NDArray[np.uint8]:
             raise _unusable(given, error) from error
     fits = image.ndim == 2 or (image.ndim == 3 and image.shape[2] == 3)
     if image.dtype != np.uint8 or not fits or image.size == 0:
-        raise ImageError(
-            f"an image is a uint8 array (H, W, 3) RGB or (H, W), not {image.dtype} {image.shape}"
-        )
+        given_as = f"{image.dtype} {image.shape}"
+        raise ImageError(f"an image is a uint8 array (H, W, 3) RGB or (H, W), not {given_as}")
     return np.repeat(image[..., None], 3, axis=2) if image.ndim == 2 else np.ascontiguousarray(image)
 
 
@@ -165,11 +160,7 @@ def read_mask(path: ImageFile) -> NDArray[np.uint8]:
 
 
 def image_size(path: ImageFile) -> tuple[int, int]:
-    """(width, height) from the header alone, of the array that ``read_image`` would give.
-
-    Raises:
-        ImageError: as ``read_image``, except that a damaged body isn't noticed.
-    """
+    """(width, height) from the header alone, of what ``read_image`` would give; a damaged body isn't noticed."""
     with _opened(path, header=True) as (image, _):
         return image.size
 

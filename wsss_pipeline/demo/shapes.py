@@ -92,9 +92,8 @@ def _polygon(x: Array, y: Array, corners: list[tuple[float, float]]) -> Array:
 def _ball(x: Array, y: Array, main: Colour, second: Colour) -> Shape:
     angle = np.arctan2(y - 0.15, x - 0.1)
     wedges = (np.sin(3 * angle) * 0.35 * np.hypot(x, y)).astype(np.float32)
-    return Shape(
-        ((_disc(x, y, 0, 0, 0.95), main),), ((wedges, second), (_disc(x, y, 0.1, 0.15, 0.14), _PALE))
-    )
+    hub = _disc(x, y, 0.1, 0.15, 0.14)
+    return Shape(((_disc(x, y, 0, 0, 0.95), main),), ((wedges, second), (hub, _PALE)))
 
 
 def _boat(x: Array, y: Array, main: Colour, second: Colour) -> Shape:
@@ -102,9 +101,8 @@ def _boat(x: Array, y: Array, main: Colour, second: Colour) -> Shape:
     sail = _polygon(x, y, [(0.06, -0.95), (0.75, 0.22), (0.06, 0.22)])
     jib = _polygon(x, y, [(-0.06, -0.75), (-0.06, 0.22), (-0.65, 0.22)])
     mast = _box(x, y, 0, -0.25, 0.07, 0.65)
-    return Shape(
-        ((mast, _BARK), (sail, _PALE), (jib, second), (hull, main)), ((_box(x, y, 0, 0.47, 1, 0.05), _PALE),)
-    )
+    line = _box(x, y, 0, 0.47, 1, 0.05)
+    return Shape(((mast, _BARK), (sail, _PALE), (jib, second), (hull, main)), ((line, _PALE),))
 
 
 def _car(x: Array, y: Array, main: Colour, second: Colour) -> Shape:
@@ -116,10 +114,9 @@ def _car(x: Array, y: Array, main: Colour, second: Colour) -> Shape:
         _polygon(x, y, [(-0.35, -0.4), (-0.05, -0.4), (-0.05, -0.08), (-0.5, -0.08)]),
         _polygon(x, y, [(0.05, -0.4), (0.26, -0.4), (0.46, -0.08), (0.05, -0.08)]),
     )
-    return Shape(
-        ((cabin, main), (lower, main), (wheels, _DARK)),
-        ((windows, _GLASS), (_box(x, y, 0, 0.12, 0.95, 0.04), second), (hubs, (180, 180, 185))),
-    )
+    line = _box(x, y, 0, 0.12, 0.95, 0.04)
+    details = (windows, _GLASS), (line, second), (hubs, (180, 180, 185))
+    return Shape(((cabin, main), (lower, main), (wheels, _DARK)), details)
 
 
 def _cup(x: Array, y: Array, main: Colour, second: Colour) -> Shape:
@@ -134,15 +131,11 @@ def _fish(x: Array, y: Array, main: Colour, second: Colour) -> Shape:
     body = _oval(x, y, 0.12, 0, 0.8, 0.48)
     tail = _polygon(x, y, [(-0.98, -0.5), (-0.45, 0), (-0.98, 0.5)])
     fin = _polygon(x, y, [(-0.2, -0.68), (0.35, -0.4), (-0.2, -0.35)])
-    scales = (0.05 - 0.09 * (np.abs(np.sin(9 * x)) + np.abs(np.sin(9 * y + 4.5 * x)) - 0.9)).astype(
-        np.float32
-    )
-    scales = np.maximum(scales, _box(x, y, -0.05, 0, 0.45, 0.5))
-    eye = _disc(x, y, 0.6, -0.12, 0.13)
-    return Shape(
-        ((tail, second), (fin, second), (body, main)),
-        ((scales, second), (eye, _PALE), (_disc(x, y, 0.62, -0.12, 0.065), _DARK)),
-    )
+    waves = np.abs(np.sin(9 * x)) + np.abs(np.sin(9 * y + 4.5 * x))
+    scales = np.maximum((0.05 - 0.09 * (waves - 0.9)).astype(np.float32), _box(x, y, -0.05, 0, 0.45, 0.5))
+    eye, pupil = _disc(x, y, 0.6, -0.12, 0.13), _disc(x, y, 0.62, -0.12, 0.065)
+    details = (scales, second), (eye, _PALE), (pupil, _DARK)
+    return Shape(((tail, second), (fin, second), (body, main)), details)
 
 
 def _flower(x: Array, y: Array, main: Colour, second: Colour) -> Shape:
@@ -161,15 +154,9 @@ def _house(x: Array, y: Array, main: Colour, second: Colour) -> Shape:
     windows = np.minimum(_box(x, y, -0.4, 0.25, 0.17, 0.17), _box(x, y, 0.4, 0.25, 0.17, 0.17))
     bars = np.minimum(np.abs(np.abs(x) - 0.4), np.abs(y - 0.25)) - np.float32(0.03)
     tiles = np.maximum(roof + 0.06, (0.04 - 0.07 * np.abs(np.sin(16 * y))).astype(np.float32))
-    return Shape(
-        ((chimney, _DARK), (wall, main), (roof, second)),
-        (
-            (tiles, _BARK),
-            (windows, _GLASS),
-            (np.maximum(windows, bars), _PALE),
-            (_box(x, y, 0, 0.6, 0.15, 0.29), _BARK),
-        ),
-    )
+    door = _box(x, y, 0, 0.6, 0.15, 0.29)
+    details = (tiles, _BARK), (windows, _GLASS), (np.maximum(windows, bars), _PALE), (door, _BARK)
+    return Shape(((chimney, _DARK), (wall, main), (roof, second)), details)
 
 
 def _kite(x: Array, y: Array, main: Colour, second: Colour) -> Shape:
@@ -183,8 +170,8 @@ def _kite(x: Array, y: Array, main: Colour, second: Colour) -> Shape:
 def _mushroom(x: Array, y: Array, main: Colour, second: Colour) -> Shape:
     cap = np.maximum(_oval(x, y, 0, 0.1, 0.95, 0.95), y - 0.1)
     stem = _polygon(x, y, [(-0.22, 0), (0.22, 0), (0.32, 0.92), (-0.32, 0.92)])
-    places = ((-0.5, -0.2, 0.17), (0.05, -0.5, 0.2), (0.52, -0.15, 0.15), (0.0, -0.08, 0.12))
-    spots = np.minimum.reduce([_disc(x, y, cx, cy, radius) for cx, cy, radius in places])
+    centres = ((-0.5, -0.2, 0.17), (0.05, -0.5, 0.2), (0.52, -0.15, 0.15), (0.0, -0.08, 0.12))
+    spots = np.minimum.reduce([_disc(x, y, cx, cy, radius) for cx, cy, radius in centres])
     return Shape(((stem, _PALE), (cap, main)), ((np.maximum(spots, y - 0.1), _PALE),))
 
 
@@ -195,10 +182,8 @@ def _starfish(x: Array, y: Array, main: Colour, second: Colour) -> Shape:
     arms = radius * np.cos(folded) * 0.35 + radius * np.sin(folded) * 0.94 - 0.33
     dots = np.abs(radius - 0.42 - 0.22 * np.round((radius - 0.42) / 0.22))
     dots = np.hypot(dots, radius * folded) - 0.075
-    return Shape(
-        ((arms.astype(np.float32), main),),
-        ((dots.astype(np.float32), second), (_disc(x, y, 0, 0, 0.12), second)),
-    )
+    details = (dots.astype(np.float32), second), (_disc(x, y, 0, 0, 0.12), second)
+    return Shape(((arms.astype(np.float32), main),), details)
 
 
 OBJECT_CLASSES: tuple[ObjectClass, ...] = (

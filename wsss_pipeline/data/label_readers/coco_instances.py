@@ -24,9 +24,6 @@ def fill_from_coco(table: LabelTable, content: dict[str, Any], file: Path) -> No
     Images come in the order of ``images``, those without annotations too; the image id is ``file_name``
     without its suffix. Categories go by name or alias; one without a name by its number, where the class
     set holds COCO ids. A category that no annotation uses may be unknown.
-
-    Raises:
-        LabelError: another structure, an unsafe id, a number that stands for nothing, an unknown class.
     """
     image_ids: dict[int, str] = {}
     for image, where in _objects(content, "images", file):

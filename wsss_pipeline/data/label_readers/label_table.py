@@ -79,11 +79,7 @@ def reading(path: Path) -> Iterator[None]:
 
 
 def read_text(file: Path) -> str:
-    """The text of a label file.
-
-    Raises:
-        LabelError: it can't be read, isn't UTF-8 or holds a NUL character.
-    """
+    """The text of a label file; a LabelError: it can't be read, isn't UTF-8 or holds a NUL character."""
     try:
         with reading(file):
             text = file.read_text("utf-8-sig")
@@ -96,15 +92,10 @@ def read_text(file: Path) -> str:
 
 
 def read_json(file: Path) -> Any:
-    """The content of a JSON file.
-
-    Raises:
-        LabelError: as ``read_text``; also what isn't JSON, or a key that occurs twice in one object,
-            of which JSON readers would silently keep the last.
-    """
+    """The content of a JSON file; a LabelError: as ``read_text``, it isn't JSON, a key occurs twice in one object."""
 
     def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        values = dict(pairs)
+        values = dict(pairs)  # which silently keeps the last of two
         if len(values) < len(pairs):
             keys = [key for key, _ in pairs]
             twice = next(key for key in values if keys.count(key) > 1)

@@ -12,11 +12,7 @@ from wsss_pipeline.errors import LabelError
 
 
 def fill_from_json(table: LabelTable, content: Any, file: Path) -> None:
-    """``{"image_id": ["cat", "sofa"]}``.
-
-    Raises:
-        LabelError: another structure, an unsafe id or an unknown class.
-    """
+    """``{"image_id": ["cat", "sofa"]}``."""
     form = 'expected {"image_id": ["cat", "sofa"], ...}'
     if not isinstance(content, dict):
         raise LabelError(f"{file}: {form}, found {type(content).__name__}")
@@ -35,18 +31,14 @@ def fill_from_csv(table: LabelTable, file: Path) -> None:
     """Header ``image,labels``, labels joined by ``;``; or header ``image,label``, one label a row.
 
     Rows of the same image add up. An empty cell adds no label. Further columns are passed over.
-
-    Raises:
-        LabelError: no such header, a row without these cells, an unsafe id or an unknown class.
     """
     rows = csv.reader(io.StringIO(read_text(file), newline=""), strict=True)
     try:
         header = [cell.strip().lower() for cell in next(rows, [])]
         column = next((name for name in ("labels", "label") if name in header), None)
         if "image" not in header or column is None:
-            raise LabelError(
-                f"{file} line 1: expected the header image,labels; found {','.join(header)!r:.80}"
-            )
+            found = f"{','.join(header)!r:.80}"
+            raise LabelError(f"{file} line 1: expected the header image,labels; found {found}")
         image_at, labels_at = header.index("image"), header.index(column)
         for row in rows:
             where = f"{file} line {rows.line_num}"
@@ -68,9 +60,6 @@ def fill_from_txt(table: LabelTable, file: Path) -> None:
     A whole number stands for the class of that index, counted from 0 as the published lists of CLIP-ES
     do, unless a class has that very name. Image ids and class names with spaces can't be written in this
     form.
-
-    Raises:
-        LabelError: an unsafe id, an unknown class or an index beyond the last class.
     """
     for number, line in enumerate(read_text(file).splitlines(), start=1):
         if not line.strip():

@@ -18,9 +18,6 @@ def fill_from_tar(table: LabelTable, labels: Mapping[str, TarMember]) -> None:
 
     ``.json``: a list of class names, or an object with such a list under ``labels``. ``.cls``: a class name or
     0-based index on each line.
-
-    Raises:
-        LabelError: another structure, or an unknown class.
     """
     for image, member in labels.items():
         image_id = table.add_image(image, str(member))

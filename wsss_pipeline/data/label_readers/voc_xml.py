@@ -15,11 +15,7 @@ _DECLARATION = re.compile("<!(DOCTYPE|ENTITY)", re.IGNORECASE)
 
 
 def fill_from_voc_folder(table: LabelTable, folder: Path) -> None:
-    """All ``.xml`` files below the folder; the image id is the path of the file without its suffix.
-
-    Raises:
-        LabelError: no such files, or one that can't be used.
-    """
+    """All ``.xml`` files below the folder; the image id is the path of the file without its suffix."""
     files = sorted(file for file in folder.rglob("*.xml") if not file.name.startswith("."))
     if not files:
         raise LabelError(f"{folder} holds no .xml files; name a folder of VOC annotations or a label file")
@@ -32,9 +28,6 @@ def fill_from_voc_files(table: LabelTable, files: Iterable[tuple[str, Path]]) ->
 
     Labels are the ``name`` of each ``object`` directly below the root, parts of objects not counted,
     objects marked difficult included, as the published code of CLIP-ES reads them.
-
-    Raises:
-        LabelError: not such a file, or an unknown class.
     """
     for image, file in files:
         image_id = table.add_image(image, str(file))
