@@ -55,7 +55,7 @@ def read_state_dict(file: Path) -> dict[str, Tensor]:
     """The tensors of a file that ``torch.save`` made of a state dict, bare or under ``state_dict``.
 
     Raises:
-        WeightsError: not such a file, damaged, or with content that only running code could read.
+        WeightsError: as ``read_openai_weights``.
     """
     with _explained(file), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about pickle protocols; what matters is raised
@@ -99,8 +99,8 @@ class _Storage(NamedTuple):
     length: int
 
 
-class _Placed(NamedTuple):
-    """Where in a storage a tensor lies."""
+class _StoredTensor(NamedTuple):
+    """A tensor that wasn't read yet: where in a storage it lies."""
 
     storage: _Storage
     offset: int
@@ -119,7 +119,7 @@ class _Inert:
 
 
 class _TreeUnpickler(pickle.Unpickler):
-    """Unpickles the module tree of a TorchScript archive, tensors as ``_Placed``; other globals are refused."""
+    """Unpickles the module tree of a TorchScript archive, tensors as ``_StoredTensor``; other globals are refused."""
 
     def find_class(self, module: str, name: str) -> Any:
         if module.startswith("__torch__"):
@@ -127,7 +127,7 @@ class _TreeUnpickler(pickle.Unpickler):
         if (module, name) == ("collections", "OrderedDict"):
             return OrderedDict
         if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
-            return lambda storage, offset, size, stride, *_: _Placed(storage, offset, size, stride)
+            return lambda storage, offset, size, stride, *_: _StoredTensor(storage, offset, size, stride)
         if module == "torch.jit._pickle":  # lists of numbers and tensors
             return lambda items, *_: list(items)
         if module == "torch" and name in DTYPES:
@@ -147,30 +147,30 @@ def _read_torchscript(archive: zipfile.ZipFile, limit: int) -> dict[str, Tensor]
         raise _RefusedError("it would unpack to far more than its size")
     (index,) = [name for name in archive.namelist() if name.endswith("/data.pkl") and name.count("/") == 1]
     tree = _TreeUnpickler(io.BytesIO(archive.read(index))).load()
-    placed: dict[str, _Placed] = {}
+    tensors: dict[str, _StoredTensor] = {}
     entered: set[int] = set()  # each module once, whatever the number of ways that lead to it
     waiting = [("", tree)]
     while waiting:
         prefix, value = waiting.pop()
         if len(prefix) > MAX_NAME:
             raise _RefusedError("its modules are nested deeper than any CLIP's")
-        if isinstance(value, _Placed):
-            placed[prefix.removesuffix(".")] = value
+        if isinstance(value, _StoredTensor):
+            tensors[prefix.removesuffix(".")] = value
         elif isinstance(value, _Inert) and id(value) not in entered:
             entered.add(id(value))
             waiting += [(f"{prefix}{name}.", item) for name, item in value.attributes.items()]
-    if sum(math.prod(p.size) * p.storage.dtype.itemsize for p in placed.values()) > limit:
+    if sum(math.prod(tensor.size) * tensor.storage.dtype.itemsize for tensor in tensors.values()) > limit:
         raise _RefusedError("its tensors are larger than the file")
     storages: dict[_Storage, Tensor] = {}
-    for storage in {p.storage for p in placed.values()}:
-        data, dtype = archive.read(f"{index.removesuffix('data.pkl')}data/{storage.key}"), storage.dtype
-        if len(data) != storage.length * dtype.itemsize:
-            raise _RefusedError(
-                f"storage {storage.key} has {len(data)} bytes, not those of {storage.length} numbers"
-            )
+    for storage in {tensor.storage for tensor in tensors.values()}:
+        key, dtype, length = storage
+        data = archive.read(f"{index.removesuffix('data.pkl')}data/{key}")
+        if len(data) != length * dtype.itemsize:
+            raise _RefusedError(f"storage {key} has {len(data)} bytes, not those of {length} numbers")
         empty = torch.empty(0, dtype=dtype)  # which frombuffer doesn't make
         storages[storage] = torch.frombuffer(bytearray(data), dtype=dtype) if data else empty
     # as_strided checks the bounds itself and raises
     return {
-        name: torch.as_strided(storages[p.storage], p.size, p.stride, p.offset) for name, p in placed.items()
+        name: torch.as_strided(storages[storage], size, stride, offset)
+        for name, (storage, offset, size, stride) in tensors.items()
     }

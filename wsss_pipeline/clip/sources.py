@@ -97,7 +97,7 @@ def locate_clip(config: ClipConfig, offline: bool = False) -> ClipFiles:
     if path.is_file():
         if path.suffix in (".safetensors", ".bin"):
             raise WeightsError(
-                f"CLIP weights {weights} are one file of a model; give its folder, {path.parent}"
+                f"CLIP weights {weights} are a file of a model; give its folder, {path.parent}"
             )
         return ClipFiles(weights, (path,), None, _locate_tokenizer(config.tokenizer, path.parent, offline))
     if not path.is_dir():
@@ -114,9 +114,7 @@ def locate_clip(config: ClipConfig, offline: bool = False) -> ClipFiles:
     values = read_config(path / "config.json")
     kind = values.get("model_type", "clip")
     if kind != "clip" or not all(isinstance(values.get(tower), dict) for tower in TOWERS):
-        raise WeightsError(
-            f"{weights} is a model of type {kind}, not a whole CLIP with vision and text tower"
-        )
+        raise WeightsError(f"{weights} is of type {kind}, not a whole CLIP with vision and text tower")
     files = _weight_files(path)
     if not files:
         raise WeightsError(f"{weights}: no model.safetensors in {path}; fetch the weights as well")
@@ -167,9 +165,7 @@ def _locate_tokenizer(tokenizer: str | None, beside: Path, offline: bool) -> Pat
     if _has_vocabulary(path):
         return path
     if tokenizer is not None and path.exists():
-        raise WeightsError(
-            f"--tokenizer {wanted} holds neither tokenizer.json nor vocab.json with merges.txt"
-        )
+        raise WeightsError(f"--tokenizer {wanted} has neither tokenizer.json nor vocab.json with merges.txt")
     try:
         return _fetch(wanted, offline, TOKENIZER_FILES)
     except WeightsError as error:

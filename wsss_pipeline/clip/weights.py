@@ -43,8 +43,9 @@ def load_clip(files: ClipFiles, device: torch.device) -> Clip:
     Raises:
         WeightsError: damaged, incomplete, not a vision transformer CLIP, or with another model's vocabulary.
     """
-    import transformers
+    import transformers as library
 
+    transformers: Any = library  # which knows the tokenizer's name only at run time
     with _loading(files.name):
         if files.config is None:
             values, tensors = to_hugging_face(read_openai_weights(files.weights[0]), files.name)
@@ -52,10 +53,9 @@ def load_clip(files: ClipFiles, device: torch.device) -> Clip:
             values, tensors = read_config(files.config), _read_tensors(files.weights)
         if "logit_scale" not in tensors:
             raise WeightsError(f"{files.name} has no logit_scale; it isn't a whole CLIP model")
-        config: Any = transformers.CLIPConfig(**values)
+        config = transformers.CLIPConfig(**values)
         vision_config, text_config = config.vision_config, config.text_config
-        library: Any = transformers  # which knows the tokenizer's name only at run time
-        tokenizer = library.CLIPTokenizerFast.from_pretrained(files.tokenizer, local_files_only=True)
+        tokenizer = transformers.CLIPTokenizerFast.from_pretrained(files.tokenizer, local_files_only=True)
         end, size = int(tokenizer("")["input_ids"][-1]), text_config.vocab_size
         if len(tokenizer) > size or end not in (text_config.eos_token_id, size - 1):
             raise WeightsError(
@@ -70,9 +70,8 @@ def load_clip(files: ClipFiles, device: torch.device) -> Clip:
                 tower.projection_dim = len(tensors[f"{name}.weight"])
         vision = _tower(transformers.CLIPVisionModelWithProjection, vision_config, tensors, files.name)
         text = _tower(transformers.CLIPTextModelWithProjection, text_config, tensors, files.name)
-        return Clip(
-            vision.to(device), text.to(device), tokenizer, float(tensors["logit_scale"].float().exp())
-        )
+        scale = float(tensors["logit_scale"].float().exp())
+        return Clip(vision.to(device), text.to(device), tokenizer, scale)
 
 
 def _read_tensors(files: tuple[Path, ...]) -> dict[str, Tensor]:

@@ -46,7 +46,7 @@ def _class_name(name: str) -> str:
 
 def _set_name(name: str) -> str:
     if not re.fullmatch("[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}", name):
-        raise ValueError(f"{name!r:.120} can't be the name of a folder; use up to 100 letters, digits, '_-.'")
+        raise ValueError(f"{name!r:.120} can't be the name of a folder; use up to 100 of A-Z a-z 0-9 _ . -")
     return name
 
 
@@ -79,20 +79,19 @@ def _without_duplicates(texts: tuple[str, ...]) -> tuple[str, ...]:
 _Text = Annotated[str, BeforeValidator(_text)]
 _Texts = Annotated[tuple[_Text, ...], BeforeValidator(_as_tuple), AfterValidator(_without_duplicates)]
 _SomeTexts = Annotated[_Texts, BeforeValidator(_as_tuple_of_some)]
+_Templates = Annotated[_SomeTexts, AfterValidator(lambda texts: tuple(map(_template, texts)))]
+_ClassName = Annotated[_Text, AfterValidator(_class_name)]
+_SetName = Annotated[_Text, AfterValidator(_set_name)]
 
 
 class ClassEntry(Settings):
     """One class."""
 
-    name: Annotated[_Text, AfterValidator(_class_name)] = Field(
-        description="The name, as it stands in labels, reports and exports."
-    )
+    name: _ClassName = Field(description="The name, as it stands in labels, reports and exports.")
     prompt: _Text = Field("", description="Text for CLIP in place of the name; empty means the name.")
     synonyms: _SomeTexts = Field((), description="Further texts for CLIP.")
     fuse: Literal["sentence", "feature"] = Field(
-        "sentence",
-        description="How synonyms come together: sentence, all in one text, as CLIP-ES does; feature, the mean "
-        "of their embeddings.",
+        "sentence", description="Synonyms: all in one sentence, as CLIP-ES does; or the mean feature of each."
     )
     aliases: _SomeTexts = Field((), description="Other names that labels may use; CLIP doesn't see them.")
     coco_id: int | None = Field(None, ge=1, le=90, description="Category id of the class in MS COCO.")
@@ -122,12 +121,8 @@ def _fit_into_a_mask(classes: tuple[ClassEntry, ...]) -> tuple[ClassEntry, ...]:
 class ClassSet(Settings):
     """Classes in the order of their mask values 1..C, with what CLIP is asked about them."""
 
-    name: Annotated[_Text, AfterValidator(_set_name)] = Field(
-        description="Its name, fit to be part of a file name."
-    )
-    templates: Annotated[_SomeTexts, AfterValidator(lambda texts: tuple(map(_template, texts)))] = Field(
-        (DEFAULT_TEMPLATE,), description="Prompt templates, each with one {}."
-    )
+    name: _SetName = Field(description="Its name, fit to be part of a file name.")
+    templates: _Templates = Field((DEFAULT_TEMPLATE,), description="Prompt templates, each with one {}.")
     background: _Texts = Field(
         (), description="Words that take part in the softmax as background; none of them is a class."
     )
@@ -199,10 +194,8 @@ def load_class_set(text: str) -> ClassSet:
         try:
             content = Path(text).read_text("utf-8-sig")
         except (OSError, ValueError) as error:
-            reason = getattr(error, "strerror", None) or error
-            raise ClassSetError(
-                f"class set {text!r} can't be read as UTF-8 text: {reason}; {choices}"
-            ) from error
+            reason = f"{getattr(error, 'strerror', None) or error}; {choices}"
+            raise ClassSetError(f"class set {text!r} can't be read as UTF-8 text: {reason}") from error
         return _class_set(content, text, Path(text).stem)
     if close := difflib.get_close_matches(text, built_in, n=1, cutoff=0.7):
         raise ClassSetError(
@@ -263,11 +256,7 @@ def _class_set(content: str | list[str], origin: str, default_name: str) -> Clas
 
 
 def check_template(template: str, origin: str) -> str:
-    """``template`` as it came, where it has exactly one ``{}`` and no other brace.
-
-    Raises:
-        ClassSetError: it doesn't.
-    """
+    """``template`` as it came, if it has exactly one ``{}`` and no other brace; else a ClassSetError."""
     try:
         return _template(template)
     except ValueError as error:
@@ -279,17 +268,12 @@ def voc_palette() -> NDArray[np.uint8]:
 
     Bit ``7 - i`` of red, green and blue is bit ``3i``, ``3i + 1`` and ``3i + 2`` of the mask value.
     """
-    values = np.arange(256)
-    palette = np.zeros((256, 3), dtype=np.uint8)
-    for channel in range(3):
-        for i in range(3):
-            bit = values >> (3 * i + channel) & 1
-            palette[:, channel] |= (bit << (7 - i)).astype(np.uint8)
-    return palette
+    values, channels, i = np.ogrid[:256, :3, :3]
+    bits = values >> (3 * i + channels) & 1
+    return np.asarray((bits << (7 - i)).sum(axis=2), np.uint8)
 
 
 def builtin_class_sets() -> list[str]:
     """Names of the class sets that come with the package."""
-    folder = resources.files("wsss_pipeline.data") / "class_sets"
-    names = (file.name for file in folder.iterdir())
-    return sorted(name.removesuffix(".yaml") for name in names if name.endswith(".yaml"))
+    files = (resources.files("wsss_pipeline.data") / "class_sets").iterdir()
+    return sorted(file.name.removesuffix(".yaml") for file in files if file.name.endswith(".yaml"))

@@ -43,8 +43,8 @@ def voc_inputs(root: Path, split: str, classes: ClassSet | None = None) -> Image
             fill_from_voc_files(table, annotated)
             return images, table.labels()
         if not (root / "labels.json").is_file():
-            places = f"{root / 'Annotations'}/*.xml nor {root / 'labels.json'}"
-            raise LabelError(f"no labels for this split: neither {places}; give --labels")
+            tried = f"{root / 'Annotations'}/*.xml nor {root / 'labels.json'}"
+            raise LabelError(f"no labels for this split: neither {tried}; give --labels")
         labels = read_labels(root / "labels.json", images, classes)
         return images, {image_id: names for image_id, names in labels.items() if image_id in images}
 
@@ -72,8 +72,8 @@ def coco_inputs(root: Path, split: str, classes: ClassSet | None = None) -> Imag
             raise _no_split(labels, [file.stem.removeprefix("instances_") for file in files])
         folders = [folder for folder in (root / split, root / "images" / split) if folder.is_dir()]
         if not folders:
-            places = f"{root / split} nor {root / 'images' / split}"
-            raise LabelError(f"no images for split '{split}': neither {places}")
+            tried = f"{root / split} nor {root / 'images' / split}"
+            raise LabelError(f"no images for split '{split}': neither {tried}")
         images = find_images(folders[0])
         return images, read_labels(labels, images, classes or load_class_set("coco14"))
 
@@ -120,5 +120,5 @@ def _check_split_name(split: str) -> None:
 
 
 def _no_split(file: Path, existing: list[str]) -> LabelError:
-    known = f"there are: {', '.join(existing)}" if existing else "nor any other; check the folder"
+    known = f"there are: {', '.join(existing)}" if existing else "nor is there any other; check the folder"
     return LabelError(f"no split list {file}; {known}")

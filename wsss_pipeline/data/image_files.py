@@ -9,7 +9,7 @@ from pathlib import Path
 
 from wsss_pipeline.errors import ImageError
 
-# size in bytes; times of modification and of change in nanoseconds; of an archive's member also its place
+# size in bytes; times of modification and of change in nanoseconds; of an archive's member also where it begins
 Status = tuple[int, ...]
 
 

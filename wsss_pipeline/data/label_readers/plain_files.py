@@ -37,8 +37,7 @@ def fill_from_csv(table: LabelTable, file: Path) -> None:
         header = [cell.strip().lower() for cell in next(rows, [])]
         column = next((name for name in ("labels", "label") if name in header), None)
         if "image" not in header or column is None:
-            found = f"{','.join(header)!r:.80}"
-            raise LabelError(f"{file} line 1: expected the header image,labels; found {found}")
+            raise LabelError(f"{file} line 1: expected header image,labels; found {','.join(header)!r:.80}")
         image_at, labels_at = header.index("image"), header.index(column)
         for row in rows:
             where = f"{file} line {rows.line_num}"
