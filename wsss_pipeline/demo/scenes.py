@@ -10,10 +10,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.random import Generator
 from numpy.typing import NDArray
 
 from wsss_pipeline.demo.backgrounds import BACKGROUNDS, noise
-from wsss_pipeline.demo.shapes import COLOURS, OBJECT_CLASSES, ObjectClass, Shape
+from wsss_pipeline.demo.shapes import COLOURS, OBJECT_CLASSES, Array, ObjectClass, Shape
 
 CLASS_NAMES: tuple[str, ...] = tuple(entry.name for entry in OBJECT_CLASSES)
 
@@ -116,12 +117,7 @@ def draw_scene(
 
 
 def _draw(
-    rng: np.random.Generator,
-    canvas: NDArray[np.float32],
-    mask: NDArray[np.uint8],
-    kind: ObjectClass,
-    horizon: float,
-    count: int,
+    rng: Generator, canvas: Array, mask: NDArray[np.uint8], kind: ObjectClass, horizon: float, count: int
 ) -> tuple[str, int]:
     """Draws an object of a class into both arrays; the name of its colour and its pixels in the image."""
     height, width = mask.shape
@@ -160,7 +156,7 @@ def _draw(
     return name, int(inside.sum())
 
 
-def _paint_shape(shape: Shape, scale: np.float32) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+def _paint_shape(shape: Shape, scale: np.float32) -> tuple[Array, Array]:
     """Colours (h, w, 3) and coverage (h, w) of a shape whose half width is ``scale`` pixels."""
     outline = np.minimum.reduce([distance for distance, _ in shape.body])
     colour = np.empty((*outline.shape, 3), np.float32)

@@ -37,7 +37,8 @@ def fill_from_csv(table: LabelTable, file: Path) -> None:
         header = [cell.strip().lower() for cell in next(rows, [])]
         column = next((name for name in ("labels", "label") if name in header), None)
         if "image" not in header or column is None:
-            raise LabelError(f"{file} line 1: expected header image,labels; found {','.join(header)!r:.80}")
+            cells = ",".join(header)
+            raise LabelError(f"{file} line 1: expected the header image,labels; found {cells!r:.80}")
         image_at, labels_at = header.index("image"), header.index(column)
         for row in rows:
             where = f"{file} line {rows.line_num}"
