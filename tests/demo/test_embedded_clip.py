@@ -15,6 +15,7 @@ from wsss_pipeline.clip.weights import load_clip
 from wsss_pipeline.config import ClipConfig
 from wsss_pipeline.demo.voc_folder import write_voc_folder
 from wsss_pipeline.methods import load_mask_config as load_config
+from wsss_pipeline.pseudo_masks.report import MaskReport
 from wsss_pipeline.stages.demo import run_demo
 from wsss_pipeline.stages.evaluate import evaluate, open_masks
 
@@ -131,3 +132,11 @@ def test_the_demo_runs_and_runs_again(tmp_path: Path) -> None:
     again = run_demo(tmp_path, scenes=(4, 2), overrides=overrides, upper_bound=True)
     assert again.lines() == first.lines()
     assert all(0 <= result.scores.miou <= 1 for result in first.scores.values())
+
+
+def test_a_request_to_stop_ends_the_demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        "wsss_pipeline.stages.demo.generate_masks", lambda job: MaskReport(tmp_path, interrupted=True)
+    )
+    with pytest.raises(KeyboardInterrupt):
+        run_demo(tmp_path, scenes=(1, 1))

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import io
-import stat
 from dataclasses import dataclass, replace
 from pathlib import Path
-
-from wsss_pipeline.errors import ImageError
 
 # size in bytes; times of modification and of change in nanoseconds; of an archive's member also where it begins
 Status = tuple[int, ...]
@@ -64,22 +61,3 @@ def file_status(file: ImageFile) -> Status:
 def reading_order(file: ImageFile) -> tuple[str, int]:
     """Sorts files so that an archive is read from its beginning to its end; files of their own stay as they are."""
     return ("", 0) if isinstance(file, Path) else (str(file.archive), file.offset)
-
-
-def check_file(file: ImageFile) -> int:
-    """Size in bytes of a regular file that isn't empty.
-
-    Raises:
-        ImageError: not a regular file, or empty.
-        OSError: it isn't there.
-    """
-    if isinstance(file, TarMember):
-        size = file.size
-    else:
-        status = file.stat()
-        size = status.st_size
-        if not stat.S_ISREG(status.st_mode):
-            raise ImageError(f"{file}: not a file; name an image file")
-    if size == 0:
-        raise ImageError(f"{file}: the file is empty; replace or remove it")
-    return size

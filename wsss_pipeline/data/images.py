@@ -9,6 +9,7 @@ ignored. Of an animation or a file with several pages the first one counts.
 from __future__ import annotations
 
 import hashlib
+import stat
 import threading
 import warnings
 from collections.abc import Iterator
@@ -23,7 +24,7 @@ from PIL import Image, UnidentifiedImageError
 from PIL.TiffImagePlugin import TiffImageFile
 from PIL.WebPImagePlugin import WebPImageFile
 
-from wsss_pipeline.data.image_files import ImageFile, check_file
+from wsss_pipeline.data.image_files import ImageFile, TarMember
 from wsss_pipeline.errors import ImageError
 
 # Nothing with more pixels is decoded; an RGB image of that size takes 400 MB. It lies under the number
@@ -168,11 +169,26 @@ def image_size(path: ImageFile) -> tuple[int, int]:
 def file_digest(path: ImageFile) -> str:
     """SHA-256 of the file's bytes, 64 hexadecimal digits; an ImageError where it can't be read."""
     try:
-        check_file(path)
+        _check_file(path)
         with path.open("rb") if isinstance(path, Path) else BytesIO(path.read_bytes()) as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except (OSError, ValueError) as error:
         raise _unusable(path, error) from error
+
+
+def _check_file(file: ImageFile) -> None:
+    """Refuses what isn't a regular file, is empty or too large, before any of it is read."""
+    if isinstance(file, TarMember):
+        size = file.size
+    else:
+        status = file.stat()
+        size = status.st_size
+        if not stat.S_ISREG(status.st_mode):
+            raise ImageError(f"{file}: not a file; name an image file")
+    if size == 0:
+        raise ImageError(f"{file}: the file is empty; replace or remove it")
+    if size > MAX_FILE_BYTES:
+        raise ImageError(f"{file}: {size:,} bytes are too many for an image; scale it down or remove it")
 
 
 class _QuietPillow:
@@ -211,8 +227,7 @@ def _opened(path: ImageFile, *, header: bool = False) -> Iterator[tuple[Image.Im
     """
     pixels = "too many pixels"  # where Pillow refuses before it tells how many
     try:
-        if (size := check_file(path)) > MAX_FILE_BYTES:
-            raise ImageError(f"{path}: {size:,} bytes are too many for an image; scale it down or remove it")
+        _check_file(path)
         content = b"" if header and isinstance(path, Path) else path.read_bytes()
         source = BytesIO(content) if content or not isinstance(path, Path) else path
         with _quiet_pillow, Image.open(source, formats=_FORMATS) as image:
