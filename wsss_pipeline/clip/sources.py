@@ -46,7 +46,7 @@ class ClipFiles:
     """A CLIP found on this machine, not loaded yet.
 
     Attributes:
-        name: as the user gave it.
+        name: text that the user gave.
         weights: one or several files.
         config: config.json, or None for OpenAI's ``.pt``, whose tensors say it all.
         tokenizer: folder of the vocabulary.
@@ -84,7 +84,7 @@ def locate_clip(config: ClipConfig, offline: bool = False) -> ClipFiles:
 
     Args:
         config: names weights and maybe a tokenizer.
-        offline: use only what is on this machine, the hub's own cache included.
+        offline: choice to use only what is on this machine, the hub's own cache included.
 
     Raises:
         WeightsError: not found, not reachable, or not a CLIP.

@@ -24,7 +24,7 @@ class Clip:
 
     Attributes:
         vision, text: the towers of ``transformers`` with their projections.
-        tokenizer: of the text tower.
+        tokenizer: tokenizer of the text tower.
         logit_scale: factor on the cosine, already exponentiated.
     """
 

@@ -14,7 +14,7 @@ Status = tuple[int, ...]
 class TarMember:
     """A file inside an uncompressed tar archive.
 
-    ``offset``, ``size``: of its bytes in the archive. ``labels``: the member beside it that holds its labels.
+    ``offset``, ``size``: place and number of its bytes in the archive. ``labels``: the member beside it that holds its labels.
     """
 
     archive: Path

@@ -44,7 +44,7 @@ def check_image_id(image_id: str, origin: str) -> str:
 
     Args:
         image_id: text from a label file, a list of ids or a folder.
-        origin: where it stands (file and line), for the message.
+        origin: file and line of the id, for the message.
 
     Raises:
         LabelError: empty, longer than 1000 characters, absolute, with a drive, a backslash, a control

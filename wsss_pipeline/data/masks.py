@@ -83,8 +83,8 @@ class MaskSource(Protocol):
 
     Attributes:
         class_names: names of mask values 1..C.
-        identity: what tells these masks from others: a fingerprint, or a digest of names; the same in each run.
-        description: where they are from, for people.
+        identity: text that tells these masks from others: a fingerprint, or a digest of names; the same in each run.
+        description: origin of the masks, for people.
     """
 
     @property
@@ -105,9 +105,9 @@ class MaskFolder:
 
     Args:
         folder: searched with all below it.
-        class_names: of mask values 1..C.
+        class_names: names of mask values 1..C.
         what: the masks, for people.
-        check: whether to do so. A mask that can't be read is left for when it is asked for.
+        check: choice to do so. A mask that can't be read is left for when it is asked for.
 
     Raises:
         ImageError: the folder can't be used.

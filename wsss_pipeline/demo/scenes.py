@@ -38,7 +38,7 @@ class Scene:
     Attributes:
         image: uint8 (H, W, 3) RGB.
         mask: uint8 (H, W), 0 background, 1.. the position in ``CLASS_NAMES`` plus one.
-        objects: what stands in it, one entry per class, from back to front.
+        objects: things that stand in it, one entry per class, from back to front.
         backgrounds: one or two background words, the lower one first.
         horizon: first row of the lower background where there are two, else 0.
     """
@@ -63,7 +63,7 @@ def draw_scene(
     Args:
         seed: any number, or several (such as a run's seed and a scene's number).
         width, height: pixels, at least 16 each; things scale with the image.
-        classes: how many object classes; without it 1, 2 or 3.
+        classes: number of object classes; without it 1, 2 or 3.
 
     Raises:
         ValueError: a side under 16 pixels, or a number of classes that isn't 1, 2 or 3.

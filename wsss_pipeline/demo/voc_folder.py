@@ -23,9 +23,9 @@ def write_voc_folder(
 
     Args:
         root: made where it doesn't exist.
-        seed: of the scenes; no scene of one split is in another.
+        seed: seed of the scenes; no scene of one split is in another.
         size: width and height of the images.
-        scenes: how many by split, such as ``{"train": 200, "val": 100}``.
+        scenes: numbers by split, such as ``{"train": 200, "val": 100}``.
 
     Raises:
         OutputError: the folder can't be written.

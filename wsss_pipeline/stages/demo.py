@@ -37,8 +37,8 @@ class DemoReport:
     """What the demo measured, and where to look.
 
     Attributes:
-        scores: what was scored, and how well.
-        folders: what lies there, and where.
+        scores: figures by what was scored.
+        folders: paths by what lies there.
     """
 
     scores: dict[str, Evaluation] = field(default_factory=dict)
@@ -75,10 +75,10 @@ def run_demo(
 
     Args:
         out: folder for the data set, the cache, the network, the preview and the report.
-        seed: of the scenes and of the network.
-        recipe: of the network.
-        upper_bound: also train a network on the ground truth.
-        scenes: how many for training, how many for testing.
+        seed: seed of the scenes and of the network.
+        recipe: settings of the network.
+        upper_bound: choice to train a network on the ground truth too.
+        scenes: numbers of scenes for training and for testing.
         overrides: ``key=value`` settings over those of the recipe.
 
     Raises:

@@ -48,7 +48,7 @@ def open_masks(
         class_names: the C names without the background; needed for ``predictions``, and for a cache only checked
             against its own.
         images: image id to file, for the network to look at.
-        inference, crf, device: of the network, see ``Segmenter``.
+        inference, crf, device: settings of the network, see ``Segmenter``.
 
     Raises:
         EvaluationError: not exactly one, or classes that are missing or aren't those of the cache.
@@ -92,12 +92,12 @@ def evaluate(
         ground_truth: folder of index masks (0 background, 1..C classes, 255 ignore), one per image id.
         split: text file of the image ids to score; its name without suffix is the name of the split.
             Without one, every ground-truth file that has a prediction is scored.
-        min_confidence: pixels below it count as misses.
-        allow_missing: score the rest where images of the split have no prediction.
+        min_confidence: threshold; pixels below it count as misses.
+        allow_missing: choice to score the rest where images of the split have no prediction.
         report: HTML file to write: scores, confusions, worst and random images; needs ``images``.
         images: image id to file, for the report.
-        pseudo_masks: for the report to show beside the masks that are scored.
-        settings: of the run, for the report to show.
+        pseudo_masks: masks that the report shows beside the masks that are scored.
+        settings: settings of the run, for the report.
 
     Images that can't be read, or whose sizes differ, are left out and listed in ``skipped``.
 
@@ -219,8 +219,8 @@ def report_without_ground_truth(
 
     Args:
         images: image id to file; those without a pseudo mask are passed over.
-        predictions: of another source; an image may have none.
-        settings: of the run, for the page to show.
+        predictions: masks of another source; an image may have none.
+        settings: settings of the run, for the page.
 
     Returns:
         The number of images that were looked at.

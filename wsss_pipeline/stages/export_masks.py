@@ -47,7 +47,7 @@ def export_masks(
             ``mask``, ``confidence``, ``labels`` and, where stored, ``cams``. ``coco``: ``annotations.json``,
             one for all, with a run-length encoding for each class of each image; the categories have the ids
             that the mask set's class set knows, else 1..C.
-        min_confidence: pixels under it become 255 (in COCO: belong to no class); None leaves all.
+        min_confidence: threshold; pixels under it become 255 (in COCO: belong to no class); None leaves all.
 
     Returns:
         Counts. A record that can't be exported is reported in the log and counted.

@@ -50,10 +50,10 @@ def predict(
     Args:
         checkpoint: a training run or a checkpoint folder.
         images: folder, searched with all below it.
-        inference, crf: see ``Segmenter``.
-        overlays: also ``out/overlays/ID.jpg``, the mask over the image.
-        confidence: also ``out/confidence/ID.png``, uint8, the label's probability in half percents.
-        overwrite: predict again what is there.
+        inference, crf: settings, see ``Segmenter``.
+        overlays: choice to write ``out/overlays/ID.jpg`` too, the mask over the image.
+        confidence: choice to write ``out/confidence/ID.png``, uint8, the label's probability in half percents.
+        overwrite: choice to predict again what is there.
 
     An image that can't be read is reported, skipped and counted.
 

@@ -54,7 +54,7 @@ def select_prompt(job: MaskJob, templates: Sequence[str]) -> PromptRanking:
 
     Args:
         job: images, labels, classes, CLIP and its precision, largest image, how many images at most, device.
-        templates: to choose from, each with one ``{}``.
+        templates: candidates, each with one ``{}``.
 
     Raises:
         ClassSetError: a template without exactly one ``{}``.
