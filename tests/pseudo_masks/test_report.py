@@ -9,7 +9,7 @@ import pytest
 from wsss_pipeline.pseudo_masks.report import FAILURES_SHOWN, MaskReport
 
 
-def test_a_run_tells_what_it_did() -> None:
+def test_a_run_tells_what_it_did(caplog: pytest.LogCaptureFixture) -> None:
     report = MaskReport(
         Path("cache/voc12-1"),
         images=20,
@@ -25,6 +25,7 @@ def test_a_run_tells_what_it_did() -> None:
         shared=("reading", "CLIP", "refining"),
     )
     report.fail("broken", "broken.jpg: cut short")
+    assert caplog.messages == ["broken: broken.jpg: cut short"]
     assert report.lines() == [
         "10 masks computed in 5.0 s (2.00 images/s)",
         # two threads have 8 seconds for the first three

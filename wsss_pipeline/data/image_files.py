@@ -14,7 +14,12 @@ Status = tuple[int, ...]
 class TarMember:
     """A file inside an uncompressed tar archive.
 
-    ``offset``, ``size``: place and number of its bytes in the archive. ``labels``: the member beside it that holds its labels.
+    Attributes:
+        archive: the archive.
+        name: path inside it.
+        offset: bytes of the archive before its own.
+        size: number of its bytes.
+        labels: the member beside it that holds its labels.
     """
 
     archive: Path
