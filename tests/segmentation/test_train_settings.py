@@ -167,9 +167,6 @@ class ByPixel(SegmentationNetwork):
         super().__init__()
         self.model = nn.Conv2d(3, 11, 1)
 
-    def encoder(self) -> nn.Module:
-        return self.model
-
 
 @dataclass(frozen=True)
 class Kept:
