@@ -50,7 +50,7 @@ def test_masks_of_the_present_classes_in_the_size_of_the_pictures(generate: Run,
         assert any(len(np.unique(cache[image_id].mask)) > 1 for image_id in cache), "all masks are empty"
 
 
-@pytest.mark.parametrize("crf", ["auto", "lattice"])
+@pytest.mark.parametrize("crf", ["lattice", pytest.param("pydensecrf", marks=needs_pydensecrf)])
 @pytest.mark.parametrize(("crf_image", "key"), [("bgr", "plain"), ("reference", "quirk")])
 def test_masks_equal_the_published_ones(
     generate: Run, monkeypatch: pytest.MonkeyPatch, crf: str, crf_image: str, key: str

@@ -6,7 +6,7 @@ import json
 import shlex
 import sys
 from dataclasses import replace
-from typing import TYPE_CHECKING, Unpack
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -22,7 +22,7 @@ from wsss_pipeline.commands.options import (
 )
 
 if TYPE_CHECKING:
-    from wsss_pipeline.pseudo_masks.job import Engine, JobPaths
+    from wsss_pipeline.pseudo_masks.job import Engine
 
 
 @click.command("generate-masks", short_help="Make pseudo masks from images and labels, into the cache.")
@@ -71,20 +71,13 @@ if TYPE_CHECKING:
 def command(
     context: click.Context,
     /,
-    device: str,
-    offline: bool,
-    batch_size: int,
     workers: int | None,
     shard: str | None,
     engine: Engine,
-    limit: int | None,
-    store_cams: bool,
-    overwrite: bool,
-    check_bytes: bool,
     templates: tuple[str, ...],
     dry_run: bool,
     as_json: bool,
-    **paths: Unpack[JobPaths],
+    **options: Any,
 ) -> None:
     """Make pseudo masks from images and image-level labels, into the cache.
 
@@ -100,26 +93,17 @@ def command(
       wsss generate-masks --images photos --labels labels.csv --classes cat,dog --cache cache
       wsss generate-masks --voc VOCdevkit/VOC2012 --split train_aug
     """
-    from wsss_pipeline.pseudo_masks.job import MaskJob
+    from wsss_pipeline.pseudo_masks.job import JobPaths, MaskJob
     from wsss_pipeline.runtime.device import images_at_a_time
     from wsss_pipeline.runtime.share import is_torchrun, parse_share, share_of_environment
     from wsss_pipeline.stages.generate_masks import describe_masks, generate_masks
 
     if workers is None:
         workers = 0 if engine == "ray" else images_at_a_time()
-    job = replace(
-        MaskJob.read({"templates": templates or None, **given_settings(context)}, **paths),
-        device=device,
-        share=parse_share(shard) if shard else share_of_environment(),
-        limit=limit,
-        batch_size=batch_size,
-        workers=workers,
-        store_cams=store_cams,
-        overwrite=overwrite,
-        check_bytes=check_bytes,
-        offline=offline,
-        engine=engine,
-    )
+    paths = {name: options.pop(name) for name in JobPaths.__annotations__}
+    job = MaskJob.read({"templates": templates or None, **given_settings(context)}, **paths)
+    share = parse_share(shard) if shard else share_of_environment()
+    job = replace(job, share=share, workers=workers, engine=engine, **options)
     if dry_run:
         click.echo("\n".join(describe_masks(job)))
         return

@@ -6,6 +6,7 @@ A help text takes default, range and description from the field of the configura
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial, reduce
 from pathlib import Path
 from typing import Any, get_args
 
@@ -20,9 +21,10 @@ from wsss_pipeline.config import (
     Precision,
     RefinerName,
     Settings,
-    bounds,
     default,
     description,
+    resolve,
+    user_layers,
 )
 from wsss_pipeline.errors import ConfigError
 
@@ -33,29 +35,28 @@ PATH = click.Path(path_type=Path)
 _SETTINGS = "wsss_pipeline.settings"  # where a command's context keeps what its settings were given
 
 
-def setting(kind: type[Settings], key: str, *names: str, **attributes: Any) -> Callable[[Command], Command]:
+def setting(
+    kind: type[Settings], key: str, *names: str, about: str = "", **attributes: Any
+) -> Callable[[Command], Command]:
     """An option that sets one field of a configuration; left out, it sets nothing. See ``given_settings``.
 
     Args:
         kind: of the configuration.
         key: dotted key of the field.
         names: of the option, as for ``click.option``.
+        about: what is set, to stand before the description.
         attributes: further ones of the option.
     """
     value = default(kind, key)
-    shown = "" if value in (None, "", ()) else f"  [default: {value}]"
+    if isinstance(value, tuple):
+        value = ",".join(map(str, value))
+    shown = f"  [default: {value}]" if value not in (None, "", False) else ""
 
     def keep(context: click.Context, parameter: click.Parameter, given: Any) -> None:
         context.meta.setdefault(_SETTINGS, {})[key] = given
 
-    return click.option(
-        *names,
-        help=description(kind, key) + shown,
-        default=None,
-        expose_value=False,
-        callback=keep,
-        **attributes,
-    )
+    options: dict[str, Any] = {"default": None, "expose_value": False, "callback": keep, **attributes}
+    return click.option(*names, help=about + description(kind, key) + shown, **options)
 
 
 def given_settings(context: click.Context) -> dict[str, Any]:
@@ -65,13 +66,7 @@ def given_settings(context: click.Context) -> dict[str, Any]:
 
 def all_of(*options: Callable[[Command], Command]) -> Callable[[Command], Command]:
     """Several options as one decorator, in their order."""
-
-    def decorate(command: Command) -> Command:
-        for option in reversed(options):
-            command = option(command)
-        return command
-
-    return decorate
+    return lambda command: reduce(lambda inner, option: option(inner), reversed(options), command)
 
 
 def choice(names: Any) -> click.Choice[str]:
@@ -102,13 +97,8 @@ clip_options = all_of(
     setting(MaskConfig, "clip.tokenizer", "--tokenizer", metavar="ID_OR_PATH"),
 )
 
-config_options = all_of(
-    clip_options,
-    setting(MaskConfig, "clip.precision", "--precision", type=choice(Precision)),
-    setting(MaskConfig, "max_pixels", "--max-pixels", type=int),
-    click.option(
-        "--preset", metavar="NAME", help="Published settings, such as clip-es/voc12 or clip-es/coco14."
-    ),
+layer_options = all_of(
+    click.option("--preset", metavar="NAME", help="Published settings of stage one, such as clip-es/voc12."),
     click.option("--config", "config_file", type=PATH, help="YAML file of settings."),
     click.option(
         "--set",
@@ -117,6 +107,13 @@ config_options = all_of(
         multiple=True,
         help="One setting, for example cam.threshold=0.7; may be repeated; `wsss config show` lists them.",
     ),
+)
+
+config_options = all_of(
+    clip_options,
+    setting(MaskConfig, "clip.precision", "--precision", type=choice(Precision)),
+    setting(MaskConfig, "max_pixels", "--max-pixels", type=int),
+    layer_options,
 )
 
 template_option = click.option(
@@ -137,42 +134,37 @@ method_options = all_of(
 device_option = click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
 
 machine_options = all_of(
-    device_option,
-    click.option("--offline", is_flag=True, help="Use only what is on this machine already."),
+    device_option, click.option("--offline", is_flag=True, help="Use only what is on this machine already.")
 )
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON for machines.")
 
 
-def _scales(context: click.Context, parameter: click.Parameter, text: str | None) -> tuple[float, ...]:
+def _scales(text: str) -> tuple[float, ...]:
     """The numbers of ``--scales 0.5,0.75,1``."""
-    if text is None:
-        return InferenceConfig().scales
+    low, high = SCALES
     try:
         scales = tuple(float(part) for part in text.split(","))
     except ValueError as error:
         raise ConfigError(
             f"--scales {text}: write numbers with commas between them, e.g. 0.5,0.75,1"
         ) from error
-    low, high = SCALES
     if not all(low <= scale <= high for scale in scales):
         raise ConfigError(f"--scales {text}: each must lie between {low:g} and {high:g}")
     return scales
 
 
-def _inference_option(key: str, **options: Any) -> Callable[[Command], Command]:
-    return click.option(f"--{key}", help=f"Network: {description(InferenceConfig, key)}", **options)
-
+_network_setting = partial(setting, InferenceConfig, about="Network: ")
 
 inference_options = all_of(
-    _inference_option("scales", metavar="S,S,...", callback=_scales),
-    _inference_option("flip", is_flag=True),
-    _inference_option("window", type=click.IntRange(*(bounds(InferenceConfig, "window") or ()))),
-    _inference_option(
-        "combine",
-        type=click.Choice(["mean", "max"]),
-        default=default(InferenceConfig, "combine"),
-        show_default=True,
-    ),
+    _network_setting("scales", "--scales", metavar="S,S,...", type=_scales),
+    _network_setting("flip", "--flip", is_flag=True),
+    _network_setting("window", "--window", type=int),
+    _network_setting("combine", "--combine", type=click.Choice(["mean", "max"])),
     click.option("--crf", is_flag=True, help="Network: refine with the dense CRF."),
 )
+
+
+def inference_config(context: click.Context) -> InferenceConfig:
+    """What the ``inference_options`` of a command come to."""
+    return resolve(InferenceConfig, user_layers(None, (), given_settings(context)))

@@ -5,12 +5,12 @@ from __future__ import annotations
 import shlex
 import sys
 from pathlib import Path
-from typing import Literal
+from typing import Any
 
 import click
 
-from wsss_pipeline.commands.options import PATH, inference_options
-from wsss_pipeline.config import CrfConfig, InferenceConfig
+from wsss_pipeline.commands.options import PATH, device_option, inference_config, inference_options
+from wsss_pipeline.config import CrfConfig
 
 
 @click.command("predict", short_help="Segment a folder of images with a trained network.")
@@ -20,25 +20,10 @@ from wsss_pipeline.config import CrfConfig, InferenceConfig
 @inference_options
 @click.option("--overlays", is_flag=True, help="Also write each mask over its image.")
 @click.option("--confidence", is_flag=True, help="Also write the label's probability, in half percents.")
-@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
+@device_option
 @click.option("--overwrite", is_flag=True, help="Predict again what is there already.")
 @click.pass_context
-def command(
-    context: click.Context,
-    /,
-    checkpoint: Path,
-    images: Path,
-    out: Path,
-    scales: tuple[float, ...],
-    flip: bool,
-    window: int | None,
-    combine: Literal["mean", "max"],
-    crf: bool,
-    overlays: bool,
-    confidence: bool,
-    device: str,
-    overwrite: bool,
-) -> None:
+def command(context: click.Context, /, out: Path, crf: bool, **options: Any) -> None:
     """Segment every image of a folder with a trained network.
 
     Masks are palette PNGs: 0 background, then the classes in the order of the network's config.json. The last
@@ -50,17 +35,8 @@ def command(
     """
     from wsss_pipeline.stages.predict import MASKS, predict
 
-    report = predict(
-        checkpoint,
-        images,
-        out,
-        inference=InferenceConfig(scales=scales, flip=flip, window=window, combine=combine),
-        crf=CrfConfig() if crf else None,
-        overlays=overlays,
-        confidence=confidence,
-        device=device,
-        overwrite=overwrite,
-    )
+    refiner = CrfConfig() if crf else None
+    report = predict(out=out, inference=inference_config(context), crf=refiner, **options)
     kept = f", {report.kept} were there already" if report.kept else ""
     click.echo(f"{report.written} masks written{kept}, {len(report.failed)} failed", err=True)
     if report.interrupted:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Unpack
+from typing import Any
 
 import click
 
@@ -18,9 +18,6 @@ from wsss_pipeline.commands.options import (
     machine_options,
     template_option,
 )
-
-if TYPE_CHECKING:
-    from wsss_pipeline.pseudo_masks.job import JobPaths
 
 
 @click.command("select-prompt", short_help="Rank prompt templates on labelled images.")
@@ -39,13 +36,10 @@ def command(
     context: click.Context,
     /,
     out: Path | None,
-    limit: int | None,
     top: int,
-    device: str,
-    offline: bool,
     as_json: bool,
     templates: tuple[str, ...],
-    **paths: Unpack[JobPaths],
+    **options: Any,
 ) -> None:
     """Rank prompt templates by their sharpness on labelled images; the smallest is the best.
 
@@ -59,12 +53,12 @@ def command(
     import yaml
 
     from wsss_pipeline.clip.text import built_in_templates
-    from wsss_pipeline.pseudo_masks.job import MaskJob
+    from wsss_pipeline.pseudo_masks.job import JobPaths, MaskJob
     from wsss_pipeline.runtime.output import write_file
     from wsss_pipeline.stages.select_prompt import select_prompt
 
-    job = MaskJob.read(given_settings(context), **paths)
-    job = replace(job, limit=limit, device=device, offline=offline)
+    paths = {name: options.pop(name) for name in JobPaths.__annotations__ if name in options}
+    job = replace(MaskJob.read(given_settings(context), **paths), **options)
     ranking = select_prompt(job, templates or built_in_templates())
     if as_json:
         click.echo(json.dumps({"ranked": ranking.ranked, "images": ranking.images, "failed": ranking.failed}))

@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
-from itertools import islice
+from itertools import islice, takewhile
 from typing import TypeVar
 
 from wsss_pipeline.cache import MaskWriter, open_mask_set
@@ -117,18 +117,18 @@ class _Run:
         report.shared = ("reading", "CLIP", "refining") if self._on_cpu else ("reading",)
         report.busy = dict.fromkeys(("reading", "CLIP", "refining", "writing"), 0.0)
         make = self._one_by_one if self._on_cpu else self._in_batches
+        # what is under way when a stop is asked for is finished and written
+        wanted = takewhile(lambda _: not self._stop.requested, todo)
         with (
             single_threaded_torch() if self._on_cpu else nullcontext(),
-            closing(make(todo)) as results,  # type: ignore[type-var]  # a generator
+            closing(make(wanted)) as results,  # type: ignore[type-var]  # a generator
         ):
             for image_id, wait in results:
                 with self._one_image(image_id):
                     self._write(*wait())
-                if self._stop.requested:
-                    break
         report.computing += time.monotonic() - started
 
-    def _one_by_one(self, todo: list[str]) -> Iterator[tuple[str, Callable[[], Made]]]:
+    def _one_by_one(self, todo: Iterable[str]) -> Iterator[tuple[str, Callable[[], Made]]]:
         """Each image in a thread of its own, from its bytes to its labels."""
 
         def make(image_id: str) -> Made:
@@ -139,7 +139,7 @@ class _Run:
 
         return ahead(make, todo, self._job.workers, 2 * self._job.workers)
 
-    def _in_batches(self, todo: list[str]) -> Iterator[tuple[str, Callable[[], Made]]]:
+    def _in_batches(self, todo: Iterable[str]) -> Iterator[tuple[str, Callable[[], Made]]]:
         """Batches of one size, found among some that are read ahead; one without classes needs no CLIP."""
         size, store_cams = self._job.batch_size, self._job.store_cams
         length = 1 if size == 1 else LOOK_AHEAD * size
