@@ -20,8 +20,8 @@ from tests.segmentation.conftest import changed
 from wsss_pipeline.config import fields
 from wsss_pipeline.data.image_ids import find_images
 from wsss_pipeline.data.masks import MaskFolder, PseudoMask
-from wsss_pipeline.segmentation import trainer as trainer_module
 from wsss_pipeline.segmentation.augmentation import Augmentation
+from wsss_pipeline.segmentation.checkpoint import TrainingState
 from wsss_pipeline.segmentation.dataset import SegmentationDataset
 from wsss_pipeline.segmentation.networks import SegmentationNetwork, build_network
 from wsss_pipeline.segmentation.train_config import TrainConfig
@@ -95,7 +95,7 @@ def observe(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ob
     folder = tmp_path_factory.mktemp("runs")
     (folder / "val.txt").write_text("train_00003\n")
     saved: list[int] = []
-    save = trainer_module.save_state
+    save = TrainingState.save
 
     def observed(**values: Any) -> dict[str, Any]:
         masks, config = Unsure(root / "SegmentationClass", NAMES), changed(CONFIG, **values)
@@ -121,9 +121,7 @@ def observe(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ob
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
-            trainer_module,
-            "save_state",
-            lambda out, state, *more: saved.append(state.step) or save(out, state, *more),
+            TrainingState, "save", lambda state, folder: saved.append(state.step) or save(state, folder)
         )
         yield observed
 
@@ -181,14 +179,13 @@ def weights_after(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     """The weights at the beginning and after each update of plain gradient descent on whole, certain masks."""
     updates: list[Kept] = []
 
-    def keep(out: Path, state: Any, network: nn.Module, average: Any, *others: Any) -> None:
-        both = [
-            None if module is None else torch.cat([value.detach().flatten() for value in module.parameters()])
-            for module in (network, average)
-        ]
-        updates.append(Kept(*both))  # type: ignore[arg-type]
+    def flat(module: nn.Module) -> Tensor:
+        return torch.cat([value.detach().flatten() for value in module.parameters()])
 
-    monkeypatch.setattr(trainer_module, "save_state", keep)
+    def keep(state: TrainingState, folder: Path) -> None:
+        updates.append(Kept(flat(state.network), None if state.average is None else flat(state.average)))
+
+    monkeypatch.setattr(TrainingState, "save", keep)
 
     def weights(**values: Any) -> list[Kept]:
         plain = {"head_lr_factor": 1.0, "momentum": 0.0, "weight_decay": 0.0}
@@ -198,9 +195,8 @@ def weights_after(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         )
         torch.manual_seed(0)
         network = ByPixel()
-        updates.clear()
+        updates[:] = [Kept(flat(network), None)]
         (tmp_path / "run").mkdir(exist_ok=True)
-        keep(tmp_path, None, network, None)
         masks = MaskFolder(root / "SegmentationClass", NAMES)
         images = find_images(root / "JPEGImages")
         augmentation = Augmentation(config.augmentation, network.image_mean, network.image_std)

@@ -6,11 +6,12 @@ import hashlib
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import count, islice
 from typing import TypedDict
 
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import Dataset
 
 from wsss_pipeline.data.image_files import ImageFile
 from wsss_pipeline.data.images import read_image
@@ -82,31 +83,22 @@ class SegmentationDataset(Dataset[Sample]):
             if image_id not in self._warned:
                 self._warned.add(image_id)
                 logger.warning("%s: counts nothing in training: %s", image_id, error)
-            side = self.augmentation.config.crop
-            return Sample(
-                image=torch.zeros(3, side, side),
-                mask=torch.full((side, side), IGNORE),
-                confidence=torch.zeros((side, side), dtype=torch.uint8),
-                image_id=image_id,
-                damaged=True,
-            )
+            size = (self.augmentation.config.crop,) * 2
+            pixels, labels = torch.zeros(3, *size), torch.full(size, IGNORE)
+            certainty = torch.zeros(size, dtype=torch.uint8)
+            return Sample(image=pixels, mask=labels, confidence=certainty, image_id=image_id, damaged=True)
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(sample_seed(self.seed, epoch, position))
+            torch.manual_seed(_seed(self.seed, epoch, position))
             pixels, labels, certainty = self.augmentation(image, mask, confidence)
         return Sample(
             image=pixels, mask=labels.long(), confidence=certainty, image_id=image_id, damaged=False
         )
 
 
-def sample_seed(*numbers: int) -> int:
-    """A seed of 63 bits out of several numbers, unlike that of any other numbers."""
-    digest = hashlib.sha256(":".join(map(str, numbers)).encode()).digest()
-    return int.from_bytes(digest[:8], "big") >> 1
-
-
-@dataclass(frozen=True)
-class EpochSampler(Sampler[tuple[int, int]]):
-    """An endless stream of (epoch, position), shuffled anew each epoch, that can start anywhere.
+def sample_order(
+    length: int, seed: int, start: int = 0, rank: int = 0, world: int = 1
+) -> Iterator[tuple[int, int]]:
+    """An endless stream of (epoch, position), shuffled anew each epoch.
 
     Args:
         length: of the data set.
@@ -116,22 +108,20 @@ class EpochSampler(Sampler[tuple[int, int]]):
             those of the others make up the batches of one process.
     """
 
-    length: int
-    seed: int
-    start: int = 0
-    rank: int = 0
-    world: int = 1
+    def shuffled(epoch: int) -> list[int]:
+        generator = torch.Generator().manual_seed(_seed(seed, epoch))
+        order: list[int] = torch.randperm(length, generator=generator).tolist()
+        return order
 
-    def __iter__(self) -> Iterator[tuple[int, int]]:
-        element = self.start + self.rank
-        epoch, order = -1, torch.empty(0)
-        while True:
-            if element // self.length != epoch:
-                epoch = element // self.length
-                generator = torch.Generator().manual_seed(sample_seed(self.seed, epoch))
-                order = torch.randperm(self.length, generator=generator)
-            yield epoch, int(order[element % self.length])
-            element += self.world
+    first, passed = divmod(start, length)
+    stream = ((epoch, position) for epoch in count(first) for position in shuffled(epoch))
+    return islice(stream, passed + rank, None, world)
+
+
+def _seed(*numbers: int) -> int:
+    """A seed of 63 bits out of several numbers, unlike that of any other numbers."""
+    digest = hashlib.sha256(":".join(map(str, numbers)).encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1
 
 
 def usable_ids(
@@ -145,7 +135,7 @@ def usable_ids(
     Raises:
         TrainingError: some lack one of the two and ``allow_missing`` is false, or none is left.
     """
-    wanted = list(split) if split is not None else list(images)
+    wanted = list(images if split is None else split)
     without_image = [image_id for image_id in wanted if image_id not in images]
     without_mask = [image_id for image_id in wanted if image_id in images and image_id not in masks]
     for missing, what, remedy in (
