@@ -112,6 +112,15 @@ def test_what_does_not_exist_is_named(name: str, encoder: str, message: str) -> 
         make(name, encoder)
 
 
+@pytest.mark.parametrize(
+    "text", ["{", "[]", '{"hidden_sizes": 3}', '{"hidden_sizes": [31, 2, 3, 4]}', '{"depths": [1]}']
+)
+def test_a_damaged_folder_of_a_segformer_is_named(tmp_path: Path, text: str) -> None:
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(NetworkError, match=r"config\.json"):
+        make("segformer", str(tmp_path))
+
+
 @pytest.mark.parametrize("prefix", ["", "backbone.", "module."])
 def test_an_encoder_takes_weights_from_a_file(tmp_path: Path, prefix: str) -> None:
     donor, network = (

@@ -20,11 +20,12 @@ from tests.segmentation.conftest import changed
 from wsss_pipeline.config import fields
 from wsss_pipeline.data.image_ids import find_images
 from wsss_pipeline.data.masks import MaskFolder, PseudoMask
+from wsss_pipeline.errors import ConfigError
 from wsss_pipeline.segmentation.augmentation import Augmentation
 from wsss_pipeline.segmentation.checkpoint import TrainingState
 from wsss_pipeline.segmentation.dataset import SegmentationDataset
 from wsss_pipeline.segmentation.networks import SegmentationNetwork, build_network
-from wsss_pipeline.segmentation.train_config import TrainConfig
+from wsss_pipeline.segmentation.train_config import TrainConfig, load_train_config
 from wsss_pipeline.segmentation.trainer import Trainer
 from wsss_pipeline.stages.train_seg import TrainJob, train_seg
 
@@ -156,6 +157,11 @@ def test_a_setting_changes_what_it_should_and_nothing_else(
     before = observe(**common) if common else plain
     after = observe(**{**common, key.replace(".", "__"): value})
     assert sorted(name for name in before if before[name] != after[name]) == sorted({*expected, "config"})
+
+
+def test_scales_in_the_wrong_order_are_refused() -> None:
+    with pytest.raises(ConfigError, match=r"^--set .*: 'augmentation': scale_min is larger than scale_max$"):
+        load_train_config(overrides=["augmentation.scale_min=2"])
 
 
 class ByPixel(SegmentationNetwork):

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.optim.swa_utils import AveragedModel
 
 from wsss_pipeline import __version__
 from wsss_pipeline.errors import CheckpointError, NetworkError
@@ -85,7 +86,7 @@ def _safetensors(module: nn.Module) -> bytes:
 
 def _replace(folder: Path, files: Mapping[str, bytes | memoryview]) -> None:
     """Puts a folder of these files in the place of another; ``settle`` mends what a kill in between leaves."""
-    partial, previous = folder.with_name(f".{folder.name}.partial"), _previous(folder)
+    partial, previous = (folder.with_name(f".{folder.name}.{state}") for state in ("partial", "previous"))
     with writing(folder):
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
@@ -98,20 +99,16 @@ def _replace(folder: Path, files: Mapping[str, bytes | memoryview]) -> None:
         if folder.exists():
             folder.rename(previous)
         partial.rename(folder)
-        shutil.rmtree(previous, ignore_errors=True)
+        settle(folder)
 
 
 def settle(folder: Path) -> None:
     """After a kill while ``folder`` was replaced: the previous one comes back where the new one isn't in place."""
-    previous = _previous(folder)
+    previous = folder.with_name(f".{folder.name}.previous")
     if folder.exists():
         shutil.rmtree(previous, ignore_errors=True)
     elif previous.exists():
         previous.rename(folder)
-
-
-def _previous(folder: Path) -> Path:
-    return folder.with_name(f".{folder.name}.previous")
 
 
 def find_checkpoint(path: Path) -> Path:
@@ -184,7 +181,7 @@ class TrainingState:
     """
 
     network: nn.Module
-    average: nn.Module | None
+    average: AveragedModel | None
     optimizer: torch.optim.Optimizer
     scaler: Any = None
     step: int = 0

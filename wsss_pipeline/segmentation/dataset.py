@@ -70,28 +70,27 @@ class SegmentationDataset(Dataset[Sample]):
         epoch, position = key
         image_id = self.image_ids[position]
         try:
-            image = torch.from_numpy(read_image(self.images[image_id]).copy()).permute(2, 0, 1)
-            labelled = self.masks[image_id]
-            mask = torch.from_numpy(labelled.mask.copy())
-            confidence = torch.from_numpy(labelled.confidence.copy())
-            if image.shape[1:] != mask.shape:
+            image, labelled = torch.tensor(read_image(self.images[image_id])), self.masks[image_id]
+            mask, confidence = torch.tensor(labelled.mask), torch.tensor(labelled.confidence)
+            if image.shape[:2] != mask.shape:
                 raise ImageError(
-                    f"the image is {image.shape[2]}x{image.shape[1]}, its mask {mask.shape[1]}x{mask.shape[0]}: "
+                    f"the image is {image.shape[1]}x{image.shape[0]}, its mask {mask.shape[1]}x{mask.shape[0]}: "
                     "they don't belong together"
                 )
         except (ImageError, MaskError) as error:
             if image_id not in self._warned:
                 self._warned.add(image_id)
                 logger.warning("%s: counts nothing in training: %s", image_id, error)
-            size = (self.augmentation.config.crop,) * 2
-            pixels, labels = torch.zeros(3, *size), torch.full(size, IGNORE)
-            certainty = torch.zeros(size, dtype=torch.uint8)
-            return Sample(image=pixels, mask=labels, confidence=certainty, image_id=image_id, damaged=True)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(_seed(self.seed, epoch, position))
-            pixels, labels, certainty = self.augmentation(image, mask, confidence)
+            damaged, side = True, self.augmentation.config.crop
+            pixels, labels = torch.zeros(3, side, side), torch.full((side, side), IGNORE)
+            certainty = torch.zeros((side, side), dtype=torch.uint8)
+        else:
+            damaged = False
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(_seed(self.seed, epoch, position))
+                pixels, labels, certainty = self.augmentation(image.permute(2, 0, 1), mask, confidence)
         return Sample(
-            image=pixels, mask=labels.long(), confidence=certainty, image_id=image_id, damaged=False
+            image=pixels, mask=labels.long(), confidence=certainty, image_id=image_id, damaged=damaged
         )
 
 

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from wsss_pipeline.errors import NetworkError
+from wsss_pipeline.runtime.output import one_line
 from wsss_pipeline.segmentation.train_config import NetworkConfig
 
 IMAGE_MEAN = (0.485, 0.456, 0.406)  # of ImageNet, RGB, for values in [0, 1]
@@ -121,7 +122,7 @@ class DecoderNetwork(SegmentationNetwork):
                 decoder, encoder_name=encoder, encoder_weights=None, classes=num_classes
             )
         except (KeyError, ValueError, RuntimeError, NotImplementedError) as error:
-            reason = " ".join(str(error).split())[:300]
+            reason = one_line(error)[:300]
             raise NetworkError(f"network {decoder} can't have the encoder '{encoder}': {reason}") from error
         self._pools_globally = any(isinstance(module, nn.AdaptiveAvgPool2d) for module in self.modules())
         if decoder == "pan":
@@ -151,28 +152,32 @@ class SegFormer(SegmentationNetwork):
         from transformers import SegformerConfig, SegformerForSemanticSegmentation
 
         name = mit_name(encoder)
-        if name in MIT_ENCODERS:
-            sizes, depths, decoder = MIT_ENCODERS[name]
-            config = SegformerConfig(  # type: ignore[call-arg]
-                hidden_sizes=list(sizes),
-                depths=list(depths),
-                num_attention_heads=[1, 2, 4 if name == "tiny" else 5, 8],
-                decoder_hidden_size=decoder,
-                num_labels=num_classes,
-            )
-        elif (Path(encoder) / "config.json").is_file():
-            config = SegformerConfig.from_pretrained(encoder)
-            config.num_labels = num_classes
-        else:
+        if name not in MIT_ENCODERS and not (Path(encoder) / "config.json").is_file():
             raise NetworkError(
                 f"network segformer has no encoder '{encoder}'; choose one of {', '.join(MIT_ENCODERS)}, or a folder "
                 "with a SegFormer's config.json"
             )
-        self.model = SegformerForSemanticSegmentation(config)
+        try:
+            if name in MIT_ENCODERS:
+                sizes, depths, decoder = MIT_ENCODERS[name]
+                config = SegformerConfig(
+                    hidden_sizes=list(sizes),
+                    depths=list(depths),
+                    num_attention_heads=[1, 2, 4 if name == "tiny" else 5, 8],
+                    decoder_hidden_size=decoder,
+                )
+            else:
+                config = SegformerConfig.from_pretrained(encoder)
+            config.num_labels = num_classes
+            self.model = SegformerForSemanticSegmentation(config)
+        except Exception as error:  # what a damaged file raises is up to transformers
+            raise NetworkError(
+                f"{encoder}/config.json makes no SegFormer: {one_line(error)[:200]}"
+            ) from error
         # each stage's keys are shrunk by a convolution that must fit into its features
         strides = accumulate(config.strides, mul)
         self.smallest = 1 + max(
-            stride * (ratio - 1) for stride, ratio in zip(strides, config.sr_ratios, strict=True)
+            stride * (ratio - 1) for stride, ratio in zip(strides, config.sr_ratios, strict=False)
         )
 
     def logits(self, images: Tensor) -> Tensor:

@@ -81,12 +81,12 @@ class Trainer:
             optimizer = torch.optim.SGD(groups, lr=chosen.lr, momentum=chosen.momentum)
         else:
             optimizer = torch.optim.AdamW(groups, lr=chosen.lr)
-        self._average: AveragedModel | None = None
+        average = None
         if chosen.ema:
             decay = get_ema_multi_avg_fn(chosen.ema)  # type: ignore[no-untyped-call]
-            self._average = AveragedModel(network, multi_avg_fn=decay, use_buffers=True)
+            average = AveragedModel(network, multi_avg_fn=decay, use_buffers=True)
         torch.manual_seed(config.seed)
-        self.state = TrainingState(network, self._average, optimizer, accelerator.scaler)
+        self.state = TrainingState(network, average, optimizer, accelerator.scaler)
         self.state.load(out / STATE)
         self._forward, self._optimizer = accelerator.prepare(_TrainingForward(network), optimizer)
 
@@ -108,17 +108,11 @@ class Trainer:
         updates, log = config.optimisation.iterations, self._out / LOG
         progress = Progress(updates, "updates", done=state.step)
         smooth_loss, miou, updates_here, seconds_here = math.nan, "", 0, 0.0
-        order = sample_order(
-            len(self._dataset),
-            config.seed,
-            state.step * self._images_per_update,
-            accelerator.process_index,
-            accelerator.num_processes,
-        )
+        passed, rank = state.step * self._images_per_update, accelerator.process_index
         loader = DataLoader(
             self._dataset,
             batch_size=config.optimisation.batch,
-            sampler=order,
+            sampler=sample_order(len(self._dataset), config.seed, passed, rank, accelerator.num_processes),
             num_workers=self._workers,
             pin_memory=accelerator.device.type == "cuda",
             generator=torch.Generator(),  # or it would draw from the numbers that dropout uses
@@ -160,11 +154,7 @@ class Trainer:
         return state.step == updates
 
     def _update(self, batches: Iterator[Any], stop: bool) -> tuple[float, int, bool]:
-        """One update out of ``accumulate`` batches.
-
-        Args:
-            batches: of this process.
-            stop: whether this process was asked to stop.
+        """One update out of ``accumulate`` batches of this process, which was asked to ``stop`` or not.
 
         Returns:
             Mean loss, number of samples that couldn't be used, and whether to stop, of all processes together.
@@ -198,8 +188,8 @@ class Trainer:
             accelerator.clip_grad_norm_(self._forward.parameters(), chosen.clip_norm)
         self._optimizer.step()
         self._optimizer.zero_grad()
-        if self._average is not None:
-            self._average.update_parameters(self._network)
+        if self.state.average is not None:
+            self.state.average.update_parameters(self._network)
         return total, int(damaged), stops > 0
 
     def _loss(self, batch: Any) -> Tensor:
@@ -226,7 +216,8 @@ class Trainer:
 
     def _kept(self) -> SegmentationNetwork:
         """The network of validation and checkpoints: the averaged one where there is one."""
-        return self._average.module if self._average is not None else self._network  # type: ignore[return-value]
+        average = self.state.average
+        return self._network if average is None else average.module  # type: ignore[return-value]
 
     def _save_network(self, name: str, **extra: Any) -> None:
         if self._accelerator.is_main_process:
