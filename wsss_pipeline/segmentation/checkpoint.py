@@ -104,7 +104,7 @@ def _replace(folder: Path, files: Mapping[str, bytes | memoryview]) -> None:
 
 def settle(folder: Path) -> None:
     """After a kill while ``folder`` was replaced: the previous one comes back where the new one isn't in place."""
-    previous = folder.with_name(f".{folder.name}.previous")
+    previous = folder.absolute().parent / f".{folder.absolute().name}.previous"  # a folder may be called .
     if folder.exists():
         shutil.rmtree(previous, ignore_errors=True)
     elif previous.exists():
@@ -117,14 +117,13 @@ def find_checkpoint(path: Path) -> Path:
     Raises:
         CheckpointError: neither.
     """
-    for folder in (path, path / BEST, path / LAST):
-        if folder.parent.is_dir():
-            try:
-                settle(folder)
-            except OSError as error:
-                raise CheckpointError(f"checkpoint {folder}: {error.strerror or error}") from error
-        if (folder / CONFIG).is_file():
-            return folder
+    try:
+        for folder in (path, path / BEST, path / LAST):
+            settle(folder)
+            if (folder / CONFIG).is_file():
+                return folder
+    except OSError as error:
+        raise CheckpointError(f"checkpoint {path}: {error.strerror or error}") from error
     raise CheckpointError(
         f"{path} holds no checkpoint: give the folder of a training run, or one with {CONFIG} and {WEIGHTS}"
     )

@@ -134,13 +134,12 @@ def usable_ids(
     Raises:
         TrainingError: some lack one of the two and ``allow_missing`` is false, or none is left.
     """
-    wanted = list(images if split is None else split)
-    without_image = [image_id for image_id in wanted if image_id not in images]
-    without_mask = [image_id for image_id in wanted if image_id in images and image_id not in masks]
-    for missing, what, remedy in (
-        (without_image, "have no image file", "give the folder that the list belongs to"),
-        (without_mask, f"aren't in the {masks.description}", "make their masks first"),
+    wanted = ids = list(images if split is None else split)
+    for source, what, remedy in (
+        (images, "have no image file", "give the folder that the list belongs to"),
+        (masks, f"aren't in the {masks.description}", "make their masks first"),
     ):
+        missing = [image_id for image_id in ids if image_id not in source]
         if missing and not allow_missing:
             shown = ", ".join(missing[:_SHOWN]) + (", ..." if len(missing) > _SHOWN else "")
             raise TrainingError(
@@ -149,8 +148,7 @@ def usable_ids(
             )
         if missing:
             logger.warning("%d of the %d images %s; they are left out", len(missing), len(wanted), what)
-    left_out = {*without_image, *without_mask}
-    ids = [image_id for image_id in wanted if image_id not in left_out]
+        ids = [image_id for image_id in ids if image_id in source]
     if not ids:
         raise TrainingError(f"no image to work on: none of {len(wanted):,} has an image file and a mask")
     return ids
