@@ -182,11 +182,18 @@ def file_digest(path: ImageFile) -> str:
         ImageError: the file can't be read.
     """
     try:
-        check_file(path)
+        _check_size(path)
         with path.open("rb") if isinstance(path, Path) else BytesIO(path.read_bytes()) as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
+    except ImageError:
+        raise
     except (OSError, ValueError) as error:
         raise _unusable(path, error) from error
+
+
+def _check_size(path: ImageFile) -> None:
+    if (size := check_file(path)) > MAX_FILE_BYTES:
+        raise ImageError(f"{path}: {size:,} bytes are too many for an image; scale it down or remove it")
 
 
 def _eight_bit(values: NDArray[np.generic], path: ImageFile) -> NDArray[np.uint8]:
@@ -212,8 +219,7 @@ def _opened(path: ImageFile, *, header: bool = False) -> Iterator[tuple[Image.Im
     Whatever goes wrong is an ImageError.
     """
     try:
-        if (size := check_file(path)) > MAX_FILE_BYTES:
-            raise ImageError(f"{path}: {size:,} bytes are too many for an image; scale it down or remove it")
+        _check_size(path)
         content = b"" if header and isinstance(path, Path) else path.read_bytes()
         source = BytesIO(content) if content or not isinstance(path, Path) else path
         with _quiet_pillow, Image.open(source, formats=_FORMATS) as image:

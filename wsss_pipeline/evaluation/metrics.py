@@ -101,7 +101,7 @@ class Scores:
         miou: mean IoU over the classes that occur in the ground truth (the published rule).
         miou_predicted_or_present: mean IoU over the classes that occur in the ground truth or in the
             predictions; lower than ``miou`` where a class is predicted that is nowhere to be found.
-        per_class_iou: by class name, background first; None where the ground truth lacks the class.
+        per_class_iou: IoU by class name, background first; None where the ground truth lacks the class.
         pixel_accuracy: share of the pixels that are right.
         mean_accuracy: share of the pixels that are right, by ground-truth class, then their mean.
         frequency_weighted_iou: IoU of the classes weighted by their share of the ground truth.

@@ -26,7 +26,7 @@ class Variant:
     """One way of making the masks.
 
     Attributes:
-        scores: see ``Scores``.
+        scores: figures, see ``Scores``.
         crf: backend and image of the dense CRF (``backend``, ``image``), or None where not known.
     """
 
@@ -39,9 +39,9 @@ class Evaluation:
     """Scores together with what they were measured on.
 
     Attributes:
-        variants: by name, the most refined last: those of a network; masks that lie there have one, named "".
-        class_names: of mask values 1..C.
-        source: what was scored, such as ``mask set cache/voc12-1a2b3c4d5e6f``.
+        variants: masks by name, the most refined last: those of a network; masks that lie there have one, named "".
+        class_names: names of mask values 1..C.
+        source: text that says what was scored, such as ``mask set cache/voc12-1a2b3c4d5e6f``.
         ground_truth: folder of the ground truth.
         split: name of the split, or "all" where every ground-truth file with a prediction counts.
         min_confidence: predictions below it counted as misses; None scores every pixel.

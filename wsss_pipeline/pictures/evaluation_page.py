@@ -35,8 +35,8 @@ def evaluation_page(
 
     Args:
         images: image id to file.
-        masks: what to show of an image, by title, see ``make_row``.
-        settings: of the run, nested; shown as YAML.
+        masks: pictures of an image, by title, see ``make_row``.
+        settings: settings of the run, nested; shown as YAML.
     """
     scores, names = evaluation.scores, ("background", *evaluation.class_names, "no label")
     known = {image_id: miou for image_id, miou in evaluation.image_miou.items() if miou is not None}
@@ -92,7 +92,7 @@ def confidence_page(
     Args:
         confidence: image id to the mean confidence of its pseudo mask, in percent; one at least.
         agreement: image id to the share of pixels in which pseudo mask and prediction agree, in percent.
-        images, masks, settings: as for ``evaluation_page``.
+        images, masks, settings: arguments as for ``evaluation_page``.
     """
     summary = [
         ("Images", f"{len(confidence):,}"),

@@ -48,9 +48,9 @@ class Cell:
     """One image of a row.
 
     Attributes:
-        title: what it shows.
+        title: text over the picture.
         pixels: uint8 (h, w, 3) RGB, of the size that fits; None where ``problem`` is shown instead.
-        colour_map: of OpenCV, where the colours are a scale from 0 to 1.
+        colour_map: map of OpenCV, where the colours are a scale from 0 to 1.
     """
 
     title: str
@@ -80,9 +80,9 @@ def make_row(
 
     Args:
         image_file: None where there is none of this id; masks are drawn over white then.
-        masks: by title; ``PSEUDO_MASK`` is shown with its confidence and, where stored, its CAMs.
+        masks: masks by title; ``PSEUDO_MASK`` is shown with its confidence and, where stored, its CAMs.
         box: largest (width, height) of a cell.
-        note: to stand before the labels of the pseudo mask.
+        note: text before the labels of the pseudo mask.
     """
     notes = [note] if note else []
     cells: list[Cell] = []

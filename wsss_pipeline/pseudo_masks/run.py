@@ -44,11 +44,11 @@ class ReadImage:
     """An image that was read.
 
     Attributes:
-        image_id: of the image.
-        status: of its file, before it was read.
+        image_id: id of the image.
+        status: size and times of its file, before it was read.
         digest: SHA-256 of its bytes.
         image: on its way into CLIP.
-        seconds: that reading and preparing took.
+        seconds: time for reading and preparing.
     """
 
     image_id: str
@@ -65,7 +65,7 @@ def run_share(job: MaskJob, generator: MaskGenerator | None = None, *, quiet: bo
     """Make the pseudo masks of a job's share that the cache doesn't hold yet.
 
     Args:
-        job: see there.
+        job: inputs, read.
         generator: one that was made for the same classes and settings before.
         quiet: show no progress, say nothing of the choices: another process does.
 
@@ -239,10 +239,10 @@ def ahead(
     """Each id with what waits for ``make(id)``, in order.
 
     Args:
-        make: what is to be done for one id.
-        image_ids: in order.
-        threads: that work ahead; with 0, work is done when it is waited for.
-        at_most: so many are worked ahead.
+        make: work for one id.
+        image_ids: ids, in order.
+        threads: number of them; with 0, work is done when it is waited for.
+        at_most: number of results that may wait.
     """
     if not threads:
         yield from ((image_id, partial(make, image_id)) for image_id in image_ids)
