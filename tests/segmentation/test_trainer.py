@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,6 +19,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
+from PIL import Image
 from safetensors.torch import load_file
 
 from tests.segmentation.conftest import CONFIG, Make, changed
@@ -26,7 +28,7 @@ from wsss_pipeline.data.images import read_image, read_mask
 from wsss_pipeline.errors import CheckpointError, ConfigError, TrainingError
 from wsss_pipeline.evaluation.metrics import Scores, confusion_matrix
 from wsss_pipeline.segmentation import trainer as trainer_module
-from wsss_pipeline.segmentation.checkpoint import TrainingState, load_network, load_state, save_state
+from wsss_pipeline.segmentation.checkpoint import TrainingState, load_network
 from wsss_pipeline.segmentation.inference import InferenceConfig, predict_probabilities
 from wsss_pipeline.segmentation.networks import SegmentationNetwork
 from wsss_pipeline.segmentation.train_config import OptimisationConfig
@@ -100,8 +102,10 @@ def test_the_random_numbers_of_the_gpu_go_on_as_well(tmp_path: Path, monkeypatch
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_rng_state", lambda: torch.tensor([7], dtype=torch.uint8))
     monkeypatch.setattr(torch.cuda, "set_rng_state", kept.append)
-    save_state(tmp_path / "state", TrainingState(3, 0.5), network, None, optimizer)
-    assert load_state(tmp_path / "state", network, None, optimizer) == TrainingState(3, 0.5)
+    TrainingState(network, None, optimizer, step=3, best_miou=0.5).save(tmp_path / "state")
+    state = TrainingState(network, None, optimizer)
+    state.load(tmp_path / "state")
+    assert (state.step, state.best_miou) == (3, 0.5)
     assert [state.tolist() for state in kept] == [[7]]
 
 
@@ -120,6 +124,21 @@ def test_validation_keeps_the_best(make: Make, root: Path) -> None:
     mious = [line["miou"] for line in log_of(result.checkpoint.parent) if "miou" in line]
     assert len(mious) == 2
     assert result.miou == max(mious)
+
+
+def test_ground_truth_that_does_not_fit_is_left_out_of_the_validation(
+    make: Make, root: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """One wrong value in a folder of so many masks that not all are looked at beforehand."""
+    shutil.copytree(root / "SegmentationClass", tmp_path / "truth")
+    for number in range(56):
+        shutil.copy(
+            root / "SegmentationClass" / "train_00000.png", tmp_path / "truth" / f"other_{number}.png"
+        )
+    Image.new("L", (160, 120), 200).save(tmp_path / "truth" / "train_00001.png")
+    result = train_seg(make(val_gt=tmp_path / "truth", config=changed(CONFIG, optimisation__iterations=1)))
+    assert result.miou is not None
+    assert "train_00001: left out of the validation" in caplog.text
 
 
 def test_all_processes_validate_with_the_same_statistics_of_batch_norm(
