@@ -35,7 +35,9 @@ def test_logits_have_the_size_of_the_input(name: str, encoder: str, size: tuple[
         assert network(torch.randn(2, 3, *size)).shape == (2, 4, *size)
 
 
-@pytest.mark.parametrize(("name", "encoder"), [*NETWORKS, ("pan", "resnet18")])
+@pytest.mark.parametrize(
+    ("name", "encoder"), [*NETWORKS, ("pan", "resnet18"), ("dpt", "tu-vit_tiny_patch16_224")]
+)
 def test_an_image_may_be_as_small_as_it_likes(name: str, encoder: str) -> None:
     """Also smaller than the kernels inside SegFormer and PAN."""
     network = make(name, encoder).eval()

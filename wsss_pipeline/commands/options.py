@@ -54,7 +54,7 @@ def setting(
     value = default(kind, key)
     if isinstance(value, tuple):
         value = ",".join(map(str, value))
-    shown = f"  [default: {value}]" if value not in (None, "", False) else ""
+    shown = f"  [default: {value}]" if value is not False and value not in (None, "") else ""
     attributes = {"default": None, "help": about + description(kind, key) + shown, **attributes}
     return _kept(_SETTINGS, key, *names, **attributes)
 

@@ -6,7 +6,6 @@ import os
 import shlex
 import sys
 from pathlib import Path
-from typing import Any
 
 import click
 
@@ -59,11 +58,22 @@ def command(
     cache: Path | None,
     gt_masks: Path | None,
     classes: str | None,
+    images: Path,
+    split: Path | None,
+    out: Path,
     recipe: str | None,
     seeds: int,
+    val_gt: Path | None,
+    val_images: Path | None,
+    val_split: Path | None,
+    device: str,
+    workers: int,
+    allow_missing: bool,
+    overwrite: bool,
+    offline: bool,
+    track: str | None,
     config_file: Path | None,
     overrides: tuple[str, ...],
-    **wanted: Any,
 ) -> None:
     """Train a segmentation network on the masks of a cache.
 
@@ -95,7 +105,22 @@ def command(
     else:
         masks = MaskFolder(gt_masks, load_class_set(classes).names, "ground truth")
     config = load_train_config(recipe, config_file, overrides, given_settings(context))
-    job = TrainJob(masks=masks, config=config, **wanted)  # the other options are named after its fields
+    job = TrainJob(
+        images,
+        masks,
+        out,
+        config,
+        split=split,
+        val_gt=val_gt,
+        val_images=val_images,
+        val_split=val_split,
+        device=device,
+        workers=workers,
+        allow_missing=allow_missing,
+        overwrite=overwrite,
+        offline=offline,
+        track=track,
+    )
     results = [train_seg(job)] if seeds == 1 else train_seeds(job, seeds)
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()

@@ -20,7 +20,7 @@ class Augmentation:
     """Draws from torch's own random numbers, so whoever seeds them decides what comes out.
 
     Attributes:
-        config: see there.
+        config: settings, see ``AugmentationConfig``.
         mean: RGB, for values in [0, 1], what the network's input is normalised with.
         std: the same.
     """

@@ -54,9 +54,9 @@ def save_network(
 
     Args:
         network: its tensors are written as they are, on whatever device.
-        folder: of the checkpoint.
-        config: what ``build_network`` built it from.
-        class_names: of mask values 1..C.
+        folder: folder of the checkpoint.
+        config: settings that ``build_network`` built it from.
+        class_names: names of mask values 1..C.
         extra: further plain values for ``config.json``, such as the step.
 
     Raises:
@@ -172,11 +172,11 @@ class TrainingState:
 
     Attributes:
         network: being trained.
-        average: of its weights; None where none is kept.
-        optimizer: of the network.
-        scaler: of the gradients in fp16; None in other precisions.
+        average: average of its weights; None where none is kept.
+        optimizer: optimiser of the network.
+        scaler: scaler of the gradients in fp16; None in other precisions.
         step: number of updates done.
-        best_miou: of the validations so far, in [0, 1]; None before the first.
+        best_miou: largest mIoU of the validations so far, in [0, 1]; None before the first.
     """
 
     network: nn.Module

@@ -31,8 +31,8 @@ class Sample(TypedDict):
         image: float32 (3, S, S), normalised.
         mask: int64 (S, S), 255 where there is no label.
         confidence: uint8 (S, S), half percents.
-        image_id: of the image.
-        damaged: whether image or mask couldn't be used; every pixel is then 255.
+        image_id: id of the image.
+        damaged: True where image or mask couldn't be used; every pixel is then 255.
     """
 
     image: Tensor
@@ -50,10 +50,10 @@ class SegmentationDataset(Dataset[Sample]):
 
     Args:
         images: image id to file.
-        masks: of these images.
-        image_ids: what to train on; a position is one in this list.
-        augmentation: see there.
-        seed: of all random numbers.
+        masks: masks of these images.
+        image_ids: ids to train on; a position is one in this list.
+        augmentation: random changes, see ``Augmentation``.
+        seed: seed of all random numbers.
     """
 
     images: Mapping[str, ImageFile]
@@ -100,8 +100,8 @@ def sample_order(
     """An endless stream of (epoch, position), shuffled anew each epoch.
 
     Args:
-        length: of the data set.
-        seed: of the order.
+        length: number of samples of the data set.
+        seed: seed of the order.
         start: elements of the whole stream to pass over.
         rank, world: process ``rank`` of ``world`` gets every ``world``-th element, so that its batches and
             those of the others make up the batches of one process.

@@ -31,11 +31,11 @@ class Segmenter:
     """A trained network as a function from an image to its mask.
 
     Args:
-        network: in evaluation mode, on ``device``.
-        class_names: of mask values 1..C.
+        network: network in evaluation mode, on ``device``.
+        class_names: names of mask values 1..C.
         inference: scales, flip, windows; the image as it is, where None.
         crf: refine with the dense CRF of these settings; None, or backend ``none``, for no CRF.
-        description: where the network is from, for people.
+        description: origin of the network, for people.
 
     Raises:
         MissingDependencyError: the CRF's backend isn't installed.

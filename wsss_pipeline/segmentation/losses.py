@@ -19,7 +19,7 @@ def confidence_weights(confidence: Tensor, kind: Confidence, min_confidence: flo
         confidence: uint8 (B, H, W), half percents.
         kind: ``hard``: 1 from ``min_confidence`` up, else 0 (CLIP-ES, section 3.5, where such pixels are set
             to the ignore label); ``soft``: the confidence from ``min_confidence`` up, else 0.
-        min_confidence: in [0, 1].
+        min_confidence: threshold in [0, 1].
     """
     counts = (confidence >= half_percent_threshold(min_confidence)).float()
     return counts if kind == "hard" else confidence.float() / CERTAIN * counts

@@ -38,7 +38,7 @@ class SegmentationNetwork(nn.Module):
     H and W may be anything: the model sees the images padded with the mean colour.
 
     Attributes:
-        model: what makes the logits.
+        model: module that makes the logits.
         encoder_name: name of the model's part that comes with pre-trained weights.
         multiple: number of pixels that the sides of the model's input must be multiples of.
         smallest: smallest sides of its input, pixels.
@@ -117,9 +117,11 @@ class DecoderNetwork(SegmentationNetwork):
         if decoder not in smp.MODEL_ARCHITECTURES_MAPPING:
             known = ", ".join(["deeplabv2", "segformer", *sorted(set(smp.MODEL_ARCHITECTURES_MAPPING))])
             raise NetworkError(f"unknown network '{decoder}'; known: {known}")
+        # a vision transformer of timm else takes images of one size alone
+        further = {"dynamic_img_size": True} if decoder == "dpt" else {}
         try:
             self.model = smp.create_model(
-                decoder, encoder_name=encoder, encoder_weights=None, classes=num_classes
+                decoder, encoder_name=encoder, encoder_weights=None, classes=num_classes, **further
             )
         except (KeyError, ValueError, RuntimeError, NotImplementedError) as error:
             reason = one_line(error)[:300]
@@ -142,7 +144,7 @@ class SegFormer(SegmentationNetwork):
     Args:
         encoder: one of ``MIT_ENCODERS``, as ``mit-b0``, ``mit_b0`` or ``nvidia/mit-b0``, or a folder with a
             SegFormer's ``config.json``.
-        num_classes: with the background.
+        num_classes: number of classes with the background.
     """
 
     encoder_name = "segformer"
@@ -212,7 +214,7 @@ class DeepLabV2(SegmentationNetwork):
 
     Args:
         encoder: a ResNet of timm, such as ``resnet101``.
-        num_classes: with the background.
+        num_classes: number of classes with the background.
     """
 
     model: nn.ModuleDict
@@ -273,7 +275,7 @@ def build_network(config: NetworkConfig, num_classes: int) -> SegmentationNetwor
 
     Args:
         config: ``weights`` isn't looked at here.
-        num_classes: with the background.
+        num_classes: number of classes with the background.
 
     Raises:
         NetworkError: no such network or encoder.

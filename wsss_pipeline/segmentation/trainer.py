@@ -45,15 +45,15 @@ class Trainer:
     """One training run, at the update where its folder says that it is.
 
     Args:
-        accelerator: of this process; knows device, precision and the other processes.
-        config: of the run.
-        network: with the weights to start from.
-        dataset: what to train on.
+        accelerator: accelerator of this process; knows device, precision and the other processes.
+        config: settings of the run.
+        network: network with the weights to start from.
+        dataset: samples to train on.
         out: folder of the run.
         workers: number of processes that load samples.
 
     Attributes:
-        state: how far the run is, and what it goes on with.
+        state: progress of the run, with all that it goes on with.
     """
 
     def __init__(

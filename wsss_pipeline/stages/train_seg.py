@@ -54,18 +54,18 @@ class TrainJob:
 
     Attributes:
         images: folder of the images.
-        masks: of these images; a mask set, or a folder of ground truth.
+        masks: masks of these images, a mask set, or a folder of ground truth.
         out: folder of the run; one that holds the same run goes on.
-        config: see there.
+        config: settings, see ``TrainConfig``.
         split: text file of the ids to train on; None for all images.
         val_gt: folder of ground-truth index masks to validate on; None for no validation.
         val_images: folder of their images; None for ``images``.
         val_split: text file of the ids to validate on; None for all ground truth that has an image.
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
         workers: number of processes that load samples.
-        allow_missing: leave out images that lack a file or a mask.
-        overwrite: start anew in a folder that holds a run.
-        offline: fetch no weights.
+        allow_missing: choice to leave out images that lack a file or a mask.
+        overwrite: choice to start anew in a folder that holds a run.
+        offline: choice to fetch no weights.
         track: name of a tracker of accelerate, such as tensorboard.
     """
 
@@ -93,7 +93,7 @@ class TrainResult:
         checkpoint: folder of the best network where there was validation, else of the last.
         miou: the best network's, in [0, 1]; None without validation.
         steps: number of updates done.
-        interrupted: whether some are left.
+        interrupted: True where some are left.
     """
 
     checkpoint: Path
