@@ -28,7 +28,7 @@ from wsss_pipeline.data.image_ids import find_images
 from wsss_pipeline.data.images import read_mask
 from wsss_pipeline.demo.voc_folder import write_voc_folder
 from wsss_pipeline.segmentation.augmentation import Augmentation
-from wsss_pipeline.segmentation.dataset import EpochSampler, Sample, SegmentationDataset
+from wsss_pipeline.segmentation.dataset import Sample, SegmentationDataset, sample_order
 from wsss_pipeline.segmentation.losses import confidence_weights, segmentation_loss
 from wsss_pipeline.segmentation.networks import IMAGE_MEAN, IMAGE_STD, build_network
 from wsss_pipeline.segmentation.train_config import AugmentationConfig, NetworkConfig
@@ -93,7 +93,7 @@ def measure(
         DataLoader(
             dataset,  # type: ignore[arg-type]
             batch,
-            sampler=EpochSampler(len(dataset), seed=0),
+            sampler=sample_order(len(dataset), seed=0),
             num_workers=workers,
             pin_memory=torch.cuda.is_available(),
         )

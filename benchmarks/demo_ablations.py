@@ -19,22 +19,21 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
-from wsss_pipeline.cam.prompts import class_embeddings
-from wsss_pipeline.cam.softmax_gradcam import normalise_cams, softmax_gradcam
-from wsss_pipeline.clip.image_encoder import DenseFeatures, ImageEncoder
-from wsss_pipeline.clip.text_encoder import TextEncoder
-from wsss_pipeline.stages.label_pixels import label_pixels
 
 from wsss_pipeline.cam.affinity import refine_cams
-from wsss_pipeline.cam.scores import assemble, upscale_cams
+from wsss_pipeline.cam.gradcam import softmax_gradcam
+from wsss_pipeline.cam.scores import assemble, normalise_cams, upscale_cams
 from wsss_pipeline.clip.sources import locate_clip
+from wsss_pipeline.clip.text import TextEncoder, class_embeddings
+from wsss_pipeline.clip.trunk import Features, Trunk
 from wsss_pipeline.clip.weights import load_clip
 from wsss_pipeline.data.classes import ClassSet, load_class_set
-from wsss_pipeline.data.transforms import to_clip_tensor
+from wsss_pipeline.data.transforms import prepare_image
 from wsss_pipeline.demo.scenes import Scene, draw_scene
 from wsss_pipeline.evaluation.metrics import Scores, confusion_matrix
-from wsss_pipeline.methods import load_mask_config as load_config
-from wsss_pipeline.refine import choose_backend
+from wsss_pipeline.methods import load_mask_config
+from wsss_pipeline.methods.clip_es import ClipEsConfig
+from wsss_pipeline.refine import DenseCrf, Unrefined, label
 
 FIRST_SEED = 1000  # far from those of training and of the demo
 SYNONYM_CLASSES = ("car", "cup")
@@ -56,20 +55,24 @@ class StageOne:
     """The parts of stage one, to be left out one by one."""
 
     def __init__(self) -> None:
-        self.config = load_config(flags={"classes": "demo", "clip.weights": "demo"})
+        config = load_mask_config(flags={"classes": "demo", "clip.weights": "demo"})
+        assert isinstance(config, ClipEsConfig)
+        self.config = config
         self.classes = load_class_set("demo")
         clip = load_clip(locate_clip(self.config.clip, offline=True), torch.device("cpu"))
         self.scale = clip.logit_scale
-        self.encoder = ImageEncoder(clip.vision, "fp32", self.config.cam.affinity_layers)
+        self.trunk = Trunk(clip.vision)
         text = TextEncoder(clip.text, clip.tokenizer)
         self.embeddings = class_embeddings(self.classes, self.classes.templates, text.encode)
         plain = without_synonyms(self.classes)
         self.plain = class_embeddings(plain, plain.templates, text.encode)
-        self.backend = choose_backend("auto")
+        self.crf, self.unrefined = DenseCrf(config.crf), Unrefined()
 
+    @torch.no_grad()
     def masks(self, scene: Scene) -> dict[str, NDArray[np.uint8]]:
         """A mask (H, W) by variant."""
-        features = self.encoder.encode(to_clip_tensor(scene.image)[None])
+        pixels = prepare_image(scene.image, self.trunk.patch_size, self.config.max_pixels).pixels
+        features = self.trunk.encode(pixels[None], last_layers=self.config.cam.affinity_layers)
         present = [self.classes.index(name) for name in scene.labels]
         rows = [value - 1 for value in present]
         background = self.embeddings.background
@@ -90,37 +93,28 @@ class StageOne:
         }
         return {name: self.label(scene, present, found, "CRF" in name) for name, found in maps.items()}
 
-    def cams(self, features: DenseFeatures, texts: Tensor, count: int) -> Tensor:
-        raw = softmax_gradcam(
-            features.tokens,
-            features.pooled,
-            features.grid,
-            [texts],
-            [count],
-            self.scale,
-            features.mean_token_gradients,
-        )
-        return normalise_cams(raw[0])
+    def cams(self, features: Features, texts: Tensor, count: int) -> Tensor:
+        return normalise_cams(softmax_gradcam(features, [texts], [count], self.scale)[0])
 
-    def refined(self, cams: Tensor, features: DenseFeatures, iterations: int | None = None) -> Tensor:
+    def refined(self, cams: Tensor, features: Features, iterations: int | None = None) -> Tensor:
         cam = self.config.cam
         iterations = iterations or cam.affinity_iterations
         return refine_cams(cams, features.attention[0], cam.threshold, iterations, cam.sinkhorn_rounds)
 
     def label(self, scene: Scene, present: Sequence[int], cams: Tensor, with_crf: bool) -> NDArray[np.uint8]:
         size = (scene.mask.shape[0], scene.mask.shape[1])
-        scores = assemble(upscale_cams(cams, size)).half().numpy()
-        crf = self.config.crf.model_copy(update={"backend": self.backend if with_crf else "none"})
-        return label_pixels(scene.image, scores, present, size, crf)[0]
+        refine = self.crf if with_crf else self.unrefined
+        (posterior,) = refine([scene.image], [assemble(upscale_cams(cams, size)).half()])
+        return label(posterior, present, size)[0].numpy()
 
 
-def cosine_gradcam(features: DenseFeatures, texts: Tensor) -> Tensor:
+def cosine_gradcam(features: Features, texts: Tensor) -> Tensor:
     """GradCAM (K, h, w) of each class's cosine by itself, as before softmax-GradCAM."""
-    embedding = features.pooled[0]
+    embedding = features.last[0].pooled
     unit = F.normalize(embedding, dim=0)
     gradients = (texts - (texts @ unit)[:, None] * unit) / embedding.norm()
-    weights = features.mean_token_gradients(0, gradients)
-    return (weights @ features.tokens[0, 1:].T).view(-1, *features.grid)
+    weights = features.last[0].mean_token_gradients(gradients)
+    return (weights @ features.last[0].tokens[1:].T).view(-1, *features.grid)
 
 
 def without_synonyms(classes: ClassSet) -> ClassSet:
@@ -156,7 +150,7 @@ def main() -> None:
     options = parser.parse_args()
     stage = StageOne()
     runs = [measure(stage, FIRST_SEED + seed, options.scenes) for seed in range(options.seeds)]
-    print(f"{options.seeds} x {options.scenes} scenes, CRF backend {stage.backend}\n")
+    print(f"{options.seeds} x {options.scenes} scenes, {stage.crf.description}\n")
     print(f"| {'variant':34} | mIoU %      | {' and '.join(SYNONYM_CLASSES)} IoU % |")
     print(f"| {'-' * 34} | ----------- | ----------------- |")
     for name in VARIANTS:

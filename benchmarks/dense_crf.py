@@ -2,9 +2,9 @@
 
     OMP_WAIT_POLICY=PASSIVE python benchmarks/dense_crf.py [--device cuda] [--threads 1] [--repeats 7]
 
-One synthetic 500x375 picture (seeded: smooth shading, discs, noise), 2 and 4 labels, 10 iterations. The
+One synthetic 500x375 image (seeded: smooth shading, discs, noise), 2 and 4 labels, 10 iterations. The
 backends take turns within one run, so what else the machine does hits both alike; medians, in milliseconds,
-of complete calls, building the lattice and moving the arrays included. pydensecrf always uses one CPU
+of complete calls, building the lattice and moving the image included. pydensecrf always uses one CPU
 core; the lattice uses the threads of torch, or the GPU. Without pydensecrf only the lattice is timed.
 """
 
@@ -18,9 +18,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from wsss_pipeline.config import CrfBackend, CrfConfig
+from wsss_pipeline.config import CrfConfig
 from wsss_pipeline.errors import MissingDependencyError
-from wsss_pipeline.refine import choose_backend, dense_crf, unary_from_scores
+from wsss_pipeline.refine import DenseCrf
 
 HEIGHT, WIDTH = 375, 500
 
@@ -36,11 +36,11 @@ def synthetic_image(generator: np.random.Generator) -> NDArray[np.uint8]:
     return (image + generator.normal(0, 3, image.shape)).clip(0, 255).astype(np.uint8)
 
 
-def synthetic_unary(labels: int, generator: np.random.Generator) -> NDArray[np.float32]:
-    """float32 (L, H, W) from smooth scores, as upscaled CAMs are."""
+def synthetic_scores(labels: int, generator: np.random.Generator) -> torch.Tensor:
+    """float32 (L, H, W), smooth as upscaled CAMs are."""
     coarse = torch.from_numpy(generator.random((1, labels - 1, HEIGHT // 16, WIDTH // 16), dtype=np.float32))
-    cams = torch.nn.functional.interpolate(coarse, (HEIGHT, WIDTH), mode="bilinear")[0].numpy() ** 2
-    return unary_from_scores(np.concatenate([1 - cams.max(axis=0, keepdims=True), cams]))
+    cams = torch.nn.functional.interpolate(coarse, (HEIGHT, WIDTH), mode="bilinear")[0] ** 2
+    return torch.cat([1 - cams.amax(dim=0, keepdim=True), cams])
 
 
 def main() -> None:
@@ -52,9 +52,9 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=7, help="calls per backend and line of the table")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    backends: list[CrfBackend] = ["lattice"]
+    refiners = {"lattice": DenseCrf(CrfConfig(backend="lattice"))}
     try:
-        backends.append(choose_backend("pydensecrf"))
+        refiners["pydensecrf"] = DenseCrf(CrfConfig(backend="pydensecrf"))
     except MissingDependencyError as error:
         print(error)
 
@@ -62,12 +62,13 @@ def main() -> None:
     print(f"{'labels':>6} {'lattice':>9} {'pydensecrf':>11} {'times as fast':>14}")
     for labels in (2, 4):
         generator = np.random.default_rng(labels)
-        image, unary = synthetic_image(generator), synthetic_unary(labels, generator)
-        seconds: dict[CrfBackend, list[float]] = {backend: [] for backend in backends}
+        image, scores = synthetic_image(generator), synthetic_scores(labels, generator)
+        seconds: dict[str, list[float]] = {backend: [] for backend in refiners}
         for repeat in range(options.repeats + 1):
-            for backend in backends:
+            for backend, refine in refiners.items():
+                place = scores.to(options.device if backend == "lattice" else "cpu")
                 start = time.perf_counter()
-                dense_crf(image, unary, CrfConfig(), backend, options.device)
+                refine([image], [place])[0].cpu()  # waits for a GPU
                 if repeat:  # the first call of each also loads and warms up
                     seconds[backend].append(time.perf_counter() - start)
         middle = {backend: statistics.median(times) * 1000 for backend, times in seconds.items()}

@@ -1,6 +1,6 @@
 """Stage one written plainly, step by step as the published code does it: what our speed is measured against.
 
-One picture at a time in float32; the attention of all layers kept; for each class a forward and backward pass of
+One image at a time in float32; the attention of all layers kept; for each class a forward and backward pass of
 the last block, the affinity of the whole attention matrix, Sinkhorn rounds and square included; pydensecrf at
 the end. ``check`` compares it with the outputs of the published code under tests/golden.
 """
@@ -37,7 +37,7 @@ class PlainMethod:
         self.logit_scale = logit_scale
 
     def mask(self, rgb: NDArray[np.uint8], clip_input: Tensor, classes: Sequence[int]) -> NDArray[np.uint8]:
-        """Label (H, W) of a picture (H, W, 3); ``clip_input`` (1, 3, h, w); ``classes`` are rows from 0."""
+        """Label (H, W) of an image (H, W, 3); ``clip_input`` (1, 3, h, w); ``classes`` are rows from 0."""
         cams = self.refined_cams(clip_input, classes)
         size = (rgb.shape[1], rgb.shape[0])
         scores = np.stack([cv2.resize(rescaled(cam), size) for cam in cams]).astype(np.float16)
@@ -158,7 +158,7 @@ def check() -> float:
     from transformers import CLIPVisionModelWithProjection
 
     from wsss_pipeline.data.images import read_image
-    from wsss_pipeline.data.transforms import clip_input_size, resize_for_clip, to_clip_tensor
+    from wsss_pipeline.data.transforms import prepare_image
 
     vision = CLIPVisionModelWithProjection.from_pretrained(GOLDEN / "vision", dtype=torch.float32)
     vision.eval().requires_grad_(False)
@@ -169,8 +169,7 @@ def check() -> float:
     for name in json.loads((GOLDEN / "labels.json").read_text()):
         expected = np.load(GOLDEN / "expected" / f"{name}.npz")
         image = read_image(GOLDEN / "images" / f"{name}.png")
-        size = clip_input_size(image.shape[1], image.shape[0], vision.config.patch_size, 1 << 20)
-        clip_input = to_clip_tensor(resize_for_clip(image, size.width, size.height))[None]
+        clip_input = prepare_image(image, vision.config.patch_size, 1 << 20).pixels[None]
         found = np.stack(method.refined_cams(clip_input, expected["label_ids"].tolist()))
         reference = expected["refined_low"]
         largest = max(largest, float(np.abs(found - reference).max() / (reference.max() or 1)))

@@ -15,7 +15,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from stage_one import choose_pictures, write_clip
+from stage_one import choose_images, write_clip
 
 
 def run(work: Path, arguments: list[str], ways: list[list[str]]) -> tuple[float, int]:
@@ -50,7 +50,7 @@ def main() -> None:
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         work = Path(name)
-        images, labels = choose_pictures(options.images, work, options.count)
+        images, labels = choose_images(options.images, work, options.count)
         (work / "labels.json").write_text(json.dumps(labels))
         folder = next(iter(images.values())).parent
         arguments = ["--images", str(folder), "--labels", str(work / "labels.json"), "--classes", "voc12"]

@@ -1,12 +1,12 @@
-"""Speed of ``generate-masks`` against the published way of working, on the same pictures in one run.
+"""Speed of ``generate-masks`` against the published way of working, on the same images in one run.
 
     OMP_WAIT_POLICY=PASSIVE python benchmarks/stage_one.py [--images DIR] [--count 24] [--device cuda]
     OMP_WAIT_POLICY=PASSIVE python benchmarks/stage_one.py --scaling 100 1000 10000
 
 A CLIP ViT-B/16 with seeded random weights is made on the spot: speed doesn't depend on what they mean. Every
-few pictures the ways take turns, so what else the machine does hits all alike: the plain method of
+few images the ways take turns, so what else the machine does hits all alike: the plain method of
 ``plain_method.py`` (checked first against the published code's outputs), then the whole command, reading, CRF
-and cache included, in float32 and in bfloat16. Seconds are those from the first picture to the last, without
+and cache included, in float32 and in bfloat16. Seconds are those from the first image to the last, without
 loading CLIP. Without --images, scenes are drawn at VOC's size.
 
 --scaling runs the embedded CLIP over small drawn scenes and says how throughput and memory go with their number.
@@ -27,32 +27,31 @@ import torch
 from numpy.typing import NDArray
 from plain_method import PlainMethod, check
 from transformers import AutoTokenizer, CLIPConfig, CLIPModel
-from wsss_pipeline.cam.prompts import class_embeddings
-from wsss_pipeline.clip.text_encoder import TextEncoder
-from wsss_pipeline.stages.mask_plan import MaskRequest
-from wsss_pipeline.stages.mask_report import MaskReport
 
 from wsss_pipeline.cache import MaskCache
 from wsss_pipeline.clip.sources import locate_clip
+from wsss_pipeline.clip.text import TextEncoder, class_embeddings
 from wsss_pipeline.clip.weights import Clip, load_clip
 from wsss_pipeline.data.classes import load_class_set
 from wsss_pipeline.data.image_ids import find_images
 from wsss_pipeline.data.images import read_image
-from wsss_pipeline.data.transforms import clip_input_size, resize_for_clip, to_clip_tensor
+from wsss_pipeline.data.transforms import prepare_image
 from wsss_pipeline.demo.voc_folder import write_voc_folder
-from wsss_pipeline.methods import load_mask_config as load_config
+from wsss_pipeline.methods import load_mask_config
+from wsss_pipeline.pseudo_masks.job import MaskJob
+from wsss_pipeline.pseudo_masks.report import MaskReport
 from wsss_pipeline.runtime.device import images_at_a_time
 from wsss_pipeline.stages.generate_masks import generate_masks
 
 CLASSES = "voc12"
-TURN = 12  # pictures
+TURN = 12  # images
 PLAIN, FP32, BF16 = "plain", "fp32", "bf16"
 
 
 def write_clip(folder: Path) -> Path:
     """A seeded CLIP ViT-B/16 with the embedded CLIP's vocabulary."""
     torch.manual_seed(0)
-    demo = locate_clip(load_config(flags={"clip.weights": "demo", "classes": "demo"}).clip, offline=True)
+    demo = locate_clip(load_mask_config(flags={"clip.weights": "demo", "classes": "demo"}).clip, offline=True)
 
     tokenizer = AutoTokenizer.from_pretrained(demo.tokenizer)
     config = CLIPConfig(
@@ -88,7 +87,7 @@ class Ways:
     masks: dict[str, dict[str, NDArray[np.uint8]]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        config = load_config(flags={"clip.weights": str(self.clip_folder), "classes": CLASSES})
+        config = load_mask_config(flags={"clip.weights": str(self.clip_folder), "classes": CLASSES})
         clip = load_clip(locate_clip(config.clip, offline=True), torch.device("cpu"))
         self.classes = load_class_set(CLASSES)
         self.method = self._plain_method(clip)
@@ -102,8 +101,7 @@ class Ways:
         started = time.perf_counter()
         for image_id in ids:
             image = read_image(self.images[image_id])
-            size = clip_input_size(image.shape[1], image.shape[0], 16, 1 << 20)
-            clip_input = to_clip_tensor(resize_for_clip(image, size.width, size.height))[None]
+            clip_input = prepare_image(image, 16, 1 << 20).pixels[None]
             rows = [self.classes.index(name) - 1 for name in self.labels[image_id]]
             self.masks.setdefault(PLAIN, {})[image_id] = self.method.mask(image, clip_input, rows)
         self.seconds[PLAIN] += time.perf_counter() - started
@@ -119,11 +117,11 @@ class Ways:
     def _generate(self, ids: list[str], precision: str) -> MaskReport:
         flags = {"clip.weights": str(self.clip_folder), "clip.precision": precision, "classes": CLASSES}
         return generate_masks(
-            MaskRequest(
+            MaskJob(
                 images=self.images,
                 labels={image_id: self.labels[image_id] for image_id in ids},
                 class_set=self.classes,
-                config=load_config(flags=flags),
+                config=load_mask_config(flags=flags),
                 cache_dir=self.work / f"{precision}-{ids[0]}",
                 device=self.device,
                 workers=self.workers,
@@ -137,10 +135,10 @@ class Ways:
         return sum(int((a == b).sum()) for a, b in pairs) / sum(a.size for a, _ in pairs)
 
 
-def choose_pictures(
+def choose_images(
     folder: Path | None, work: Path, count: int
 ) -> tuple[dict[str, Path], dict[str, tuple[str, ...]]]:
-    """``count`` pictures and 1 to 4 seeded labels for each."""
+    """``count`` images and 1 to 4 seeded labels for each."""
     if folder is None:
         write_voc_folder(work / "scenes", seed=8, scenes={"train": count}, size=(500, 375))
         folder = work / "scenes" / "JPEGImages"
@@ -156,7 +154,7 @@ def choose_pictures(
 
 def compare(options: argparse.Namespace, work: Path) -> None:
     print(f"plain method against the published code: refined CAMs within {check():.1e}")
-    images, labels = choose_pictures(options.images, work, options.count)
+    images, labels = choose_images(options.images, work, options.count)
     ways = Ways(images, labels, write_clip(work / "clip"), work, options.device, options.workers)
     ids = list(images)
     ways.plain(ids[:1])  # the first calls warm up
@@ -170,7 +168,7 @@ def compare(options: argparse.Namespace, work: Path) -> None:
         for precision in (FP32, BF16):
             ways.command([*turn], precision)
     at_a_time = f"{options.workers} images at a time"
-    print(f"{len(ids)} pictures, {options.device}, {torch.get_num_threads()} threads, {at_a_time}\n")
+    print(f"{len(ids)} images, {options.device}, {torch.get_num_threads()} threads, {at_a_time}\n")
     print("| way | s an image | times as fast | pixels as plain | busy |")
     print("| --- | ---: | ---: | ---: | --- |")
     for way in (PLAIN, FP32, BF16):
@@ -194,18 +192,18 @@ def scale(options: argparse.Namespace, work: Path) -> None:
         write_voc_folder(root, seed=9, scenes={"train": count}, size=(80, 64))
         images = find_images(root / "JPEGImages")
         classes = load_class_set("demo")
-        request = MaskRequest(
+        job = MaskJob(
             images=images,
             labels=dict.fromkeys(images, (classes.names[0],)),
             class_set=classes,
-            config=load_config(flags={"clip.weights": "demo", "classes": "demo"}),
+            config=load_mask_config(flags={"clip.weights": "demo", "classes": "demo"}),
             cache_dir=work / f"cache-{count}",
             device=options.device,
             workers=options.workers,
             offline=True,
         )
-        first = generate_masks(request)
-        again = generate_masks(request)
+        first = generate_masks(job)
+        again = generate_masks(job)
         assert (first.computed, again.reused) == (count, count)
         size = sum(file.stat().st_size for file in first.path.glob("shard-*.h5"))
         memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
@@ -220,7 +218,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--images", type=Path, help="folder of pictures")
+    parser.add_argument("--images", type=Path, help="folder of images")
     parser.add_argument("--count", type=int, default=24)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--workers", type=int, default=images_at_a_time(), help="images at a time")

@@ -153,10 +153,10 @@ def test_commands_that_cannot_run_here_have_options_that_exist(page: Path) -> No
         ):
             if not {"wsss", "wsss_pipeline"} & set(words):
                 continue
-            start = next(place for place, word in enumerate(words) if word in ("wsss", "wsss_pipeline"))
-            name = words[start + 1]
+            start = next(index for index, word in enumerate(words) if word in ("wsss", "wsss_pipeline"))
+            name = words[start + 1 : start + (3 if words[start + 1] in ("cache", "config") else 2)]
             options = [word.split("=")[0] for word in words[start + 2 :] if word.startswith("--")]
-            text = wsss(name, "--help").output
+            text = wsss(*name, "--help").output
             missing = [option for option in options if not re.search(rf"{option}\b", text)]
             assert not missing, f"{page.name}: {words}"
 
@@ -175,6 +175,11 @@ def test_links_lead_somewhere(page: Path) -> None:
         file = (page.parent / name).resolve() if name else page
         assert file.exists(), f"{page.name}: {target}"
         assert not anchor or anchor in headings[file], f"{page.name}: {target}"
+
+
+def test_the_toy_method_is_shown_as_it_is() -> None:
+    method = (ROOT / "tests/methods/toy_method.py").read_text("utf-8")
+    assert method in [block.text for block in blocks(ROOT / "docs/adding-a-method.md")]
 
 
 @pytest.mark.parametrize(("name", "page"), [("commands", commands_page), ("settings", settings_page)])

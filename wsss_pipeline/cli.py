@@ -20,21 +20,11 @@ from wsss_pipeline import __version__
 from wsss_pipeline.errors import WsssError
 from wsss_pipeline.runtime.output import one_line
 
-# name on the command line -> module under wsss_pipeline.commands; each holds a command called ``command``
-COMMANDS = {
-    "generate-masks": "generate_masks",
-    "train-seg": "train_seg",
-    "evaluate": "evaluate",
-    "predict": "predict",
-    "export-model": "export_model",
-    "export-masks": "export_masks",
-    "preview": "preview",
-    "cache": "cache",
-    "select-prompt": "select_prompt",
-    "config": "config",
-    "doctor": "doctor",
-    "demo": "demo",
-}
+# each is a module of wsss_pipeline.commands, written with underscores, that holds a command called ``command``
+COMMANDS = (
+    *("generate-masks", "train-seg", "evaluate", "predict", "export-model", "export-masks", "preview"),
+    *("cache", "select-prompt", "config", "doctor", "demo"),
+)
 
 
 class CommandGroup(click.Group):
@@ -48,7 +38,7 @@ class CommandGroup(click.Group):
         """The command, or None when there's none of that name."""
         if cmd_name not in COMMANDS:
             return None
-        module = importlib.import_module(f"wsss_pipeline.commands.{COMMANDS[cmd_name]}")
+        module = importlib.import_module(f"wsss_pipeline.commands.{cmd_name.replace('-', '_')}")
         command: click.Command = module.command
         return command
 
@@ -70,9 +60,7 @@ class CommandGroup(click.Group):
     cls=CommandGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110}
 )
 @click.version_option(__version__, prog_name="wsss")
-@click.option(
-    "-v", "--verbose", is_flag=True, help="Also show what is only of interest when something is wrong."
-)
+@click.option("-v", "--verbose", is_flag=True, help="Also show what is of interest when something is wrong.")
 @click.option("-q", "--quiet", is_flag=True, help="Show warnings and errors only.")
 def main(verbose: bool, quiet: bool) -> None:
     """Segmentation masks from image-level labels, with a frozen CLIP.
@@ -86,31 +74,17 @@ def main(verbose: bool, quiet: bool) -> None:
     # before torch starts its threads: where other processes want the cores too, our own CRF workers among them,
     # libgomp's spinning made a run 5 to 10 times slower
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    show_log(logging.DEBUG if verbose else logging.WARNING if quiet else logging.INFO)
-
-
-def show_log(level: int) -> None:
-    """Send the package's log to stderr, a line a message."""
-    handler = StderrHandler()
-    handler.setFormatter(LogLine())
     logger = logging.getLogger("wsss_pipeline")
-    logger.handlers[:] = [handler]
-    logger.setLevel(level)
+    logger.handlers[:] = [StderrHandler()]
+    logger.setLevel(logging.DEBUG if verbose else logging.WARNING if quiet else logging.INFO)
     logger.propagate = False
 
 
 class StderrHandler(logging.Handler):
-    """Prints to whatever stderr is at the moment: while a progress bar is shown, that is a line above it."""
+    """Prints a message as a line on whatever stderr is at the moment: while a progress bar is shown, above it."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Print one message."""
-        print(self.format(record), file=sys.stderr)
-
-
-class LogLine(logging.Formatter):
-    """``warning: text`` for warnings and worse, the text alone below."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        """One line."""
+        """``warning: text`` for warnings and worse, the text alone below."""
         text = one_line(record.getMessage())
-        return f"{record.levelname.lower()}: {text}" if record.levelno >= logging.WARNING else text
+        prefix = f"{record.levelname.lower()}: " if record.levelno >= logging.WARNING else ""
+        print(prefix + text, file=sys.stderr)

@@ -240,7 +240,8 @@ def description(kind: type[Settings], key: str) -> str:
         kind = section(kind, part) or kind
     limits = bounds(kind, name)
     text = kind.model_fields[name].description or ""
-    return text + (f" {limits[0]:g} to {limits[1]:g}." if limits else "")
+    # an upper limit that nobody meets says nothing
+    return text + (f" {limits[0]:g} to {limits[1]:g}." if limits and limits[1] < 1e12 else "")
 
 
 def differing_keys(one: Settings, other: Settings) -> list[str]:

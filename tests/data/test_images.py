@@ -290,7 +290,7 @@ def test_a_stored_image_is_pixels_and_digest_of_the_same_bytes(tmp_path: Path) -
 def test_an_endless_file_is_refused_before_it_is_read(tmp_path: Path) -> None:
     with (tmp_path / "a.png").open("wb") as file:
         file.truncate(2**40)  # takes no space on the disk
-    for read in (read_stored_image, file_digest):
+    for read in (read_stored_image, read_image, read_mask, image_size, file_digest):
         with pytest.raises(ImageError, match=r"a\.png: 1,099,511,627,776 bytes are too many"):
             read(tmp_path / "a.png")
 

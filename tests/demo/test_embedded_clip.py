@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
@@ -16,6 +15,7 @@ from wsss_pipeline.clip.weights import load_clip
 from wsss_pipeline.config import ClipConfig
 from wsss_pipeline.demo.voc_folder import write_voc_folder
 from wsss_pipeline.methods import load_mask_config as load_config
+from wsss_pipeline.pseudo_masks.report import MaskReport
 from wsss_pipeline.stages.demo import run_demo
 from wsss_pipeline.stages.evaluate import evaluate, open_masks
 
@@ -122,12 +122,21 @@ def test_background_words_affinity_and_the_crf_help(scores: dict[str, float]) ->
 def test_the_demo_runs_and_runs_again(tmp_path: Path) -> None:
     overrides = ["optimisation.iterations=2", "optimisation.batch=2"]
     first = run_demo(tmp_path, scenes=(4, 2), overrides=overrides, upper_bound=True)
-    assert [score.name for score in first.scores] == [
+    assert list(first.scores) == [
         *("pseudo masks: CAM", "pseudo masks: CAM + CAA", "pseudo masks: CAM + CAA + CRF"),
         *("network, unseen images", "network-on-ground-truth, unseen images"),
     ]
-    assert [(score.split, score.images) for score in first.scores] == [("train", 4)] * 3 + [("val", 2)] * 2
+    measured = [(result.split, result.images) for result in first.scores.values()]
+    assert measured == [("train", 4)] * 3 + [("val", 2)] * 2
     assert all(path.exists() for path in first.folders.values())
     again = run_demo(tmp_path, scenes=(4, 2), overrides=overrides, upper_bound=True)
     assert again.lines() == first.lines()
-    assert np.isfinite([score.miou for score in first.scores]).all()
+    assert all(0 <= result.scores.miou <= 1 for result in first.scores.values())
+
+
+def test_a_request_to_stop_ends_the_demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        "wsss_pipeline.stages.demo.generate_masks", lambda job: MaskReport(tmp_path, interrupted=True)
+    )
+    with pytest.raises(KeyboardInterrupt):
+        run_demo(tmp_path, scenes=(1, 1))

@@ -56,15 +56,15 @@ def save(file: Path, pixels: np.ndarray[Any, np.dtype[np.uint8]]) -> None:
 
 @pytest.fixture
 def decoded(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
-    """How often each file has been opened as an image."""
+    """How often each file has been read to be decoded."""
     count: Counter[str] = Counter()
-    original = Image.open
+    original = Path.read_bytes
 
-    def counted(file: Any, *arguments: Any, **options: Any) -> Image.Image:
-        count[str(file)] += 1
-        return original(file, *arguments, **options)
+    def counted(self: Path) -> bytes:
+        count[str(self)] += 1
+        return original(self)
 
-    monkeypatch.setattr(Image, "open", counted)
+    monkeypatch.setattr(Path, "read_bytes", counted)
     return count
 
 
@@ -120,7 +120,8 @@ def test_evaluate_decodes_once_and_reuses_the_plain_pass(
     assert done.exit_code == 0, done.output
     assert list(json.loads(done.stdout)["variants"]) == ["raw", "scales 1,2 flip", "+CRF"]
     assert len(passes) == 4 * len(IDS)
-    assert set(decoded.values()) == {1}
+    files = {str(root / kind / f"{image_id}.png") for kind in ("images", "truth") for image_id in IDS}
+    assert {name: count for name, count in decoded.items() if name in files} == dict.fromkeys(files, 1)
 
 
 @pytest.mark.parametrize("command", ["predict", "evaluate"])

@@ -50,7 +50,7 @@ def test_masks_of_the_present_classes_in_the_size_of_the_pictures(generate: Run,
         assert any(len(np.unique(cache[image_id].mask)) > 1 for image_id in cache), "all masks are empty"
 
 
-@pytest.mark.parametrize("crf", ["auto", "lattice"])
+@pytest.mark.parametrize("crf", ["lattice", pytest.param("pydensecrf", marks=needs_pydensecrf)])
 @pytest.mark.parametrize(("crf_image", "key"), [("bgr", "plain"), ("reference", "quirk")])
 def test_masks_equal_the_published_ones(
     generate: Run, monkeypatch: pytest.MonkeyPatch, crf: str, crf_image: str, key: str
@@ -173,7 +173,10 @@ def test_images_that_the_labels_do_not_name_are_left_out(generate: Run, world: P
         assert list(cache) == ["cat"]
 
 
-def test_bad_images_are_reported_skipped_and_counted(generate: Run, world: Path) -> None:
+def test_bad_images_are_reported_skipped_and_counted(
+    generate: Run, world: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("wsss_pipeline.runtime.progress.SECONDS_BETWEEN_LINES", 0)
     images = world / "images"
     whole = (images / "cat.png").read_bytes()
     (images / "cut.png").write_bytes(whole[: len(whole) // 2])
@@ -189,6 +192,9 @@ def test_bad_images_are_reported_skipped_and_counted(generate: Run, world: Path)
     summary = json.loads(result.stdout.splitlines()[0])
     assert sorted(summary["failed"]) == sorted(bad)
     assert summary["computed"] == len(LABELS)
+    last = [line for line in result.stderr.splitlines() if "images/s, ETA" in line][-1]
+    assert last.startswith("9/9 images, ")
+    assert last.endswith(", 4 failed")
     for name in bad:
         assert f"  {name}: " in result.stderr
     assert contents(mask_set(result)).keys() == LABELS.keys()
@@ -252,6 +258,17 @@ def test_dry_run_tells_and_writes_nothing(generate: Run, world: Path) -> None:
     assert not (world / "cache").exists()
     generate()
     assert "5 of them in the cache, 1 to compute" in generate("--dry-run").stdout
+
+
+def test_dry_run_tells_the_disk_to_be_taken(
+    generate: Run, world: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("wsss_pipeline.stages.generate_masks.BYTES_PER_PIXEL", 2**20)
+    monkeypatch.setattr("wsss_pipeline.stages.generate_masks.BYTES_PER_CAM_PIXEL", 2**21)
+    write_labels(world, {"cat": ["cat", "sofa"], "tiny_odd": []})
+    mask, cams = 180 * 120 + 67 * 49, 2 * 180 * 120  # two maps for the first image, none for the second
+    assert f"disk: about {mask}.0 MiB" in generate("--dry-run").stdout
+    assert f"disk: about {mask + 2 * cams}.0 MiB" in generate("--dry-run", "--store-cams").stdout
 
 
 def test_labels_in_folders_and_names_as_classes(world: Path, clip: Path) -> None:

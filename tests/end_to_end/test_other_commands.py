@@ -23,10 +23,10 @@ def masks(generate: Run) -> Path:
 
 @pytest.fixture
 def truth(world: Path, masks: Path) -> Path:
-    """Ground truth equal to the masks, but for a part of one picture: 10 pixels other, 7 ignored."""
+    """Ground truth equal to the masks, but for a part of one image: 10 pixels other, 7 ignored."""
     wsss("export-masks", "--cache", masks, "--out", world / "truth", "--format", "png")
-    with Image.open(world / "truth" / "camera_gray.png") as picture:
-        changed = np.array(picture)
+    with Image.open(world / "truth" / "camera_gray.png") as image:
+        changed = np.array(image)
     changed[0, :10] = 20 - changed[0, :10]
     changed[5, :7] = 255
     Image.fromarray(changed).save(world / "truth" / "camera_gray.png")
@@ -43,8 +43,8 @@ class TestEvaluate:
         matrix = np.zeros((21, 21))
         with MaskCache.open(masks) as cache:
             for name in cache:
-                with Image.open(truth / f"{name}.png") as picture:
-                    expected = np.array(picture)
+                with Image.open(truth / f"{name}.png") as image:
+                    expected = np.array(image)
                 for actual, value in zip(
                     expected[expected != 255], cache[name].mask[expected != 255], strict=True
                 ):
@@ -56,8 +56,8 @@ class TestEvaluate:
         assert scores["pixel_accuracy"] == pytest.approx(diagonal.sum() / matrix.sum())
         assert scores["mean_accuracy"] == pytest.approx((diagonal[present] / matrix.sum(1)[present]).mean())
         names = ["background", *load_class_set("voc12").names]
-        found = [scores["per_class_iou"][name] for name in names]
-        assert found == pytest.approx(
+        per_class = [scores["per_class_iou"][name] for name in names]
+        assert per_class == pytest.approx(
             [value if there else None for value, there in zip(iou, present, strict=True)]
         )
         assert {"frequency_weighted_iou", "images", "split"} <= set(scores)
@@ -114,13 +114,13 @@ def test_preview_draws_a_row_for_each_image(masks: Path, world: Path) -> None:
     result = wsss("preview", "--cache", masks, "--images", world / "images", "--out", out)
     assert result.exit_code == 0
     assert result.stdout.splitlines()[-1] == str(out)
-    with Image.open(out) as picture:
-        five = np.array(picture.convert("RGB"))
+    with Image.open(out) as image:
+        five = np.array(image.convert("RGB"))
     wsss("preview", "--cache", masks, "--images", world / "images", "--out", out, "--id", "cat")
-    with Image.open(out) as picture:
-        one = np.array(picture.convert("RGB"))
+    with Image.open(out) as image:
+        one = np.array(image.convert("RGB"))
     assert five.shape[0] > 3 * one.shape[0]
-    assert len(np.unique(one.reshape(-1, 3), axis=0)) > 1000, "a sheet without pictures"
+    assert len(np.unique(one.reshape(-1, 3), axis=0)) > 1000, "a sheet without images"
 
 
 def test_preview_marks_what_it_cannot_read_and_refuses_what_makes_no_sense(masks: Path, world: Path) -> None:
@@ -141,19 +141,19 @@ def test_exports(masks: Path, world: Path) -> None:
         result = wsss("export-masks", "--cache", masks, "--out", world / kind, "--format", kind)
         assert result.exit_code == 0
         assert f"{len(LABELS)} masks written" in result.stderr
-    with Image.open(world / "png" / "motorcycle.png") as picture:
-        assert picture.mode == "L"
-        assert np.array_equal(np.array(picture), record.mask)
-    with Image.open(world / "voc" / "motorcycle.png") as picture:
-        assert picture.mode == "P"
-        assert np.array_equal(np.array(picture), record.mask)
-        assert picture.getpalette() == voc_palette().reshape(-1).tolist()
+    with Image.open(world / "png" / "motorcycle.png") as image:
+        assert image.mode == "L"
+        assert np.array_equal(np.array(image), record.mask)
+    with Image.open(world / "voc" / "motorcycle.png") as image:
+        assert image.mode == "P"
+        assert np.array_equal(np.array(image), record.mask)
+        assert image.getpalette() == voc_palette().reshape(-1).tolist()
     with np.load(world / "npz" / "motorcycle.npz") as file:
         assert np.array_equal(file["confidence"], record.confidence)
         assert file["cams"].shape == (3, 101, 150)
     wsss("export-masks", "--cache", masks, "--out", world / "sure", "--min-confidence", 0.95)
-    with Image.open(world / "sure" / "motorcycle.png") as picture:
-        assert np.array_equal(np.array(picture), record.with_ignore(0.95))
+    with Image.open(world / "sure" / "motorcycle.png") as image:
+        assert np.array_equal(np.array(image), record.with_ignore(0.95))
     again = wsss("export-masks", "--cache", masks, "--out", world / "png")
     assert f"0 masks written, {len(LABELS)} were there already" in again.stderr
 
@@ -237,6 +237,23 @@ def test_doctor_looks_and_changes_nothing(world: Path, clip: Path, no_hub: None)
     assert "not on this machine yet" in absent.stdout
     checks = json.loads(wsss("doctor", "--json", "--clip", clip).stdout)
     assert all({"name", "status", "text"} <= set(check) for check in checks)
+
+
+@pytest.mark.parametrize("is_there", [True, False])
+def test_doctor_says_whether_ray_is_there(
+    world: Path, clip: Path, monkeypatch: pytest.MonkeyPatch, is_there: bool
+) -> None:
+    packages = {"ray": ["ray"]} if is_there else {}
+    monkeypatch.setattr("importlib.metadata.packages_distributions", lambda: packages)
+    monkeypatch.setattr("importlib.metadata.version", lambda name: "2.60.0")
+    result = wsss("doctor", "--cache", world / "cache", "--clip", clip, "--json")
+    assert result.exit_code == 0
+    (check,) = [check for check in json.loads(result.stdout) if check["name"] == "ray"]
+    if is_there:
+        assert (check["status"], check["text"]) == ("ok", "ray 2.60.0")
+    else:
+        assert check["status"] == "note"
+        assert "--engine ray needs: pip install 'wsss-pipeline[ray]'" in check["text"]
 
 
 def test_doctor_fails_where_nothing_can_be_written(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import re
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -13,62 +14,7 @@ from PIL import Image
 from wsss_pipeline.data.masks import MaskFolder
 from wsss_pipeline.evaluation.metrics import Scores, confusion_matrix
 from wsss_pipeline.evaluation.result import Evaluation, Variant
-from wsss_pipeline.pictures.evaluation_page import (
-    class_entries,
-    confidence_page,
-    confusion_texts,
-    data_uri,
-    evaluation_page,
-    row_percentages,
-)
-
-SCORES = Scores(
-    miou=0.6,
-    miou_predicted_or_present=0.45,
-    per_class_iou={"background": 0.9, "cat": 0.3, "猫": None},
-    pixel_accuracy=0.95,
-    mean_accuracy=0.7,
-    frequency_weighted_iou=0.85,
-    ignored_predictions=0.0125,
-)
-
-
-def test_classes_have_the_colours_of_the_masks() -> None:
-    entries = class_entries(SCORES, ("cat", "猫"))
-    assert [(entry.name, entry.colour) for entry in entries] == [
-        *(("background", (0, 0, 0)), ("cat", (128, 0, 0)), ("猫", (0, 128, 0)))
-    ]
-    assert [entry.text for entry in entries] == ["90.00", "30.00", "not in the ground truth"]
-    assert [entry.percent for entry in entries] == [90.0, 30.0, 0.0]
-    assert [entry.text for entry in class_entries(None, ("cat",))] == ["", ""]
-
-
-def test_confusions_are_the_largest_shares_of_a_row() -> None:
-    matrix = np.array([[90, 10, 0, 0], [30, 60, 0, 10], [0, 0, 0, 0]])
-    assert row_percentages(matrix).tolist() == [[90, 10, 0, 0], [30, 60, 0, 10], [0, 0, 0, 0]]
-    assert confusion_texts(matrix, ("cat", "dog")) == [
-        "30.0 % of cat is taken for background",
-        "10.0 % of background is taken for cat",
-        "10.0 % of cat is taken for no label",
-    ]
-    tiny = np.array([[99_960, 40, 0], [0, 100, 0]])
-    assert confusion_texts(tiny, ("cat",)) == []  # under 0.05 %
-    assert confusion_texts(np.array([[9995, 5, 0], [0, 100, 0]]), ("cat",)) == [
-        "0.1 % of background is taken for cat"
-    ]
-
-
-def test_a_picture_is_a_jpeg_within_the_page() -> None:
-    pixels = np.full((9, 7, 3), (200, 30, 30), np.uint8)
-    kind, _, content = data_uri(pixels).partition(",")
-    assert kind == "data:image/jpeg;base64"
-    picture = Image.open(io.BytesIO(base64.b64decode(content)))
-    assert picture.format == "JPEG"
-    assert picture.size == (7, 9)
-    assert np.abs(np.asarray(picture).astype(int) - pixels).max() < 8
-
-    one = np.array([[0, 1, 0], [0, 5, 0]])
-    assert row_percentages(one).tolist() == [[0, 100, 0], [0, 100, 0]]
+from wsss_pipeline.pictures.evaluation_page import confidence_page, evaluation_page
 
 
 class Texts(HTMLParser):
@@ -79,15 +25,68 @@ class Texts(HTMLParser):
         self.tags: set[str] = set()
         self.texts: list[str] = []
         self.alternatives: list[str] = []
+        self.images: list[str] = []
         self.feed(html)
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.tags.add(tag)
         assert not any(name.startswith("on") for name, _ in attrs)
         self.alternatives += [value or "" for name, value in attrs if name == "alt"]
+        self.images += [value or "" for name, value in attrs if name == "src"]
 
     def handle_data(self, data: str) -> None:
         self.texts.append(data)
+
+
+def page_of(matrix: list[list[int]], class_names: tuple[str, ...]) -> str:
+    """The page of an evaluation without images."""
+    counts = np.array(matrix)
+    scores = Scores.from_matrix(counts, ("background", *class_names))
+    evaluation = Evaluation(
+        variants={"": Variant(scores, None)},
+        class_names=class_names,
+        source="masks",
+        ground_truth="truth",
+        split="val",
+        min_confidence=None,
+        image_miou={},
+        matrix=counts,
+    )
+    return evaluation_page(evaluation, {}, {}, {})
+
+
+def test_classes_have_the_colours_of_the_masks_and_their_iou() -> None:
+    html = page_of([[90, 10, 0, 0], [30, 60, 0, 10], [0, 0, 0, 0]], ("cat", "猫"))
+    rows = re.findall(r"rgb\((.*?)\).*?</span>(.*?)</td><td.*?>(.*?)</td>.*?width: (.*?)%", html)
+    assert rows == [
+        ("0,0,0", "background", "69.23", "69.23"),
+        ("128,0,0", "cat", "54.55", "54.55"),
+        ("0,128,0", "猫", "not in the ground truth", "0"),
+    ]
+
+
+def confusions(html: str) -> list[str]:
+    return re.findall("<li>(.*?)</li>", html)
+
+
+def test_confusions_are_the_largest_shares_of_a_row() -> None:
+    html = page_of([[90, 10, 0, 0], [30, 60, 0, 10], [0, 0, 0, 0]], ("cat", "dog"))
+    assert confusions(html) == [
+        "30.0 % of cat is taken for background",
+        "10.0 % of background is taken for cat",
+        "10.0 % of cat is taken for no label",
+    ]
+    (table,) = re.findall(r'class="matrix">.*?</table>', html, re.DOTALL)
+    cells = [re.findall("<td.*?>(.*?)</td>", row) for row in table.split("<tr>")[2:]]
+    assert cells == [["90.0", "10.0", "", ""], ["30.0", "60.0", "", "10.0"], ["", "", "", ""]]
+    assert re.findall('scope="(.*?)">(.*?)</th>', table) == [
+        *(("col", name) for name in ("background", "cat", "dog", "no label")),
+        *(("row", name) for name in ("background", "cat", "dog")),
+    ]
+    assert confusions(page_of([[99_960, 40, 0], [0, 100, 0]], ("cat",))) == []  # under 0.05 %
+    assert confusions(page_of([[9995, 5, 0], [0, 100, 0]], ("cat",))) == [
+        "0.1 % of background is taken for cat"
+    ]
 
 
 HOSTILE = "<script>alert(1)</script>"
@@ -133,6 +132,11 @@ def test_the_page_of_an_evaluation_holds_what_it_is_given_and_escapes_it(tmp_pat
     ):
         assert expected in text, expected
     assert "Image of a<i>" in page.alternatives
+    kind, _, content = page.images[page.alternatives.index("Image of a<i>")].partition(",")
+    assert kind == "data:image/jpeg;base64"
+    image = Image.open(io.BytesIO(base64.b64decode(content)))
+    assert (image.format, image.size) == ("JPEG", (320, 213))
+    assert np.abs(np.asarray(image).astype(int) - 90).max() < 8
     assert text.index("25.0 %") < text.index("50.0 %") < text.index("100.0 %"), "the worst first"
 
 

@@ -8,12 +8,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageDraw
 
 from wsss_pipeline.data.classes import voc_palette
 from wsss_pipeline.data.masks import PseudoMask
 from wsss_pipeline.errors import MaskError
-from wsss_pipeline.pictures.contact_sheet import draw_sheet
+from wsss_pipeline.pictures.contact_sheet import draw_sheet, draw_text, font_and_text
 from wsss_pipeline.pictures.overlays import index_png
 from wsss_pipeline.pictures.rows import GROUND_TRUTH, PSEUDO_MASK, make_row
 
@@ -77,8 +77,8 @@ def test_a_pseudo_mask_comes_with_confidence_and_cams_another_mask_alone(image: 
 
 def test_classes_are_named_without_labels_and_the_background_alone_is_said(image: Path) -> None:
     empty = PseudoMask(np.zeros((40, 40), np.uint8), np.full((40, 40), 200, np.uint8))
-    for found, expected in ((record(()), ["b 25 %"]), (empty, ["background only"])):
-        row = make_row("one", image, {PSEUDO_MASK: Masks(one=found)}, BOX)
+    for shown, expected in ((record(()), ["b 25 %"]), (empty, ["background only"])):
+        row = make_row("one", image, {PSEUDO_MASK: Masks(one=shown)}, BOX)
         assert texts(row.cells[1]) == expected
         assert row.note == "no labels"
 
@@ -116,6 +116,23 @@ def test_a_sheet_has_a_column_for_each_cell_of_the_longest_row(image: Path) -> N
     one, both = draw_sheet("title", [short]), draw_sheet("title", [short, long])
     assert both.width - one.width == 3 * (240 + 12)
     assert both.height > one.height
+
+
+def test_text_is_drawn_in_any_script_or_escaped(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert font_and_text("a/cat 1", 13)[1] == "a/cat 1"
+    assert font_and_text("a\nb\x1b", 13)[1] == "a\\nb\\x1b"
+    monkeypatch.setattr("wsss_pipeline.pictures.contact_sheet.SYSTEM_FONTS", ())
+    assert font_and_text("a 猫", 13)[1] == "a \\u732b"
+
+
+@pytest.mark.parametrize("text", ["", "short", "wide " * 100, "unbroken" * 100])
+@pytest.mark.parametrize("keep_end", [False, True])
+def test_text_never_leaves_its_width(text: str, keep_end: bool) -> None:
+    sheet = Image.new("RGB", (400, 40), "white")
+    end = draw_text(ImageDraw.Draw(sheet), (10, 5), text, 15, 200, keep_end=keep_end)
+    assert 10 <= end <= 210
+    assert end > 190 or len(text) < 6
+    assert (np.asarray(sheet)[:, 212:] == 255).all()
 
 
 @pytest.mark.parametrize("with_palette", [True, False])

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import os
+import signal
 import time
 from collections.abc import Callable, Sequence
 from contextlib import closing
@@ -110,8 +113,6 @@ class Watched:
 
 
 def write(file: Path, labels: dict[str, tuple[str, ...]]) -> Path:
-    import json
-
     file.write_text(json.dumps(labels))
     return file
 
@@ -179,6 +180,25 @@ def test_other_errors_are_no_images_failure(watched: Watched) -> None:
     watched.fails = fail
     with pytest.raises(RuntimeError, match="device-side"):
         watched.run(batch_size=3)
+
+
+def test_a_stop_finishes_what_is_under_way_and_the_next_run_does_the_rest(
+    watched: Watched, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("wsss_pipeline.pseudo_masks.run.LOOK_AHEAD", 1)
+
+    def stop_at_the_first(batch: str) -> bool:
+        if len(watched.batches) == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return False
+
+    watched.fails = stop_at_the_first
+    report = watched.run(batch_size=2)
+    assert report.interrupted
+    assert watched.batches == ["ab"]
+    assert watched.written == "ab"
+    assert watched.run(batch_size=2).reused == report.computed == 2
+    assert watched.written == "abcDefgh"
 
 
 @pytest.mark.parametrize("threads", [0, 1, 3])

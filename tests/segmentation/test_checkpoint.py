@@ -55,6 +55,13 @@ def test_a_run_gives_its_best_network_else_its_last(saved: Path) -> None:
     assert find_checkpoint(saved.parent).name == "best"
 
 
+def test_a_checkpoint_is_found_from_inside_its_folder(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(saved)
+    assert load_network(Path()).class_names == NAMES
+    with pytest.raises(CheckpointError, match="holds no checkpoint"):
+        load_network(Path("/"))
+
+
 @pytest.mark.parametrize("moment", ["before the new one", "between the two", "before the old one goes"])
 def test_a_kill_while_writing_leaves_a_whole_checkpoint(saved: Path, moment: str) -> None:
     previous, partial = saved.with_name(".last.previous"), saved.with_name(".last.partial")

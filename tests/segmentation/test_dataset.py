@@ -16,9 +16,9 @@ from wsss_pipeline.data.image_ids import find_images
 from wsss_pipeline.data.images import read_image
 from wsss_pipeline.data.masks import MaskFolder, PseudoMask
 from wsss_pipeline.demo.voc_folder import write_voc_folder
-from wsss_pipeline.errors import ImageError, TrainingError
+from wsss_pipeline.errors import MaskError, TrainingError
 from wsss_pipeline.segmentation.augmentation import Augmentation
-from wsss_pipeline.segmentation.dataset import EpochSampler, SegmentationDataset, usable_ids
+from wsss_pipeline.segmentation.dataset import SegmentationDataset, sample_order, usable_ids
 from wsss_pipeline.segmentation.train_config import AugmentationConfig
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.25, 0.2, 0.1)
@@ -103,11 +103,11 @@ def test_image_and_mask_stay_together(root: Path) -> None:
 @pytest.mark.parametrize("method", ["fork", "spawn"])
 def test_workers_give_what_this_process_gives(root: Path, method: str) -> None:
     data = dataset(root)
-    sampler = EpochSampler(len(data), seed=4)
 
     def samples(workers: int) -> list[torch.Tensor]:
         context = {"multiprocessing_context": method} if workers else {}
-        loader = DataLoader(data, batch_size=2, sampler=sampler, num_workers=workers, **context)  # type: ignore[arg-type]
+        order = sample_order(len(data), seed=4)
+        loader = DataLoader(data, batch_size=2, sampler=order, num_workers=workers, **context)  # type: ignore[arg-type]
         return [batch["image"] for batch in islice(loader, 4)]
 
     for here, there in zip(samples(0), samples(2), strict=True):
@@ -131,16 +131,16 @@ def test_a_damaged_image_counts_nothing_and_is_warned_of_once(
 
 
 def test_each_epoch_has_each_image_once_in_another_order() -> None:
-    stream = list(islice(EpochSampler(5, seed=0), 15))
+    stream = list(islice(sample_order(5, seed=0), 15))
     epochs = [[position for e, position in stream if e == epoch] for epoch in range(3)]
     assert [sorted(epoch) for epoch in epochs] == [list(range(5))] * 3
     assert epochs[0] != epochs[1] or epochs[1] != epochs[2]
 
 
 def test_the_stream_goes_on_anywhere_and_is_shared_out() -> None:
-    stream = list(islice(EpochSampler(7, seed=2), 40))
-    assert list(islice(EpochSampler(7, seed=2, start=16), 24)) == stream[16:]
-    shares = [list(islice(EpochSampler(7, 2, 4, rank, 3), 12)) for rank in range(3)]
+    stream = list(islice(sample_order(7, seed=2), 40))
+    assert list(islice(sample_order(7, seed=2, start=16), 24)) == stream[16:]
+    shares = [list(islice(sample_order(7, 2, 4, rank, 3), 12)) for rank in range(3)]
     assert [place for group in zip(*shares, strict=True) for place in group] == stream[4:40]
 
 
@@ -157,7 +157,7 @@ def test_missing_masks_are_refused_or_left_out(root: Path) -> None:
 
 
 def test_ground_truth_of_other_classes_is_found_before_training(root: Path) -> None:
-    with pytest.raises(ImageError, match=r"holds the value \d+, but there are 1 classes"):
+    with pytest.raises(MaskError, match=r"holds the value \d+, but there are 1 classes"):
         MaskFolder(root / "SegmentationClass", ("cat",))
 
 

@@ -81,9 +81,16 @@ def test_a_flipped_image_is_flipped_back(image: np.ndarray) -> None:  # type: ig
     assert np.allclose(both, 0.5, atol=1e-5)
 
 
-def test_maximum_is_of_logits(image: np.ndarray) -> None:  # type: ignore[type-arg]
-    found = predict_probabilities(LeftIsOne().eval(), image, InferenceConfig(flip=True, combine="max"))
-    assert np.allclose(found, 0.5, atol=1e-5)
+def test_the_mean_is_of_probabilities_and_the_maximum_of_logits(image: np.ndarray) -> None:  # type: ignore[type-arg]
+    network = LeftIsOne().eval()
+    columns = torch.linspace(4, 0, 60).expand(1, 1, 40, 60)
+    network.logits = lambda images: torch.cat([0 * columns, columns], dim=1)  # type: ignore[method-assign]
+    mean = predict_probabilities(network, image, InferenceConfig(flip=True))
+    largest = predict_probabilities(network, image, InferenceConfig(flip=True, combine="max"))
+    at_left = torch.sigmoid(torch.tensor([4.0, 0.0]))
+    assert mean[1, 0, 0] == pytest.approx(at_left.mean().item(), abs=1e-5)
+    assert np.allclose(largest.sum(axis=0), 1)
+    assert largest[1, 0, 0] == largest[1, 0, -1] == pytest.approx(at_left[0].item(), abs=1e-5)
 
 
 def test_settings_have_names_and_ranges() -> None:

@@ -35,6 +35,19 @@ def test_logits_have_the_size_of_the_input(name: str, encoder: str, size: tuple[
         assert network(torch.randn(2, 3, *size)).shape == (2, 4, *size)
 
 
+@pytest.mark.parametrize(
+    ("name", "encoder"), [*NETWORKS, ("pan", "resnet18"), ("dpt", "tu-vit_tiny_patch16_224")]
+)
+def test_an_image_may_be_as_small_as_it_likes(name: str, encoder: str) -> None:
+    """Also smaller than the kernels inside SegFormer and PAN."""
+    network = make(name, encoder).eval()
+    for size in ((1, 1), (7, 33), (33, 7), (20, 15)):
+        with torch.no_grad():
+            logits = network(torch.randn(1, 3, *size))
+        assert logits.shape == (1, 4, *size)
+        assert logits.isfinite().all()
+
+
 @pytest.mark.parametrize(("name", "encoder"), NETWORKS)
 def test_a_batch_of_one_can_be_trained_on(name: str, encoder: str) -> None:
     outputs = make(name, encoder).train().training_outputs(torch.randn(1, 3, 64, 64))
@@ -99,6 +112,15 @@ def test_deeplabv2_keeps_its_batch_norm() -> None:
 def test_what_does_not_exist_is_named(name: str, encoder: str, message: str) -> None:
     with pytest.raises(NetworkError, match=message):
         make(name, encoder)
+
+
+@pytest.mark.parametrize(
+    "text", ["{", "[]", '{"hidden_sizes": 3}', '{"hidden_sizes": [31, 2, 3, 4]}', '{"depths": [1]}']
+)
+def test_a_damaged_folder_of_a_segformer_is_named(tmp_path: Path, text: str) -> None:
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(NetworkError, match=r"config\.json"):
+        make("segformer", str(tmp_path))
 
 
 @pytest.mark.parametrize("prefix", ["", "backbone.", "module."])

@@ -20,11 +20,12 @@ from tests.segmentation.conftest import changed
 from wsss_pipeline.config import fields
 from wsss_pipeline.data.image_ids import find_images
 from wsss_pipeline.data.masks import MaskFolder, PseudoMask
-from wsss_pipeline.segmentation import trainer as trainer_module
+from wsss_pipeline.errors import ConfigError
 from wsss_pipeline.segmentation.augmentation import Augmentation
+from wsss_pipeline.segmentation.checkpoint import TrainingState
 from wsss_pipeline.segmentation.dataset import SegmentationDataset
 from wsss_pipeline.segmentation.networks import SegmentationNetwork, build_network
-from wsss_pipeline.segmentation.train_config import TrainConfig
+from wsss_pipeline.segmentation.train_config import TrainConfig, load_train_config
 from wsss_pipeline.segmentation.trainer import Trainer
 from wsss_pipeline.stages.train_seg import TrainJob, train_seg
 
@@ -95,7 +96,7 @@ def observe(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ob
     folder = tmp_path_factory.mktemp("runs")
     (folder / "val.txt").write_text("train_00003\n")
     saved: list[int] = []
-    save = trainer_module.save_state
+    save = TrainingState.save
 
     def observed(**values: Any) -> dict[str, Any]:
         masks, config = Unsure(root / "SegmentationClass", NAMES), changed(CONFIG, **values)
@@ -121,9 +122,7 @@ def observe(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ob
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
-            trainer_module,
-            "save_state",
-            lambda out, state, *more: saved.append(state.step) or save(out, state, *more),
+            TrainingState, "save", lambda state, folder: saved.append(state.step) or save(state, folder)
         )
         yield observed
 
@@ -160,15 +159,17 @@ def test_a_setting_changes_what_it_should_and_nothing_else(
     assert sorted(name for name in before if before[name] != after[name]) == sorted({*expected, "config"})
 
 
+def test_scales_in_the_wrong_order_are_refused() -> None:
+    with pytest.raises(ConfigError, match=r"^--set .*: 'augmentation': scale_min is larger than scale_max$"):
+        load_train_config(overrides=["augmentation.scale_min=2"])
+
+
 class ByPixel(SegmentationNetwork):
     """A class for each pixel's colour alone, so that an update can be worked out by hand."""
 
     def __init__(self) -> None:
         super().__init__()
         self.model = nn.Conv2d(3, 11, 1)
-
-    def encoder(self) -> nn.Module:
-        return self.model
 
 
 @dataclass(frozen=True)
@@ -184,14 +185,13 @@ def weights_after(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     """The weights at the beginning and after each update of plain gradient descent on whole, certain masks."""
     updates: list[Kept] = []
 
-    def keep(out: Path, state: Any, network: nn.Module, average: Any, *others: Any) -> None:
-        both = [
-            None if module is None else torch.cat([value.detach().flatten() for value in module.parameters()])
-            for module in (network, average)
-        ]
-        updates.append(Kept(*both))  # type: ignore[arg-type]
+    def flat(module: nn.Module) -> Tensor:
+        return torch.cat([value.detach().flatten() for value in module.parameters()])
 
-    monkeypatch.setattr(trainer_module, "save_state", keep)
+    def keep(state: TrainingState, folder: Path) -> None:
+        updates.append(Kept(flat(state.network), None if state.average is None else flat(state.average)))
+
+    monkeypatch.setattr(TrainingState, "save", keep)
 
     def weights(**values: Any) -> list[Kept]:
         plain = {"head_lr_factor": 1.0, "momentum": 0.0, "weight_decay": 0.0}
@@ -201,9 +201,8 @@ def weights_after(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         )
         torch.manual_seed(0)
         network = ByPixel()
-        updates.clear()
+        updates[:] = [Kept(flat(network), None)]
         (tmp_path / "run").mkdir(exist_ok=True)
-        keep(tmp_path, None, network, None)
         masks = MaskFolder(root / "SegmentationClass", NAMES)
         images = find_images(root / "JPEGImages")
         augmentation = Augmentation(config.augmentation, network.image_mean, network.image_std)

@@ -69,7 +69,7 @@ def test_coco_decodes_to_the_masks(tmp_path: Path) -> None:
     )
     folder = open_mask_set(tmp_path / "cache", mask_set)
     write_images(folder, IDS)
-    report = export_masks(MaskCache.open(folder), tmp_path / "out", "coco", 0.5, mask_set.category_ids)
+    report = export_masks(MaskCache.open(folder), tmp_path / "out", "coco", 0.5)
     assert (report.written, report.failed) == (4, {})
     document = json.loads((tmp_path / "out" / "annotations.json").read_text())
     assert document["categories"] == [{"id": 17, "name": "cat"}, {"id": 18, "name": "dog"}]

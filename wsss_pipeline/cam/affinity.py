@@ -23,9 +23,9 @@ def refine_cams(
     Args:
         cams: float32 (K, h, w) in [0, 1].
         attention: float32 (hw, hw), at least 0.
-        threshold: of the box mask, see ``box_masks``.
+        threshold: bound of the box mask, see ``box_masks``.
         iterations: t, how often the CAM is spread; at least 1.
-        rounds: of Sinkhorn normalisation.
+        rounds: number of rounds of Sinkhorn normalisation.
 
     Returns:
         float32 (K, h, w), at least 0, not normalised; all 0 where the box mask is empty.
@@ -71,7 +71,7 @@ def box_masks(cams: Tensor, threshold: float) -> Tensor:
 
     Args:
         cams: float32 (K, h, w) in [0, 1].
-        threshold: in [0, 1], relative to the largest value.
+        threshold: bound in [0, 1], relative to the largest value.
 
     Returns:
         float32 (K, h, w) of 0 and 1 on the device of ``cams``.

@@ -22,7 +22,7 @@ def softmax_gradcam(
     """Raw class activation maps, before ReLU and normalisation.
 
     Args:
-        features: of B images.
+        features: features of B images.
         texts: per image, float32 (K+G, P) unit rows: its K present classes, then G background words.
         num_classes: per image, its K (at least 1).
         logit_scale: factor on the cosine (CLIP: about 100).

@@ -36,10 +36,10 @@ class LastBlock:
     """A frozen last block with what comes after it.
 
     Args:
-        layer: of ``transformers``' CLIP encoder.
+        layer: last one of ``transformers``' CLIP encoder.
         post_norm: the layer norm after it.
-        projection: to the joint embedding space.
-        dtype: of the products of the linear layers; all else is float32.
+        projection: linear map to the joint embedding space.
+        dtype: type of the products of the linear layers; all else is float32.
     """
 
     def __init__(self, layer: Any, post_norm: Any, projection: Any, dtype: torch.dtype) -> None:
@@ -78,14 +78,14 @@ class LastBlockPass:
     """The forward pass of one image of hw patches, N = 1+hw tokens of width D, H heads of width d.
 
     Attributes:
-        block: that it went through.
+        block: block that it went through.
         tokens: float32 (N, D), the normalised input of the self-attention, class token first.
         output: float32 (N, D), the residual stream after the block.
         normed: float32 (N, D), the same after the last layer norm.
         pooled: float32 (P,), mean over the patch embeddings, not normalised; the class token takes no part.
         query, key, value, mixed: float32 (H, N, d).
         probabilities: float32 (H, N, N), row-stochastic.
-        inner, outer: of the layer norms before the MLP and before the projection.
+        inner, outer: results of the layer norms before the MLP and before the projection.
         slope: float32 (N, M), the activation's derivative inside the MLP.
     """
 

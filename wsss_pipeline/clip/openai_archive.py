@@ -43,17 +43,19 @@ def read_openai_weights(file: Path) -> dict[str, Tensor]:
     Raises:
         WeightsError: not such a file, damaged, or with content that only running code could read.
     """
-    if not _is_torchscript(file):
-        return read_state_dict(file)
-    with _explained(file), zipfile.ZipFile(file) as archive:
-        return _read_torchscript(archive, file.stat().st_size + ROOM)
+    with _explained(file):
+        if zipfile.is_zipfile(file):
+            with zipfile.ZipFile(file) as archive:
+                if any(name.endswith("/constants.pkl") for name in archive.namelist()):
+                    return _read_torchscript(archive, file.stat().st_size + ROOM)
+    return read_state_dict(file)
 
 
 def read_state_dict(file: Path) -> dict[str, Tensor]:
     """The tensors of a file that ``torch.save`` made of a state dict, bare or under ``state_dict``.
 
     Raises:
-        WeightsError: not such a file, damaged, or with content that only running code could read.
+        WeightsError: as ``read_openai_weights``.
     """
     with _explained(file), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about pickle protocols; what matters is raised
@@ -89,14 +91,6 @@ def _explained(file: Path) -> Iterator[None]:
         ) from error
 
 
-def _is_torchscript(file: Path) -> bool:
-    with _explained(file):
-        if not zipfile.is_zipfile(file):
-            return False
-        with zipfile.ZipFile(file) as archive:
-            return any(name.endswith("/constants.pkl") for name in archive.namelist())
-
-
 class _Storage(NamedTuple):
     """The bytes of one tensor or several, not read yet."""
 
@@ -105,17 +99,13 @@ class _Storage(NamedTuple):
     length: int
 
 
-class _Placed(NamedTuple):
-    """Where in a storage a tensor lies."""
+class _StoredTensor(NamedTuple):
+    """A tensor that wasn't read yet: where in a storage it lies."""
 
     storage: _Storage
     offset: int
     size: tuple[int, ...]
     stride: tuple[int, ...]
-
-    @property
-    def nbytes(self) -> int:
-        return math.prod(self.size) * self.storage.dtype.itemsize
 
 
 class _Inert:
@@ -129,7 +119,7 @@ class _Inert:
 
 
 class _TreeUnpickler(pickle.Unpickler):
-    """Unpickles the module tree of a TorchScript archive, tensors as ``_Placed``; other globals are refused."""
+    """Unpickles the module tree of a TorchScript archive, tensors as ``_StoredTensor``; other globals are refused."""
 
     def find_class(self, module: str, name: str) -> Any:
         if module.startswith("__torch__"):
@@ -137,7 +127,7 @@ class _TreeUnpickler(pickle.Unpickler):
         if (module, name) == ("collections", "OrderedDict"):
             return OrderedDict
         if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
-            return lambda storage, offset, size, stride, *_: _Placed(storage, offset, size, stride)
+            return lambda storage, offset, size, stride, *_: _StoredTensor(storage, offset, size, stride)
         if module == "torch.jit._pickle":  # lists of numbers and tensors
             return lambda items, *_: list(items)
         if module == "torch" and name in DTYPES:
@@ -156,43 +146,31 @@ def _read_torchscript(archive: zipfile.ZipFile, limit: int) -> dict[str, Tensor]
     if sum(entry.file_size for entry in archive.infolist()) > limit:
         raise _RefusedError("it would unpack to far more than its size")
     (index,) = [name for name in archive.namelist() if name.endswith("/data.pkl") and name.count("/") == 1]
-    placed = _placed_tensors(_TreeUnpickler(io.BytesIO(archive.read(index))).load())
-    if sum(place.nbytes for place in placed.values()) > limit:
-        raise _RefusedError("its tensors are larger than the file")
-    folder = index.removesuffix("data.pkl") + "data/"
-    storages = {place.storage: _read_storage(archive, folder, place.storage) for place in placed.values()}
-    # as_strided checks the bounds itself and raises
-    return {
-        name: torch.as_strided(storages[place.storage], place.size, place.stride, place.offset)
-        for name, place in placed.items()
-    }
-
-
-def _placed_tensors(root: Any) -> dict[str, _Placed]:
-    """Tensors by dotted name. Each object is entered once, whatever the number of ways that lead to it."""
-    found: dict[str, _Placed] = {}
-    entered: set[int] = set()
-    waiting = [("", root)]
+    tree = _TreeUnpickler(io.BytesIO(archive.read(index))).load()
+    tensors: dict[str, _StoredTensor] = {}
+    entered: set[int] = set()  # each module once, whatever the number of ways that lead to it
+    waiting = [("", tree)]
     while waiting:
         prefix, value = waiting.pop()
         if len(prefix) > MAX_NAME:
             raise _RefusedError("its modules are nested deeper than any CLIP's")
-        if isinstance(value, _Placed):
-            found[prefix.removesuffix(".")] = value
+        if isinstance(value, _StoredTensor):
+            tensors[prefix.removesuffix(".")] = value
         elif isinstance(value, _Inert) and id(value) not in entered:
             entered.add(id(value))
             waiting += [(f"{prefix}{name}.", item) for name, item in value.attributes.items()]
-    return found
-
-
-def _read_storage(archive: zipfile.ZipFile, folder: str, storage: _Storage) -> Tensor:
-    data = archive.read(folder + storage.key)
-    if len(data) != storage.length * storage.dtype.itemsize:
-        raise _RefusedError(
-            f"storage {storage.key} has {len(data)} bytes, not those of {storage.length} numbers"
-        )
-    return (
-        torch.frombuffer(bytearray(data), dtype=storage.dtype)
-        if data
-        else torch.empty(0, dtype=storage.dtype)
-    )
+    if sum(math.prod(tensor.size) * tensor.storage.dtype.itemsize for tensor in tensors.values()) > limit:
+        raise _RefusedError("its tensors are larger than the file")
+    storages: dict[_Storage, Tensor] = {}
+    for storage in {tensor.storage for tensor in tensors.values()}:
+        key, dtype, length = storage
+        data = archive.read(f"{index.removesuffix('data.pkl')}data/{key}")
+        if len(data) != length * dtype.itemsize:
+            raise _RefusedError(f"storage {key} has {len(data)} bytes, not those of {length} numbers")
+        empty = torch.empty(0, dtype=dtype)  # which frombuffer doesn't make
+        storages[storage] = torch.frombuffer(bytearray(data), dtype=dtype) if data else empty
+    # as_strided checks the bounds itself and raises
+    return {
+        name: torch.as_strided(storages[storage], size, stride, offset)
+        for name, (storage, offset, size, stride) in tensors.items()
+    }

@@ -35,8 +35,7 @@ NAMES = {
     "ln_final.bias": "text_model.final_layer_norm.bias",
 }
 TRANSPOSED = {"visual.proj": "visual_projection.weight", "text_projection": "text_projection.weight"}
-BLOCK = re.compile(r"(visual\.)?transformer\.resblocks\.(\d+)\.(.+)\.(weight|bias)")
-JOINT = re.compile(r"(visual\.)?transformer\.resblocks\.(\d+)\.attn\.in_proj_(weight|bias)")
+BLOCK = re.compile(r"(visual\.)?transformer\.resblocks\.(\d+)\.(.+)[._](weight|bias)")
 
 
 def to_hugging_face(tensors: Mapping[str, Tensor], origin: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -49,9 +48,7 @@ def to_hugging_face(tensors: Mapping[str, Tensor], origin: str) -> tuple[dict[st
         WeightsError: no vision transformer CLIP: a ResNet, or something else; the message names ``origin``.
     """
     if "visual.layer1.0.conv1.weight" in tensors:
-        raise WeightsError(
-            f"{origin} is a ResNet CLIP; class activation here needs a vision transformer (ViT)"
-        )
+        raise WeightsError(f"{origin} is a ResNet CLIP; CAMs here need a vision transformer (ViT)")
     try:
         return _configuration(tensors), _renamed(tensors)
     except KeyError as error:
@@ -85,15 +82,11 @@ def _configuration(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
 
 
 def _transformer(tensors: Mapping[str, Tensor], prefix: str, width: int) -> dict[str, Any]:
-    blocks = {
-        int(name.split(".")[-3])
-        for name in tensors
-        if name.startswith(f"{prefix}.resblocks.") and name.endswith("ln_1.weight")
-    }
+    block = re.compile(rf"{prefix}\.resblocks\.\d+\.ln_1\.weight")
     return {
         "hidden_size": width,
         "intermediate_size": len(tensors[f"{prefix}.resblocks.0.mlp.c_fc.weight"]),
-        "num_hidden_layers": len(blocks),
+        "num_hidden_layers": sum(block.fullmatch(name) is not None for name in tensors),
         "num_attention_heads": max(1, width // HEAD_WIDTH),
         "hidden_act": "quick_gelu",
         "layer_norm_eps": 1e-5,
@@ -108,14 +101,11 @@ def _renamed(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
             renamed[NAMES[name]] = value
         elif name in TRANSPOSED:
             renamed[TRANSPOSED[name]] = value.T.contiguous()
-        elif match := JOINT.fullmatch(name):
-            layer = _layer(match)
-            for part, piece in zip("qkv", value.chunk(3), strict=True):
-                renamed[f"{layer}.self_attn.{part}_proj.{match[3]}"] = piece
-        elif (match := BLOCK.fullmatch(name)) and match[3] in BLOCK_NAMES:
-            renamed[f"{_layer(match)}.{BLOCK_NAMES[match[3]]}.{match[4]}"] = value
+        elif match := BLOCK.fullmatch(name):
+            layer = f"{'vision' if match[1] else 'text'}_model.encoder.layers.{match[2]}"
+            if match[3] == "attn.in_proj":
+                for part, piece in zip("qkv", value.chunk(3), strict=True):
+                    renamed[f"{layer}.self_attn.{part}_proj.{match[4]}"] = piece
+            elif match[3] in BLOCK_NAMES:
+                renamed[f"{layer}.{BLOCK_NAMES[match[3]]}.{match[4]}"] = value
     return renamed
-
-
-def _layer(match: re.Match[str]) -> str:
-    return f"{'vision' if match[1] else 'text'}_model.encoder.layers.{match[2]}"

@@ -27,33 +27,18 @@ OPENAI_MODELS = {
     "vitl14": "openai/clip-vit-large-patch14",
     "vitl14336px": "openai/clip-vit-large-patch14-336",
 }
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "vocab.json",
-    "merges.txt",
-    "special_tokens_map.json",
-    "added_tokens.json",
-)
+VOCABULARY_FILES = ("tokenizer.json", "vocab.json", "merges.txt", "added_tokens.json")
+TOKENIZER_FILES = (*VOCABULARY_FILES, "tokenizer_config.json", "special_tokens_map.json")
 DEMO_CLIP = "demo"  # trained on the demo's drawn scenes, part of the package
 # read without running anything in them; the others only with torch's weights_only
 SAFE_WEIGHT_FILES = ("model.safetensors", "model-*-of-*.safetensors")
 WEIGHT_FILES = (*SAFE_WEIGHT_FILES, "pytorch_model.bin", "pytorch_model-*-of-*.bin")
-VOCABULARY_FILES = ("tokenizer.json", "vocab.json", "merges.txt", "added_tokens.json")
 # what of a config.json changes the computation
 ARCHITECTURE = (
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "patch_size",
-    "image_size",
-    "hidden_act",
-    "layer_norm_eps",
-    "max_position_embeddings",
-    "vocab_size",
-    "eos_token_id",
+    *("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "patch_size"),
+    *("image_size", "hidden_act", "layer_norm_eps", "max_position_embeddings", "vocab_size", "eos_token_id"),
 )
+TOWERS = ("vision_config", "text_config")
 
 
 @dataclass(frozen=True)
@@ -61,7 +46,7 @@ class ClipFiles:
     """A CLIP found on this machine, not loaded yet.
 
     Attributes:
-        name: as the user gave it.
+        name: text that the user gave.
         weights: one or several files.
         config: config.json, or None for OpenAI's ``.pt``, whose tensors say it all.
         tokenizer: folder of the vocabulary.
@@ -80,21 +65,16 @@ class ClipFiles:
         """
         architecture = None
         if self.config is not None:
-            towers = {name: read_config(self.config).get(name) for name in ("vision_config", "text_config")}
+            values = read_config(self.config)
             architecture = {
-                name: {key: tower[key] for key in ARCHITECTURE if key in tower}
-                if isinstance(tower, dict)
-                else {}
-                for name, tower in towers.items()
+                tower: {key: value for key, value in values.get(tower, {}).items() if key in ARCHITECTURE}
+                for tower in TOWERS
             }
+        vocabulary = [self.tokenizer / name for name in VOCABULARY_FILES]
         content = {
             "weights": [_file_digest(path) for path in self.weights],
             "architecture": architecture,
-            "vocabulary": {
-                name: _file_digest(self.tokenizer / name)
-                for name in VOCABULARY_FILES
-                if (self.tokenizer / name).is_file()
-            },
+            "vocabulary": {path.name: _file_digest(path) for path in vocabulary if path.is_file()},
         }
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
@@ -104,27 +84,42 @@ def locate_clip(config: ClipConfig, offline: bool = False) -> ClipFiles:
 
     Args:
         config: names weights and maybe a tokenizer.
-        offline: use only what is on this machine, the hub's own cache included.
+        offline: choice to use only what is on this machine, the hub's own cache included.
 
     Raises:
         WeightsError: not found, not reachable, or not a CLIP.
     """
     weights = config.weights
     if weights == DEMO_CLIP:
-        folder = Path(str(resources.files("wsss_pipeline") / "demo" / "clip"))
-        return _in_folder(weights, folder, config.tokenizer, offline)
-    path = _local(weights, "--clip")
-    if path.is_dir():
-        return _in_folder(weights, path, config.tokenizer, offline)
-    if path.suffix in (".safetensors", ".bin") and path.is_file():
-        raise WeightsError(f"CLIP weights {weights} are one file of a model; give its folder, {path.parent}")
+        path = Path(str(resources.files("wsss_pipeline") / "demo" / "clip"))
+    else:
+        path = _local(weights, "--clip")
     if path.is_file():
+        if path.suffix in (".safetensors", ".bin"):
+            raise WeightsError(
+                f"CLIP weights {weights} are a file of a model; give its folder, {path.parent}"
+            )
         return ClipFiles(weights, (path,), None, _locate_tokenizer(config.tokenizer, path.parent, offline))
-    if weights.endswith(".pt") or weights.count("/") > 1 or weights[:1] in (".", "/", "~"):
-        raise WeightsError(
-            f"CLIP weights {weights} don't exist; give a folder, an OpenAI .pt file or a hub id{_hint(weights)}"
-        )
-    return _in_folder(weights, _fetch_model(weights, offline), config.tokenizer, offline)
+    if not path.is_dir():
+        if weights.endswith(".pt") or weights.count("/") > 1 or weights[:1] in (".", "/", "~"):
+            raise WeightsError(
+                f"CLIP weights {weights} don't exist; give a folder, an OpenAI .pt file or a hub id{_hint(weights)}"
+            )
+        wanted = ("config.json", *TOKENIZER_FILES)
+        path = _fetch(weights, offline, (*wanted, *SAFE_WEIGHT_FILES))
+        if not _weight_files(path):  # as in older repositories
+            path = _fetch(weights, offline, (*wanted, *WEIGHT_FILES))
+    if not (path / "config.json").is_file():
+        raise WeightsError(f"{weights}: no config.json in {path}; give a Hugging Face folder of a CLIP model")
+    values = read_config(path / "config.json")
+    kind = values.get("model_type", "clip")
+    if kind != "clip" or not all(isinstance(values.get(tower), dict) for tower in TOWERS):
+        raise WeightsError(f"{weights} is of type {kind}, not a whole CLIP with vision and text tower")
+    files = _weight_files(path)
+    if not files:
+        raise WeightsError(f"{weights}: no model.safetensors in {path}; fetch the weights as well")
+    tokenizer = _locate_tokenizer(config.tokenizer, path, offline)
+    return ClipFiles(weights, files, path / "config.json", tokenizer)
 
 
 def _local(text: str, option: str) -> Path:
@@ -146,8 +141,8 @@ def _hint(text: str) -> str:
         plain = re.sub(r"[^a-z0-9]", "", name.lower().removesuffix(".pt"))
         if plain in OPENAI_MODELS:
             return f"; did you mean {OPENAI_MODELS[plain]}?"
-    known = [] if text in OPENAI_MODELS.values() else list(OPENAI_MODELS.values())
-    close = difflib.get_close_matches(text, known, n=1, cutoff=0.8)
+    models = OPENAI_MODELS.values()
+    close = [] if text in models else difflib.get_close_matches(text, models, n=1, cutoff=0.8)
     if not close:
         beside = Path(text).expanduser().parent
         with contextlib.suppress(OSError):
@@ -156,34 +151,10 @@ def _hint(text: str) -> str:
     return f"; did you mean {close[0]}?" if close else ""
 
 
-def _in_folder(name: str, folder: Path, tokenizer: str | None, offline: bool) -> ClipFiles:
-    config = folder / "config.json"
-    if not config.is_file():
-        raise WeightsError(f"{name}: no config.json in {folder}; give a Hugging Face folder of a CLIP model")
-    values = read_config(config)
-    kind = values.get("model_type", "clip")
-    whole = all(isinstance(values.get(tower), dict) for tower in ("vision_config", "text_config"))
-    if kind != "clip" or not whole:
-        raise WeightsError(f"{name} is a model of type {kind}, not a whole CLIP with vision and text tower")
-    weights = _weight_files(folder)
-    if not weights:
-        raise WeightsError(f"{name}: no model.safetensors in {folder}; fetch the weights as well")
-    return ClipFiles(name, weights, config, _locate_tokenizer(tokenizer, folder, offline))
-
-
 def _weight_files(folder: Path) -> tuple[Path, ...]:
     """Whole or in parts; a repository may hold the same weights in several forms, of which one is enough."""
-    for pattern in WEIGHT_FILES:
-        if found := sorted(folder.glob(pattern)):
-            return tuple(found)
-    return ()
-
-
-def _fetch_model(hub_id: str, offline: bool) -> Path:
-    """The folder of a model in the hub's cache; older repositories have no safetensors."""
-    wanted = ("config.json", *TOKENIZER_FILES)
-    folder = _fetch(hub_id, offline, (*wanted, *SAFE_WEIGHT_FILES))
-    return folder if _weight_files(folder) else _fetch(hub_id, offline, (*wanted, *WEIGHT_FILES))
+    forms = (tuple(sorted(folder.glob(pattern))) for pattern in WEIGHT_FILES)
+    return next(filter(None, forms), ())
 
 
 def _locate_tokenizer(tokenizer: str | None, beside: Path, offline: bool) -> Path:
@@ -194,14 +165,12 @@ def _locate_tokenizer(tokenizer: str | None, beside: Path, offline: bool) -> Pat
     if _has_vocabulary(path):
         return path
     if tokenizer is not None and path.exists():
-        raise WeightsError(
-            f"--tokenizer {wanted} holds neither tokenizer.json nor vocab.json with merges.txt"
-        )
+        raise WeightsError(f"--tokenizer {wanted} has neither tokenizer.json nor vocab.json with merges.txt")
     try:
         return _fetch(wanted, offline, TOKENIZER_FILES)
     except WeightsError as error:
         raise WeightsError(
-            f"no vocabulary: neither beside the weights in {beside} (tokenizer.json, or vocab.json with merges.txt) "
+            f"no vocabulary (tokenizer.json, or vocab.json with merges.txt) beside the weights in {beside} "
             f"nor at {wanted}: {error}; give a folder with --tokenizer"
         ) from error
 
@@ -216,28 +185,22 @@ def _fetch(hub_id: str, offline: bool, patterns: tuple[str, ...]) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 
+    problem = f"'{hub_id}' is no folder or file here and"
     try:
         return Path(snapshot_download(hub_id, allow_patterns=list(patterns), local_files_only=offline))
     except LocalEntryNotFoundError as error:
         how = "once without --offline" if offline else "where the hub can be reached"
         raise WeightsError(
-            f"'{hub_id}' is no folder or file here and isn't in the hub's cache; "
-            f"fetch it {how}: `hf download {hub_id}`{_hint(hub_id)}"
+            f"{problem} isn't in the hub's cache; fetch it {how}: `hf download {hub_id}`{_hint(hub_id)}"
         ) from error
     # the hub's client raises its own errors, those of its HTTP library, OSError and ValueError
     except Exception as error:
         reason = " ".join(str(error).split())[:200]
-        raise WeightsError(
-            f"'{hub_id}' is no folder or file here and can't be fetched from the hub: {reason}{_hint(hub_id)}"
-        ) from error
+        raise WeightsError(f"{problem} can't be fetched from the hub: {reason}{_hint(hub_id)}") from error
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """The content of a config.json.
-
-    Raises:
-        WeightsError: it can't be read, or holds something else.
-    """
+    """The content of a config.json; a WeightsError where it can't be read, or holds something else."""
     try:
         values = json.loads(path.read_text("utf-8"))
     except (OSError, ValueError, RecursionError) as error:

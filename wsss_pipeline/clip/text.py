@@ -38,7 +38,7 @@ class TextEncoder:
 
         Args:
             prompts: N texts, already in their templates.
-            batch_size: how many go through the network together.
+            batch_size: number of texts that go through the network together.
 
         Returns:
             float32 (N, P), each row of length 1, on the CPU.

@@ -52,7 +52,7 @@ class Trunk:
     Args:
         vision: a ``transformers.CLIPVisionModelWithProjection`` in float32, on the device to use.
             With a precision under fp32 its blocks' linear layers are cast in place.
-        precision: of the blocks' matrix products. Residual stream, normalisation and softmax stay in
+        precision: type of the blocks' matrix products. Residual stream, normalisation and softmax stay in
             float32, and so does what leads from the tokens to the class activation maps.
     """
 
@@ -93,8 +93,8 @@ class Trunk:
             images: float32 (B, 3, H, W), normalised with the method's mean and standard deviation; H and W
                 multiples of ``patch_size``.
             taps: blocks whose output is wanted as well, from 0, negative ones from the end.
-            attention: of the last layers, their mean or each on its own.
-            last_layers: how many (CLIP-ES: 8); a shallower model gives all that it has.
+            attention: weights of the last layers, their mean or each on its own.
+            last_layers: number of them (CLIP-ES: 8); a shallower model gives all that it has.
 
         Raises:
             ValueError: H or W isn't a multiple of the patch size, or there is no such block.

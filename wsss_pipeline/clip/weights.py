@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging as stdlib_logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +24,7 @@ class Clip:
 
     Attributes:
         vision, text: the towers of ``transformers`` with their projections.
-        tokenizer: of the text tower.
+        tokenizer: tokenizer of the text tower.
         logit_scale: factor on the cosine, already exponentiated.
     """
 
@@ -43,23 +43,35 @@ def load_clip(files: ClipFiles, device: torch.device) -> Clip:
     Raises:
         WeightsError: damaged, incomplete, not a vision transformer CLIP, or with another model's vocabulary.
     """
-    from transformers import CLIPConfig, CLIPTextModelWithProjection, CLIPVisionModelWithProjection
+    import transformers as library
 
-    with _quiet_transformers(), _explained(files.name):
+    transformers: Any = library  # which knows the tokenizer's name only at run time
+    with _loading(files.name):
         if files.config is None:
             values, tensors = to_hugging_face(read_openai_weights(files.weights[0]), files.name)
         else:
             values, tensors = read_config(files.config), _read_tensors(files.weights)
         if "logit_scale" not in tensors:
             raise WeightsError(f"{files.name} has no logit_scale; it isn't a whole CLIP model")
-        config: Any = CLIPConfig(**values)
-        tokenizer = _load_tokenizer(files.tokenizer)
+        config = transformers.CLIPConfig(**values)
+        vision_config, text_config = config.vision_config, config.text_config
+        tokenizer = transformers.CLIPTokenizerFast.from_pretrained(files.tokenizer, local_files_only=True)
+        end, size = int(tokenizer("")["input_ids"][-1]), text_config.vocab_size
+        if len(tokenizer) > size or end not in (text_config.eos_token_id, size - 1):
+            raise WeightsError(
+                f"the vocabulary in {files.tokenizer} ({len(tokenizer)} tokens, the end is {end}) isn't that of "
+                f"{files.name} ({size} tokens); give the model's own with --tokenizer"
+            )
         # where the text tower takes its feature; in older configurations this number is wrong
-        config.text_config.eos_token_id = _end_of_text(tokenizer, config.text_config, files)
-        _set_projections(config, tensors)
-        vision = _tower(CLIPVisionModelWithProjection, config.vision_config, tensors, files.name).to(device)
-        text = _tower(CLIPTextModelWithProjection, config.text_config, tensors, files.name).to(device)
-    return Clip(vision, text, tokenizer, float(tensors["logit_scale"].float().exp()))
+        text_config.eos_token_id = end
+        # configurations of converted OpenCLIP models give the width right for the whole, and wrong for the towers
+        for tower, name in ((vision_config, "visual_projection"), (text_config, "text_projection")):
+            if f"{name}.weight" in tensors:
+                tower.projection_dim = len(tensors[f"{name}.weight"])
+        vision = _tower(transformers.CLIPVisionModelWithProjection, vision_config, tensors, files.name)
+        text = _tower(transformers.CLIPTextModelWithProjection, text_config, tensors, files.name)
+        scale = float(tensors["logit_scale"].float().exp())
+        return Clip(vision.to(device), text.to(device), tokenizer, scale)
 
 
 def _read_tensors(files: tuple[Path, ...]) -> dict[str, Tensor]:
@@ -68,34 +80,20 @@ def _read_tensors(files: tuple[Path, ...]) -> dict[str, Tensor]:
 
     tensors: dict[str, Tensor] = {}
     for path in files:
-        if path.suffix != ".safetensors":
-            tensors |= read_state_dict(path)
-            continue
         try:
-            tensors |= load_file(path)
+            tensors |= load_file(path) if path.suffix == ".safetensors" else read_state_dict(path)
         except (SafetensorError, OSError) as error:
             raise WeightsError(f"{path} can't be read ({_one_line(error)}); fetch it again") from error
     return tensors
 
 
-def _set_projections(config: Any, tensors: Mapping[str, Tensor]) -> None:
-    """Width of the projections as the tensors have it.
-
-    Configurations of converted OpenCLIP models give it right for the whole, and wrong for the towers.
-    """
-    for tower, name in ((config.vision_config, "visual_projection"), (config.text_config, "text_projection")):
-        if f"{name}.weight" in tensors:
-            tower.projection_dim = len(tensors[f"{name}.weight"])
-
-
-def _tower(kind: Any, config: Any, tensors: Mapping[str, Tensor], name: str) -> Any:
+def _tower(kind: Any, config: Any, tensors: dict[str, Tensor], name: str) -> Any:
     """A frozen tower in float32, whatever the configuration's own type, with its part of the tensors."""
     with torch.device("meta"):  # names and shapes alone: no memory, no random numbers
         shapes = {key: value.shape for key, value in kind(config).state_dict().items()}
-    missing = sorted(shapes.keys() - tensors.keys())
-    if missing:
+    if missing := sorted(shapes.keys() - tensors.keys()):
         raise WeightsError(
-            f"{name} lacks {len(missing)} tensors, {missing[0]} among them; it isn't a whole CLIP model"
+            f"{name} lacks {len(missing)} tensors, such as {missing[0]}; it isn't a whole CLIP model"
         )
     for key, shape in shapes.items():
         if tensors[key].shape != shape:
@@ -109,55 +107,28 @@ def _tower(kind: Any, config: Any, tensors: Mapping[str, Tensor], name: str) -> 
     return tower.requires_grad_(False).eval()
 
 
-def _load_tokenizer(folder: Path) -> Any:
-    import transformers
-
-    library: Any = transformers  # which knows this name only at run time
-    return library.CLIPTokenizerFast.from_pretrained(folder, local_files_only=True)
-
-
-def _end_of_text(tokenizer: Any, config: Any, files: ClipFiles) -> int:
-    """The number of the token that ends a text, as the vocabulary has it.
-
-    Raises:
-        WeightsError: the text tower was made for another vocabulary.
-    """
-    end = int(tokenizer("")["input_ids"][-1])
-    if len(tokenizer) > config.vocab_size or end not in (config.eos_token_id, config.vocab_size - 1):
-        raise WeightsError(
-            f"the vocabulary in {files.tokenizer} ({len(tokenizer)} tokens, the end is {end}) isn't that of "
-            f"{files.name} ({config.vocab_size} tokens); give the model's own with --tokenizer"
-        )
-    return end
-
-
 @contextmanager
-def _explained(name: str) -> Iterator[None]:
-    """One line for whatever the libraries raise on damaged or foreign files."""
+def _loading(name: str) -> Iterator[None]:
+    """One line for whatever the libraries raise on damaged or foreign files, and no word of their own.
+
+    Their warnings and bars are about their own loading; what matters is said by our errors.
+    """
+    from transformers.utils import logging
+
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity(stdlib_logging.ERROR)
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     try:
         yield
     except WeightsError:
         raise
     except Exception as error:
         raise WeightsError(f"CLIP {name} can't be loaded: {_one_line(error)}") from error
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__
-
-
-@contextmanager
-def _quiet_transformers() -> Iterator[None]:
-    """The library's warnings and bars are about its own loading; what matters is said by our errors."""
-    from transformers.utils import logging
-
-    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity(stdlib_logging.ERROR)
-    if bars:
-        logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    try:
-        yield
     finally:
         logging.set_verbosity(verbosity)
         if bars:
             logging.enable_progress_bar()  # type: ignore[no-untyped-call]
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200] or type(error).__name__

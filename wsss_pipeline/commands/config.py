@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import click
 
-from wsss_pipeline.commands.options import PATH, given_settings, setting
+from wsss_pipeline.commands.options import given_paths, given_settings, layer_options, setting
 from wsss_pipeline.config import MaskConfig
 
 
@@ -22,20 +20,11 @@ def command() -> None:
 
 @command.command("show")
 @setting(MaskConfig, "method", "--method", metavar="NAME")
-@click.option("--preset", metavar="NAME", help="Published settings of stage one, such as clip-es/voc12.")
+@layer_options
 @click.option("--train", is_flag=True, help="The settings of train-seg instead of generate-masks.")
 @click.option("--recipe", metavar="NAME", help="Settings of train-seg, such as voc12/segformer-b2.")
-@click.option("--config", "config_file", type=PATH, help="YAML file of settings.")
-@click.option("--set", "overrides", metavar="KEY=VALUE", multiple=True, help="One setting; may be repeated.")
 @click.pass_context
-def show(
-    context: click.Context,
-    preset: str | None,
-    train: bool,
-    recipe: str | None,
-    config_file: Path | None,
-    overrides: tuple[str, ...],
-) -> None:
+def show(context: click.Context, train: bool, recipe: str | None) -> None:
     """Print the resolved settings as YAML that --config reads, each with its description and range.
 
     \b
@@ -48,14 +37,14 @@ def show(
     from wsss_pipeline.methods import load_mask_config
     from wsss_pipeline.segmentation.train_config import load_train_config
 
-    flags = given_settings(context)
-    settings: Settings
+    flags, paths = given_settings(context), given_paths(context)
+    preset, config_file, overrides = paths["preset"], paths["config_file"], paths["overrides"]
     if train or recipe:
         if preset or flags["method"]:
             raise ConfigError(
                 "--preset and --method belong to generate-masks, --recipe and --train to train-seg"
             )
-        settings = load_train_config(recipe, config_file, overrides)
+        settings: Settings = load_train_config(recipe, config_file, overrides)
     else:
         settings = load_mask_config(preset, config_file, overrides, flags)
     click.echo(to_yaml(settings, described=True), nl=False)

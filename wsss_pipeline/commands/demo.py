@@ -11,11 +11,7 @@ from wsss_pipeline.commands.options import PATH
 
 @click.command("demo", short_help="Run everything on drawn scenes with the embedded CLIP, offline.")
 @click.option(
-    "--out",
-    type=PATH,
-    default="demo-out",
-    show_default=True,
-    help="Folder for data, cache, network and report.",
+    "--out", type=PATH, default="demo-out", show_default=True, help="Folder for data, cache, network, report."
 )
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of scenes and network.")
 @click.option(

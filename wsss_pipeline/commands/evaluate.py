@@ -4,22 +4,18 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Literal
 
 import click
 
-from wsss_pipeline.commands.options import PATH, inference_options
-from wsss_pipeline.config import CrfConfig, InferenceConfig
+from wsss_pipeline.commands.options import PATH, given_settings, inference_config, inference_options
+from wsss_pipeline.config import CrfConfig
 from wsss_pipeline.errors import ConfigError
 from wsss_pipeline.runtime.output import write_file
 
 
 @click.command("evaluate", short_help="Score masks against ground truth (mIoU).")
 @click.option(
-    "--gt",
-    "ground_truth",
-    type=PATH,
-    help="Folder of ground-truth index masks; --report can do without.",
+    "--gt", "ground_truth", type=PATH, help="Folder of ground-truth index masks; --report can do without."
 )
 @click.option("--cache", type=PATH, help="Score a mask set, or the only one in a cache folder.")
 @click.option("--predictions", type=PATH, help="Score a folder of index masks instead.")
@@ -36,12 +32,7 @@ from wsss_pipeline.runtime.output import write_file
 @click.option(
     "--json", "json_file", metavar="FILE", help="Write the scores as JSON; - for stdout, without the table."
 )
-@click.option(
-    "--report",
-    type=PATH,
-    metavar="FILE",
-    help="Write a self-contained HTML page with pictures; needs --images.",
-)
+@click.option("--report", type=PATH, metavar="FILE", help="Write a self-contained HTML page; needs --images.")
 @click.pass_context
 def command(
     context: click.Context,
@@ -55,10 +46,6 @@ def command(
     split: Path | None,
     min_confidence: float | None,
     allow_missing: bool,
-    scales: tuple[float, ...],
-    flip: bool,
-    window: int | None,
-    combine: Literal["mean", "max"],
     crf: bool,
     device: str,
     json_file: str | None,
@@ -76,13 +63,12 @@ def command(
       wsss evaluate --cache cache --images photos --gt masks --report report.html
       wsss evaluate --cache cache --gt VOC2012/SegmentationClass --split VOC2012/ImageSets/Segmentation/train.txt
     """
-    inference = InferenceConfig(scales=scales, flip=flip, window=window, combine=combine)
     if ground_truth is None and report is None:
         raise ConfigError("--gt is missing: the folder of ground-truth masks; only --report can do without")
     if (report or checkpoint) and images is None:
         raise ConfigError("--checkpoint and --report need --images DIR, the folder of the images")
     if checkpoint is None:
-        given = {"scales": scales != InferenceConfig().scales, "flip": flip, "window": window, "crf": crf}
+        given = {**given_settings(context), "crf": crf}
         for name in (name for name, value in given.items() if value):
             raise ConfigError(f"--{name} goes with --checkpoint; masks are scored as they are")
     elif predictions or classes:
@@ -92,6 +78,7 @@ def command(
         raise ConfigError("--cache goes with --checkpoint only for a --report, to show its pseudo masks too")
     if ground_truth is None and cache is None:
         raise ConfigError("without --gt a report shows pseudo masks: give --cache")
+    inference = inference_config(context)
 
     from wsss_pipeline.data.classes import load_class_set
     from wsss_pipeline.data.image_ids import find_images
@@ -100,18 +87,17 @@ def command(
     settings: dict[str, object] = {
         name: str(value)
         for name, value in context.params.items()
-        if value not in (None, False) and name not in ("json_file", "report", *InferenceConfig.model_fields)
+        if value not in (None, False) and name not in ("json_file", "report")
     }
     if checkpoint is not None:
         settings["inference"] = inference.model_dump(mode="json")
     files = find_images(images) if images is not None else {}
     class_names = load_class_set(classes).names if classes else None
     # beside a network, and where nothing is scored, the cache is there to be shown
-    pseudo_masks = None
+    pseudo_masks = source = None
     if cache is not None and (checkpoint is not None or ground_truth is None):
         pseudo_masks = open_masks(cache=cache, class_names=class_names)
         cache, class_names = None, pseudo_masks.class_names
-    source = None
     if ground_truth is not None or predictions is not None or checkpoint is not None:
         source = open_masks(
             cache=cache,

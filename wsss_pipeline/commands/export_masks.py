@@ -41,7 +41,7 @@ def command(
     from wsss_pipeline.stages.export_masks import export_masks
 
     with MaskCache.open(cache) as masks:
-        report = export_masks(masks, out, kind, min_confidence, masks.manifest.mask_set.category_ids)
+        report = export_masks(masks, out, kind, min_confidence)
     for image_id, reason in report.failed.items():
         click.echo(printable(f"{image_id}: {reason}"), err=True)
     click.echo(

@@ -6,13 +6,14 @@ import json
 import shlex
 import sys
 from dataclasses import replace
-from typing import TYPE_CHECKING, Unpack
+from typing import TYPE_CHECKING
 
 import click
 
 from wsss_pipeline.commands.options import (
-    PATH,
+    cache_option,
     config_options,
+    given_paths,
     given_settings,
     input_options,
     json_option,
@@ -22,14 +23,12 @@ from wsss_pipeline.commands.options import (
 )
 
 if TYPE_CHECKING:
-    from wsss_pipeline.pseudo_masks.job import Engine, JobPaths
+    from wsss_pipeline.pseudo_masks.job import Engine
 
 
 @click.command("generate-masks", short_help="Make pseudo masks from images and labels, into the cache.")
 @input_options
-@click.option(
-    "--cache", type=PATH, default="cache", show_default=True, help="Folder that holds the mask sets."
-)
+@cache_option
 @template_option
 @config_options
 @method_options
@@ -71,6 +70,7 @@ if TYPE_CHECKING:
 def command(
     context: click.Context,
     /,
+    templates: tuple[str, ...],
     device: str,
     offline: bool,
     batch_size: int,
@@ -81,10 +81,8 @@ def command(
     store_cams: bool,
     overwrite: bool,
     check_bytes: bool,
-    templates: tuple[str, ...],
     dry_run: bool,
     as_json: bool,
-    **paths: Unpack[JobPaths],
 ) -> None:
     """Make pseudo masks from images and image-level labels, into the cache.
 
@@ -108,17 +106,17 @@ def command(
     if workers is None:
         workers = 0 if engine == "ray" else images_at_a_time()
     job = replace(
-        MaskJob.read({"templates": templates or None, **given_settings(context)}, **paths),
-        device=device,
+        MaskJob.read({"templates": templates or None, **given_settings(context)}, **given_paths(context)),
         share=parse_share(shard) if shard else share_of_environment(),
-        limit=limit,
+        device=device,
+        offline=offline,
         batch_size=batch_size,
         workers=workers,
+        engine=engine,
+        limit=limit,
         store_cams=store_cams,
         overwrite=overwrite,
         check_bytes=check_bytes,
-        offline=offline,
-        engine=engine,
     )
     if dry_run:
         click.echo("\n".join(describe_masks(job)))

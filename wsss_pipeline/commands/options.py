@@ -6,8 +6,9 @@ A help text takes default, range and description from the field of the configura
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial, reduce
 from pathlib import Path
-from typing import Any, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 import click
 
@@ -20,42 +21,42 @@ from wsss_pipeline.config import (
     Precision,
     RefinerName,
     Settings,
-    bounds,
     default,
     description,
+    resolve,
+    user_layers,
 )
 from wsss_pipeline.errors import ConfigError
+
+if TYPE_CHECKING:
+    from wsss_pipeline.pseudo_masks.job import JobPaths
 
 Command = Callable[..., Any]
 
 PATH = click.Path(path_type=Path)
 
-_SETTINGS = "wsss_pipeline.settings"  # where a command's context keeps what its settings were given
+# where a command's context keeps what options were given that many commands share
+_SETTINGS, _PATHS = "wsss_pipeline.settings", "wsss_pipeline.paths"
 
 
-def setting(kind: type[Settings], key: str, *names: str, **attributes: Any) -> Callable[[Command], Command]:
+def setting(
+    kind: type[Settings], key: str, *names: str, about: str = "", **attributes: Any
+) -> Callable[[Command], Command]:
     """An option that sets one field of a configuration; left out, it sets nothing. See ``given_settings``.
 
     Args:
-        kind: of the configuration.
+        kind: type of the configuration.
         key: dotted key of the field.
-        names: of the option, as for ``click.option``.
-        attributes: further ones of the option.
+        names: names of the option, as for ``click.option``.
+        about: text before the description.
+        attributes: further attributes of the option.
     """
     value = default(kind, key)
-    shown = "" if value in (None, "", ()) else f"  [default: {value}]"
-
-    def keep(context: click.Context, parameter: click.Parameter, given: Any) -> None:
-        context.meta.setdefault(_SETTINGS, {})[key] = given
-
-    return click.option(
-        *names,
-        help=description(kind, key) + shown,
-        default=None,
-        expose_value=False,
-        callback=keep,
-        **attributes,
-    )
+    if isinstance(value, tuple):
+        value = ",".join(map(str, value))
+    shown = f"  [default: {value}]" if value is not False and value not in (None, "") else ""
+    attributes = {"default": None, "help": about + description(kind, key) + shown, **attributes}
+    return _kept(_SETTINGS, key, *names, **attributes)
 
 
 def given_settings(context: click.Context) -> dict[str, Any]:
@@ -63,15 +64,27 @@ def given_settings(context: click.Context) -> dict[str, Any]:
     return dict(context.meta.get(_SETTINGS, {}))
 
 
+def given_paths(context: click.Context) -> JobPaths:
+    """What the ``input_options``, ``layer_options`` and ``--cache`` of a command were given."""
+    paths: JobPaths = {**context.meta.get(_PATHS, {})}  # type: ignore[typeddict-item]  # by their names
+    return paths
+
+
+def _kept(where: str, key: str | None, *names: str, **attributes: Any) -> Callable[[Command], Command]:
+    """An option whose value is kept in the command's context, under ``key`` or its name, not passed on."""
+
+    def keep(context: click.Context, parameter: click.Parameter, given: Any) -> None:
+        context.meta.setdefault(where, {})[key or parameter.name] = given
+
+    return click.option(*names, expose_value=False, callback=keep, **attributes)
+
+
+_path = partial(_kept, _PATHS, None)
+
+
 def all_of(*options: Callable[[Command], Command]) -> Callable[[Command], Command]:
     """Several options as one decorator, in their order."""
-
-    def decorate(command: Command) -> Command:
-        for option in reversed(options):
-            command = option(command)
-        return command
-
-    return decorate
+    return lambda command: reduce(lambda inner, option: option(inner), reversed(options), command)
 
 
 def choice(names: Any) -> click.Choice[str]:
@@ -80,21 +93,25 @@ def choice(names: Any) -> click.Choice[str]:
 
 
 input_options = all_of(
-    click.option(
+    _path(
         "--images",
         type=PATH,
         help="Folder of images, searched with all below it, or WebDataset archives: 'shards/{000..127}.tar'.",
     ),
-    click.option(
+    _path(
         "--labels",
         type=PATH,
         help="Image-level labels: .json, .csv, .txt, a folder of VOC XML, or COCO instances JSON. "
         "Without it they lie beside the images in the archives, or the images in one folder per class.",
     ),
-    click.option("--classes", help="voc12, coco14, demo, a YAML file, or names: cat,dog."),
-    click.option("--voc", type=PATH, help="VOC2012 folder, instead of --images and --labels."),
-    click.option("--coco", type=PATH, help="COCO folder, instead of --images and --labels."),
-    click.option("--split", help="With --voc or --coco: which part, for example train_aug or train2014."),
+    _path("--classes", help="voc12, coco14, demo, a YAML file, or names: cat,dog."),
+    _path("--voc", type=PATH, help="VOC2012 folder, instead of --images and --labels."),
+    _path("--coco", type=PATH, help="COCO folder, instead of --images and --labels."),
+    _path("--split", help="With --voc or --coco: which part, for example train_aug or train2014."),
+)
+
+cache_option = _path(
+    "--cache", type=PATH, default="cache", show_default=True, help="Folder that holds the mask sets."
 )
 
 clip_options = all_of(
@@ -102,21 +119,23 @@ clip_options = all_of(
     setting(MaskConfig, "clip.tokenizer", "--tokenizer", metavar="ID_OR_PATH"),
 )
 
-config_options = all_of(
-    clip_options,
-    setting(MaskConfig, "clip.precision", "--precision", type=choice(Precision)),
-    setting(MaskConfig, "max_pixels", "--max-pixels", type=int),
-    click.option(
-        "--preset", metavar="NAME", help="Published settings, such as clip-es/voc12 or clip-es/coco14."
-    ),
-    click.option("--config", "config_file", type=PATH, help="YAML file of settings."),
-    click.option(
+layer_options = all_of(
+    _path("--preset", metavar="NAME", help="Published settings of stage one, such as clip-es/voc12."),
+    _path("--config", "config_file", type=PATH, help="YAML file of settings."),
+    _path(
         "--set",
         "overrides",
         metavar="KEY=VALUE",
         multiple=True,
         help="One setting, for example cam.threshold=0.7; may be repeated; `wsss config show` lists them.",
     ),
+)
+
+config_options = all_of(
+    clip_options,
+    setting(MaskConfig, "clip.precision", "--precision", type=choice(Precision)),
+    setting(MaskConfig, "max_pixels", "--max-pixels", type=int),
+    layer_options,
 )
 
 template_option = click.option(
@@ -137,42 +156,37 @@ method_options = all_of(
 device_option = click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
 
 machine_options = all_of(
-    device_option,
-    click.option("--offline", is_flag=True, help="Use only what is on this machine already."),
+    device_option, click.option("--offline", is_flag=True, help="Use only what is on this machine already.")
 )
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON for machines.")
 
 
-def _scales(context: click.Context, parameter: click.Parameter, text: str | None) -> tuple[float, ...]:
+def _scales(text: str) -> tuple[float, ...]:
     """The numbers of ``--scales 0.5,0.75,1``."""
-    if text is None:
-        return InferenceConfig().scales
+    low, high = SCALES
     try:
         scales = tuple(float(part) for part in text.split(","))
     except ValueError as error:
         raise ConfigError(
             f"--scales {text}: write numbers with commas between them, e.g. 0.5,0.75,1"
         ) from error
-    low, high = SCALES
     if not all(low <= scale <= high for scale in scales):
         raise ConfigError(f"--scales {text}: each must lie between {low:g} and {high:g}")
     return scales
 
 
-def _inference_option(key: str, **options: Any) -> Callable[[Command], Command]:
-    return click.option(f"--{key}", help=f"Network: {description(InferenceConfig, key)}", **options)
-
+_network_setting = partial(setting, InferenceConfig, about="Network: ")
 
 inference_options = all_of(
-    _inference_option("scales", metavar="S,S,...", callback=_scales),
-    _inference_option("flip", is_flag=True),
-    _inference_option("window", type=click.IntRange(*(bounds(InferenceConfig, "window") or ()))),
-    _inference_option(
-        "combine",
-        type=click.Choice(["mean", "max"]),
-        default=default(InferenceConfig, "combine"),
-        show_default=True,
-    ),
+    _network_setting("scales", "--scales", metavar="S,S,...", type=_scales),
+    _network_setting("flip", "--flip", is_flag=True),
+    _network_setting("window", "--window", type=int),
+    _network_setting("combine", "--combine", type=click.Choice(["mean", "max"])),
     click.option("--crf", is_flag=True, help="Network: refine with the dense CRF."),
 )
+
+
+def inference_config(context: click.Context) -> InferenceConfig:
+    """What the ``inference_options`` of a command come to."""
+    return resolve(InferenceConfig, user_layers(None, (), given_settings(context)))

@@ -5,12 +5,11 @@ from __future__ import annotations
 import shlex
 import sys
 from pathlib import Path
-from typing import Literal
 
 import click
 
-from wsss_pipeline.commands.options import PATH, inference_options
-from wsss_pipeline.config import CrfConfig, InferenceConfig
+from wsss_pipeline.commands.options import PATH, device_option, inference_config, inference_options
+from wsss_pipeline.config import CrfConfig
 
 
 @click.command("predict", short_help="Segment a folder of images with a trained network.")
@@ -20,7 +19,7 @@ from wsss_pipeline.config import CrfConfig, InferenceConfig
 @inference_options
 @click.option("--overlays", is_flag=True, help="Also write each mask over its image.")
 @click.option("--confidence", is_flag=True, help="Also write the label's probability, in half percents.")
-@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
+@device_option
 @click.option("--overwrite", is_flag=True, help="Predict again what is there already.")
 @click.pass_context
 def command(
@@ -29,10 +28,6 @@ def command(
     checkpoint: Path,
     images: Path,
     out: Path,
-    scales: tuple[float, ...],
-    flip: bool,
-    window: int | None,
-    combine: Literal["mean", "max"],
     crf: bool,
     overlays: bool,
     confidence: bool,
@@ -54,7 +49,7 @@ def command(
         checkpoint,
         images,
         out,
-        inference=InferenceConfig(scales=scales, flip=flip, window=window, combine=combine),
+        inference=inference_config(context),
         crf=CrfConfig() if crf else None,
         overlays=overlays,
         confidence=confidence,

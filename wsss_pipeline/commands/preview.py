@@ -9,7 +9,7 @@ import click
 from wsss_pipeline.commands.options import PATH
 
 
-@click.command("preview", short_help="Draw images, masks and confidence into one picture.")
+@click.command("preview", short_help="Draw images, masks and confidence on a contact sheet.")
 @click.option("--cache", type=PATH, required=True, help="A mask set, or a cache folder that holds one.")
 @click.option("--images", type=PATH, required=True, help="Folder of the images that the masks belong to.")
 @click.option("--out", type=PATH, default="preview.png", show_default=True, help="PNG file to write.")
@@ -18,7 +18,7 @@ from wsss_pipeline.commands.options import PATH
     "--limit", type=click.IntRange(1, 200), default=12, show_default=True, help="At most so many images."
 )
 def command(cache: Path, images: Path, out: Path, image_ids: tuple[str, ...], limit: int) -> None:
-    """Draw images, pseudo masks, confidence and (where stored) CAMs side by side into one picture.
+    """Draw images, pseudo masks, confidence and (where stored) CAMs side by side on a contact sheet.
 
     Without --id, images are taken evenly from the whole cache.
 

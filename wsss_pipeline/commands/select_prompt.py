@@ -5,22 +5,19 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Unpack
 
 import click
 
 from wsss_pipeline.commands.options import (
     PATH,
     config_options,
+    given_paths,
     given_settings,
     input_options,
     json_option,
     machine_options,
     template_option,
 )
-
-if TYPE_CHECKING:
-    from wsss_pipeline.pseudo_masks.job import JobPaths
 
 
 @click.command("select-prompt", short_help="Rank prompt templates on labelled images.")
@@ -38,14 +35,13 @@ if TYPE_CHECKING:
 def command(
     context: click.Context,
     /,
+    templates: tuple[str, ...],
     out: Path | None,
     limit: int | None,
     top: int,
     device: str,
     offline: bool,
     as_json: bool,
-    templates: tuple[str, ...],
-    **paths: Unpack[JobPaths],
 ) -> None:
     """Rank prompt templates by their sharpness on labelled images; the smallest is the best.
 
@@ -63,7 +59,7 @@ def command(
     from wsss_pipeline.runtime.output import write_file
     from wsss_pipeline.stages.select_prompt import select_prompt
 
-    job = MaskJob.read(given_settings(context), **paths)
+    job = MaskJob.read(given_settings(context), **given_paths(context))
     job = replace(job, limit=limit, device=device, offline=offline)
     ranking = select_prompt(job, templates or built_in_templates())
     if as_json:

@@ -5,26 +5,13 @@ from __future__ import annotations
 import os
 import shlex
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal, get_args
 
 import click
 
-from wsss_pipeline.commands.options import PATH
-from wsss_pipeline.config import Precision, default, fields
-from wsss_pipeline.segmentation.train_config import TrainConfig
-
-
-def _setting(name: str, key: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """An option for a dotted key of ``TrainConfig``, with the key's own type, description and default."""
-    kind, field = next((kind, field) for dotted, kind, field in fields(TrainConfig) if dotted == key)
-    info, value = kind.model_fields[field], default(TrainConfig, key)
-    if isinstance(value, bool):
-        return click.option(name, default=None, help=info.description)
-    choices = get_args(info.annotation)
-    of_type = click.Choice(choices) if choices else type(value)
-    return click.option(name, field, type=of_type, help=f"{info.description}  [default: {value}]")
+from wsss_pipeline.commands.options import PATH, choice, device_option, given_settings, setting
+from wsss_pipeline.config import Precision
+from wsss_pipeline.segmentation.train_config import Confidence, TrainConfig
 
 
 @click.command("train-seg", short_help="Train a segmentation network on cached masks.")
@@ -35,26 +22,26 @@ def _setting(name: str, key: str) -> Callable[[Callable[..., Any]], Callable[...
 @click.option("--split", type=PATH, help="Text file of image ids to train on.  [default: all images]")
 @click.option("--out", type=PATH, required=True, help="Folder of the run; the same one goes on.")
 @click.option("--recipe", metavar="NAME", help="Published or tried settings, such as voc12/deeplabv2-coco.")
-@_setting("--network", "network.name")
-@_setting("--encoder", "network.encoder")
-@_setting("--weights", "network.weights")
-@_setting("--loss", "loss.confidence")
-@_setting("--min-confidence", "loss.min_confidence")
-@_setting("--balanced/--not-balanced", "loss.balanced")
-@_setting("--iterations", "optimisation.iterations")
-@_setting("--batch-size", "optimisation.batch")
-@_setting("--accumulate", "optimisation.accumulate")
-@_setting("--lr", "optimisation.lr")
-@_setting("--crop", "augmentation.crop")
-@_setting("--precision", "precision")
-@_setting("--seed", "seed")
+@setting(TrainConfig, "network.name", "--network")
+@setting(TrainConfig, "network.encoder", "--encoder")
+@setting(TrainConfig, "network.weights", "--weights")
+@setting(TrainConfig, "loss.confidence", "--loss", type=choice(Confidence))
+@setting(TrainConfig, "loss.min_confidence", "--min-confidence", type=float)
+@setting(TrainConfig, "loss.balanced", "--balanced/--not-balanced")
+@setting(TrainConfig, "optimisation.iterations", "--iterations", type=int)
+@setting(TrainConfig, "optimisation.batch", "--batch-size", type=int)
+@setting(TrainConfig, "optimisation.accumulate", "--accumulate", type=int)
+@setting(TrainConfig, "optimisation.lr", "--lr", type=float)
+@setting(TrainConfig, "augmentation.crop", "--crop", type=int)
+@setting(TrainConfig, "precision", "--precision", type=choice(Precision))
+@setting(TrainConfig, "seed", "--seed", type=int)
 @click.option(
     "--seeds", type=click.IntRange(1, 100), default=1, show_default=True, help="Number of networks to train."
 )
 @click.option("--val-gt", type=PATH, help="Ground truth to validate on; keeps the best network.")
 @click.option("--val-images", type=PATH, help="Its images.  [default: those of --images]")
 @click.option("--val-split", type=PATH, help="Text file of its image ids.  [default: all of --val-gt]")
-@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
+@device_option
 @click.option(
     "--workers", type=click.IntRange(0), default=2, show_default=True, help="Processes that load samples."
 )
@@ -75,19 +62,6 @@ def command(
     split: Path | None,
     out: Path,
     recipe: str | None,
-    name: str | None,
-    encoder: str | None,
-    weights: str | None,
-    confidence: Literal["hard", "soft"] | None,
-    min_confidence: float | None,
-    balanced: bool | None,
-    iterations: int | None,
-    batch: int | None,
-    accumulate: int | None,
-    lr: float | None,
-    crop: int | None,
-    precision: Precision | None,
-    seed: int | None,
     seeds: int,
     val_gt: Path | None,
     val_images: Path | None,
@@ -121,36 +95,21 @@ def command(
     from wsss_pipeline.segmentation.train_config import load_train_config
     from wsss_pipeline.stages.train_seg import TrainJob, spread, train_seeds, train_seg
 
-    flags = {
-        "network.name": name,
-        "network.encoder": encoder,
-        "network.weights": weights,
-        "loss.confidence": confidence,
-        "loss.min_confidence": min_confidence,
-        "loss.balanced": balanced,
-        "optimisation.iterations": iterations,
-        "optimisation.batch": batch,
-        "optimisation.accumulate": accumulate,
-        "optimisation.lr": lr,
-        "augmentation.crop": crop,
-        "precision": precision,
-        "seed": seed,
-    }
-    if (cache is None) == (gt_masks is None):
-        raise ConfigError("give the masks once: --cache DIR, or --gt-masks DIR for ground truth")
     masks: MaskSource
-    if gt_masks is not None:
-        if classes is None:
-            raise ConfigError("--gt-masks needs --classes: a folder of masks doesn't know its class names")
-        masks = MaskFolder(gt_masks, load_class_set(classes).names, "ground truth")
-    else:
-        assert cache is not None
+    if cache is not None and gt_masks is None:
         masks = MaskCache.open(cache)
+    elif cache is not None or gt_masks is None:
+        raise ConfigError("give the masks once: --cache DIR, or --gt-masks DIR for ground truth")
+    elif classes is None:
+        raise ConfigError("--gt-masks needs --classes: a folder of masks doesn't know its class names")
+    else:
+        masks = MaskFolder(gt_masks, load_class_set(classes).names, "ground truth")
+    config = load_train_config(recipe, config_file, overrides, given_settings(context))
     job = TrainJob(
-        images=images,
-        masks=masks,
-        out=out,
-        config=load_train_config(recipe, config_file, overrides, flags),
+        images,
+        masks,
+        out,
+        config,
         split=split,
         val_gt=val_gt,
         val_images=val_images,

@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import AfterValidator, BeforeValidator, Field, field_validator
+from pydantic import AfterValidator, BeforeValidator, Field
 
 from wsss_pipeline.config import Settings, resolve, yaml_mapping
 from wsss_pipeline.errors import ClassSetError, ConfigError
@@ -38,6 +38,27 @@ def _text(value: object) -> str:
     return text
 
 
+def _class_name(name: str) -> str:
+    if name.casefold() in NO_CLASSES:
+        raise ValueError(f"{name!r} is no class: masks have 0 for background, 255 for ignore; leave it out")
+    return name
+
+
+def _set_name(name: str) -> str:
+    if not re.fullmatch("[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}", name):
+        raise ValueError(f"{name!r:.120} can't be the name of a folder; use up to 100 of A-Z a-z 0-9 _ . -")
+    return name
+
+
+def _template(text: str) -> str:
+    if text.count("{}") != 1 or re.search("[{}]", text.replace("{}", "")):
+        raise ValueError(
+            f"template {text!r:.200} needs exactly one {{}}, where the class name goes, "
+            "and no other brace; for example 'a photo of a {}.'"
+        )
+    return text
+
+
 def _as_tuple(value: object) -> object:
     return tuple(value) if isinstance(value, list) else value
 
@@ -55,46 +76,25 @@ def _without_duplicates(texts: tuple[str, ...]) -> tuple[str, ...]:
     return texts
 
 
-def _template(text: str) -> str:
-    if text.count("{}") != 1 or re.search("[{}]", text.replace("{}", "")):
-        raise ValueError(
-            f"template {text!r:.200} needs exactly one {{}}, where the class name goes, "
-            "and no other brace; for example 'a photo of a {}.'"
-        )
-    return text
-
-
 _Text = Annotated[str, BeforeValidator(_text)]
 _Texts = Annotated[tuple[_Text, ...], BeforeValidator(_as_tuple), AfterValidator(_without_duplicates)]
-_SomeTexts = Annotated[
-    tuple[_Text, ...], BeforeValidator(_as_tuple_of_some), AfterValidator(_without_duplicates)
-]
+_SomeTexts = Annotated[_Texts, BeforeValidator(_as_tuple_of_some)]
+_Templates = Annotated[_SomeTexts, AfterValidator(lambda texts: tuple(map(_template, texts)))]
+_ClassName = Annotated[_Text, AfterValidator(_class_name)]
+_SetName = Annotated[_Text, AfterValidator(_set_name)]
 
 
 class ClassEntry(Settings):
     """One class."""
 
-    name: _Text = Field(description="The name, as it stands in labels, reports and exports.")
-    prompt: _Text = Field(default="", description="Text for CLIP in place of the name; empty means the name.")
-    synonyms: _SomeTexts = Field(default=(), description="Further texts for CLIP.")
+    name: _ClassName = Field(description="The name, as it stands in labels, reports and exports.")
+    prompt: _Text = Field("", description="Text for CLIP in place of the name; empty means the name.")
+    synonyms: _SomeTexts = Field((), description="Further texts for CLIP.")
     fuse: Literal["sentence", "feature"] = Field(
-        default="sentence",
-        description="How synonyms come together: sentence, all in one text, as CLIP-ES does; feature, the mean "
-        "of their embeddings.",
+        "sentence", description="Synonyms: all in one sentence, as CLIP-ES does; or the mean feature of each."
     )
-    aliases: _SomeTexts = Field(
-        default=(), description="Other names that labels may use; CLIP doesn't see them."
-    )
-    coco_id: int | None = Field(default=None, ge=1, le=90, description="Category id of the class in MS COCO.")
-
-    @field_validator("name")
-    @classmethod
-    def _is_a_class(cls, name: str) -> str:
-        if name.casefold() in NO_CLASSES:
-            raise ValueError(
-                f"{name!r} is no class: masks have 0 for background and 255 for ignore; leave it out"
-            )
-        return name
+    aliases: _SomeTexts = Field((), description="Other names that labels may use; CLIP doesn't see them.")
+    coco_id: int | None = Field(None, ge=1, le=90, description="Category id of the class in MS COCO.")
 
     def texts(self) -> tuple[str, ...]:
         """The texts to fill the template with, each to be embedded.
@@ -106,51 +106,29 @@ class ClassEntry(Settings):
         return texts if self.fuse == "feature" else (",".join(texts),)
 
 
+def _fit_into_a_mask(classes: tuple[ClassEntry, ...]) -> tuple[ClassEntry, ...]:
+    if len(classes) > MAX_CLASSES:
+        raise ValueError(f"{len(classes)} classes; a mask holds {MAX_CLASSES} (0 is background, 255 ignore)")
+    taken: dict[str | int | None, str] = {}
+    for entry in classes:
+        for key in (entry.name, *entry.aliases, entry.coco_id):
+            if key in taken and key is not None:
+                raise ValueError(f"{key!r:.60} occurs twice (in '{taken[key]}' and '{entry.name}'); keep one")
+            taken[key] = entry.name
+    return classes
+
+
 class ClassSet(Settings):
     """Classes in the order of their mask values 1..C, with what CLIP is asked about them."""
 
-    name: _Text = Field(description="Its name, fit to be part of a file name.")
-    templates: _SomeTexts = Field(
-        default=(DEFAULT_TEMPLATE,), description="Prompt templates, each with one {}."
-    )
+    name: _SetName = Field(description="Its name, fit to be part of a file name.")
+    templates: _Templates = Field((DEFAULT_TEMPLATE,), description="Prompt templates, each with one {}.")
     background: _Texts = Field(
-        default=(), description="Words that take part in the softmax as background; none of them is a class."
+        (), description="Words that take part in the softmax as background; none of them is a class."
     )
-    classes: Annotated[tuple[ClassEntry, ...], BeforeValidator(_as_tuple_of_some)] = Field(
-        description="The classes, mask value 1 first."
-    )
-
-    @field_validator("name")
-    @classmethod
-    def _is_part_of_a_file_name(cls, name: str) -> str:
-        if not re.fullmatch("[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}", name):
-            raise ValueError(
-                f"{name!r:.120} can't be the name of a folder; use up to 100 letters, digits, '_', '-', '.'"
-            )
-        return name
-
-    @field_validator("templates")
-    @classmethod
-    def _have_one_place_each(cls, templates: tuple[str, ...]) -> tuple[str, ...]:
-        return tuple(_template(text) for text in templates)
-
-    @field_validator("classes")
-    @classmethod
-    def _fit_into_a_mask(cls, classes: tuple[ClassEntry, ...]) -> tuple[ClassEntry, ...]:
-        if len(classes) > MAX_CLASSES:
-            raise ValueError(
-                f"{len(classes)} classes; a mask holds {MAX_CLASSES} (0 is background, 255 ignore)"
-            )
-        taken: dict[str | int | None, str] = {}
-        for entry in classes:
-            for key in (entry.name, *entry.aliases, entry.coco_id):
-                if key in taken:
-                    raise ValueError(
-                        f"{key!r:.60} occurs twice (in '{taken[key]}' and '{entry.name}'); keep one"
-                    )
-                if key is not None:
-                    taken[key] = entry.name
-        return classes
+    classes: Annotated[
+        tuple[ClassEntry, ...], BeforeValidator(_as_tuple_of_some), AfterValidator(_fit_into_a_mask)
+    ] = Field(description="The classes, mask value 1 first.")
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -169,15 +147,10 @@ class ClassSet(Settings):
         return None if value is None else self.classes[value - 1]
 
     def index(self, name: str) -> int:
-        """Mask value 1..C of a name or alias.
-
-        Raises:
-            ClassSetError: no such class.
-        """
-        value = self._values.get(name)
-        if value is None:
+        """Mask value 1..C of a name or alias; a ClassSetError where there is no such class."""
+        if name not in self._values:
             raise ClassSetError(f"class set '{self.name}': {self.unknown(name)}")
-        return value
+        return self._values[name]
 
     def nearest(self, name: str) -> list[str]:
         """Up to three names of classes that look or are called like ``name``, the most similar first."""
@@ -187,9 +160,8 @@ class ClassSet(Settings):
 
     def unknown(self, name: str) -> str:
         """Half a message: that no class has this name, and which ones come close."""
-        names = self.names
-        more = f" and {len(names) - 10} more" if len(names) > 10 else ""
-        hint = f"known: {', '.join(names[:10])}{more}"
+        more = f" and {len(self.names) - 10} more" if len(self.names) > 10 else ""
+        hint = f"known: {', '.join(self.names[:10])}{more}"
         if close := self.nearest(name):
             hint = f"did you mean {' or '.join(map(repr, close))}?"
         return f"unknown class {name if len(name) <= 60 else f'{name[:60]}...'!r}; {hint}"
@@ -211,13 +183,7 @@ def load_class_set(text: str) -> ClassSet:
         ClassSetError: unknown set, unreadable file, an unknown or missing key, a value of the wrong type, a
             class that occurs twice, more than 254 classes.
     """
-    try:
-        return _load(text.strip())
-    except ConfigError as error:
-        raise ClassSetError(str(error)) from error
-
-
-def _load(text: str) -> ClassSet:
+    text = text.strip()
     built_in = builtin_class_sets()
     choices = f"choose {', '.join(built_in)}, a YAML file, or names like cat,dog"
     if not text:
@@ -227,56 +193,56 @@ def _load(text: str) -> ClassSet:
     if text.endswith((".yaml", ".yml")) or "/" in text or "\\" in text:
         try:
             content = Path(text).read_text("utf-8-sig")
-        except UnicodeDecodeError as error:
-            raise ClassSetError(
-                f"class set {text} isn't UTF-8 text: {error.reason}; save it as UTF-8"
-            ) from error
         except (OSError, ValueError) as error:
-            reason = (isinstance(error, OSError) and error.strerror) or error
-            raise ClassSetError(f"class set {text!r} can't be read: {reason}; {choices}") from error
-        return _class_set(yaml_mapping(content, text), text, Path(text).stem)
+            reason = f"{getattr(error, 'strerror', None) or error}; {choices}"
+            raise ClassSetError(f"class set {text!r} can't be read as UTF-8 text: {reason}") from error
+        return _class_set(content, text, Path(text).stem)
     if close := difflib.get_close_matches(text, built_in, n=1, cutoff=0.7):
         raise ClassSetError(
             f"unknown class set '{text}'; did you mean '{close[0]}'? (for one class of that name: '{text},')"
         )
     names = [name.strip() for name in text.removesuffix(",").split(",")]
-    return _class_set({"classes": names}, f"class names {text!r:.80}", "-".join(names))
+    return _class_set(names, f"class names {text!r:.80}", "-".join(names))
 
 
 @cache
 def _built_in(name: str) -> ClassSet:
     text = (resources.files("wsss_pipeline.data") / "class_sets" / f"{name}.yaml").read_text("utf-8")
-    return _class_set(yaml_mapping(text, name), f"class set {name}", name)
+    return _class_set(text, f"class set {name}", name)
 
 
-def _class_set(keys: Mapping[str, Any], origin: str, default_name: str) -> ClassSet:
-    """A class set from the keys of a YAML file, which leaves more out than ``ClassSet`` does.
-
-    Raises:
-        ClassSetError, ConfigError: the keys or their values don't make one.
-    """
+def _class_set(content: str | list[str], origin: str, default_name: str) -> ClassSet:
+    """A class set from YAML, which may leave more out than ``ClassSet`` does, or from class names."""
     # something fit for a file name out of any text
     name = re.sub("[^A-Za-z0-9_-]+", "-", default_name).strip("-")[:40].rstrip("-") or "classes"
-    values: dict[str, Any] = {"name": name, **keys}
-    if "template" in values:
-        if "templates" in values:
-            raise ClassSetError(f"{origin}: both 'template' and 'templates'; keep one of them")
-        values["templates"] = [values.pop("template")]
-    if "background" not in values:
-        values["background"] = _built_in("voc12").background
-    if isinstance(values.get("classes"), list):
-        entries = []
-        for number, item in enumerate(values["classes"], start=1):
-            item = item if isinstance(item, Mapping) else {"name": item}
-            called = f" ({item['name']!r:.60})" if len(item) > 1 and "name" in item else ""
-            entries.append(resolve(ClassEntry, [(f"{origin}: 'classes' item {number}{called}", item)]))
-        values["classes"] = entries
-    class_set = resolve(ClassSet, [(origin, values)])
+    try:
+        keys = yaml_mapping(content, origin) if isinstance(content, str) else {"classes": content}
+        values: dict[str, Any] = {"name": name, **keys}
+        if "template" in values:
+            if "templates" in values:
+                raise ClassSetError(f"{origin}: both 'template' and 'templates'; keep one of them")
+            values["templates"] = [values.pop("template")]
+        if "background" not in values:
+            values["background"] = _built_in("voc12").background
+        if isinstance(values.get("classes"), list):
+            # one by one, so that a message has the number and the name of the entry
+            entries = []
+            for number, item in enumerate(values["classes"], start=1):
+                item = item if isinstance(item, Mapping) else {"name": item}
+                called = f" ({item['name']!r:.60})" if len(item) > 1 and "name" in item else ""
+                entries.append(resolve(ClassEntry, [(f"{origin}: 'classes' item {number}{called}", item)]))
+            values["classes"] = entries
+        class_set = resolve(ClassSet, [(origin, values)])
+    except ConfigError as error:
+        raise ClassSetError(str(error)) from error
+
+    def words(text: str) -> str:
+        return f" {' '.join(text.casefold().replace(',', ' ').split())} "
+
     overlaps: dict[str, str] = {}
     for word in class_set.background:
         for entry in class_set.classes:
-            texts = (entry.name, *entry.aliases, *entry.texts())
-            if any(f" {_words(word)} " in f" {_words(text)} " for text in texts):
+            if any(words(word) in words(text) for text in (entry.name, *entry.aliases, *entry.texts())):
                 overlaps.setdefault(word, entry.name)
     if not overlaps:
         return class_set
@@ -289,16 +255,8 @@ def _class_set(keys: Mapping[str, Any], origin: str, default_name: str) -> Class
     return class_set.model_copy(update={"background": kept})
 
 
-def _words(text: str) -> str:
-    return " ".join(text.casefold().replace(",", " ").split())
-
-
 def check_template(template: str, origin: str) -> str:
-    """``template`` as it came, where it has exactly one ``{}`` and no other brace.
-
-    Raises:
-        ClassSetError: it doesn't.
-    """
+    """``template`` as it came, if it has exactly one ``{}`` and no other brace; else a ClassSetError."""
     try:
         return _template(template)
     except ValueError as error:
@@ -310,17 +268,12 @@ def voc_palette() -> NDArray[np.uint8]:
 
     Bit ``7 - i`` of red, green and blue is bit ``3i``, ``3i + 1`` and ``3i + 2`` of the mask value.
     """
-    values = np.arange(256)
-    palette = np.zeros((256, 3), dtype=np.uint8)
-    for channel in range(3):
-        for i in range(3):
-            bit = values >> (3 * i + channel) & 1
-            palette[:, channel] |= (bit << (7 - i)).astype(np.uint8)
-    return palette
+    values, channels, i = np.ogrid[:256, :3, :3]
+    bits = values >> (3 * i + channels) & 1
+    return np.asarray((bits << (7 - i)).sum(axis=2), np.uint8)
 
 
 def builtin_class_sets() -> list[str]:
     """Names of the class sets that come with the package."""
-    folder = resources.files("wsss_pipeline.data") / "class_sets"
-    names = (file.name for file in folder.iterdir())
-    return sorted(name.removesuffix(".yaml") for name in names if name.endswith(".yaml"))
+    files = (resources.files("wsss_pipeline.data") / "class_sets").iterdir()
+    return sorted(file.name.removesuffix(".yaml") for file in files if file.name.endswith(".yaml"))

@@ -37,18 +37,14 @@ def voc_inputs(root: Path, split: str, classes: ClassSet | None = None) -> Image
         ids = read_split(_voc_split_file(root, split, classes))
         files = find_images(root / "JPEGImages")
         images = {image_id: files.get(image_id, root / "JPEGImages" / f"{image_id}.jpg") for image_id in ids}
-        annotations = root / "Annotations"
-        annotated = [(image_id, annotations / f"{image_id}.xml") for image_id in ids]
-        annotated = [(image_id, file) for image_id, file in annotated if file.is_file()]
-        if annotated:
+        annotations = {image_id: root / "Annotations" / f"{image_id}.xml" for image_id in ids}
+        if annotated := [(image_id, file) for image_id, file in annotations.items() if file.is_file()]:
             table = LabelTable(images, classes)
             fill_from_voc_files(table, annotated)
             return images, table.labels()
         if not (root / "labels.json").is_file():
-            raise LabelError(
-                f"no labels for this split: neither {annotations}/*.xml nor {root / 'labels.json'}; "
-                "give --labels"
-            )
+            tried = f"{root / 'Annotations'}/*.xml nor {root / 'labels.json'}"
+            raise LabelError(f"no labels for this split: neither {tried}; give --labels")
         labels = read_labels(root / "labels.json", images, classes)
         return images, {image_id: names for image_id, names in labels.items() if image_id in images}
 
@@ -76,9 +72,8 @@ def coco_inputs(root: Path, split: str, classes: ClassSet | None = None) -> Imag
             raise _no_split(labels, [file.stem.removeprefix("instances_") for file in files])
         folders = [folder for folder in (root / split, root / "images" / split) if folder.is_dir()]
         if not folders:
-            raise LabelError(
-                f"no images for split '{split}': neither {root / split} nor {root / 'images' / split}"
-            )
+            tried = f"{root / split} nor {root / 'images' / split}"
+            raise LabelError(f"no images for split '{split}': neither {tried}")
         images = find_images(folders[0])
         return images, read_labels(labels, images, classes or load_class_set("coco14"))
 
@@ -125,9 +120,5 @@ def _check_split_name(split: str) -> None:
 
 
 def _no_split(file: Path, existing: list[str]) -> LabelError:
-    known = (
-        f"there are: {', '.join(existing)}"
-        if existing
-        else "no other split is there either; check the folder"
-    )
+    known = f"there are: {', '.join(existing)}" if existing else "nor is there any other; check the folder"
     return LabelError(f"no split list {file}; {known}")

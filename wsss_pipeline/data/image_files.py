@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import io
-import stat
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from wsss_pipeline.errors import ImageError
-
-# size in bytes; times of modification and of change in nanoseconds; of an archive's member also its place
+# size in bytes; times of modification and of change in nanoseconds; of an archive's member also where it begins
 Status = tuple[int, ...]
 
 
@@ -17,7 +14,12 @@ Status = tuple[int, ...]
 class TarMember:
     """A file inside an uncompressed tar archive.
 
-    ``offset``, ``size``: of its bytes in the archive. ``labels``: the member beside it that holds its labels.
+    Attributes:
+        archive: the archive.
+        name: path inside it.
+        offset: bytes of the archive before its own.
+        size: number of its bytes.
+        labels: the member beside it that holds its labels.
     """
 
     archive: Path
@@ -30,11 +32,7 @@ class TarMember:
         return f"{self.archive}/{self.name}"
 
     def read_bytes(self) -> bytes:
-        """Its bytes.
-
-        Raises:
-            OSError: the archive can't be read, or ends before the member does.
-        """
+        """Its bytes; an OSError where the archive can't be read, or ends before the member does."""
         with self.archive.open("rb") as file:
             # asked for before memory is: a damaged header may name any size
             if self.offset + self.size > file.seek(0, io.SEEK_END):
@@ -57,37 +55,14 @@ def is_there(file: ImageFile) -> bool:
 
 
 def file_status(file: ImageFile) -> Status:
-    """What tells whether a file has changed; take it before reading the file.
-
-    Raises:
-        OSError: it isn't there.
-    """
+    """What tells whether a file has changed; take it before reading the file. An OSError where it isn't there."""
     if isinstance(file, TarMember):
-        found = file.archive.stat()
-        return file.size, found.st_mtime_ns, found.st_ctime_ns, file.offset
-    found = file.stat()
-    return found.st_size, found.st_mtime_ns, found.st_ctime_ns
+        status = file.archive.stat()
+        return file.size, status.st_mtime_ns, status.st_ctime_ns, file.offset
+    status = file.stat()
+    return status.st_size, status.st_mtime_ns, status.st_ctime_ns
 
 
 def reading_order(file: ImageFile) -> tuple[str, int]:
     """Sorts files so that an archive is read from its beginning to its end; files of their own stay as they are."""
     return ("", 0) if isinstance(file, Path) else (str(file.archive), file.offset)
-
-
-def check_file(file: ImageFile) -> int:
-    """Size in bytes of a regular file that isn't empty.
-
-    Raises:
-        ImageError: not a regular file, or empty.
-        OSError: it isn't there.
-    """
-    if isinstance(file, TarMember):
-        size = file.size
-    else:
-        status = file.stat()
-        size = status.st_size
-        if not stat.S_ISREG(status.st_mode):
-            raise ImageError(f"{file}: not a file; name an image file")
-    if size == 0:
-        raise ImageError(f"{file}: the file is empty; replace or remove it")
-    return size

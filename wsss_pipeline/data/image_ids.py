@@ -14,7 +14,7 @@ from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
 
-from wsss_pipeline.data.image_files import ImageFile
+from wsss_pipeline.data.image_files import ImageFile, TarMember
 from wsss_pipeline.data.tar_images import is_tar_pattern, tar_images
 from wsss_pipeline.errors import ImageError, LabelError
 
@@ -23,9 +23,20 @@ logger = logging.getLogger(__name__)
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp")
 MAX_ID_LENGTH = 1000
 
-# Control characters, Unicode line separators and the surrogates of names that aren't valid UTF-8.
-_FORBIDDEN = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
-_DRIVE = re.compile("[A-Za-z]:")
+# what makes a text unfit to be an id, the first that applies
+_OBJECTIONS = {
+    re.compile(pattern, re.DOTALL): objection
+    for pattern, objection in {
+        r"\A\s*\Z": "is empty",
+        f"\\A.{{{MAX_ID_LENGTH + 1}}}": f"is longer than {MAX_ID_LENGTH} characters",
+        # controls, Unicode line separators and the surrogates of names that aren't valid UTF-8
+        "[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]": "holds a control character or isn't UTF-8",
+        r"\\": "holds a backslash",
+        r"\A(/|[A-Za-z]:)": "is an absolute path",
+        r"(\A|/)(/|\Z)": "has an empty path component",
+        r"(\A|/)\.\.?(/|\Z)": "has a '.' or '..' path component",
+    }.items()
+}
 
 
 def check_image_id(image_id: str, origin: str) -> str:
@@ -33,7 +44,7 @@ def check_image_id(image_id: str, origin: str) -> str:
 
     Args:
         image_id: text from a label file, a list of ids or a folder.
-        origin: where it stands (file and line), for the message.
+        origin: file and line of the id, for the message.
 
     Raises:
         LabelError: empty, longer than 1000 characters, absolute, with a drive, a backslash, a control
@@ -48,22 +59,7 @@ def check_image_id(image_id: str, origin: str) -> str:
 
 
 def _objection(image_id: str) -> str | None:
-    if not image_id.strip():
-        return "is empty"
-    if len(image_id) > MAX_ID_LENGTH:
-        return f"is longer than {MAX_ID_LENGTH} characters"
-    if _FORBIDDEN.search(image_id):
-        return "holds a control character or isn't UTF-8"
-    if "\\" in image_id:
-        return "holds a backslash"
-    if image_id.startswith("/") or _DRIVE.match(image_id):
-        return "is an absolute path"
-    components = image_id.split("/")
-    if "" in components:
-        return "has an empty path component"
-    if "." in components or ".." in components:
-        return "has a '.' or '..' path component"
-    return None
+    return next((reason for pattern, reason in _OBJECTIONS.items() if pattern.search(image_id)), None)
 
 
 def without_image_suffix(path: str) -> str:
@@ -87,13 +83,10 @@ def find_images(root: Path) -> dict[str, ImageFile]:
     Raises:
         ImageError: a folder or an archive can't be read, or two images have the same id.
     """
-    files: Iterator[tuple[str, ImageFile]]
-    if is_tar_pattern(root):
-        files = ((member.name, member) for member in tar_images(root, IMAGE_SUFFIXES))
-    else:
-        files = ((path.relative_to(root).as_posix(), path) for path in _images_below(root))
+    in_tar = is_tar_pattern(root)
     images: dict[str, ImageFile] = {}
-    for name, file in files:
+    for file in tar_images(root, IMAGE_SUFFIXES) if in_tar else _images_below(root):
+        name = file.name if isinstance(file, TarMember) else file.relative_to(root).as_posix()
         image_id = without_image_suffix(name)
         if reason := _objection(image_id):
             logger.warning("%r is left out: its image id %s; rename the file", str(file), reason)
@@ -103,7 +96,7 @@ def find_images(root: Path) -> dict[str, ImageFile]:
             )
         else:
             images[image_id] = file
-    return images if is_tar_pattern(root) else dict(sorted(images.items()))
+    return images if in_tar else dict(sorted(images.items()))
 
 
 def _images_below(root: Path) -> Iterator[Path]:

@@ -9,6 +9,7 @@ ignored. Of an animation or a file with several pages the first one counts.
 from __future__ import annotations
 
 import hashlib
+import stat
 import threading
 import warnings
 from collections.abc import Iterator
@@ -23,7 +24,7 @@ from PIL import Image, UnidentifiedImageError
 from PIL.TiffImagePlugin import TiffImageFile
 from PIL.WebPImagePlugin import WebPImageFile
 
-from wsss_pipeline.data.image_files import ImageFile, check_file
+from wsss_pipeline.data.image_files import ImageFile, TarMember
 from wsss_pipeline.errors import ImageError
 
 # Nothing with more pixels is decoded; an RGB image of that size takes 400 MB. It lies under the number
@@ -37,6 +38,7 @@ MAX_FILE_BYTES = 2**30 + 2**20
 # Pillow registers by itself.
 _FORMATS = ("BMP", "GIF", "JPEG", "PNG", TiffImageFile.format, WebPImageFile.format)
 _ORIENTATION = 0x0112
+_INDICES = "(0 background, 1.. classes, 255 ignore)"
 
 
 class StoredImage(NamedTuple):
@@ -55,11 +57,7 @@ class StoredImage(NamedTuple):
 
 
 def read_stored_image(path: ImageFile) -> StoredImage:
-    """Pixels and digest out of the same bytes, so that they belong together whatever happens to the file.
-
-    Raises:
-        ImageError: as ``read_image``.
-    """
+    """Pixels and digest out of the same bytes, so that they belong together; an ImageError as ``read_image``."""
     with _opened(path) as (image, content):
         has_rotation = False
         # Pillow decodes a whole PNG in search of a late EXIF block, and applies TIFF's orientation itself.
@@ -96,8 +94,12 @@ def read_image(path: ImageFile) -> NDArray[np.uint8]:
 
 def _rgb(image: Image.Image, path: ImageFile) -> NDArray[np.uint8]:
     if image.mode.startswith("I") or image.mode == "F":
-        grey = _eight_bit(np.array(image), path)
-        return np.repeat(grey[..., None], 3, axis=2)
+        levels = np.array(image, np.float64)
+        low, high = np.min(levels), np.max(levels)
+        if not (low >= 0 and high <= (255 if image.mode == "F" else 65535)):  # so written, NaN is refused too
+            raise ImageError(f"{path}: values run from {low:g} to {high:g}; save them as 8 or 16 bits")
+        factor = 1 / 257 if image.mode != "F" else 255 if high <= 1 else 1
+        return np.repeat(np.rint(levels * factor).astype(np.uint8)[..., None], 3, axis=2)
     # Pillow would look at the transparency on conversion and warn about some forms of it.
     image.load()
     image.info.pop("transparency", None)
@@ -126,15 +128,10 @@ def as_pixels(image: AnyImage) -> NDArray[np.uint8]:
             raise
         except Exception as error:  # it may be read only now, and Pillow raises errors of many kinds
             raise _unusable(given, error) from error
-    if (
-        image.dtype != np.uint8
-        or image.ndim not in (2, 3)
-        or image.shape[2:] not in ((), (3,))
-        or not image.size
-    ):
-        raise ImageError(
-            f"an image is a uint8 array (H, W, 3) RGB or (H, W), not {image.dtype} {image.shape}"
-        )
+    fits = image.ndim == 2 or (image.ndim == 3 and image.shape[2] == 3)
+    if image.dtype != np.uint8 or not fits or image.size == 0:
+        given_as = f"{image.dtype} {image.shape}"
+        raise ImageError(f"an image is a uint8 array (H, W, 3) RGB or (H, W), not {given_as}")
     return np.repeat(image[..., None], 3, axis=2) if image.ndim == 2 else np.ascontiguousarray(image)
 
 
@@ -152,100 +149,46 @@ def read_mask(path: ImageFile) -> NDArray[np.uint8]:
             raise ImageError(f"{path}: JPEG changes the values of a mask; save it as an 8-bit PNG")
         if image.mode not in ("1", "L", "P") and not image.mode.startswith("I"):
             raise ImageError(
-                f"{path}: a mask holds one class index a pixel, but this is a {image.mode} image, "
-                "probably saved with the colours of the classes; turn each colour into its index "
-                "(0 background, 1.. classes, 255 ignore) and save it as an 8-bit PNG"
+                f"{path}: a mask holds one class index a pixel, but this is a {image.mode} image, probably saved "
+                f"with the colours of the classes; save the indices {_INDICES} as an 8-bit PNG"
             )
         values = np.array(image)
         if values.dtype.itemsize > 1 and (values.min() < 0 or values.max() > 255):
             raise ImageError(
-                f"{path}: mask values run from {values.min()} to {values.max()}; only 0..255 can be class "
-                "indices (0 background, 1.. classes, 255 ignore)"
+                f"{path}: values run from {values.min()} to {values.max()}; a mask holds class indices {_INDICES}"
             )
         return values.astype(np.uint8)
 
 
 def image_size(path: ImageFile) -> tuple[int, int]:
-    """(width, height) from the header alone, of the array that ``read_image`` would give.
-
-    Raises:
-        ImageError: as ``read_image``, except that a damaged body isn't noticed.
-    """
+    """(width, height) from the header alone, of what ``read_image`` would give; a damaged body isn't noticed."""
     with _opened(path, header=True) as (image, _):
         return image.size
 
 
 def file_digest(path: ImageFile) -> str:
-    """SHA-256 of the file's bytes, 64 hexadecimal digits.
-
-    Raises:
-        ImageError: the file can't be read.
-    """
+    """SHA-256 of the file's bytes, 64 hexadecimal digits; an ImageError where it can't be read."""
     try:
-        check_file(path)
+        _check_file(path)
         with path.open("rb") if isinstance(path, Path) else BytesIO(path.read_bytes()) as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except (OSError, ValueError) as error:
         raise _unusable(path, error) from error
 
 
-def _eight_bit(values: NDArray[np.generic], path: ImageFile) -> NDArray[np.uint8]:
-    """Grey values of more than 8 bits (H, W) as uint8."""
-    if values.dtype.kind == "f":
-        levels = values.astype(np.float64)
-        low, high = float(np.min(levels)), float(np.max(levels))
-        if not (low >= 0 and high <= 255):  # so written, NaN is refused too
-            raise ImageError(f"{path}: float values run from {low:g} to {high:g}; save them as 8 or 16 bits")
-        return np.rint(levels * (255 if high <= 1 else 1)).astype(np.uint8)
-    wide = values.astype(np.int64)
-    if np.min(wide) < 0 or np.max(wide) > 65535:
-        raise ImageError(
-            f"{path}: values run from {np.min(wide)} to {np.max(wide)}, beyond 16 bits; save them as 8 or 16 bits"
-        )
-    return ((wide + 128) // 257).astype(np.uint8)
-
-
-@contextmanager
-def _opened(path: ImageFile, *, header: bool = False) -> Iterator[tuple[Image.Image, bytes]]:
-    """The file's first image, header read and size checked, and its bytes, where not the header alone is wanted.
-
-    Whatever goes wrong is an ImageError.
-    """
-    try:
-        if (size := check_file(path)) > MAX_FILE_BYTES:
-            raise ImageError(f"{path}: {size:,} bytes are too many for an image; scale it down or remove it")
-        content = b"" if header and isinstance(path, Path) else path.read_bytes()
-        source = BytesIO(content) if content or not isinstance(path, Path) else path
-        with _quiet_pillow, Image.open(source, formats=_FORMATS) as image:
-            width, height = image.size
-            if width < 1 or height < 1:
-                raise ImageError(f"{path}: its header says {width} x {height} pixels; the file is damaged")
-            if width * height > MAX_DECODED_PIXELS:
-                raise _too_large(path, f"{width} x {height} pixels")
-            yield image, content
-    except ImageError:
-        raise
-    except Image.DecompressionBombError as error:
-        raise _too_large(path, "too many pixels") from error
-    # Damaged files make Pillow raise OSError, SyntaxError, struct.error, zlib.error, TypeError and more.
-    except Exception as error:
-        raise _unusable(path, error) from error
-
-
-def _too_large(path: ImageFile, size: str) -> ImageError:
-    return ImageError(
-        f"{path}: its header says {size}, the limit is {MAX_DECODED_PIXELS}; scale it down or remove it"
-    )
-
-
-def _unusable(path: ImageFile, error: Exception) -> ImageError:
-    if isinstance(error, UnidentifiedImageError):
-        reason = "not an image (JPEG, PNG, BMP, GIF, TIFF, WebP), or its header is damaged"
-    elif isinstance(error, OSError) and error.strerror:
-        reason = error.strerror
+def _check_file(file: ImageFile) -> None:
+    """Refuses what isn't a regular file, is empty or too large, before any of it is read."""
+    if isinstance(file, TarMember):
+        size = file.size
     else:
-        reason = " ".join(str(error).split()) or type(error).__name__
-    return ImageError(f"{path}: can't be read: {reason}; replace or remove it")
+        status = file.stat()
+        size = status.st_size
+        if not stat.S_ISREG(status.st_mode):
+            raise ImageError(f"{file}: not a file; name an image file")
+    if size == 0:
+        raise ImageError(f"{file}: the file is empty; replace or remove it")
+    if size > MAX_FILE_BYTES:
+        raise ImageError(f"{file}: {size:,} bytes are too many for an image; scale it down or remove it")
 
 
 class _QuietPillow:
@@ -256,17 +199,15 @@ class _QuietPillow:
     """
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._readers = 0
-        self._filters = warnings.catch_warnings()
+        self._lock, self._readers = threading.Lock(), 0
 
     def __enter__(self) -> None:
         with self._lock:
-            if self._readers == 0:
+            self._readers += 1
+            if self._readers == 1:
                 self._filters = warnings.catch_warnings()
                 self._filters.__enter__()
                 warnings.filterwarnings("ignore", module=r"PIL\.")
-            self._readers += 1
 
     def __exit__(self, *_: object) -> None:
         with self._lock:
@@ -276,3 +217,43 @@ class _QuietPillow:
 
 
 _quiet_pillow = _QuietPillow()
+
+
+@contextmanager
+def _opened(path: ImageFile, *, header: bool = False) -> Iterator[tuple[Image.Image, bytes]]:
+    """The file's first image, header read and size checked, and its bytes, where not the header alone is wanted.
+
+    Whatever goes wrong is an ImageError.
+    """
+    pixels = "too many pixels"  # where Pillow refuses before it tells how many
+    try:
+        _check_file(path)
+        content = b"" if header and isinstance(path, Path) else path.read_bytes()
+        source = BytesIO(content) if content or not isinstance(path, Path) else path
+        with _quiet_pillow, Image.open(source, formats=_FORMATS) as image:
+            width, height = image.size
+            pixels = f"{width} x {height} pixels"
+            if width < 1 or height < 1:
+                raise ImageError(f"{path}: its header says {pixels}; the file is damaged")
+            if width * height > MAX_DECODED_PIXELS:
+                raise Image.DecompressionBombError
+            yield image, content
+    except ImageError:
+        raise
+    except Image.DecompressionBombError as error:
+        raise ImageError(
+            f"{path}: its header says {pixels}, the limit is {MAX_DECODED_PIXELS}; scale it down or remove it"
+        ) from error
+    # Damaged files make Pillow raise OSError, SyntaxError, struct.error, zlib.error, TypeError and more.
+    except Exception as error:
+        raise _unusable(path, error) from error
+
+
+def _unusable(path: ImageFile, error: Exception) -> ImageError:
+    if isinstance(error, UnidentifiedImageError):
+        reason = "not an image (JPEG, PNG, BMP, GIF, TIFF, WebP), or its header is damaged"
+    elif isinstance(error, OSError) and error.strerror:
+        reason = error.strerror
+    else:
+        reason = " ".join(str(error).split()) or type(error).__name__
+    return ImageError(f"{path}: can't be read: {reason}; replace or remove it")

@@ -48,9 +48,9 @@ def read_labels(
                 folder, slash, _ = image_id.partition("/")
                 if not slash:
                     raise LabelError(
-                        f"{file}: lies in no class folder; give --labels, or one folder for each class"
+                        f"{file}: lies in no class folder; give --labels, or a folder for each class"
                     )
-                table.add_label(table.add_image(image_id, str(file)), folder, str(file))
+                table.add_class(table.add_image(image_id, str(file)), table.class_named(folder, str(file)))
         return table.labels()
     with reading(path):
         suffix = path.suffix.lower()

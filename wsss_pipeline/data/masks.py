@@ -20,9 +20,6 @@ from wsss_pipeline.errors import ConfigError, ImageError, MaskError
 IGNORE = 255
 CERTAIN = 200  # half percents
 
-# In half percents: what a threshold may be off a whole number and still mean it, since 0.95 * 200 needn't be
-# 190 in floating point, least of all where the threshold has been a float32.
-_THRESHOLD_NOISE = 1e-4
 _CHECKED = 32  # masks of a folder, before anything is done with the others
 
 
@@ -47,28 +44,22 @@ class PseudoMask:
 
     def __post_init__(self) -> None:
         mask, confidence, cams = self.mask, self.confidence, self.cams
-        problem = ""
+        expected, problem = (len(self.labels), *mask.shape), ""
         if mask.dtype != np.uint8 or mask.ndim != 2 or mask.size == 0:
             problem = f"the mask is {mask.dtype} {mask.shape}, not uint8 (H, W)"
         elif confidence.dtype != np.uint8 or confidence.shape != mask.shape:
             problem = f"the confidence is {confidence.dtype} {confidence.shape}, not uint8 {mask.shape}"
         elif np.max(confidence) > CERTAIN:
             problem = f"the confidence goes up to {np.max(confidence)}, half percents end at {CERTAIN}"
-        elif cams is not None and (cams.dtype != np.float16 or cams.shape != (len(self.labels), *mask.shape)):
-            expected = (len(self.labels), *mask.shape)
+        elif cams is not None and (cams.dtype != np.float16 or cams.shape != expected):
             problem = f"the CAMs are {cams.dtype} {cams.shape}, not float16 {expected}"
         if problem:
             raise MaskError(f"not a pseudo mask: {problem}")
 
     def with_ignore(self, min_confidence: float) -> NDArray[np.uint8]:
-        """uint8 (H, W): the mask with 255 where the confidence is under ``min_confidence``.
-
-        Raises:
-            ConfigError: ``min_confidence`` isn't between 0 and 1.
-        """
-        return np.where(
-            self.confidence >= half_percent_threshold(min_confidence), self.mask, np.uint8(IGNORE)
-        )
+        """uint8 (H, W): the mask with 255 where the confidence is under ``min_confidence``, 0 to 1."""
+        certain = self.confidence >= half_percent_threshold(min_confidence)
+        return np.where(certain, self.mask, np.uint8(IGNORE))
 
 
 def half_percent_threshold(min_confidence: float) -> int:
@@ -83,9 +74,8 @@ def half_percent_threshold(min_confidence: float) -> int:
         raise ConfigError(
             f"min_confidence is {min_confidence}; it must lie between 0 and 1, for example 0.95"
         )
-    steps = float(min_confidence) * CERTAIN
-    nearest = round(steps)
-    return nearest if abs(steps - nearest) < _THRESHOLD_NOISE else math.ceil(steps)
+    # 0.95 * 200 needn't be 190 in floating point, least of all where the threshold has been a float32
+    return math.ceil(float(min_confidence) * CERTAIN - 1e-4)
 
 
 class MaskSource(Protocol):
@@ -93,8 +83,8 @@ class MaskSource(Protocol):
 
     Attributes:
         class_names: names of mask values 1..C.
-        identity: what tells these masks from others: a fingerprint, or a digest of names; the same in each run.
-        description: where they are from, for people.
+        identity: text that tells these masks from others: a fingerprint, or a digest of names; the same in each run.
+        description: origin of the masks, for people.
     """
 
     @property
@@ -105,11 +95,7 @@ class MaskSource(Protocol):
     def description(self) -> str: ...
     def __contains__(self, image_id: object) -> bool: ...
     def __getitem__(self, image_id: str) -> PseudoMask:
-        """The mask of an image.
-
-        Raises:
-            MaskError, ImageError: there is none, it is damaged, or it doesn't fit the classes.
-        """
+        """The mask of an image; a MaskError or ImageError: there is none, it is damaged, doesn't fit the classes."""
 
 
 class MaskFolder:
@@ -119,9 +105,9 @@ class MaskFolder:
 
     Args:
         folder: searched with all below it.
-        class_names: of mask values 1..C.
+        class_names: names of mask values 1..C.
         what: the masks, for people.
-        check: whether to do so. A mask that can't be read is left for when it is asked for.
+        check: choice to do so. A mask that can't be read is left for when it is asked for.
 
     Raises:
         ImageError: the folder can't be used.
@@ -147,7 +133,7 @@ class MaskFolder:
         if image_id not in self.files:
             raise MaskError(f"{self.description}: no mask of image '{image_id}'")
         mask = read_mask(self.files[image_id])
-        largest = int(np.where(mask == IGNORE, 0, mask).max())
+        largest = int(mask.max(initial=0, where=mask != IGNORE))
         if largest > len(self.class_names):
             raise MaskError(
                 f"{self.files[image_id]} holds the value {largest}, but there are {len(self.class_names)} "

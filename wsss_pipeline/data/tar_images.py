@@ -6,6 +6,7 @@ import glob
 import logging
 import tarfile
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path, PurePosixPath
 
@@ -61,8 +62,7 @@ def tar_images(pattern: Path, suffixes: tuple[str, ...]) -> Iterator[TarMember]:
         for name, member in members.items():
             if PurePosixPath(name).suffix.lower() in suffixes:
                 beside = (members.get(name[: name.rindex(".")] + suffix) for suffix in LABEL_SUFFIXES)
-                labels = next((labels for labels in beside if labels is not None), None)
-                yield TarMember(archive, name, member.offset, member.size, labels)
+                yield replace(member, labels=next(filter(None, beside), None))
 
 
 def _members(archive: Path) -> dict[str, TarMember]:

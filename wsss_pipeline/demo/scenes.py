@@ -10,10 +10,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.random import Generator
 from numpy.typing import NDArray
 
 from wsss_pipeline.demo.backgrounds import BACKGROUNDS, noise
-from wsss_pipeline.demo.shapes import COLOURS, OBJECT_CLASSES, Colour, ObjectClass, Part, Shape
+from wsss_pipeline.demo.shapes import COLOURS, OBJECT_CLASSES, Array, ObjectClass, Shape
 
 CLASS_NAMES: tuple[str, ...] = tuple(entry.name for entry in OBJECT_CLASSES)
 
@@ -37,7 +38,7 @@ class Scene:
     Attributes:
         image: uint8 (H, W, 3) RGB.
         mask: uint8 (H, W), 0 background, 1.. the position in ``CLASS_NAMES`` plus one.
-        objects: what stands in it, one entry per class, from back to front.
+        objects: things that stand in it, one entry per class, from back to front.
         backgrounds: one or two background words, the lower one first.
         horizon: first row of the lower background where there are two, else 0.
     """
@@ -62,7 +63,7 @@ def draw_scene(
     Args:
         seed: any number, or several (such as a run's seed and a scene's number).
         width, height: pixels, at least 16 each; things scale with the image.
-        classes: how many object classes; without it 1, 2 or 3.
+        classes: number of object classes; without it 1, 2 or 3.
 
     Raises:
         ValueError: a side under 16 pixels, or a number of classes that isn't 1, 2 or 3.
@@ -73,67 +74,50 @@ def draw_scene(
         raise ValueError(f"a scene has 1, 2 or 3 classes, not {classes}")
     rng = np.random.default_rng(seed)
     count = classes or int(rng.choice([1, 2, 3], p=[0.45, 0.35, 0.2]))
-    kinds, ground = _choose_classes(rng, count)
-    backgrounds, horizon = _choose_backgrounds(rng, ground)
-    backdrop = _paint_backgrounds(rng, (height, width), backgrounds, horizon)
-    while True:
-        canvas, mask = backdrop.copy(), np.zeros((height, width), np.uint8)
-        objects, areas = [], []
-        for kind in kinds:
-            colour, area = _place(rng, canvas, mask, kind, horizon, count)
-            objects.append(DrawnObject(kind.name, colour))
-            areas.append(area)
-        visible = np.bincount(mask.ravel(), minlength=len(CLASS_NAMES) + 1)
-        if all(visible[_index(k)] >= max(1, _LEAST_VISIBLE * a) for k, a in zip(kinds, areas, strict=True)):
-            break
-    return Scene(_light(rng, canvas), mask, tuple(objects), backgrounds, round(horizon * height))
-
-
-def _index(kind: ObjectClass) -> int:
-    return CLASS_NAMES.index(kind.name) + 1
-
-
-def _choose_classes(rng: np.random.Generator, count: int) -> tuple[list[ObjectClass], str]:
     first = OBJECT_CLASSES[rng.integers(len(OBJECT_CLASSES))]
     usual = rng.random() < _HABITAT_SHARE
     ground = str(rng.choice(first.habitat if usual else list(BACKGROUNDS)))
-    weights = np.array(
-        [0 if k is first else 2.5 if ground in k.habitat else 1 for k in OBJECT_CLASSES], float
-    )
-    others = rng.choice(len(OBJECT_CLASSES), count - 1, replace=False, p=weights / weights.sum())
+    weights = [0.0 if k is first else 2.5 if ground in k.habitat else 1.0 for k in OBJECT_CLASSES]
+    others = rng.choice(len(OBJECT_CLASSES), count - 1, replace=False, p=np.array(weights) / sum(weights))
     kinds = [first, *(OBJECT_CLASSES[i] for i in others)]
-    return [kinds[i] for i in rng.permutation(count)], ground
+    kinds = [kinds[i] for i in rng.permutation(count)]
+
+    unit = (height * width) ** 0.5 / 100
+    backgrounds: tuple[str, ...] = (ground,)
+    horizon = 0.0  # height of the upper background, as a part of the image's
+    if rng.random() < _HORIZON_SHARE:
+        if ground in ("sky", "brick"):
+            above, ground = ground, str(rng.choice(["grass", "sand", "water", "road", "snow", "wood"]))
+        else:
+            above = "brick" if rng.random() < 0.3 else "sky"
+        backgrounds, horizon = (ground, above), float(rng.uniform(0.25, 0.6))
+    rows = round(horizon * height)
+    backdrop = BACKGROUNDS[ground](rng, (height, width), unit).astype(np.float32)
+    if horizon:
+        backdrop[:rows] = BACKGROUNDS[backgrounds[1]](rng, (rows, width), unit)
+
+    while True:
+        canvas, mask = backdrop.copy(), np.zeros((height, width), np.uint8)
+        colours, areas = zip(*(_draw(rng, canvas, mask, kind, horizon, count) for kind in kinds), strict=True)
+        visible = [np.count_nonzero(mask == CLASS_NAMES.index(kind.name) + 1) for kind in kinds]
+        if all(v >= max(1, _LEAST_VISIBLE * area) for v, area in zip(visible, areas, strict=True)):
+            break
+    objects = tuple(DrawnObject(kind.name, colour) for kind, colour in zip(kinds, colours, strict=True))
+
+    # exposure, a fall-off of light across the image and sensor noise
+    across, down = rng.normal(0, 0.08, 2)
+    field = (
+        rng.uniform(0.78, 1.1)
+        + across * np.linspace(-1, 1, width, dtype=np.float32)[None, :, None]
+        + down * np.linspace(-1, 1, height, dtype=np.float32)[:, None, None]
+    ).astype(np.float32)
+    grain = rng.standard_normal((height, width, 1), dtype=np.float32) * np.float32(rng.uniform(0.5, 2.5))
+    image = np.clip(canvas * field + grain, 0, 255).astype(np.uint8)
+    return Scene(image, mask, objects, backgrounds, rows)
 
 
-def _choose_backgrounds(rng: np.random.Generator, ground: str) -> tuple[tuple[str, ...], float]:
-    """Background words, lower first, and the height of the horizon (0: none)."""
-    if rng.random() >= _HORIZON_SHARE:
-        return (ground,), 0.0
-    if ground in ("sky", "brick"):
-        above, ground = ground, str(rng.choice(["grass", "sand", "water", "road", "snow", "wood"]))
-    else:
-        above = "brick" if rng.random() < 0.3 else "sky"
-    return (ground, above), float(rng.uniform(0.25, 0.6))
-
-
-def _paint_backgrounds(
-    rng: np.random.Generator, size: tuple[int, int], words: tuple[str, ...], horizon: float
-) -> NDArray[np.float32]:
-    unit = (size[0] * size[1]) ** 0.5 / 100
-    canvas = BACKGROUNDS[words[0]](rng, size, unit).astype(np.float32)
-    if len(words) == 2:
-        rows = round(horizon * size[0])
-        canvas[:rows] = BACKGROUNDS[words[1]](rng, (rows, size[1]), unit)
-    return canvas
-
-
-def _place(
-    rng: np.random.Generator,
-    canvas: NDArray[np.float32],
-    mask: NDArray[np.uint8],
-    kind: ObjectClass,
-    horizon: float,
-    count: int,
+def _draw(
+    rng: Generator, canvas: Array, mask: NDArray[np.uint8], kind: ObjectClass, horizon: float, count: int
 ) -> tuple[str, int]:
     """Draws an object of a class into both arrays; the name of its colour and its pixels in the image."""
     height, width = mask.shape
@@ -156,8 +140,11 @@ def _place(
     x, y = x - np.float32(cx), y - np.float32(cy)
     u, v = (cos * x + sin * y) * np.float32(mirror * stretch), (cos * y - sin * x) * np.float32(1 / stretch)
 
-    name, main, second = _choose_colours(rng, kind)
-    colour, alpha = _paint_shape(kind.draw(u, v, main, second), half)
+    name = str(rng.choice(kind.colours if rng.random() < 0.65 else list(COLOURS)))
+    other = str(rng.choice([word for word in COLOURS if word != name]))
+    main, second = np.asarray([COLOURS[name], COLOURS[other]]) + rng.normal(0, 9, (2, 3))
+    shape = kind.draw(u, v, tuple(main.tolist()), tuple(second.tolist()))
+    colour, alpha = _paint_shape(shape, np.float32(half))
     light = rng.normal(0, 0.13, 2).astype(np.float32)
     shade = 1 + light[0] * u + light[1] * v + np.float32(0.03) * noise(rng, u.shape, (half / 3, half / 3))
     if kind.name == "ball":
@@ -165,42 +152,16 @@ def _place(
     window = canvas[upper:lower, left:right]
     window += alpha[..., None] * (colour * shade[..., None] - window)
     inside = alpha > 0.5
-    mask[upper:lower, left:right][inside] = _index(kind)
+    mask[upper:lower, left:right][inside] = CLASS_NAMES.index(kind.name) + 1
     return name, int(inside.sum())
 
 
-def _choose_colours(rng: np.random.Generator, kind: ObjectClass) -> tuple[str, Colour, Colour]:
-    names = list(COLOURS)
-    name = str(rng.choice(kind.colours if rng.random() < 0.65 else names))
-    second = str(rng.choice([other for other in names if other != name]))
-    jitter = rng.normal(0, 9, (2, 3))
-    first_rgb, second_rgb = np.asarray(COLOURS[name]) + jitter[0], np.asarray(COLOURS[second]) + jitter[1]
-    return name, tuple(first_rgb.tolist()), tuple(second_rgb.tolist())
-
-
-def _paint_shape(shape: Shape, half: float) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """Colours (h, w, 3) and coverage (h, w) of a shape whose half width is ``half`` pixels."""
-    scale = np.float32(half)
-
-    def coverage(part: Part) -> NDArray[np.float32]:
-        return np.asarray(np.clip(0.5 - part.distance * scale, 0, 1), np.float32)
-
-    outline = np.minimum.reduce([part.distance for part in shape.body])
+def _paint_shape(shape: Shape, scale: np.float32) -> tuple[Array, Array]:
+    """Colours (h, w, 3) and coverage (h, w) of a shape whose half width is ``scale`` pixels."""
+    outline = np.minimum.reduce([distance for distance, _ in shape.body])
     colour = np.empty((*outline.shape, 3), np.float32)
-    colour[:] = shape.body[0].colour
-    for part in (*shape.body[1:], *shape.details):
-        colour += coverage(part)[..., None] * (np.asarray(part.colour, np.float32) - colour)
+    colour[:] = shape.body[0][1]
+    for distance, paint in (*shape.body[1:], *shape.details):
+        coverage = np.clip(0.5 - distance * scale, 0, 1)[..., None]
+        colour += coverage * (np.asarray(paint, np.float32) - colour)
     return colour, np.clip(0.5 - outline * scale, 0, 1)
-
-
-def _light(rng: np.random.Generator, canvas: NDArray[np.float32]) -> NDArray[np.uint8]:
-    """Exposure, a fall-off of light across the image and sensor noise."""
-    height, width = canvas.shape[:2]
-    across, down = rng.normal(0, 0.08, 2)
-    field = (
-        rng.uniform(0.78, 1.1)
-        + across * np.linspace(-1, 1, width, dtype=np.float32)[None, :, None]
-        + down * np.linspace(-1, 1, height, dtype=np.float32)[:, None, None]
-    ).astype(np.float32)
-    grain = rng.standard_normal((height, width, 1), dtype=np.float32) * np.float32(rng.uniform(0.5, 2.5))
-    return np.asarray(np.clip(canvas * field + grain, 0, 255), np.uint8)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,20 +18,15 @@ Array = NDArray[np.float32]
 Colour = tuple[float, float, float]
 
 
-@dataclass(frozen=True)
-class Part:
-    """A region of one colour, as a signed distance (h, w) in units of the object's half width."""
-
-    distance: Array
-    colour: Colour
+# a region of one colour: its signed distance (h, w), in units of the object's half width, and the colour
+Part = tuple[Array, Colour]
 
 
-@dataclass(frozen=True)
-class Shape:
+class Shape(NamedTuple):
     """An object: ``body`` parts make its outline; ``details`` are painted on it, never beside it."""
 
     body: tuple[Part, ...]
-    details: tuple[Part, ...] = ()
+    details: tuple[Part, ...]
 
 
 @dataclass(frozen=True)
@@ -96,10 +92,8 @@ def _polygon(x: Array, y: Array, corners: list[tuple[float, float]]) -> Array:
 def _ball(x: Array, y: Array, main: Colour, second: Colour) -> Shape:
     angle = np.arctan2(y - 0.15, x - 0.1)
     wedges = (np.sin(3 * angle) * 0.35 * np.hypot(x, y)).astype(np.float32)
-    return Shape(
-        (Part(_disc(x, y, 0, 0, 0.95), main),),
-        (Part(wedges, second), Part(_disc(x, y, 0.1, 0.15, 0.14), _PALE)),
-    )
+    hub = _disc(x, y, 0.1, 0.15, 0.14)
+    return Shape(((_disc(x, y, 0, 0, 0.95), main),), ((wedges, second), (hub, _PALE)))
 
 
 def _boat(x: Array, y: Array, main: Colour, second: Colour) -> Shape:
@@ -107,10 +101,8 @@ def _boat(x: Array, y: Array, main: Colour, second: Colour) -> Shape:
     sail = _polygon(x, y, [(0.06, -0.95), (0.75, 0.22), (0.06, 0.22)])
     jib = _polygon(x, y, [(-0.06, -0.75), (-0.06, 0.22), (-0.65, 0.22)])
     mast = _box(x, y, 0, -0.25, 0.07, 0.65)
-    return Shape(
-        (Part(mast, _BARK), Part(sail, _PALE), Part(jib, second), Part(hull, main)),
-        (Part(_box(x, y, 0, 0.47, 1, 0.05), _PALE),),
-    )
+    line = _box(x, y, 0, 0.47, 1, 0.05)
+    return Shape(((mast, _BARK), (sail, _PALE), (jib, second), (hull, main)), ((line, _PALE),))
 
 
 def _car(x: Array, y: Array, main: Colour, second: Colour) -> Shape:
@@ -122,10 +114,9 @@ def _car(x: Array, y: Array, main: Colour, second: Colour) -> Shape:
         _polygon(x, y, [(-0.35, -0.4), (-0.05, -0.4), (-0.05, -0.08), (-0.5, -0.08)]),
         _polygon(x, y, [(0.05, -0.4), (0.26, -0.4), (0.46, -0.08), (0.05, -0.08)]),
     )
-    return Shape(
-        (Part(cabin, main), Part(lower, main), Part(wheels, _DARK)),
-        (Part(windows, _GLASS), Part(_box(x, y, 0, 0.12, 0.95, 0.04), second), Part(hubs, (180, 180, 185))),
-    )
+    line = _box(x, y, 0, 0.12, 0.95, 0.04)
+    details = (windows, _GLASS), (line, second), (hubs, (180, 180, 185))
+    return Shape(((cabin, main), (lower, main), (wheels, _DARK)), details)
 
 
 def _cup(x: Array, y: Array, main: Colour, second: Colour) -> Shape:
@@ -133,22 +124,18 @@ def _cup(x: Array, y: Array, main: Colour, second: Colour) -> Shape:
     handle = np.abs(_oval(x, y, 0.5, -0.05, 0.36, 0.38)) - np.float32(0.09)
     stripes = np.minimum(_box(x, y, 0, 0.0, 1, 0.1), _box(x, y, 0, 0.42, 1, 0.1))
     rim = _oval(x, y, -0.125, -0.68, 0.5, 0.12)
-    return Shape((Part(handle, main), Part(body, main)), (Part(stripes, second), Part(rim, _BARK)))
+    return Shape(((handle, main), (body, main)), ((stripes, second), (rim, _BARK)))
 
 
 def _fish(x: Array, y: Array, main: Colour, second: Colour) -> Shape:
     body = _oval(x, y, 0.12, 0, 0.8, 0.48)
     tail = _polygon(x, y, [(-0.98, -0.5), (-0.45, 0), (-0.98, 0.5)])
     fin = _polygon(x, y, [(-0.2, -0.68), (0.35, -0.4), (-0.2, -0.35)])
-    scales = (0.05 - 0.09 * (np.abs(np.sin(9 * x)) + np.abs(np.sin(9 * y + 4.5 * x)) - 0.9)).astype(
-        np.float32
-    )
-    scales = np.maximum(scales, _box(x, y, -0.05, 0, 0.45, 0.5))
-    eye = _disc(x, y, 0.6, -0.12, 0.13)
-    return Shape(
-        (Part(tail, second), Part(fin, second), Part(body, main)),
-        (Part(scales, second), Part(eye, _PALE), Part(_disc(x, y, 0.62, -0.12, 0.065), _DARK)),
-    )
+    waves = np.abs(np.sin(9 * x)) + np.abs(np.sin(9 * y + 4.5 * x))
+    scales = np.maximum((0.05 - 0.09 * (waves - 0.9)).astype(np.float32), _box(x, y, -0.05, 0, 0.45, 0.5))
+    eye, pupil = _disc(x, y, 0.6, -0.12, 0.13), _disc(x, y, 0.62, -0.12, 0.065)
+    details = (scales, second), (eye, _PALE), (pupil, _DARK)
+    return Shape(((tail, second), (fin, second), (body, main)), details)
 
 
 def _flower(x: Array, y: Array, main: Colour, second: Colour) -> Shape:
@@ -157,7 +144,7 @@ def _flower(x: Array, y: Array, main: Colour, second: Colour) -> Shape:
     veins = (np.abs(np.sin(3.5 * angle)) * radius * 0.3 - 0.035).astype(np.float32)
     core = _disc(x, y, 0, 0, 0.3)
     yellow = COLOURS["yellow"] if main != COLOURS["yellow"] else _BARK
-    return Shape((Part(petals, main),), (Part(veins, second), Part(core, yellow)))
+    return Shape(((petals, main),), ((veins, second), (core, yellow)))
 
 
 def _house(x: Array, y: Array, main: Colour, second: Colour) -> Shape:
@@ -167,15 +154,9 @@ def _house(x: Array, y: Array, main: Colour, second: Colour) -> Shape:
     windows = np.minimum(_box(x, y, -0.4, 0.25, 0.17, 0.17), _box(x, y, 0.4, 0.25, 0.17, 0.17))
     bars = np.minimum(np.abs(np.abs(x) - 0.4), np.abs(y - 0.25)) - np.float32(0.03)
     tiles = np.maximum(roof + 0.06, (0.04 - 0.07 * np.abs(np.sin(16 * y))).astype(np.float32))
-    return Shape(
-        (Part(chimney, _DARK), Part(wall, main), Part(roof, second)),
-        (
-            Part(tiles, _BARK),
-            Part(windows, _GLASS),
-            Part(np.maximum(windows, bars), _PALE),
-            Part(_box(x, y, 0, 0.6, 0.15, 0.29), _BARK),
-        ),
-    )
+    door = _box(x, y, 0, 0.6, 0.15, 0.29)
+    details = (tiles, _BARK), (windows, _GLASS), (np.maximum(windows, bars), _PALE), (door, _BARK)
+    return Shape(((chimney, _DARK), (wall, main), (roof, second)), details)
 
 
 def _kite(x: Array, y: Array, main: Colour, second: Colour) -> Shape:
@@ -183,15 +164,15 @@ def _kite(x: Array, y: Array, main: Colour, second: Colour) -> Shape:
     tail = np.maximum(np.abs(x - 0.14 * np.sin(9 * y)) - 0.07, np.abs(y - 0.7) - 0.27).astype(np.float32)
     quarters = np.maximum(x * (y + 0.25) * np.float32(1.5), diamond)
     spars = np.maximum(np.minimum(np.abs(x), np.abs(y + 0.25)) - np.float32(0.04), diamond)
-    return Shape((Part(tail, second), Part(diamond, main)), (Part(quarters, second), Part(spars, _DARK)))
+    return Shape(((tail, second), (diamond, main)), ((quarters, second), (spars, _DARK)))
 
 
 def _mushroom(x: Array, y: Array, main: Colour, second: Colour) -> Shape:
     cap = np.maximum(_oval(x, y, 0, 0.1, 0.95, 0.95), y - 0.1)
     stem = _polygon(x, y, [(-0.22, 0), (0.22, 0), (0.32, 0.92), (-0.32, 0.92)])
-    places = ((-0.5, -0.2, 0.17), (0.05, -0.5, 0.2), (0.52, -0.15, 0.15), (0.0, -0.08, 0.12))
-    spots = np.minimum.reduce([_disc(x, y, cx, cy, radius) for cx, cy, radius in places])
-    return Shape((Part(stem, _PALE), Part(cap, main)), (Part(np.maximum(spots, y - 0.1), _PALE),))
+    centres = ((-0.5, -0.2, 0.17), (0.05, -0.5, 0.2), (0.52, -0.15, 0.15), (0.0, -0.08, 0.12))
+    spots = np.minimum.reduce([_disc(x, y, cx, cy, radius) for cx, cy, radius in centres])
+    return Shape(((stem, _PALE), (cap, main)), ((np.maximum(spots, y - 0.1), _PALE),))
 
 
 def _starfish(x: Array, y: Array, main: Colour, second: Colour) -> Shape:
@@ -201,10 +182,8 @@ def _starfish(x: Array, y: Array, main: Colour, second: Colour) -> Shape:
     arms = radius * np.cos(folded) * 0.35 + radius * np.sin(folded) * 0.94 - 0.33
     dots = np.abs(radius - 0.42 - 0.22 * np.round((radius - 0.42) / 0.22))
     dots = np.hypot(dots, radius * folded) - 0.075
-    return Shape(
-        (Part(arms.astype(np.float32), main),),
-        (Part(dots.astype(np.float32), second), Part(_disc(x, y, 0, 0, 0.12), second)),
-    )
+    details = (dots.astype(np.float32), second), (_disc(x, y, 0, 0, 0.12), second)
+    return Shape(((arms.astype(np.float32), main),), details)
 
 
 OBJECT_CLASSES: tuple[ObjectClass, ...] = (

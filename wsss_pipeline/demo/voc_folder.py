@@ -5,11 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from xml.etree import ElementTree
 
-import numpy as np
 from PIL import Image
 
 from wsss_pipeline.data.classes import voc_palette
-from wsss_pipeline.demo.scenes import Scene, draw_scene
+from wsss_pipeline.demo.scenes import draw_scene
 from wsss_pipeline.runtime.output import writing
 
 JPEG_QUALITY = 95
@@ -24,9 +23,9 @@ def write_voc_folder(
 
     Args:
         root: made where it doesn't exist.
-        seed: of the scenes; no scene of one split is in another.
+        seed: seed of the scenes; no scene of one split is in another.
         size: width and height of the images.
-        scenes: how many by split, such as ``{"train": 200, "val": 100}``.
+        scenes: numbers by split, such as ``{"train": 200, "val": 100}``.
 
     Raises:
         OutputError: the folder can't be written.
@@ -36,24 +35,21 @@ def write_voc_folder(
             (root / folder).mkdir(parents=True, exist_ok=True)
         for number, (split, count) in enumerate(scenes.items()):
             ids = [f"{split}_{index:05d}" for index in range(count)]
+            (root / f"ImageSets/Segmentation/{split}.txt").write_text("".join(f"{i}\n" for i in ids), "utf-8")
             for index, image_id in enumerate(ids):
-                _write_scene(root, image_id, draw_scene((seed, number, index), *size))
-            lines = "".join(f"{image_id}\n" for image_id in ids)
-            (root / "ImageSets/Segmentation" / f"{split}.txt").write_text(lines, "utf-8")
-
-
-def _write_scene(root: Path, image_id: str, scene: Scene) -> None:
-    Image.fromarray(scene.image).save(root / "JPEGImages" / f"{image_id}.jpg", quality=JPEG_QUALITY)
-    mask = Image.fromarray(scene.mask, mode="P")
-    mask.putpalette(np.ascontiguousarray(voc_palette()).tobytes())
-    mask.save(root / "SegmentationClass" / f"{image_id}.png")
-    annotation = ElementTree.Element("annotation")
-    ElementTree.SubElement(annotation, "filename").text = f"{image_id}.jpg"
-    height, width = scene.mask.shape
-    size = ElementTree.SubElement(annotation, "size")
-    for name, value in (("width", width), ("height", height), ("depth", 3)):
-        ElementTree.SubElement(size, name).text = str(value)
-    for label in scene.labels:
-        ElementTree.SubElement(ElementTree.SubElement(annotation, "object"), "name").text = label
-    ElementTree.indent(annotation)
-    ElementTree.ElementTree(annotation).write(root / "Annotations" / f"{image_id}.xml", encoding="utf-8")
+                scene = draw_scene((seed, number, index), *size)
+                image = Image.fromarray(scene.image)
+                image.save(root / f"JPEGImages/{image_id}.jpg", quality=JPEG_QUALITY)
+                mask = Image.fromarray(scene.mask)
+                mask.putpalette(voc_palette().tobytes())  # makes mode P of mode L, values as they are
+                mask.save(root / f"SegmentationClass/{image_id}.png")
+                annotation = ElementTree.Element("annotation")
+                ElementTree.SubElement(annotation, "filename").text = f"{image_id}.jpg"
+                sides = ElementTree.SubElement(annotation, "size")
+                for name, value in (("width", size[0]), ("height", size[1]), ("depth", 3)):
+                    ElementTree.SubElement(sides, name).text = str(value)
+                for label in scene.labels:
+                    ElementTree.SubElement(ElementTree.SubElement(annotation, "object"), "name").text = label
+                ElementTree.indent(annotation)
+                xml = root / f"Annotations/{image_id}.xml"
+                ElementTree.ElementTree(annotation).write(xml, encoding="utf-8")

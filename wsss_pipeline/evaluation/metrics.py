@@ -16,19 +16,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from wsss_pipeline.data.classes import voc_palette
+from wsss_pipeline.data.masks import IGNORE
 from wsss_pipeline.errors import EvaluationError
-
-IGNORE = 255
 
 
 def check_sizes(
     prediction: NDArray[np.uint8], ground_truth: NDArray[np.uint8], origin: str = "ground truth"
 ) -> None:
-    """Passes two masks (H, W) of the same size.
-
-    Raises:
-        EvaluationError: the sizes differ; the message names both, ``origin`` and the likely cause.
-    """
+    """Passes two masks (H, W) of the same size; an EvaluationError names ``origin`` and the likely cause else."""
     if prediction.ndim != 2 or ground_truth.ndim != 2:
         shapes = f"{ground_truth.shape} and {prediction.shape}"
         raise EvaluationError(f"{origin}: masks are (H, W) arrays of class indices, not {shapes}")
@@ -72,7 +67,22 @@ def confusion_matrix(
     pairs = (ground_truth.astype(np.uint16) << 8) | prediction
     counts = np.bincount(pairs.ravel(), minlength=1 << 16).reshape(256, 256)
     if counts[num_classes:IGNORE].any():
-        raise EvaluationError(_value_message(np.unique(ground_truth), num_classes, origin))
+        values = {int(value) for value in np.unique(ground_truth)} - {0, IGNORE}
+        grey = np.rint(voc_palette() @ (0.299, 0.587, 0.114)).astype(int)
+        if values <= {*grey[:num_classes].tolist(), int(grey[IGNORE])}:
+            cause = "these are grey levels of the VOC colours: keep the palette when the PNGs are converted"
+        elif num_classes == 81 and max(values) <= 91:
+            cause = "these are COCO category ids (1..90 with gaps): map them to 1..80 in category order"
+        elif len(values) > num_classes:
+            cause = (
+                "these look like grey levels or colours, not classes: ground truth is a PNG of class indices"
+            )
+        else:
+            cause = "the ground truth belongs to another class set: give the one that it was made with"
+        raise EvaluationError(
+            f"{origin}: ground truth holds {_listed(sorted(values))}, but with {num_classes - 1} classes and the "
+            f"background it may hold 0..{num_classes - 1} and 255; {cause}"
+        )
     if counts[:, num_classes:IGNORE].any():
         wrong = [value for value in np.unique(prediction) if num_classes <= value < IGNORE]
         raise EvaluationError(
@@ -91,7 +101,7 @@ class Scores:
         miou: mean IoU over the classes that occur in the ground truth (the published rule).
         miou_predicted_or_present: mean IoU over the classes that occur in the ground truth or in the
             predictions; lower than ``miou`` where a class is predicted that is nowhere to be found.
-        per_class_iou: by class name, background first; None where the ground truth lacks the class.
+        per_class_iou: IoU by class name, background first; None where the ground truth lacks the class.
         pixel_accuracy: share of the pixels that are right.
         mean_accuracy: share of the pixels that are right, by ground-truth class, then their mean.
         frequency_weighted_iou: IoU of the classes weighted by their share of the ground truth.
@@ -139,24 +149,6 @@ class Scores:
             frequency_weighted_iou=float((in_truth * iou).sum() / total),
             ignored_predictions=float(matrix[:, -1].sum() / total),
         )
-
-
-def _value_message(found: NDArray[np.uint8], num_classes: int, origin: str) -> str:
-    values = {int(value) for value in found} - {0, IGNORE}
-    palette = voc_palette().astype(np.float64)
-    grey = np.rint(palette @ (0.299, 0.587, 0.114)).astype(int)
-    if values <= {*grey[:num_classes].tolist(), *grey[[IGNORE]].tolist()}:
-        cause = "these are grey levels of the VOC colours: keep the palette when the PNGs are converted"
-    elif num_classes == 81 and max(values) <= 91:
-        cause = "these are COCO category ids (1..90 with gaps): map them to 1..80 in category order"
-    elif len(values) > num_classes:
-        cause = "these look like grey levels or colours, not classes: ground truth is a PNG of class indices"
-    else:
-        cause = "the ground truth belongs to another class set: give the one that it was made with"
-    return (
-        f"{origin}: ground truth holds {_listed(sorted(values))}, but with {num_classes - 1} classes and the "
-        f"background it may hold 0..{num_classes - 1} and 255; {cause}"
-    )
 
 
 def _listed(values: Sequence[int]) -> str:

@@ -1,9 +1,9 @@
-"""What an evaluation found, with everything a reader needs to compare the number with another one."""
+"""The result of an evaluation, with everything a reader needs to compare the number with another one."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -26,7 +26,7 @@ class Variant:
     """One way of making the masks.
 
     Attributes:
-        scores: see ``Scores``.
+        scores: figures, see ``Scores``.
         crf: backend and image of the dense CRF (``backend``, ``image``), or None where not known.
     """
 
@@ -39,9 +39,9 @@ class Evaluation:
     """Scores together with what they were measured on.
 
     Attributes:
-        variants: by name, the most refined last: those of a network; masks that lie there have one, named "".
-        class_names: of mask values 1..C.
-        source: what was scored, such as ``mask set cache/voc12-1a2b3c4d5e6f``.
+        variants: masks by name, the most refined last: those of a network; masks that lie there have one, named "".
+        class_names: names of mask values 1..C.
+        source: text that says what was scored, such as ``mask set cache/voc12-1a2b3c4d5e6f``.
         ground_truth: folder of the ground truth.
         split: name of the split, or "all" where every ground-truth file with a prediction counts.
         min_confidence: predictions below it counted as misses; None scores every pixel.
@@ -81,18 +81,18 @@ class Evaluation:
     @property
     def warnings(self) -> tuple[str, ...]:
         """Remarks without which the numbers mislead."""
-        found = []
+        remarks = []
         if self.images in VOC_TRAIN_AUG_IMAGES and self.class_names == load_class_set("voc12").names:
-            found.append(
+            remarks.append(
                 f"split {self.split} has {self.images:,} images: published figures use train "
                 f"({VOC_TRAIN_IMAGES:,} images) and can't be compared with train_aug"
             )
         if self.scores.ignored_predictions > 0:
-            found.append(
+            remarks.append(
                 f"{100 * self.scores.ignored_predictions:.2f} % of the scored pixels have no label and count as "
                 "misses: published figures score masks without 255"
             )
-        return tuple(found)
+        return tuple(remarks)
 
     def as_json(self) -> dict[str, Any]:
         """Plain values for ``json.dumps``, the last variant's scores at the top level, as fractions of 1.
@@ -119,63 +119,55 @@ class Evaluation:
 
     def as_text(self) -> str:
         """Table of per-class IoU in percent, a column a variant, the means, then what was measured on what."""
-        return "\n".join([*self._table(), "", *self.origin_lines()])
+        from rich.cells import cell_len, set_cell_size
 
-    def _scored(self, name: str) -> str:
-        return f"{self.source} ({name})" if name else self.source
-
-    def _table(self) -> Iterator[str]:
-        from rich.cells import cell_len
-
-        several = [variant.scores for variant in self.variants.values()]
+        scores, variants = self.scores, [variant.scores for variant in self.variants.values()]
         is_network = "" not in self.variants
         corner, heads = "class", [" IoU %"]
         if is_network:
             corner, heads = "IoU %", [f"{name:>8}" for name in self.variants]
-        first = max(cell_len(name) for name in (corner, *self.scores.per_class_iou))
-
-        def row(name: str, values: Iterable[float | None]) -> str:
-            texts = ["-" if value is None else f"{100 * value:.2f}" for value in values]
-            return cells(name, [f"{text:>{len(head)}}" for text, head in zip(texts, heads, strict=True)])
-
-        def cells(name: str, texts: Iterable[str]) -> str:
-            return "  ".join([name + " " * (first - cell_len(name)), *texts])
-
-        yield cells(corner, heads)
-        yield cells("-" * first, ["-" * len(head) for head in heads])
-        for name in self.scores.per_class_iou:
-            yield row(name, [scores.per_class_iou[name] for scores in several])
+        rows = [(name, [one.per_class_iou[name] for one in variants]) for name in scores.per_class_iou]
         if is_network:
-            yield row("mIoU", [scores.miou for scores in several])
-        if None in self.scores.per_class_iou.values():
-            yield "(-: not in the ground truth, in no mean)"
-        if is_network:
-            return
-        scores = self.scores
-        yield ""
-        yield (
-            f"mIoU {100 * scores.miou:.2f} %   pixel accuracy {100 * scores.pixel_accuracy:.2f} %   "
-            f"mean accuracy {100 * scores.mean_accuracy:.2f} %   "
-            f"frequency-weighted IoU {100 * scores.frequency_weighted_iou:.2f} %"
-        )
-        if abs(scores.miou - scores.miou_predicted_or_present) >= 5e-7:
-            yield (
-                f"mIoU {100 * scores.miou_predicted_or_present:.2f} % when classes that are predicted but "
-                "absent from the ground truth count as 0"
-            )
-        if scores.ignored_predictions > 0:
-            yield f"{100 * scores.ignored_predictions:.2f} % of the pixels have no label; they count as misses"
+            rows.append(("mIoU", [one.miou for one in variants]))
+        first = max(cell_len(name) for name in (corner, *scores.per_class_iou))
+        table = [(corner, heads), ("-" * first, ["-" * len(head) for head in heads])]
+        table += [(name, ["-" if iou is None else f"{100 * iou:.2f}" for iou in ious]) for name, ious in rows]
+        lines = [
+            "  ".join([set_cell_size(name, first), *map(str.rjust, texts, map(len, heads))])
+            for name, texts in table
+        ]
+        if None in scores.per_class_iou.values():
+            lines.append("(-: not in the ground truth, in no mean)")
+        if not is_network:
+            lines += [
+                "",
+                f"mIoU {100 * scores.miou:.2f} %   pixel accuracy {100 * scores.pixel_accuracy:.2f} %   "
+                f"mean accuracy {100 * scores.mean_accuracy:.2f} %   "
+                f"frequency-weighted IoU {100 * scores.frequency_weighted_iou:.2f} %",
+            ]
+            if abs(scores.miou - scores.miou_predicted_or_present) >= 5e-7:
+                lines.append(
+                    f"mIoU {100 * scores.miou_predicted_or_present:.2f} % when classes that are predicted but "
+                    "absent from the ground truth count as 0"
+                )
+            if scores.ignored_predictions > 0:
+                share = f"{100 * scores.ignored_predictions:.2f} %"
+                lines.append(f"{share} of the pixels have no label; they count as misses")
+        return "\n".join([*lines, "", *self.origin_lines()])
+
+    def _scored(self, name: str) -> str:
+        return f"{self.source} ({name})" if name else self.source
 
     def origin_lines(self) -> list[str]:
         """What was measured on what, a line each."""
         name, variant = list(self.variants.items())[-1]
-        known = "not known"
+        crf = "not known"
         if variant.crf is not None:
-            known = ", ".join(f"{key} {value}" for key, value in variant.crf.items())
+            crf = ", ".join(f"{key} {value}" for key, value in variant.crf.items())
         confidence = "none" if self.min_confidence is None else f"{self.min_confidence:g}"
         lines = [
             f"split {self.split}, {self.images:,} images (ids {self.id_digest}), min confidence {confidence}",
-            f"masks: {self._scored(name)} (CRF: {known})",
+            f"masks: {self._scored(name)} (CRF: {crf})",
             f"ground truth: {self.ground_truth}",
             f"rule: {RULE}",
         ]

@@ -31,11 +31,11 @@ class Method(Protocol):
     """What makes class activation maps out of images and the classes that are present.
 
     Attributes:
-        name: as ``--method`` has it.
+        name: word for ``--method``.
         version: raise it when the same settings give other masks; part of the fingerprint.
         Config: the type of its settings: those of every method, and its own under keys of their own.
         presets: name to the settings of a preset, nested by key; that of a built-in class set's name comes with it.
-        refiner: what ``refine: auto`` stands for.
+        refiner: meaning of ``refine: auto``.
         background_power: p in the background's score (1 - max)^p.
     """
 

@@ -60,7 +60,7 @@ class ClipEs:
         config: its settings.
         clip: the frozen CLIP, on the device to use.
         class_set: classes, background words, templates.
-        precision: of CLIP's matrix products.
+        precision: type of CLIP's matrix products.
     """
 
     name = "clip-es"

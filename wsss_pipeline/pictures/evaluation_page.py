@@ -5,37 +5,24 @@ from __future__ import annotations
 import base64
 import platform
 import random
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
 from importlib import metadata, resources
 
 import numpy as np
-from numpy.typing import NDArray
 from PIL import Image
 
 from wsss_pipeline import __version__
-from wsss_pipeline.data.classes import voc_palette
 from wsss_pipeline.data.image_files import ImageFile
 from wsss_pipeline.data.masks import MaskSource
-from wsss_pipeline.evaluation.metrics import Scores
 from wsss_pipeline.evaluation.result import Evaluation
-from wsss_pipeline.pictures.overlays import Rgb, encoded
-from wsss_pipeline.pictures.rows import Colour, Row, make_row
+from wsss_pipeline.pictures.overlays import Rgb, class_colour, encoded
+from wsss_pipeline.pictures.rows import Label, make_row
 
 SHOWN = 12  # images a section
-CELL = (320, 320)  # largest width and height of a picture
+CELL = (320, 320)  # largest width and height of an image
 CONFUSIONS_SHOWN = 10
+SMALLEST_SHOWN = 0.05  # percent: less would read 0.0
 _LIBRARIES = ("torch", "transformers", "segmentation-models-pytorch", "numpy", "h5py", "Pillow")
-
-
-@dataclass(frozen=True)
-class ClassEntry:
-    """A class's colour, IoU as text and in percent."""
-
-    name: str
-    colour: Colour
-    text: str = ""
-    percent: float = 0.0
 
 
 def evaluation_page(
@@ -48,24 +35,24 @@ def evaluation_page(
 
     Args:
         images: image id to file.
-        masks: what to show of an image, by title, see ``make_row``.
-        settings: of the run, nested; shown as YAML.
+        masks: pictures of an image, by title, see ``make_row``.
+        settings: settings of the run, nested; shown as YAML.
     """
-    scores, matrix = evaluation.scores, evaluation.matrix
+    scores, names = evaluation.scores, ("background", *evaluation.class_names, "no label")
     known = {image_id: miou for image_id, miou in evaluation.image_miou.items() if miou is not None}
+    notes = {image_id: f"mIoU over its own classes {100 * miou:.1f} %" for image_id, miou in known.items()}
     worst = sorted(known, key=known.__getitem__)[:SHOWN]
-    rest = sorted(set(known) - set(worst))
-    chance = sorted(random.Random(0).sample(rest, min(SHOWN, len(rest))))
-
-    def rows(image_ids: Iterable[str]) -> list[Row]:
-        note = "mIoU over its own classes {:.1f} %"
-        return [
-            make_row(image_id, images.get(image_id), masks, CELL, note.format(100 * known[image_id]))
-            for image_id in image_ids
-        ]
-
-    names = ("background", *evaluation.class_names)
+    others = sorted(set(known) - set(worst))
+    chance = sorted(random.Random(0).sample(others, min(SHOWN, len(others))))
+    # percent of each row's pixels, 0 in an empty row
+    matrix = 100 * evaluation.matrix / np.maximum(1, evaluation.matrix.sum(axis=1, keepdims=True))
+    confused = matrix.copy()
+    np.fill_diagonal(confused, 0)
+    largest = np.unravel_index(np.argsort(-confused, axis=None)[:CONFUSIONS_SHOWN], confused.shape)
     return _page(
+        images,
+        masks,
+        settings,
         title=f"Evaluation on {evaluation.split}",
         score=f"{100 * scores.miou:.2f} %",
         warnings=evaluation.warnings,
@@ -76,12 +63,20 @@ def evaluation_page(
             ("Mean accuracy", f"{100 * scores.mean_accuracy:.2f} %"),
             ("Frequency-weighted IoU", f"{100 * scores.frequency_weighted_iou:.2f} %"),
         ],
-        classes=class_entries(scores, evaluation.class_names),
-        confusions=confusion_texts(matrix, evaluation.class_names),
-        matrix_heads=(*names, "no label"),
-        matrix_rows=list(zip(names, row_percentages(matrix).tolist(), strict=True)),
-        sections={"Worst images": rows(worst), "Random images": rows(chance)},
-        settings=settings,
+        classes=_legend(names[:-1]),
+        per_class_iou=list(scores.per_class_iou.values()),
+        confusions=[
+            f"{confused[row, column]:.1f} % of {names[row]} is taken for {names[column]}"
+            for row, column in zip(*largest, strict=True)
+            if confused[row, column] >= SMALLEST_SHOWN
+        ],
+        matrix_heads=names,
+        matrix=matrix.tolist(),
+        smallest_shown=SMALLEST_SHOWN,
+        sections={
+            "Worst images": {image_id: notes[image_id] for image_id in worst},
+            "Random images": {image_id: notes[image_id] for image_id in chance},
+        },
     )
 
 
@@ -97,88 +92,60 @@ def confidence_page(
     Args:
         confidence: image id to the mean confidence of its pseudo mask, in percent; one at least.
         agreement: image id to the share of pixels in which pseudo mask and prediction agree, in percent.
-        images, masks, settings: as for ``evaluation_page``.
+        images, masks, settings: arguments as for ``evaluation_page``.
     """
-
-    def lowest(values: Mapping[str, float], note: str) -> list[Row]:
-        chosen = sorted(values, key=values.__getitem__)[:SHOWN]
-        return [
-            make_row(image_id, images.get(image_id), masks, CELL, note.format(values[image_id]))
-            for image_id in chosen
-        ]
-
     summary = [
         ("Images", f"{len(confidence):,}"),
         *((title, source.description) for title, source in masks.items()),
-        ("Mean confidence", f"{np.mean(list(confidence.values())):.1f} %"),
     ]
-    sections = {"Lowest mean confidence": lowest(confidence, "mean confidence {:.1f} %")}
-    if agreement:
-        summary.append(("Mean agreement", f"{np.mean(list(agreement.values())):.1f} %"))
-        title = "Largest disagreement between pseudo mask and prediction"
-        sections[title] = lowest(agreement, "{:.1f} % of the pixels agree")
-    class_names = next(iter(masks.values())).class_names
+    sections = {}
+    disagreement = "Largest disagreement between pseudo mask and prediction"
+    for title, name, values, note in (
+        ("Lowest mean confidence", "confidence", confidence, "mean confidence {:.1f} %"),
+        (disagreement, "agreement", agreement, "{:.1f} % of the pixels agree"),
+    ):
+        if values:
+            summary.append((f"Mean {name}", f"{np.mean(list(values.values())):.1f} %"))
+            lowest = sorted(values, key=values.__getitem__)[:SHOWN]
+            sections[title] = {image_id: note.format(values[image_id]) for image_id in lowest}
     return _page(
+        images,
+        masks,
+        settings,
         title="Masks without ground truth",
         summary=summary,
         sections=sections,
-        legend=class_entries(None, class_names),
-        settings=settings,
+        legend=_legend(("background", *next(iter(masks.values())).class_names)),
     )
 
 
-def _page(*, settings: Mapping[str, object], **values: object) -> str:
-    """The template filled in; it escapes every bit of text."""
+def _legend(names: Iterable[str]) -> list[Label]:
+    return [Label(name, class_colour(value)) for value, name in enumerate(names)]
+
+
+def _page(
+    images: Mapping[str, ImageFile],
+    masks: Mapping[str, MaskSource],
+    settings: Mapping[str, object],
+    sections: Mapping[str, Mapping[str, str]],
+    **values: object,
+) -> str:
+    """The template filled in; it escapes every bit of text. ``sections``: heading to image id to its note."""
     import yaml
     from jinja2 import Environment
 
     text = (resources.files("wsss_pipeline.pictures") / "report.html.j2").read_text("utf-8")
+    template = Environment(autoescape=True).from_string(text)
     versions = [("Python", platform.python_version()), ("wsss_pipeline", __version__)]
     versions += [(name, metadata.version(name)) for name in _LIBRARIES]
+    rows = {
+        heading: [make_row(name, images.get(name), masks, CELL, note) for name, note in notes.items()]
+        for heading, notes in sections.items()
+    }
     shown = yaml.safe_dump(dict(settings), sort_keys=False, allow_unicode=True)
-    page = Environment(autoescape=True).from_string(text)
-    return page.render(data_uri=data_uri, versions=versions, settings=shown, **values)
+    return template.render(sections=rows, settings=shown, versions=versions, data_uri=_data_uri, **values)
 
 
-def data_uri(pixels: Rgb) -> str:
-    """uint8 (H, W, 3) RGB as a JPEG data URI."""
+def _data_uri(pixels: Rgb) -> str:
     content = encoded(Image.fromarray(pixels), "JPEG", quality=85)
     return f"data:image/jpeg;base64,{base64.b64encode(content).decode()}"
-
-
-def class_entries(scores: Scores | None, class_names: Sequence[str]) -> list[ClassEntry]:
-    """Background and classes with their colours; IoU where there are scores."""
-    palette = voc_palette()
-    entries = []
-    for value, name in enumerate(("background", *class_names)):
-        iou = scores.per_class_iou[name] if scores is not None else None
-        text = "" if scores is None else "not in the ground truth" if iou is None else f"{100 * iou:.2f}"
-        red, green, blue = (int(channel) for channel in palette[value])
-        entries.append(ClassEntry(name, (red, green, blue), text, round(100 * (iou or 0.0), 2)))
-    return entries
-
-
-def confusion_texts(matrix: NDArray[np.int64], class_names: Sequence[str]) -> list[str]:
-    """The largest shares of a class's pixels that were taken for another class, as sentences.
-
-    Args:
-        matrix: int64 (1+C, 2+C) as ``confusion_matrix`` returns it.
-        class_names: of mask values 1..C.
-    """
-    shares = row_percentages(matrix)
-    names = ("background", *class_names, "no label")
-    np.fill_diagonal(shares, 0)
-    order = np.argsort(-shares, axis=None)[:CONFUSIONS_SHOWN]
-    found = [np.unravel_index(place, shares.shape) for place in order]
-    return [
-        f"{shares[row, column]:.1f} % of {names[row]} is taken for {names[column]}"
-        for row, column in found
-        if shares[row, column] >= 0.05
-    ]
-
-
-def row_percentages(matrix: NDArray[np.int64]) -> NDArray[np.float64]:
-    """float64 of the same shape: percent of each row's pixels, 0 in an empty row."""
-    totals = matrix.sum(axis=1, keepdims=True)
-    shares: NDArray[np.float64] = np.divide(matrix, totals, out=np.zeros(matrix.shape), where=totals > 0)
-    return 100 * shares

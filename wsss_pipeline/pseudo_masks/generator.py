@@ -35,7 +35,7 @@ class LabelledImage:
         pixels: uint8 (H, W, 3) RGB.
         labels: names of the classes that are present.
         classes: their mask values 1..C, in the same order.
-        prepared: what CLIP gets.
+        prepared: input of CLIP.
     """
 
     pixels: NDArray[np.uint8]
@@ -51,7 +51,7 @@ class Generated:
     Attributes:
         labels: the image's class names.
         mask, confidence, cams: uint8 (H, W) twice, float16 (K, H, W) or None, on the host or on the way to it.
-        marks: of the device's clock, before CLIP, after it, and after refiner, arg max and copies.
+        marks: times of the device's clock, before CLIP, after it, and after refiner, arg max and copies.
         share: this image's part of the batch.
     """
 

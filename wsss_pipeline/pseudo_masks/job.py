@@ -55,7 +55,7 @@ class MaskJob:
     Attributes:
         images: image id to file.
         labels: image id to class names in order of appearance; an empty tuple means that no class is present.
-        class_set: of the labels.
+        class_set: classes of the labels.
         config: settings that change the masks.
         cache_dir: folder that holds mask sets.
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
@@ -66,7 +66,7 @@ class MaskJob:
             time at most (0: as many as there is room for).
         store_cams: keep the CAMs in the cache too.
         overwrite: compute again what the cache holds.
-        check_bytes: read every image whose mask is there, whatever its size and times say.
+        check_bytes: choice to read every image whose mask is there, whatever its size and times say.
         offline: fetch nothing.
         engine: this machine, or a Ray cluster.
     """
@@ -93,7 +93,7 @@ class MaskJob:
 
         Args:
             settings: dotted key of the configuration to value.
-            paths: see ``JobPaths``.
+            paths: inputs and outputs, see ``JobPaths``.
 
         Raises:
             ConfigError: options that contradict each other or leave something out.
@@ -135,8 +135,8 @@ class MaskPlan:
     """A job with everything resolved.
 
     Attributes:
-        job: see there.
-        generator: of the masks; CLIP isn't loaded yet.
+        job: inputs, read.
+        generator: maker of the masks; its CLIP isn't loaded yet.
         image_ids: this run's share, labelled and there, in the order in which they are best read.
         missing: labelled ids without a file.
         unlabelled: number of images that the labels don't name.

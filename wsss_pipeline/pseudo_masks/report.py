@@ -22,8 +22,8 @@ class MaskReport:
         unlabelled: images that the labels don't name, left out.
         computed: masks made now.
         reused: masks that were in the cache.
-        without_labels: of the computed ones, those with no class: all background.
-        scaled: of the computed ones, those over ``max_pixels``.
+        without_labels: computed ones with no class: all background.
+        scaled: computed ones over ``max_pixels``.
         failed: image id to reason.
         interrupted: a request to stop came before the end.
         seconds: the whole run.

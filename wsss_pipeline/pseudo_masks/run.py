@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
-from itertools import islice
+from itertools import islice, takewhile
 from typing import TypeVar
 
 from wsss_pipeline.cache import MaskWriter, open_mask_set
@@ -44,11 +44,11 @@ class ReadImage:
     """An image that was read.
 
     Attributes:
-        image_id: of the image.
-        status: of its file, before it was read.
+        image_id: id of the image.
+        status: size and times of its file, before it was read.
         digest: SHA-256 of its bytes.
         image: on its way into CLIP.
-        seconds: that reading and preparing took.
+        seconds: time for reading and preparing.
     """
 
     image_id: str
@@ -65,7 +65,7 @@ def run_share(job: MaskJob, generator: MaskGenerator | None = None, *, quiet: bo
     """Make the pseudo masks of a job's share that the cache doesn't hold yet.
 
     Args:
-        job: see there.
+        job: inputs, read.
         generator: one that was made for the same classes and settings before.
         quiet: show no progress, say nothing of the choices: another process does.
 
@@ -117,18 +117,18 @@ class _Run:
         report.shared = ("reading", "CLIP", "refining") if self._on_cpu else ("reading",)
         report.busy = dict.fromkeys(("reading", "CLIP", "refining", "writing"), 0.0)
         make = self._one_by_one if self._on_cpu else self._in_batches
+        # what is under way when a stop is asked for is finished and written
+        wanted = takewhile(lambda _: not self._stop.requested, todo)
         with (
             single_threaded_torch() if self._on_cpu else nullcontext(),
-            closing(make(todo)) as results,  # type: ignore[type-var]  # a generator
+            closing(make(wanted)) as results,  # type: ignore[type-var]  # a generator
         ):
             for image_id, wait in results:
                 with self._one_image(image_id):
                     self._write(*wait())
-                if self._stop.requested:
-                    break
         report.computing += time.monotonic() - started
 
-    def _one_by_one(self, todo: list[str]) -> Iterator[tuple[str, Callable[[], Made]]]:
+    def _one_by_one(self, todo: Iterable[str]) -> Iterator[tuple[str, Callable[[], Made]]]:
         """Each image in a thread of its own, from its bytes to its labels."""
 
         def make(image_id: str) -> Made:
@@ -139,7 +139,7 @@ class _Run:
 
         return ahead(make, todo, self._job.workers, 2 * self._job.workers)
 
-    def _in_batches(self, todo: list[str]) -> Iterator[tuple[str, Callable[[], Made]]]:
+    def _in_batches(self, todo: Iterable[str]) -> Iterator[tuple[str, Callable[[], Made]]]:
         """Batches of one size, found among some that are read ahead; one without classes needs no CLIP."""
         size, store_cams = self._job.batch_size, self._job.store_cams
         length = 1 if size == 1 else LOOK_AHEAD * size
@@ -239,10 +239,10 @@ def ahead(
     """Each id with what waits for ``make(id)``, in order.
 
     Args:
-        make: what is to be done for one id.
-        image_ids: in order.
-        threads: that work ahead; with 0, work is done when it is waited for.
-        at_most: so many are worked ahead.
+        make: work for one id.
+        image_ids: ids, in order.
+        threads: number of them; with 0, work is done when it is waited for.
+        at_most: number of results that may wait.
     """
     if not threads:
         yield from ((image_id, partial(make, image_id)) for image_id in image_ids)

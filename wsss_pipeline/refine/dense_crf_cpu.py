@@ -36,7 +36,7 @@ def infer(image: NDArray[np.uint8], unary: NDArray[np.float32], parameters: CrfC
     Args:
         image: uint8 (H, W, 3) as the bilateral kernel is to see it.
         unary: float32 (L, H, W), finite energies -log p.
-        parameters: of the kernels, and the number of iterations.
+        parameters: values of the kernels, and the number of iterations.
 
     Returns:
         float32 (L, H, W), summing to 1 over L.

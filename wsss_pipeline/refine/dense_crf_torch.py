@@ -40,7 +40,7 @@ def infer_batch(images: Sequence[Tensor], unaries: Sequence[Tensor], parameters:
     Args:
         images: uint8 (H, W, 3) on the device, as the bilateral kernel is to see them.
         unaries: per image float32 (L, H, W) on the device, L >= 1.
-        parameters: of the kernels, and the number of iterations.
+        parameters: values of the kernels, and the number of iterations.
 
     Returns:
         Per image float32 (L, H, W) on the device, summing to 1 over L.

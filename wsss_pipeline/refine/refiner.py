@@ -21,7 +21,7 @@ class Refiner(Protocol):
     """From scores to a posterior that follows the image's edges; where the scores lie, CPU or GPU.
 
     Attributes:
-        description: for people.
+        description: text for people.
     """
 
     description: str

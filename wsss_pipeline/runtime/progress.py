@@ -24,9 +24,9 @@ class Progress:
 
     Args:
         total: number of things to come.
-        unit: what they are, in the plural.
+        unit: word for the things counted, in the plural.
         done: number of things that an earlier run finished.
-        stream: where to show it, whatever the log says; stderr where None.
+        stream: file to show it on, whatever the log says; stderr where None.
         is_shown: nothing is where it is false.
     """
 
@@ -76,7 +76,7 @@ class Progress:
         Args:
             count: all of them.
             failed: those of them that failed.
-            note: what else there is to show, such as the loss.
+            note: further text, such as the loss.
             show: a line now, however long ago the last one is.
         """
         self.done += count

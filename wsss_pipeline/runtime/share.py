@@ -26,7 +26,12 @@ class Share:
         """
         if self.count == 1:
             return list(image_ids)
-        return [image_id for image_id in image_ids if _hash(image_id) % self.count == self.index]
+        chosen = []
+        for image_id in image_ids:
+            digest = hashlib.sha256(image_id.encode("utf-8", "surrogateescape")).digest()
+            if int.from_bytes(digest[:8], "big") % self.count == self.index:
+                chosen.append(image_id)
+        return chosen
 
 
 def parse_share(text: str) -> Share:
@@ -70,7 +75,3 @@ def _share(environment: Mapping[str, str], index: str, count: str, first: str = 
             f"{index}={environment[index]!r} of {count}={environment[count]!r} is no share of the work; "
             "unset them or give --shard I/N"
         ) from error
-
-
-def _hash(image_id: str) -> int:
-    return int.from_bytes(hashlib.sha256(image_id.encode("utf-8", "surrogateescape")).digest()[:8], "big")

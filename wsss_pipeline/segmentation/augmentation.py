@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
@@ -19,7 +20,7 @@ class Augmentation:
     """Draws from torch's own random numbers, so whoever seeds them decides what comes out.
 
     Attributes:
-        config: see there.
+        config: settings, see ``AugmentationConfig``.
         mean: RGB, for values in [0, 1], what the network's input is normalised with.
         std: the same.
     """
@@ -57,19 +58,11 @@ class Augmentation:
             int(torch.randint(min(0, side - config.crop), max(0, side - config.crop) + 1, ()).item())
             for side in size
         )
-        flip = config.flip and torch.rand(()).item() < 0.5
-        cut = []
-        for plane, fill in ((pixels, 0.0), (planes[0], float(IGNORE)), (planes[1], 0.0)):
-            part = _crop(plane.as_subclass(Tensor), top, left, config.crop, fill)
-            cut.append(part.flip(-1) if flip else part)
-        return cut[0], cut[1][0], cut[2][0]
-
-
-def _crop(plane: Tensor, top: int, left: int, crop: int, fill: float) -> Tensor:
-    """(C, crop, crop) out of (C, H, W); what lies outside it is ``fill``."""
-    height, width = plane.shape[-2:]
-    result = plane.new_full((len(plane), crop, crop), fill)
-    y0, x0 = max(0, -top), max(0, -left)
-    y1, x1 = min(crop, height - top), min(crop, width - left)
-    result[:, y0:y1, x0:x1] = plane[:, top + y0 : top + y1, left + x0 : left + x1]
-    return result
+        beyond = (-left, left + config.crop - size[1], -top, top + config.crop - size[0])  # negative: cut off
+        planes = [
+            pad(plane.as_subclass(Tensor), beyond, value=fill)
+            for plane, fill in ((pixels, 0), (planes[0], IGNORE), (planes[1], 0))
+        ]
+        if config.flip and torch.rand(()).item() < 0.5:
+            planes = [plane.flip(-1) for plane in planes]
+        return planes[0], planes[1][0], planes[2][0]

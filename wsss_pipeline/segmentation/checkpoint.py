@@ -12,16 +12,17 @@ import math
 import os
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
+from torch.optim.swa_utils import AveragedModel
 
 from wsss_pipeline import __version__
 from wsss_pipeline.errors import CheckpointError, NetworkError
-from wsss_pipeline.runtime.output import writing
+from wsss_pipeline.runtime.output import one_line, writing
 from wsss_pipeline.segmentation.networks import SegmentationNetwork, build_network
 from wsss_pipeline.segmentation.train_config import NetworkConfig
 
@@ -29,12 +30,8 @@ LAST, BEST = "last", "best"  # folders of a run that hold a network each
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 KIND = "wsss-segmentation"
 
-_NETWORK, _AVERAGE, _OPTIMIZER, _PROGRESS = (
-    "network.safetensors",
-    "average.safetensors",
-    "optimizer.pt",
-    "progress.json",
-)
+_NETWORK, _AVERAGE = "network.safetensors", "average.safetensors"
+_OPTIMIZER, _PROGRESS = "optimizer.pt", "progress.json"
 
 
 @dataclass(frozen=True)
@@ -57,20 +54,20 @@ def save_network(
 
     Args:
         network: its tensors are written as they are, on whatever device.
-        folder: of the checkpoint.
-        config: what ``build_network`` built it from.
-        class_names: of mask values 1..C.
+        folder: folder of the checkpoint.
+        config: settings that ``build_network`` built it from.
+        class_names: names of mask values 1..C.
         extra: further plain values for ``config.json``, such as the step.
 
     Raises:
         OutputError: the folder can't be written; what it held before is still there.
     """
-    names = ("background", *class_names)
+    names = dict(enumerate(("background", *class_names)))
     values = {
         "model_type": KIND,
         "network": config.model_dump(),
-        "id2label": {str(index): name for index, name in enumerate(names)},
-        "label2id": {name: index for index, name in enumerate(names)},
+        "id2label": names,
+        "label2id": {name: index for index, name in names.items()},
         "image_mean": network.image_mean,
         "image_std": network.image_std,
         "wsss_pipeline_version": __version__,
@@ -89,7 +86,7 @@ def _safetensors(module: nn.Module) -> bytes:
 
 def _replace(folder: Path, files: Mapping[str, bytes | memoryview]) -> None:
     """Puts a folder of these files in the place of another; ``settle`` mends what a kill in between leaves."""
-    partial, previous = folder.with_name(f".{folder.name}.partial"), _previous(folder)
+    partial, previous = (folder.with_name(f".{folder.name}.{state}") for state in ("partial", "previous"))
     with writing(folder):
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
@@ -102,21 +99,16 @@ def _replace(folder: Path, files: Mapping[str, bytes | memoryview]) -> None:
         if folder.exists():
             folder.rename(previous)
         partial.rename(folder)
-        shutil.rmtree(previous, ignore_errors=True)
+        settle(folder)
 
 
 def settle(folder: Path) -> None:
     """After a kill while ``folder`` was replaced: the previous one comes back where the new one isn't in place."""
-    previous = _previous(folder)
-    if previous.exists():
-        if folder.exists():
-            shutil.rmtree(previous, ignore_errors=True)
-        else:
-            previous.rename(folder)
-
-
-def _previous(folder: Path) -> Path:
-    return folder.with_name(f".{folder.name}.previous")
+    previous = folder.absolute().parent / f".{folder.absolute().name}.previous"  # a folder may be called .
+    if folder.exists():
+        shutil.rmtree(previous, ignore_errors=True)
+    elif previous.exists():
+        previous.rename(folder)
 
 
 def find_checkpoint(path: Path) -> Path:
@@ -125,14 +117,13 @@ def find_checkpoint(path: Path) -> Path:
     Raises:
         CheckpointError: neither.
     """
-    for folder in (path, path / BEST, path / LAST):
-        if folder.parent.is_dir():
-            try:
-                settle(folder)
-            except OSError as error:
-                raise CheckpointError(f"checkpoint {folder}: {error.strerror or error}") from error
-        if (folder / CONFIG).is_file():
-            return folder
+    try:
+        for folder in (path, path / BEST, path / LAST):
+            settle(folder)
+            if (folder / CONFIG).is_file():
+                return folder
+    except OSError as error:
+        raise CheckpointError(f"checkpoint {path}: {error.strerror or error}") from error
     raise CheckpointError(
         f"{path} holds no checkpoint: give the folder of a training run, or one with {CONFIG} and {WEIGHTS}"
     )
@@ -157,110 +148,87 @@ def load_network(path: Path, device: torch.device | str = "cpu") -> LoadedNetwor
     try:
         names = [config["id2label"][str(index)] for index in range(len(config["id2label"]))]
         network = build_network(NetworkConfig(**config["network"]), len(names))
-        network.image_mean, network.image_std = _statistics(config)
+        mean, std = (tuple(float(value) for value in config[key]) for key in ("image_mean", "image_std"))
+        if not len(mean) == len(std) == 3 or not all(map(math.isfinite, mean + std)) or min(std) <= 0:
+            raise ValueError(f"image_mean {mean} and image_std {std} are no statistics of RGB images")
+        network.image_mean, network.image_std = mean, std
         network.load_state_dict(load_file(folder / WEIGHTS))
     except (KeyError, TypeError, ValueError, NetworkError) as error:
-        reason = " ".join(str(error).split())[:200]
+        reason = one_line(error)[:200]
         raise CheckpointError(f"checkpoint {folder}: {CONFIG} isn't whole: {reason}") from error
     except FileNotFoundError as error:
         raise CheckpointError(f"checkpoint {folder} lacks {WEIGHTS}") from error
     except (SafetensorError, RuntimeError, OSError) as error:
-        reason = " ".join(str(error).split())[:200]
+        reason = one_line(error)[:200]
         raise CheckpointError(
             f"checkpoint {folder}: {WEIGHTS} doesn't fit or is damaged: {reason}"
         ) from error
     return LoadedNetwork(network.to(device).eval(), tuple(names[1:]), config)
 
 
-def _statistics(config: Mapping[str, Any]) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """``image_mean`` and ``image_std``: three finite numbers each, and no deviation of 0."""
-    mean, std = (tuple(float(value) for value in config[key]) for key in ("image_mean", "image_std"))
-    if len(mean) != 3 or len(std) != 3 or not all(map(math.isfinite, mean + std)) or min(std) <= 0:
-        raise ValueError(f"image_mean {mean} and image_std {std} are no statistics of RGB images")
-    return mean, std
-
-
 @dataclass
 class TrainingState:
-    """How far a training run is.
+    """All that a run needs to go on as if nothing had happened, torch's random numbers left aside.
 
     Attributes:
+        network: being trained.
+        average: average of its weights; None where none is kept.
+        optimizer: optimiser of the network.
+        scaler: scaler of the gradients in fp16; None in other precisions.
         step: number of updates done.
-        best_miou: of the validations so far, in [0, 1]; None before the first.
+        best_miou: largest mIoU of the validations so far, in [0, 1]; None before the first.
     """
 
+    network: nn.Module
+    average: AveragedModel | None
+    optimizer: torch.optim.Optimizer
+    scaler: Any = None
     step: int = 0
     best_miou: float | None = None
 
+    def save(self, folder: Path) -> None:
+        """Replaces ``folder``; the random numbers, of the CPU and of the CUDA device in use, are written as well.
 
-def save_state(
-    folder: Path,
-    state: TrainingState,
-    network: nn.Module,
-    average: nn.Module | None,
-    optimizer: torch.optim.Optimizer,
-    scaler: Any = None,
-) -> None:
-    """Replaces ``folder`` by all that a run needs to go on as if nothing had happened.
+        Raises:
+            OutputError: it can't be written; what it held before is still there.
+        """
+        values: dict[str, Any] = {"optimizer": self.optimizer.state_dict(), "rng": torch.get_rng_state()}
+        if self.scaler is not None:
+            values["scaler"] = self.scaler.state_dict()
+        if torch.cuda.is_available():
+            values["cuda_rng"] = torch.cuda.get_rng_state()
+        buffer = io.BytesIO()
+        torch.save(values, buffer)
+        files: dict[str, bytes | memoryview] = {_NETWORK: _safetensors(self.network)}
+        if self.average is not None:
+            files[_AVERAGE] = _safetensors(self.average)
+        progress = json.dumps({"step": self.step, "best_miou": self.best_miou})
+        _replace(folder, {**files, _OPTIMIZER: buffer.getbuffer(), _PROGRESS: progress.encode()})
 
-    Torch's random numbers, of the CPU and of the CUDA device in use, are written beside the arguments.
+    def load(self, folder: Path) -> None:
+        """Brings all back to where ``save`` left it; nothing changes where there is no state.
 
-    Args:
-        folder: of the state.
-        state: how far the run is.
-        network: being trained.
-        average: of its weights; None where none is kept.
-        optimizer: of the network.
-        scaler: of the gradients in fp16; None in other precisions.
+        Raises:
+            CheckpointError: it is damaged or another network's.
+        """
+        from safetensors.torch import load_file
 
-    Raises:
-        OutputError: it can't be written; what it held before is still there.
-    """
-    values: dict[str, Any] = {"optimizer": optimizer.state_dict(), "rng": torch.get_rng_state()}
-    if scaler is not None:
-        values["scaler"] = scaler.state_dict()
-    if torch.cuda.is_available():
-        values["cuda_rng"] = torch.cuda.get_rng_state()
-    buffer = io.BytesIO()
-    torch.save(values, buffer)
-    files: dict[str, bytes | memoryview] = {_NETWORK: _safetensors(network)}
-    if average is not None:
-        files[_AVERAGE] = _safetensors(average)
-    files |= {_OPTIMIZER: buffer.getbuffer(), _PROGRESS: json.dumps(asdict(state)).encode()}
-    _replace(folder, files)
-
-
-def load_state(
-    folder: Path,
-    network: nn.Module,
-    average: nn.Module | None,
-    optimizer: torch.optim.Optimizer,
-    scaler: Any = None,
-) -> TrainingState | None:
-    """Brings everything back to where ``save_state`` left it; None where there is no state.
-
-    Raises:
-        CheckpointError: it is damaged or another network's.
-    """
-    from safetensors.torch import load_file
-
-    if not (folder / _PROGRESS).is_file():
-        return None
-    try:
-        network.load_state_dict(load_file(folder / _NETWORK))
-        if average is not None:
-            average.load_state_dict(load_file(folder / _AVERAGE))
-        values: dict[str, Any] = torch.load(folder / _OPTIMIZER, map_location="cpu", weights_only=True)
-        optimizer.load_state_dict(values["optimizer"])
-        if scaler is not None and "scaler" in values:  # a run on a CPU has none
-            scaler.load_state_dict(values["scaler"])
-        torch.set_rng_state(values["rng"])
-        if torch.cuda.is_available() and "cuda_rng" in values:
-            torch.cuda.set_rng_state(values["cuda_rng"])
-        progress = json.loads((folder / _PROGRESS).read_text("utf-8"))
-        return TrainingState(int(progress["step"]), progress["best_miou"])
-    except Exception as error:  # what a damaged file raises is up to its format
-        reason = " ".join(str(error).split())[:200]
-        raise CheckpointError(
-            f"training state {folder} can't be read ({reason}); start anew with --overwrite"
-        ) from error
+        if not (folder / _PROGRESS).is_file():
+            return
+        try:
+            self.network.load_state_dict(load_file(folder / _NETWORK))
+            if self.average is not None:
+                self.average.load_state_dict(load_file(folder / _AVERAGE))
+            values: dict[str, Any] = torch.load(folder / _OPTIMIZER, map_location="cpu", weights_only=True)
+            self.optimizer.load_state_dict(values["optimizer"])
+            if self.scaler is not None and "scaler" in values:  # a run on a CPU has none
+                self.scaler.load_state_dict(values["scaler"])
+            torch.set_rng_state(values["rng"])
+            if torch.cuda.is_available() and "cuda_rng" in values:
+                torch.cuda.set_rng_state(values["cuda_rng"])
+            progress = json.loads((folder / _PROGRESS).read_text("utf-8"))
+            self.step, self.best_miou = int(progress["step"]), progress["best_miou"]
+        except Exception as error:  # what a damaged file raises is up to its format
+            raise CheckpointError(
+                f"training state {folder} can't be read ({one_line(error)[:200]}); start anew with --overwrite"
+            ) from error

@@ -6,11 +6,12 @@ import hashlib
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import count, islice
 from typing import TypedDict
 
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import Dataset
 
 from wsss_pipeline.data.image_files import ImageFile
 from wsss_pipeline.data.images import read_image
@@ -30,8 +31,8 @@ class Sample(TypedDict):
         image: float32 (3, S, S), normalised.
         mask: int64 (S, S), 255 where there is no label.
         confidence: uint8 (S, S), half percents.
-        image_id: of the image.
-        damaged: whether image or mask couldn't be used; every pixel is then 255.
+        image_id: id of the image.
+        damaged: True where image or mask couldn't be used; every pixel is then 255.
     """
 
     image: Tensor
@@ -49,10 +50,10 @@ class SegmentationDataset(Dataset[Sample]):
 
     Args:
         images: image id to file.
-        masks: of these images.
-        image_ids: what to train on; a position is one in this list.
-        augmentation: see there.
-        seed: of all random numbers.
+        masks: masks of these images.
+        image_ids: ids to train on; a position is one in this list.
+        augmentation: random changes, see ``Augmentation``.
+        seed: seed of all random numbers.
     """
 
     images: Mapping[str, ImageFile]
@@ -69,69 +70,57 @@ class SegmentationDataset(Dataset[Sample]):
         epoch, position = key
         image_id = self.image_ids[position]
         try:
-            image = torch.from_numpy(read_image(self.images[image_id]).copy()).permute(2, 0, 1)
-            labelled = self.masks[image_id]
-            mask = torch.from_numpy(labelled.mask.copy())
-            confidence = torch.from_numpy(labelled.confidence.copy())
-            if image.shape[1:] != mask.shape:
+            image, labelled = torch.tensor(read_image(self.images[image_id])), self.masks[image_id]
+            mask, confidence = torch.tensor(labelled.mask), torch.tensor(labelled.confidence)
+            if image.shape[:2] != mask.shape:
                 raise ImageError(
-                    f"the image is {image.shape[2]}x{image.shape[1]}, its mask {mask.shape[1]}x{mask.shape[0]}: "
+                    f"the image is {image.shape[1]}x{image.shape[0]}, its mask {mask.shape[1]}x{mask.shape[0]}: "
                     "they don't belong together"
                 )
         except (ImageError, MaskError) as error:
             if image_id not in self._warned:
                 self._warned.add(image_id)
                 logger.warning("%s: counts nothing in training: %s", image_id, error)
-            side = self.augmentation.config.crop
-            return Sample(
-                image=torch.zeros(3, side, side),
-                mask=torch.full((side, side), IGNORE),
-                confidence=torch.zeros((side, side), dtype=torch.uint8),
-                image_id=image_id,
-                damaged=True,
-            )
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(sample_seed(self.seed, epoch, position))
-            pixels, labels, certainty = self.augmentation(image, mask, confidence)
+            damaged, side = True, self.augmentation.config.crop
+            pixels, labels = torch.zeros(3, side, side), torch.full((side, side), IGNORE)
+            certainty = torch.zeros((side, side), dtype=torch.uint8)
+        else:
+            damaged = False
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(_seed(self.seed, epoch, position))
+                pixels, labels, certainty = self.augmentation(image.permute(2, 0, 1), mask, confidence)
         return Sample(
-            image=pixels, mask=labels.long(), confidence=certainty, image_id=image_id, damaged=False
+            image=pixels, mask=labels.long(), confidence=certainty, image_id=image_id, damaged=damaged
         )
 
 
-def sample_seed(*numbers: int) -> int:
-    """A seed of 63 bits out of several numbers, unlike that of any other numbers."""
-    digest = hashlib.sha256(":".join(map(str, numbers)).encode()).digest()
-    return int.from_bytes(digest[:8], "big") >> 1
-
-
-@dataclass(frozen=True)
-class EpochSampler(Sampler[tuple[int, int]]):
-    """An endless stream of (epoch, position), shuffled anew each epoch, that can start anywhere.
+def sample_order(
+    length: int, seed: int, start: int = 0, rank: int = 0, world: int = 1
+) -> Iterator[tuple[int, int]]:
+    """An endless stream of (epoch, position), shuffled anew each epoch.
 
     Args:
-        length: of the data set.
-        seed: of the order.
+        length: number of samples of the data set.
+        seed: seed of the order.
         start: elements of the whole stream to pass over.
         rank, world: process ``rank`` of ``world`` gets every ``world``-th element, so that its batches and
             those of the others make up the batches of one process.
     """
 
-    length: int
-    seed: int
-    start: int = 0
-    rank: int = 0
-    world: int = 1
+    def shuffled(epoch: int) -> list[int]:
+        generator = torch.Generator().manual_seed(_seed(seed, epoch))
+        order: list[int] = torch.randperm(length, generator=generator).tolist()
+        return order
 
-    def __iter__(self) -> Iterator[tuple[int, int]]:
-        element = self.start + self.rank
-        epoch, order = -1, torch.empty(0)
-        while True:
-            if element // self.length != epoch:
-                epoch = element // self.length
-                generator = torch.Generator().manual_seed(sample_seed(self.seed, epoch))
-                order = torch.randperm(self.length, generator=generator)
-            yield epoch, int(order[element % self.length])
-            element += self.world
+    first, passed = divmod(start, length)
+    stream = ((epoch, position) for epoch in count(first) for position in shuffled(epoch))
+    return islice(stream, passed + rank, None, world)
+
+
+def _seed(*numbers: int) -> int:
+    """A seed of 63 bits out of several numbers, unlike that of any other numbers."""
+    digest = hashlib.sha256(":".join(map(str, numbers)).encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1
 
 
 def usable_ids(
@@ -145,13 +134,12 @@ def usable_ids(
     Raises:
         TrainingError: some lack one of the two and ``allow_missing`` is false, or none is left.
     """
-    wanted = list(split) if split is not None else list(images)
-    without_image = [image_id for image_id in wanted if image_id not in images]
-    without_mask = [image_id for image_id in wanted if image_id in images and image_id not in masks]
-    for missing, what, remedy in (
-        (without_image, "have no image file", "give the folder that the list belongs to"),
-        (without_mask, f"aren't in the {masks.description}", "make their masks first"),
+    wanted = ids = list(images if split is None else split)
+    for source, what, remedy in (
+        (images, "have no image file", "give the folder that the list belongs to"),
+        (masks, f"aren't in the {masks.description}", "make their masks first"),
     ):
+        missing = [image_id for image_id in ids if image_id not in source]
         if missing and not allow_missing:
             shown = ", ".join(missing[:_SHOWN]) + (", ..." if len(missing) > _SHOWN else "")
             raise TrainingError(
@@ -160,8 +148,7 @@ def usable_ids(
             )
         if missing:
             logger.warning("%d of the %d images %s; they are left out", len(missing), len(wanted), what)
-    left_out = {*without_image, *without_mask}
-    ids = [image_id for image_id in wanted if image_id not in left_out]
+        ids = [image_id for image_id in ids if image_id in source]
     if not ids:
         raise TrainingError(f"no image to work on: none of {len(wanted):,} has an image file and a mask")
     return ids

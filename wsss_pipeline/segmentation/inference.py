@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -32,11 +31,11 @@ class Segmenter:
     """A trained network as a function from an image to its mask.
 
     Args:
-        network: in evaluation mode, on ``device``.
-        class_names: of mask values 1..C.
+        network: network in evaluation mode, on ``device``.
+        class_names: names of mask values 1..C.
         inference: scales, flip, windows; the image as it is, where None.
         crf: refine with the dense CRF of these settings; None, or backend ``none``, for no CRF.
-        description: where the network is from, for people.
+        description: origin of the network, for people.
 
     Raises:
         MissingDependencyError: the CRF's backend isn't installed.
@@ -96,45 +95,38 @@ class Segmenter:
             ImageError: the image can't be used.
             MaskError: the network's answer holds NaN.
         """
-        return self._labelled(list(self._posteriors(as_pixels(image), raw=False).values())[-1])
+        return list(self.variants(as_pixels(image), raw=False).values())[-1]
 
-    def variants(self, image: NDArray[np.uint8]) -> dict[str, PseudoMask]:
-        """Masks of an image by name, the most refined last, out of one set of passes: as it is, scaled, refined."""
-        return {name: self._labelled(found) for name, found in self._posteriors(image, raw=True).items()}
+    def variants(self, image: NDArray[np.uint8], *, raw: bool = True) -> dict[str, PseudoMask]:
+        """Masks of an image by name, the most refined last, out of one set of passes.
 
-    def _posteriors(self, image: NDArray[np.uint8], *, raw: bool) -> dict[str, Tensor]:
-        found = _probabilities(self.network, image, self.inference, self.device, raw=raw)
+        Args:
+            image: uint8 (H, W, 3) RGB.
+            raw: give the mask of the image as it is too, where scales or flip say otherwise.
+        """
+        posteriors = _probabilities(self.network, image, self.inference, self.device, raw=raw)
         if self.crf is not None:
-            (found[CRF],) = self.crf([image], [list(found.values())[-1]])
-        return found
+            (posteriors[CRF],) = self.crf([image], [posteriors[self.inference.name]])
+        masks = {}
+        for name, posterior in posteriors.items():
+            mask, confidence = label(posterior, range(1, len(posterior)), image.shape[:2])
+            masks[name] = PseudoMask(mask.cpu().numpy(), confidence.cpu().numpy())
+        return masks
 
-    def _labelled(self, posterior: Tensor) -> PseudoMask:
-        height, width = posterior.shape[1:]
-        mask, confidence = label(posterior, range(1, len(posterior)), (height, width))
-        return PseudoMask(mask.cpu().numpy(), confidence.cpu().numpy())
 
-
-@dataclass(frozen=True)
 class NetworkMasks:
     """A ``MaskSource``: what a network makes of images, given as id to file."""
 
-    segmenter: Segmenter
-    images: Mapping[str, ImageFile]
-
-    @property
-    def class_names(self) -> tuple[str, ...]:
-        """Names of mask values 1..C."""
-        return self.segmenter.class_names
+    def __init__(self, segmenter: Segmenter, images: Mapping[str, ImageFile]) -> None:
+        self.segmenter = segmenter
+        self.images = images
+        self.class_names = segmenter.class_names
+        self.description = segmenter.description
 
     @property
     def identity(self) -> str:
         """That of the network and of what is done beside it."""
         return self.segmenter.identity
-
-    @property
-    def description(self) -> str:
-        """Where the network is from."""
-        return self.segmenter.description
 
     def __contains__(self, image_id: object) -> bool:
         return image_id in self.images
@@ -159,13 +151,7 @@ def predict_probabilities(
     config: InferenceConfig,
     device: torch.device | str = "cpu",
 ) -> NDArray[np.float32]:
-    """Probabilities float32 (1+C, H, W), background first, summing to 1.
-
-    Args:
-        network: in evaluation mode, on ``device``.
-        image: uint8 (H, W, 3) RGB.
-        config: scales, flip, windows.
-    """
+    """Probabilities float32 (1+C, H, W), background first, summing to 1; arguments as for ``Segmenter``."""
     return _probabilities(network, image, config, device, raw=False)[config.name].cpu().numpy()
 
 
@@ -187,14 +173,12 @@ def _probabilities(
         look: _upscaled(network, pixels, *look, config.window)
         for look in dict.fromkeys([*looks, *([_PLAIN] if raw else [])])
     }
-    found = {RAW: logits[_PLAIN].softmax(dim=0)} if raw else {}
-    if config.name not in found:
-        several = [logits[look] for look in looks]
-        if config.combine == "max":
-            found[config.name] = torch.stack(several).amax(dim=0).softmax(dim=0)
-        else:
-            found[config.name] = torch.stack([one.softmax(dim=0) for one in several]).mean(dim=0)
-    return found
+    probabilities = {RAW: logits[_PLAIN].softmax(dim=0)} if raw else {}
+    if config.name not in probabilities:
+        several = torch.stack([logits[look] for look in looks])
+        combined = several.amax(0).softmax(0) if config.combine == "max" else several.softmax(1).mean(0)
+        probabilities[config.name] = combined
+    return probabilities
 
 
 def _upscaled(
@@ -218,22 +202,18 @@ def _upscaled(
 
 def _in_windows(network: SegmentationNetwork, pixels: Tensor, window: int) -> Tensor:
     """Mean of the logits of windows that overlap by half; a smaller image is one window."""
-    height, width = pixels.shape[-2:]
+    tops, lefts = (
+        sorted({*range(0, side - window, window // 2), max(0, side - window)}) for side in pixels.shape[-2:]
+    )
     total: Tensor | None = None
-    count = pixels.new_zeros(1, 1, height, width)
-    for top in _starts(height, window):
-        for left in _starts(width, window):
+    count = pixels.new_zeros(1, 1, *pixels.shape[-2:])
+    for top in tops:
+        for left in lefts:
             part = (..., slice(top, top + window), slice(left, left + window))
             logits = network(pixels[part])
             if total is None:
-                total = logits.new_zeros(1, logits.shape[1], height, width)
+                total = logits.new_zeros(1, logits.shape[1], *pixels.shape[-2:])
             total[part] += logits
             count[part] += 1
     assert total is not None
     return total / count
-
-
-def _starts(side: int, window: int) -> Sequence[int]:
-    if side <= window:
-        return [0]
-    return sorted({*range(0, side - window, max(1, window // 2)), side - window})

@@ -3,23 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from wsss_pipeline.data.masks import CERTAIN, IGNORE, half_percent_threshold
+from wsss_pipeline.segmentation.train_config import Confidence
 
 
-def confidence_weights(confidence: Tensor, kind: Literal["hard", "soft"], min_confidence: float) -> Tensor:
+def confidence_weights(confidence: Tensor, kind: Confidence, min_confidence: float) -> Tensor:
     """Weight of each pixel in the loss, float32 (B, H, W).
 
     Args:
         confidence: uint8 (B, H, W), half percents.
         kind: ``hard``: 1 from ``min_confidence`` up, else 0 (CLIP-ES, section 3.5, where such pixels are set
             to the ignore label); ``soft``: the confidence from ``min_confidence`` up, else 0.
-        min_confidence: in [0, 1].
+        min_confidence: threshold in [0, 1].
     """
     counts = (confidence >= half_percent_threshold(min_confidence)).float()
     return counts if kind == "hard" else confidence.float() / CERTAIN * counts
@@ -50,10 +50,9 @@ def segmentation_loss(
         labels, shares, size = target, weights, logits.shape[-2:]
         if labels.shape[-2:] != size:
             # exact: plain nearest lies half a cell beside the logits. uint8, for interpolate takes no wider integers
-            labels = F.interpolate(labels[:, None].to(torch.uint8), size=size, mode="nearest-exact")[
-                :, 0
-            ].long()
-            shares = F.interpolate(shares[:, None], size=size, mode="nearest-exact")[:, 0]
+            planes = (labels[:, None].to(torch.uint8), shares[:, None])
+            labels, shares = (F.interpolate(x, size=size, mode="nearest-exact")[:, 0] for x in planes)
+            labels = labels.long()
         labelled = labels != IGNORE
         entropy = F.cross_entropy(logits.float(), labels, ignore_index=IGNORE, reduction="none")
         parts = [labels == 0, (labels != 0) & labelled] if balanced else [labelled]

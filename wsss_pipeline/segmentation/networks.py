@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from functools import partial
+from itertools import accumulate
+from operator import mul
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from wsss_pipeline.errors import NetworkError
+from wsss_pipeline.runtime.output import one_line
 from wsss_pipeline.segmentation.train_config import NetworkConfig
 
 IMAGE_MEAN = (0.485, 0.456, 0.406)  # of ImageNet, RGB, for values in [0, 1]
@@ -25,39 +28,45 @@ MIT_ENCODERS = {
     "mit-b4": ((64, 128, 320, 512), (3, 8, 27, 3), 768),
     "mit-b5": ((64, 128, 320, 512), (3, 6, 40, 3), 768),
 }
-_NORMS = (nn.modules.batchnorm._BatchNorm, nn.LayerNorm, nn.GroupNorm)
+_BatchNorm = nn.modules.batchnorm._BatchNorm
+_resized = partial(F.interpolate, mode="bilinear", align_corners=False)
 
 
-class SegmentationNetwork(nn.Module, ABC):
+class SegmentationNetwork(nn.Module):
     """Images (B, 3, H, W), normalised with the network's mean and standard deviation, to logits (B, 1+C, H, W).
 
-    H and W may be anything. A subclass says what its encoder is.
+    H and W may be anything: the model sees the images padded with the mean colour.
 
     Attributes:
-        model: what makes the logits.
+        model: module that makes the logits.
+        encoder_name: name of the model's part that comes with pre-trained weights.
         multiple: number of pixels that the sides of the model's input must be multiples of.
+        smallest: smallest sides of its input, pixels.
         image_mean: mean of its training images, RGB, for values in [0, 1].
         image_std: their standard deviation.
     """
 
     model: nn.Module
+    encoder_name: str = ""
     multiple: int = 1
+    smallest: int = 1
     image_mean: tuple[float, ...] = IMAGE_MEAN
     image_std: tuple[float, ...] = IMAGE_STD
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits at the size of the input."""
         height, width = images.shape[-2:]
-        right, below = -width % self.multiple, -height % self.multiple
-        # without a condition on the size, which an exported network would be left with
-        logits = self.logits(F.pad(images, (0, right, 0, below)) if self.multiple > 1 else images)
+        # not max: an exported network would be left with a condition on the size
+        below: Any = torch.sym_max(-height % self.multiple, self.smallest - height)
+        right: Any = torch.sym_max(-width % self.multiple, self.smallest - width)
+        logits = self.logits(F.pad(images, (0, right, 0, below)))
         size = (height + below, width + right)
         if logits.shape[-2:] != size:
-            logits = F.interpolate(logits, size=size, mode="bilinear", align_corners=False)
+            logits = _resized(logits, size=size)
         return logits[..., :height, :width]
 
     def logits(self, images: Tensor) -> Tensor:
-        """Logits of sides that are multiples of ``multiple``, at whatever size the model has them."""
+        """Logits of images that need no padding, at whatever size the model has them."""
         output: Tensor = self.model(images)
         return output
 
@@ -65,9 +74,9 @@ class SegmentationNetwork(nn.Module, ABC):
         """What the loss is made of, by name: ``logits`` (B, 1+C, H, W)."""
         return {"logits": self(images)}
 
-    @abstractmethod
     def encoder(self) -> nn.Module:
         """What comes with pre-trained weights."""
+        return self.model.get_submodule(self.encoder_name)
 
     def parameter_groups(self, lr: float, weight_decay: float, head_factor: float) -> list[dict[str, Any]]:
         """Groups for the optimiser: encoder at ``lr``, the rest at ``head_factor`` times it.
@@ -78,7 +87,7 @@ class SegmentationNetwork(nn.Module, ABC):
             id(parameter)
             for module in self.modules()
             for name, parameter in module.named_parameters(recurse=False)
-            if isinstance(module, _NORMS) or name == "bias"
+            if isinstance(module, (_BatchNorm, nn.LayerNorm, nn.GroupNorm)) or name == "bias"
         }
         inside = {id(parameter) for parameter in self.encoder().parameters()}
         groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
@@ -98,6 +107,7 @@ class SegmentationNetwork(nn.Module, ABC):
 class DecoderNetwork(SegmentationNetwork):
     """A decoder of segmentation-models-pytorch on any of its encoders."""
 
+    encoder_name = "encoder"
     multiple = 32
 
     def __init__(self, decoder: str, encoder: str, num_classes: int) -> None:
@@ -107,85 +117,81 @@ class DecoderNetwork(SegmentationNetwork):
         if decoder not in smp.MODEL_ARCHITECTURES_MAPPING:
             known = ", ".join(["deeplabv2", "segformer", *sorted(set(smp.MODEL_ARCHITECTURES_MAPPING))])
             raise NetworkError(f"unknown network '{decoder}'; known: {known}")
+        # a vision transformer of timm else takes images of one size alone
+        further = {"dynamic_img_size": True} if decoder == "dpt" else {}
         try:
             self.model = smp.create_model(
-                decoder, encoder_name=encoder, encoder_weights=None, classes=num_classes
+                decoder, encoder_name=encoder, encoder_weights=None, classes=num_classes, **further
             )
         except (KeyError, ValueError, RuntimeError, NotImplementedError) as error:
-            reason = " ".join(str(error).split())[:300]
+            reason = one_line(error)[:300]
             raise NetworkError(f"network {decoder} can't have the encoder '{encoder}': {reason}") from error
+        self._pools_globally = any(isinstance(module, nn.AdaptiveAvgPool2d) for module in self.modules())
+        if decoder == "pan":
+            self.smallest = 128  # it halves the features at a 16th of the size three times
 
     def logits(self, images: Tensor) -> Tensor:
         """As the decoder gives them."""
-        if (
-            self.training
-            and len(images) == 1
-            and any(isinstance(m, nn.AdaptiveAvgPool2d) for m in self.modules())
-        ):
-            # its batch norm after global pooling would see one value per channel; two equal images are one
+        if self.training and self._pools_globally and len(images) == 1:
+            # batch norm would see one value per channel; two equal images are one
             return super().logits(images.expand(2, -1, -1, -1))[:1]
         return super().logits(images)
 
-    def encoder(self) -> nn.Module:
-        """The encoder of segmentation-models-pytorch."""
-        encoder = self.model.encoder
-        assert isinstance(encoder, nn.Module)
-        return encoder
-
 
 class SegFormer(SegmentationNetwork):
-    """SegFormer (Xie et al., NeurIPS 2021) through transformers; ``tiny`` is a small one for small tasks."""
+    """SegFormer (Xie et al., NeurIPS 2021) through transformers; ``tiny`` is a small one for small tasks.
+
+    Args:
+        encoder: one of ``MIT_ENCODERS``, as ``mit-b0``, ``mit_b0`` or ``nvidia/mit-b0``, or a folder with a
+            SegFormer's ``config.json``.
+        num_classes: number of classes with the background.
+    """
+
+    encoder_name = "segformer"
 
     def __init__(self, encoder: str, num_classes: int) -> None:
         super().__init__()
-        from transformers import SegformerForSemanticSegmentation
+        from transformers import SegformerConfig, SegformerForSemanticSegmentation
 
-        self.model = SegformerForSemanticSegmentation(segformer_config(encoder, num_classes))
+        name = mit_name(encoder)
+        if name not in MIT_ENCODERS and not (Path(encoder) / "config.json").is_file():
+            raise NetworkError(
+                f"network segformer has no encoder '{encoder}'; choose one of {', '.join(MIT_ENCODERS)}, or a folder "
+                "with a SegFormer's config.json"
+            )
+        try:
+            if name in MIT_ENCODERS:
+                sizes, depths, decoder = MIT_ENCODERS[name]
+                config = SegformerConfig(
+                    hidden_sizes=list(sizes),
+                    depths=list(depths),
+                    num_attention_heads=[1, 2, 4 if name == "tiny" else 5, 8],
+                    decoder_hidden_size=decoder,
+                )
+            else:
+                config = SegformerConfig.from_pretrained(encoder)
+            config.num_labels = num_classes
+            self.model = SegformerForSemanticSegmentation(config)
+        except Exception as error:  # what a damaged file raises is up to transformers
+            raise NetworkError(
+                f"{encoder}/config.json makes no SegFormer: {one_line(error)[:200]}"
+            ) from error
+        # each stage's keys are shrunk by a convolution that must fit into its features
+        strides = accumulate(config.strides, mul)
+        self.smallest = 1 + max(
+            stride * (ratio - 1) for stride, ratio in zip(strides, config.sr_ratios, strict=False)
+        )
 
     def logits(self, images: Tensor) -> Tensor:
         """At a quarter of the input's size."""
         output: Tensor = self.model(pixel_values=images).logits
         return output
 
-    def encoder(self) -> nn.Module:
-        """The hierarchical transformer."""
-        encoder = self.model.segformer
-        assert isinstance(encoder, nn.Module)
-        return encoder
-
 
 def mit_name(encoder: str) -> str:
     """``mit-b0`` for ``mit_b0`` and ``nvidia/mit-b0``; other names as they are."""
     name = encoder.replace("_", "-").removeprefix("nvidia/")
     return name if name in MIT_ENCODERS else encoder
-
-
-def segformer_config(encoder: str, num_classes: int) -> Any:
-    """A ``SegformerConfig`` for one of ``MIT_ENCODERS``, or for a local folder.
-
-    Raises:
-        NetworkError: neither.
-    """
-    from transformers import SegformerConfig
-
-    name = mit_name(encoder)
-    if name in MIT_ENCODERS:
-        sizes, depths, decoder = MIT_ENCODERS[name]
-        return SegformerConfig(  # type: ignore[call-arg]
-            hidden_sizes=list(sizes),
-            depths=list(depths),
-            num_attention_heads=[1, 2, 4 if name == "tiny" else 5, 8],
-            decoder_hidden_size=decoder,
-            num_labels=num_classes,
-        )
-    if (Path(encoder) / "config.json").is_file():
-        config = SegformerConfig.from_pretrained(encoder)
-        config.num_labels = num_classes
-        return config
-    raise NetworkError(
-        f"network segformer has no encoder '{encoder}'; choose one of {', '.join(MIT_ENCODERS)}, or a folder with "
-        "a SegFormer's config.json"
-    )
 
 
 class _Aspp(nn.Module):
@@ -196,11 +202,8 @@ class _Aspp(nn.Module):
         self.branches = nn.ModuleList(
             nn.Conv2d(channels, num_classes, 3, padding=rate, dilation=rate) for rate in (6, 12, 18, 24)
         )
-        for branch in self.branches:
-            assert isinstance(branch, nn.Conv2d)
-            nn.init.normal_(branch.weight, std=0.01)
-            assert branch.bias is not None
-            nn.init.zeros_(branch.bias)
+        for name, parameter in self.named_parameters():
+            nn.init.normal_(parameter, std=0.01) if name.endswith("weight") else nn.init.zeros_(parameter)
 
     def forward(self, features: Tensor) -> Tensor:
         return torch.stack([branch(features) for branch in self.branches]).sum(dim=0)
@@ -211,10 +214,11 @@ class DeepLabV2(SegmentationNetwork):
 
     Args:
         encoder: a ResNet of timm, such as ``resnet101``.
-        num_classes: with the background.
+        num_classes: number of classes with the background.
     """
 
-    scales = (0.75, 0.5)  # beside 1, in training
+    model: nn.ModuleDict
+    encoder_name = "backbone"
 
     def __init__(self, encoder: str, num_classes: int) -> None:
         super().__init__()
@@ -227,20 +231,18 @@ class DeepLabV2(SegmentationNetwork):
         )
         head = _Aspp(backbone.feature_info.channels()[-1], num_classes)
         self.model = nn.ModuleDict({"backbone": backbone, "head": head})
-        for norm in self._batch_norms():
-            norm.requires_grad_(False)
         self.train(self.training)
 
     def train(self, mode: bool = True) -> DeepLabV2:
-        """As usual, but batch norm keeps the statistics that it came with."""
+        """As usual, but batch norm keeps the statistics and the weights that it came with."""
         super().train(mode)
-        for norm in self._batch_norms():
-            norm.eval()
+        for module in self.modules():
+            if isinstance(module, _BatchNorm):
+                module.eval().requires_grad_(False)
         return self
 
     def logits(self, images: Tensor) -> Tensor:
         """At an eighth of the input's size."""
-        assert isinstance(self.model, nn.ModuleDict)
         logits: Tensor = self.model["head"](self.model["backbone"](images)[0])
         return logits
 
@@ -251,46 +253,21 @@ class DeepLabV2(SegmentationNetwork):
         """
         full = self.logits(images)
         smaller = {
-            f"logits_{scale:g}": self.logits(
-                F.interpolate(images, scale_factor=scale, mode="bilinear", align_corners=False)
-            )
-            for scale in self.scales
+            f"logits_{scale:g}": self.logits(_resized(images, scale_factor=scale)) for scale in (0.75, 0.5)
         }
-        alike = [
-            F.interpolate(x, size=full.shape[-2:], mode="bilinear", align_corners=False)
-            for x in smaller.values()
-        ]
-        return {"logits": full, **smaller, "logits_max": torch.stack([full, *alike]).amax(dim=0)}
-
-    def encoder(self) -> nn.Module:
-        """The dilated ResNet."""
-        assert isinstance(self.model, nn.ModuleDict)
-        return self.model["backbone"]
+        alike = [full, *(_resized(logits, size=full.shape[-2:]) for logits in smaller.values())]
+        return {"logits": full, **smaller, "logits_max": torch.stack(alike).amax(dim=0)}
 
     def parameter_groups(self, lr: float, weight_decay: float, head_factor: float) -> list[dict[str, Any]]:
         """Backbone at ``lr``, ASPP weights at ``head_factor``, ASPP biases at twice that without decay."""
-        assert isinstance(self.model, nn.ModuleDict)
-        head = dict(self.model["head"].named_parameters())
+        backbone = [parameter for parameter in self.encoder().parameters() if parameter.requires_grad]
+        branches: Any = self.model["head"].branches
+        weights, biases = ([getattr(one, name) for one in branches] for name in ("weight", "bias"))
         return [
-            {
-                "params": [p for p in self.encoder().parameters() if p.requires_grad],
-                "lr": lr,
-                "weight_decay": weight_decay,
-            },
-            {
-                "params": [p for name, p in head.items() if name.endswith("weight")],
-                "lr": lr * head_factor,
-                "weight_decay": weight_decay,
-            },
-            {
-                "params": [p for name, p in head.items() if name.endswith("bias")],
-                "lr": lr * head_factor * 2,
-                "weight_decay": 0.0,
-            },
+            {"params": backbone, "lr": lr, "weight_decay": weight_decay},
+            {"params": weights, "lr": lr * head_factor, "weight_decay": weight_decay},
+            {"params": biases, "lr": lr * head_factor * 2, "weight_decay": 0.0},
         ]
-
-    def _batch_norms(self) -> list[nn.Module]:
-        return [module for module in self.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
 
 
 def build_network(config: NetworkConfig, num_classes: int) -> SegmentationNetwork:
@@ -298,7 +275,7 @@ def build_network(config: NetworkConfig, num_classes: int) -> SegmentationNetwor
 
     Args:
         config: ``weights`` isn't looked at here.
-        num_classes: with the background.
+        num_classes: number of classes with the background.
 
     Raises:
         NetworkError: no such network or encoder.

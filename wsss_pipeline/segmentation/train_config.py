@@ -13,6 +13,8 @@ from pydantic import Field, model_validator
 
 from wsss_pipeline.config import Precision, Settings, recipe, resolve, user_layers
 
+Confidence = Literal["hard", "soft"]
+
 
 class NetworkConfig(Settings):
     """A segmentation network."""
@@ -34,7 +36,7 @@ class NetworkConfig(Settings):
 class LossConfig(Settings):
     """Confidence-guided cross entropy (CLIP-ES, arXiv 2212.09506, section 3.5)."""
 
-    confidence: Literal["hard", "soft"] = Field(
+    confidence: Confidence = Field(
         "hard",
         description="hard leaves out pixels under min_confidence, as published; soft weights the others by it.",
     )
@@ -57,7 +59,7 @@ class AugmentationConfig(Settings):
     @model_validator(mode="after")
     def _scales_in_order(self) -> AugmentationConfig:
         if self.scale_min > self.scale_max:
-            raise ValueError("'augmentation.scale_min' is larger than 'augmentation.scale_max'")
+            raise ValueError("scale_min is larger than scale_max")
         return self
 
 

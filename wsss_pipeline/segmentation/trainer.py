@@ -21,15 +21,8 @@ from wsss_pipeline.errors import TrainingError
 from wsss_pipeline.runtime.interrupts import StopRequest
 from wsss_pipeline.runtime.output import writing
 from wsss_pipeline.runtime.progress import Progress
-from wsss_pipeline.segmentation.checkpoint import (
-    BEST,
-    LAST,
-    TrainingState,
-    load_state,
-    save_network,
-    save_state,
-)
-from wsss_pipeline.segmentation.dataset import EpochSampler, SegmentationDataset
+from wsss_pipeline.segmentation.checkpoint import BEST, LAST, TrainingState, save_network
+from wsss_pipeline.segmentation.dataset import SegmentationDataset, sample_order
 from wsss_pipeline.segmentation.losses import confidence_weights, segmentation_loss
 from wsss_pipeline.segmentation.networks import SegmentationNetwork
 from wsss_pipeline.segmentation.train_config import OptimisationConfig, TrainConfig
@@ -52,15 +45,15 @@ class Trainer:
     """One training run, at the update where its folder says that it is.
 
     Args:
-        accelerator: of this process; knows device, precision and the other processes.
-        config: of the run.
-        network: with the weights to start from.
-        dataset: what to train on.
+        accelerator: accelerator of this process; knows device, precision and the other processes.
+        config: settings of the run.
+        network: network with the weights to start from.
+        dataset: samples to train on.
         out: folder of the run.
         workers: number of processes that load samples.
 
     Attributes:
-        state: how far the run is.
+        state: progress of the run, with all that it goes on with.
     """
 
     def __init__(
@@ -78,29 +71,24 @@ class Trainer:
         self._dataset = dataset
         self._out = out
         self._workers = workers
-        optimisation = config.optimisation
-        self._images_per_update = optimisation.batch * optimisation.accumulate * accelerator.num_processes
-        groups = network.parameter_groups(
-            optimisation.lr, optimisation.weight_decay, optimisation.head_lr_factor
-        )
+        chosen = config.optimisation
+        self._images_per_update = chosen.batch * chosen.accumulate * accelerator.num_processes
+        groups = network.parameter_groups(chosen.lr, chosen.weight_decay, chosen.head_lr_factor)
         for group in groups:
             group["peak"] = group["lr"]
-        self._optimizer: torch.optim.Optimizer
-        if optimisation.optimizer == "sgd":
-            self._optimizer = torch.optim.SGD(groups, lr=optimisation.lr, momentum=optimisation.momentum)
+        optimizer: torch.optim.Optimizer
+        if chosen.optimizer == "sgd":
+            optimizer = torch.optim.SGD(groups, lr=chosen.lr, momentum=chosen.momentum)
         else:
-            self._optimizer = torch.optim.AdamW(groups, lr=optimisation.lr)
-        self._average = (
-            AveragedModel(network, multi_avg_fn=get_ema_multi_avg_fn(optimisation.ema), use_buffers=True)  # type: ignore[no-untyped-call]
-            if optimisation.ema
-            else None
-        )
+            optimizer = torch.optim.AdamW(groups, lr=chosen.lr)
+        average = None
+        if chosen.ema:
+            decay = get_ema_multi_avg_fn(chosen.ema)  # type: ignore[no-untyped-call]
+            average = AveragedModel(network, multi_avg_fn=decay, use_buffers=True)
         torch.manual_seed(config.seed)
-        self.state = (
-            load_state(out / STATE, network, self._average, self._optimizer, accelerator.scaler)
-            or TrainingState()
-        )
-        self._forward, self._prepared = accelerator.prepare(_TrainingForward(network), self._optimizer)
+        self.state = TrainingState(network, average, optimizer, accelerator.scaler)
+        self.state.load(out / STATE)
+        self._forward, self._optimizer = accelerator.prepare(_TrainingForward(network), optimizer)
 
     def run(self, validate: Callable[[SegmentationNetwork], float] | None = None) -> bool:
         """Trains to the end, or to the update in which any of the processes was asked to stop.
@@ -117,10 +105,19 @@ class Trainer:
             OutputError: the run's folder can't be written.
         """
         config, state, accelerator = self._config, self.state, self._accelerator
-        updates = config.optimisation.iterations
+        updates, log = config.optimisation.iterations, self._out / LOG
         progress = Progress(updates, "updates", done=state.step)
         smooth_loss, miou, updates_here, seconds_here = math.nan, "", 0, 0.0
-        batches = self._batches()
+        passed, rank = state.step * self._images_per_update, accelerator.process_index
+        loader = DataLoader(
+            self._dataset,
+            batch_size=config.optimisation.batch,
+            sampler=sample_order(len(self._dataset), config.seed, passed, rank, accelerator.num_processes),
+            num_workers=self._workers,
+            pin_memory=accelerator.device.type == "cuda",
+            generator=torch.Generator(),  # or it would draw from the numbers that dropout uses
+        )
+        batches = iter(loader)
         with StopRequest() as stop, progress if accelerator.is_main_process else nullcontext():
             while state.step < updates:
                 started = time.monotonic()
@@ -140,7 +137,7 @@ class Trainer:
                     miou = f", mIoU {100 * numbers['miou']:.2f} %"
                 accelerator.log({k: v for k, v in numbers.items() if k != "step"}, step=state.step)
                 if accelerator.is_main_process:
-                    with writing(self._out / LOG), (self._out / LOG).open("a", encoding="utf-8") as file:
+                    with writing(log), log.open("a", encoding="utf-8") as file:
                         file.write(json.dumps(numbers) + "\n")
                     smooth_loss = 0.9 * smooth_loss + 0.1 * loss if updates_here else loss
                     updates_here, seconds_here = updates_here + 1, seconds_here + numbers["seconds"]
@@ -148,33 +145,31 @@ class Trainer:
                     note = f"loss {smooth_loss:.3f}, lr {numbers['lr']:.2g}, {rate:.3g} images/s{miou}"
                     progress.advance(note=note, show=is_last or "miou" in numbers)
                 if is_last or is_stopped or state.step % config.save_every == 0:
-                    self._save()
+                    self._save_network(LAST)
+                    if accelerator.is_main_process:
+                        state.save(self._out / STATE)
+                    accelerator.wait_for_everyone()
                 if is_stopped:
                     break
         return state.step == updates
 
     def _update(self, batches: Iterator[Any], stop: bool) -> tuple[float, int, bool]:
-        """One update out of ``accumulate`` batches.
-
-        Args:
-            batches: of this process.
-            stop: whether this process was asked to stop.
+        """One update out of ``accumulate`` batches of this process, which was asked to ``stop`` or not.
 
         Returns:
             Mean loss, number of samples that couldn't be used, and whether to stop, of all processes together.
         """
-        optimisation, accelerator = self._config.optimisation, self._accelerator
-        rate = schedule(self.state.step, optimisation)
+        accelerator, chosen = self._accelerator, self._config.optimisation
         for group in self._optimizer.param_groups:
-            group["lr"] = group["peak"] * rate
+            group["lr"] = group["peak"] * schedule(self.state.step, chosen)
         sums = torch.zeros(3, dtype=torch.float64, device=accelerator.device)
         seen: list[str] = []
-        for part in range(optimisation.accumulate):
+        for part in range(chosen.accumulate):
             batch = next(batches)
             seen += batch["image_id"]
-            is_last = part == optimisation.accumulate - 1
+            is_last = part == chosen.accumulate - 1
             with nullcontext() if is_last else accelerator.no_sync(self._forward):
-                loss = self._loss(batch) / optimisation.accumulate
+                loss = self._loss(batch) / chosen.accumulate
                 # distributed training takes the mean of the processes' gradients
                 accelerator.backward(loss * accelerator.num_processes)
             sums[0] += loss.detach()
@@ -183,57 +178,33 @@ class Trainer:
         # a signal may reach one process alone, but they have to stop at the same update
         total, damaged, stops = accelerator.reduce(sums, "sum").tolist()
         if not math.isfinite(total):
-            self._stop_at_nan(total, seen)
-        if optimisation.clip_norm:
-            accelerator.clip_grad_norm_(self._forward.parameters(), optimisation.clip_norm)
-        self._prepared.step()
-        self._prepared.zero_grad()
-        if self._average is not None:
-            self._average.update_parameters(self._network)
+            self._save_network(NAN, image_ids=seen)
+            raise TrainingError(
+                f"the loss is {total} at update {self.state.step + 1}; the network before it is in "
+                f"{self._out / NAN}, the images were {', '.join(seen)}: lower the rate (--lr), or try --balanced or "
+                "--set optimisation.clip_norm=1"
+            )
+        if chosen.clip_norm:
+            accelerator.clip_grad_norm_(self._forward.parameters(), chosen.clip_norm)
+        self._optimizer.step()
+        self._optimizer.zero_grad()
+        if self.state.average is not None:
+            self.state.average.update_parameters(self._network)
         return total, int(damaged), stops > 0
 
     def _loss(self, batch: Any) -> Tensor:
         """This process's part of the mean over all processes' pixels."""
-        device, loss = self._accelerator.device, self._config.loss
+        accelerator, chosen = self._accelerator, self._config.loss
         images, target, confidence = (
-            batch[name].to(device, non_blocking=True) for name in ("image", "mask", "confidence")
+            batch[name].to(accelerator.device, non_blocking=True) for name in ("image", "mask", "confidence")
         )
-        with self._accelerator.autocast():
+        with accelerator.autocast():
             outputs = self._forward(images)
-        return segmentation_loss(
-            outputs,
-            target,
-            confidence_weights(confidence, loss.confidence, loss.min_confidence),
-            balanced=loss.balanced,
-            total=lambda sums: self._accelerator.reduce(sums, "sum"),
-        )
-
-    def _batches(self) -> Iterator[Any]:
-        accelerator = self._accelerator
-        sampler = EpochSampler(
-            len(self._dataset),
-            self._config.seed,
-            self.state.step * self._images_per_update,
-            accelerator.process_index,
-            accelerator.num_processes,
-        )
-        return iter(
-            DataLoader(
-                self._dataset,
-                batch_size=self._config.optimisation.batch,
-                sampler=sampler,
-                num_workers=self._workers,
-                pin_memory=accelerator.device.type == "cuda",
-                generator=torch.Generator(),  # or it would draw from the numbers that dropout uses
-            )
-        )
-
-    def _evaluated(self) -> SegmentationNetwork:
-        """The network to keep: the averaged one where there is one."""
-        return self._average.module if self._average is not None else self._network  # type: ignore[return-value]
+        weights = confidence_weights(confidence, chosen.confidence, chosen.min_confidence)
+        return segmentation_loss(outputs, target, weights, balanced=chosen.balanced, total=accelerator.reduce)
 
     def _validate(self, validate: Callable[[SegmentationNetwork], float]) -> float:
-        network, state = self._evaluated(), self.state
+        network, state = self._kept(), self.state
         if self._accelerator.num_processes > 1:
             broadcast(list(network.buffers()))  # batch norm's statistics are of each process's own images
         miou = validate(network.eval())
@@ -243,32 +214,15 @@ class Trainer:
             self._save_network(BEST, miou=miou)
         return miou
 
-    def _save(self) -> None:
-        self._save_network(LAST)
-        if self._accelerator.is_main_process:
-            save_state(
-                self._out / STATE,
-                self.state,
-                self._network,
-                self._average,
-                self._optimizer,
-                self._accelerator.scaler,
-            )
-        self._accelerator.wait_for_everyone()
+    def _kept(self) -> SegmentationNetwork:
+        """The network of validation and checkpoints: the averaged one where there is one."""
+        average = self.state.average
+        return self._network if average is None else average.module  # type: ignore[return-value]
 
     def _save_network(self, name: str, **extra: Any) -> None:
         if self._accelerator.is_main_process:
-            extra = {"step": self.state.step, **extra}
-            names = self._dataset.masks.class_names
-            save_network(self._evaluated(), self._out / name, self._config.network, names, extra)
-
-    def _stop_at_nan(self, loss: float, image_ids: list[str]) -> None:
-        self._save_network(NAN, image_ids=image_ids)
-        raise TrainingError(
-            f"the loss is {loss} at update {self.state.step + 1}; the network before it is in {self._out / NAN}, the "
-            f"images were {', '.join(image_ids)}: lower the rate (--lr), or try --balanced or --set "
-            "optimisation.clip_norm=1"
-        )
+            names, step = self._dataset.masks.class_names, self.state.step
+            save_network(self._kept(), self._out / name, self._config.network, names, {"step": step, **extra})
 
 
 def schedule(step: int, config: OptimisationConfig) -> float:

@@ -32,37 +32,32 @@ STEPS: dict[str, tuple[str, ...]] = {
 }
 
 
-@dataclass(frozen=True)
-class DemoScore:
-    """One line of the demo's table: what was scored, on which images, and its mIoU in [0, 1]."""
-
-    name: str
-    split: str
-    images: int
-    miou: float
-
-
 @dataclass
 class DemoReport:
-    """What the demo found, and where to look."""
+    """What the demo measured, and where to look.
 
-    scores: list[DemoScore] = field(default_factory=list)
+    Attributes:
+        scores: figures by what was scored.
+        folders: paths by what lies there.
+    """
+
+    scores: dict[str, Evaluation] = field(default_factory=dict)
     folders: dict[str, Path] = field(default_factory=dict)
 
-    def add(self, name: str, result: Evaluation) -> None:
-        """One line more."""
-        self.scores.append(DemoScore(name, result.split, result.images, result.scores.miou))
-
     def lines(self) -> list[str]:
-        """Table and places as a person reads them."""
-        width = max(len(score.name) for score in self.scores)
-        rows = [f"{'':{width}}  mIoU %  on"]
-        rows += [
-            f"{score.name:{width}}  {100 * score.miou:6.1f}  {score.images} images of {score.split}"
-            for score in self.scores
+        """Table and folders as a person reads them."""
+        width = max(len(name) for name in self.scores)
+        rows = [
+            f"{name:{width}}  {100 * result.scores.miou:6.1f}  {result.images} images of {result.split}"
+            for name, result in self.scores.items()
         ]
-        places = max(len(name) for name in self.folders)
-        return [*rows, "", *(f"{name:{places}}  {path}" for name, path in self.folders.items())]
+        left = max(len(name) for name in self.folders)
+        return [
+            f"{'':{width}}  mIoU %  on",
+            *rows,
+            "",
+            *(f"{name:{left}}  {path}" for name, path in self.folders.items()),
+        ]
 
 
 def run_demo(
@@ -80,10 +75,10 @@ def run_demo(
 
     Args:
         out: folder for the data set, the cache, the network, the preview and the report.
-        seed: of the scenes and of the network.
-        recipe: of the network.
-        upper_bound: also train a network on the ground truth.
-        scenes: how many for training, how many for testing.
+        seed: seed of the scenes and of the network.
+        recipe: settings of the network.
+        upper_bound: choice to train a network on the ground truth too.
+        scenes: numbers of scenes for training and for testing.
         overrides: ``key=value`` settings over those of the recipe.
 
     Raises:
@@ -112,7 +107,7 @@ def run_demo(
         if made.interrupted:
             raise KeyboardInterrupt
         pseudo_masks = MaskCache.open(made.path)
-        report.add(f"pseudo masks: {step}", evaluate(pseudo_masks, truth, split=splits[TRAIN]))
+        report.scores[f"pseudo masks: {step}"] = evaluate(pseudo_masks, truth, split=splits[TRAIN])
     report.folders["pseudo masks"] = made.path
     report.folders["preview"] = preview(made.path, images, out / "preview.png")
     sources: dict[str, MaskSource] = {"network": pseudo_masks}
@@ -126,8 +121,10 @@ def run_demo(
         if trained.interrupted:
             raise KeyboardInterrupt
         report.folders[name] = trained.checkpoint
-        page = out / "report.html" if source is pseudo_masks else None
-        result = evaluate(
+        page = None
+        if source is pseudo_masks:
+            page = report.folders["report"] = out / "report.html"
+        report.scores[f"{name}, unseen images"] = evaluate(
             open_masks(checkpoint=trained.checkpoint, images=images),
             truth,
             split=splits[VAL],
@@ -135,7 +132,4 @@ def run_demo(
             images=images,
             settings={"checkpoint": str(trained.checkpoint)},
         )
-        report.add(f"{name}, unseen images", result)
-        if page is not None:
-            report.folders["report"] = page
     return report

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import platform
 import shutil
@@ -24,6 +23,13 @@ LIBRARIES = (
     *("torch", "torchvision", "transformers", "segmentation-models-pytorch", "accelerate", "numpy", "numba"),
     *("h5py", "opencv-python-headless", "Pillow", "click"),
 )
+# extra of this package, what it installs, and for what
+EXTRAS = (
+    ("crf", "pydensecrf", "--crf pydensecrf (slower than lattice; Python 3.11 or 3.12, C++ compiler)"),
+    ("export", "pycocotools", "export-masks --format coco"),
+    ("export", "onnxruntime", "export-model"),
+    ("ray", "ray", "generate-masks --engine ray"),
+)
 LITTLE_SPACE = 2**30
 
 
@@ -38,24 +44,20 @@ class Check:
 
 def doctor(cache_dir: Path, clip: ClipConfig) -> list[Check]:
     """Look at this machine. Never raises: what goes wrong in a check is its result."""
+    looks: dict[str, Callable[[], Iterator[Check]]] = {
+        "versions": _versions,
+        "device": _device,
+        "extras": _extras,
+        "cache": lambda: _cache(cache_dir),
+        "clip": lambda: _clip(clip),
+    }
     checks: list[Check] = []
-    for name, look in (
-        ("versions", _versions),
-        ("device", _device),
-        ("crf", _crf),
-        ("extras", _extras),
-        ("cache", lambda: _cache(cache_dir)),
-        ("clip", lambda: _clip(clip)),
-    ):
-        checks += _checked(name, look)
+    for name, look in looks.items():
+        try:
+            checks += look()
+        except Exception as error:  # a broken installation can raise anything; the doctor still has to answer
+            checks.append(Check(name, "fail", " ".join(f"{type(error).__name__}: {error}".split())))
     return checks
-
-
-def _checked(name: str, look: Callable[[], Iterator[Check]]) -> list[Check]:
-    try:
-        return list(look())
-    except Exception as error:  # a broken installation can raise anything; the doctor still has to answer
-        return [Check(name, "fail", " ".join(f"{type(error).__name__}: {error}".split()))]
 
 
 def _versions() -> Iterator[Check]:
@@ -70,39 +72,24 @@ def _versions() -> Iterator[Check]:
 def _device() -> Iterator[Check]:
     import torch
 
-    if torch.cuda.is_available():
-        for index in range(torch.cuda.device_count()):
-            properties = torch.cuda.get_device_properties(index)
-            memory = properties.total_memory / 2**30
-            yield Check("device", "ok", f"cuda:{index} {properties.name}, {memory:.0f} GiB")
-    else:
-        yield Check(
-            "device", "ok", f"cpu, {os.cpu_count()} cores, torch uses {torch.get_num_threads()} threads"
-        )
-
-
-def _crf() -> Iterator[Check]:
-    yield Check("crf", "ok", f"--crf auto takes {DenseCrf(CrfConfig()).config.backend}")
-    if importlib.util.find_spec("pydensecrf") is None:
-        yield Check(
-            "crf",
-            "note",
-            "pydensecrf isn't installed; the lattice backend does the same, faster. "
-            "To have both: pip install 'wsss-pipeline[crf]' (Python 3.11 or 3.12, C++ compiler)",
-        )
+    for index in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(index)
+        memory = properties.total_memory / 2**30
+        yield Check("device", "ok", f"cuda:{index} {properties.name}, {memory:.0f} GiB")
+    if not torch.cuda.is_available():
+        threads = torch.get_num_threads()
+        yield Check("device", "ok", f"cpu, {os.cpu_count()} cores, torch uses {threads} threads")
 
 
 def _extras() -> Iterator[Check]:
-    for name, package, what in (
-        ("export", "pycocotools", "export-masks --format coco"),
-        ("export", "onnxruntime", "export-model"),
-        ("ray", "ray", "generate-masks --engine ray"),
-    ):
-        if importlib.util.find_spec(package) is None:
+    yield Check("crf", "ok", f"--crf auto takes {DenseCrf(CrfConfig()).config.backend}")
+    distributions = metadata.packages_distributions()
+    for name, package, what in EXTRAS:
+        if package in distributions:
+            yield Check(name, "ok", f"{package} {metadata.version(distributions[package][0])}")
+        else:
             needs = f"{what} needs: pip install 'wsss-pipeline[{name}]'"
             yield Check(name, "note", f"{package} isn't installed; {needs}")
-        else:
-            yield Check(name, "ok", f"{package} {metadata.version(package)}")
 
 
 def _cache(cache_dir: Path) -> Iterator[Check]:
@@ -134,9 +121,6 @@ def _clip(clip: ClipConfig) -> Iterator[Check]:
     except WsssError as error:
         yield Check("clip", "note", f"not on this machine yet: {error}")
         return
-    size = sum(path.stat().st_size for path in files.weights)
-    yield Check(
-        "clip",
-        "ok",
-        f"{clip.weights}: {files.weights[0]}, {size / 2**20:.0f} MiB; words from {files.tokenizer}",
-    )
+    size = sum(path.stat().st_size for path in files.weights) / 2**20
+    text = f"{clip.weights}: {files.weights[0]}, {size:.0f} MiB; words from {files.tokenizer}"
+    yield Check("clip", "ok", text)

@@ -48,17 +48,14 @@ def open_masks(
         class_names: the C names without the background; needed for ``predictions``, and for a cache only checked
             against its own.
         images: image id to file, for the network to look at.
-        inference, crf, device: of the network, see ``Segmenter``.
+        inference, crf, device: settings of the network, see ``Segmenter``.
 
     Raises:
         EvaluationError: not exactly one, or classes that are missing or aren't those of the cache.
         CacheError, CheckpointError, ConfigError, ImageError, MaskError: it can't be opened.
     """
     if sum(path is not None for path in (cache, predictions, checkpoint)) != 1:
-        raise EvaluationError(
-            "give the masks once: a cache, a folder of predictions or a network (--cache, --predictions or "
-            "--checkpoint)"
-        )
+        raise EvaluationError("give the masks once: --cache, --predictions or --checkpoint")
     if checkpoint is not None:
         return NetworkMasks(Segmenter.load(checkpoint, device, inference, crf), images or {})
     if predictions is not None:
@@ -69,7 +66,7 @@ def open_masks(
         return MaskFolder(predictions, class_names)
     assert cache is not None
     masks = MaskCache.open(cache)
-    if class_names is not None and tuple(class_names) != tuple(masks.class_names):
+    if class_names is not None and tuple(class_names) != masks.class_names:
         raise EvaluationError(
             f"the classes given are not those of the cache {cache} ({', '.join(masks.class_names)}): "
             "leave the classes out, the cache knows its own"
@@ -95,12 +92,12 @@ def evaluate(
         ground_truth: folder of index masks (0 background, 1..C classes, 255 ignore), one per image id.
         split: text file of the image ids to score; its name without suffix is the name of the split.
             Without one, every ground-truth file that has a prediction is scored.
-        min_confidence: pixels below it count as misses.
-        allow_missing: score the rest where images of the split have no prediction.
+        min_confidence: threshold; pixels below it count as misses.
+        allow_missing: choice to score the rest where images of the split have no prediction.
         report: HTML file to write: scores, confusions, worst and random images; needs ``images``.
         images: image id to file, for the report.
-        pseudo_masks: for the report to show beside the masks that are scored.
-        settings: of the run, for the report to show.
+        pseudo_masks: masks that the report shows beside the masks that are scored.
+        settings: settings of the run, for the report.
 
     Images that can't be read, or whose sizes differ, are left out and listed in ``skipped``.
 
@@ -118,7 +115,31 @@ def evaluate(
     if report is not None and images is None:
         raise ConfigError("a report shows images; give their folder (--images)")
     truth_files = find_images(ground_truth)
-    image_ids, missing = _choose_images(source, truth_files, ground_truth, split, allow_missing)
+    wanted = read_split(split) if split is not None else list(truth_files)
+    if not wanted:
+        raise EvaluationError(f"{ground_truth}: no image to score in it")
+    without_truth = [image_id for image_id in wanted if image_id not in truth_files]
+    if without_truth:
+        raise EvaluationError(
+            f"ground truth {ground_truth} lacks {len(without_truth):,} of the {len(wanted):,} images of {split}, "
+            f"the first is '{without_truth[0]}'; give the folder or the split that belongs to the other"
+        )
+    image_ids = [image_id for image_id in wanted if image_id in source]
+    missing = [image_id for image_id in wanted if image_id not in source]
+    network = source if isinstance(source, NetworkMasks) else None
+    description = source.description if network is None else "the folder of images"
+    if not image_ids:
+        raise EvaluationError(
+            f"{description} holds none of the {len(wanted):,} images, such as '{wanted[0]}': "
+            "image ids are paths below the folder without suffix, and must be the same on both sides"
+        )
+    if missing and split is not None and not allow_missing:
+        raise EvaluationError(
+            f"{description} lacks {len(missing):,} of the {len(wanted):,} images of {split}, the first is "
+            f"'{missing[0]}'; make them first, or score the others with --allow-missing"
+        )
+    if missing:
+        logger.warning("%s lacks %d of %d images; they are left out", description, len(missing), len(wanted))
     names = ("background", *source.class_names)
     matrices: dict[str, NDArray[np.int64]] = {}
     image_miou: dict[str, float | None] = {}
@@ -128,17 +149,15 @@ def evaluate(
         for image_id in image_ids:
             try:
                 truth = read_mask(truth_files[image_id])
-                found = (
-                    source.variants(image_id) if isinstance(source, NetworkMasks) else {"": source[image_id]}
-                )
-                check_sizes(list(found.values())[-1].mask, truth, image_id)
+                records = {"": source[image_id]} if network is None else network.variants(image_id)
+                check_sizes(list(records.values())[-1].mask, truth, image_id)
             except (EvaluationError, ImageError, MaskError) as error:
                 logger.warning("%s: left out: %s", image_id, error)
                 skipped[image_id] = str(error)
                 progress.advance(failed=1)
                 continue
             # Values that fit no class end the run: they say that the class set is wrong, not the image.
-            for name, record in found.items():
+            for name, record in records.items():
                 mask = record.mask if min_confidence is None else record.with_ignore(min_confidence)
                 counts = confusion_matrix(mask, truth, len(names), str(truth_files[image_id]))
                 matrices[name] = matrices.get(name, 0) + counts
@@ -200,8 +219,8 @@ def report_without_ground_truth(
 
     Args:
         images: image id to file; those without a pseudo mask are passed over.
-        predictions: of another source; an image may have none.
-        settings: of the run, for the page to show.
+        predictions: masks of another source; an image may have none.
+        settings: settings of the run, for the page.
 
     Returns:
         The number of images that were looked at.
@@ -232,38 +251,3 @@ def report_without_ground_truth(
     masks |= {} if predictions is None else {PREDICTION: predictions}
     write_file(report, confidence_page(confidence, agreement, images, masks, settings or {}))
     return len(confidence)
-
-
-def _choose_images(
-    source: MaskSource,
-    truth_files: Mapping[str, ImageFile],
-    ground_truth: Path,
-    split: Path | None,
-    allow_missing: bool,
-) -> tuple[list[str], list[str]]:
-    """The ids to score, and those that have no prediction."""
-    description = "the folder of images" if isinstance(source, NetworkMasks) else source.description
-    wanted = list(truth_files) if split is None else list(dict.fromkeys(read_split(split)))
-    if not wanted:
-        raise EvaluationError(f"{split or ground_truth}: no image to score in it")
-    without_truth = [image_id for image_id in wanted if image_id not in truth_files]
-    if without_truth:
-        raise EvaluationError(
-            f"ground truth {ground_truth} lacks {len(without_truth):,} of the {len(wanted):,} images of {split}, "
-            f"the first is '{without_truth[0]}'; give the folder or the split that belongs to the other"
-        )
-    missing = [image_id for image_id in wanted if image_id not in source]
-    if len(missing) == len(wanted):
-        raise EvaluationError(
-            f"{description} holds none of the {len(wanted):,} images, such as '{wanted[0]}': "
-            "image ids are paths below the folder without suffix, and must be the same on both sides"
-        )
-    if missing and split is not None and not allow_missing:
-        raise EvaluationError(
-            f"{description} lacks {len(missing):,} of the {len(wanted):,} images of {split}, the first is "
-            f"'{missing[0]}'; make them first, or score the others with --allow-missing"
-        )
-    if missing:
-        logger.warning("%s lacks %d of %d images; they are left out", description, len(missing), len(wanted))
-    absent = set(missing)
-    return [image_id for image_id in wanted if image_id not in absent], missing

@@ -42,16 +42,13 @@ def export_model(checkpoint: Path, out: Path, kind: ExportFormat) -> Path:
     """
     loaded = load_network(checkpoint)
     if kind == "huggingface":
-        return _huggingface(loaded, out)
+        _save_huggingface(loaded, out)
+        return out
     for package in ("onnx", "onnxscript", "onnxruntime"):
         if importlib.util.find_spec(package) is None:
             raise MissingDependencyError(f"ONNX export needs {package}: pip install 'wsss-pipeline[export]'")
     if out.suffix != ".onnx":
         raise ConfigError(f"--out {out}: end the name of an ONNX file in .onnx")
-    return _onnx(loaded, out)
-
-
-def _onnx(loaded: LoadedNetwork, out: Path) -> Path:
     dynamic = torch.export.Dim.DYNAMIC
     program = torch.onnx.export(
         loaded.network,
@@ -72,9 +69,8 @@ def _onnx(loaded: LoadedNetwork, out: Path) -> Path:
             f"largest logit (allowed: {LARGEST_DIFFERENCE:g}); nothing was written"
         )
     write_file(out, content)
-    logger.info(
-        "checked against torch on %d shapes: largest difference %.1e", len(CHECKED_SHAPES), difference
-    )
+    count = len(CHECKED_SHAPES)
+    logger.info("checked against torch on %d shapes: largest difference %.1e", count, difference)
     return out
 
 
@@ -84,19 +80,18 @@ def _largest_difference(network: SegmentationNetwork, content: bytes) -> float:
 
     session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
     generator = torch.Generator().manual_seed(0)
-    worst = 0.0
+    differences = []
     for shape in CHECKED_SHAPES:
         images = torch.randn(shape, generator=generator)
         expected: Tensor = network(images)
-        (found,) = session.run(None, {"images": images.numpy()})
-        if found.shape != tuple(expected.shape):
+        (logits,) = session.run(None, {"images": images.numpy()})
+        if logits.shape != tuple(expected.shape):
             return float("inf")
-        difference = np.abs(found - expected.numpy()).max() / max(1e-6, float(expected.abs().max()))
-        worst = max(worst, float(difference))
-    return worst
+        differences.append(np.abs(logits - expected.numpy()).max() / max(1e-6, float(expected.abs().max())))
+    return float(np.max(differences))  # NaN where one is
 
 
-def _huggingface(loaded: LoadedNetwork, out: Path) -> Path:
+def _save_huggingface(loaded: LoadedNetwork, out: Path) -> None:
     if not isinstance(loaded.network, SegFormer):
         name = loaded.config["network"]["name"]
         raise ConfigError(f"transformers has no {name} to load a folder of it with; export it as onnx")
@@ -115,4 +110,3 @@ def _huggingface(loaded: LoadedNetwork, out: Path) -> Path:
         out.mkdir(parents=True, exist_ok=True)  # where there is a file, save_pretrained does nothing
         model.save_pretrained(out)
         processor.save_pretrained(out)
-    return out

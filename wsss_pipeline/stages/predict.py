@@ -9,7 +9,6 @@ from pathlib import Path
 from PIL import Image
 
 from wsss_pipeline.config import CrfConfig, InferenceConfig
-from wsss_pipeline.data.classes import voc_palette
 from wsss_pipeline.data.image_ids import find_images
 from wsss_pipeline.data.images import read_image
 from wsss_pipeline.errors import ImageError, MaskError
@@ -26,7 +25,7 @@ MASKS, OVERLAYS, CONFIDENCE = "masks", "overlays", "confidence"
 
 @dataclass
 class PredictReport:
-    """``written``, ``kept``: masks made now, and found. ``failed``: image id to reason."""
+    """``written``, ``kept``: masks made now, and there before. ``failed``: image id to reason."""
 
     written: int = 0
     kept: int = 0
@@ -51,11 +50,10 @@ def predict(
     Args:
         checkpoint: a training run or a checkpoint folder.
         images: folder, searched with all below it.
-        inference: scales, flip, windows; images as they are, where None.
-        crf: refine with the dense CRF; its backend may be ``auto``.
-        overlays: also ``out/overlays/ID.jpg``, the mask over the image.
-        confidence: also ``out/confidence/ID.png``, uint8, the label's probability in half percents.
-        overwrite: predict again what is there.
+        inference, crf: settings, see ``Segmenter``.
+        overlays: choice to write ``out/overlays/ID.jpg`` too, the mask over the image.
+        confidence: choice to write ``out/confidence/ID.png``, uint8, the label's probability in half percents.
+        overwrite: choice to predict again what is there.
 
     An image that can't be read is reported, skipped and counted.
 
@@ -65,36 +63,36 @@ def predict(
     """
     segmenter = Segmenter.load(checkpoint, device, inference, crf)
     files = find_images(images)
-    kinds = {MASKS: ".png"} | ({OVERLAYS: ".jpg"} if overlays else {})
-    kinds |= {CONFIDENCE: ".png"} if confidence else {}
+    # the mask last: a run that was killed before it does the image again
+    kinds = {CONFIDENCE: "png"} if confidence else {}
+    kinds |= ({OVERLAYS: "jpg"} if overlays else {}) | {MASKS: "png"}
     report = PredictReport()
     with StopRequest() as stop, Progress(len(files)) as progress:
         for image_id, file in files.items():
             if stop.requested:
                 report.interrupted = True
                 break
-            targets = {kind: out / kind / f"{image_id}{suffix}" for kind, suffix in kinds.items()}
+            targets = {kind: out / kind / f"{image_id}.{suffix}" for kind, suffix in kinds.items()}
             if not overwrite and all(target.exists() for target in targets.values()):
                 report.kept += 1
                 progress.advance()
                 continue
             try:
                 image = read_image(file)
-                found = segmenter(image)
+                record = segmenter(image)
             except (ImageError, MaskError) as error:
                 report.failed[image_id] = str(error)
                 logger.warning("%s: %s", image_id, error)
                 progress.advance(failed=1)
                 continue
-            contents = {MASKS: index_png(found.mask, with_palette=True)}
-            if overlays:
-                overlay = mask_over_image(image, found.mask, voc_palette())
-                contents[OVERLAYS] = encoded(Image.fromarray(overlay), "JPEG")
-            if confidence:
-                contents[CONFIDENCE] = index_png(found.confidence, with_palette=False)
-            # the mask last: a run that was killed before it does the image again
-            for kind in reversed(targets):
-                write_file(targets[kind], contents[kind], durable=False)
+            for kind, target in targets.items():
+                if kind == OVERLAYS:
+                    content = encoded(Image.fromarray(mask_over_image(image, record.mask)), "JPEG")
+                elif kind == CONFIDENCE:
+                    content = index_png(record.confidence, with_palette=False)
+                else:
+                    content = index_png(record.mask, with_palette=True)
+                write_file(target, content, durable=False)
             report.written += 1
             progress.advance()
     return report

@@ -1,4 +1,4 @@
-"""A contact sheet of a mask set: image, pseudo mask, confidence and class activation maps."""
+"""A contact sheet of a mask set: image, pseudo mask, confidence and CAMs."""
 
 from __future__ import annotations
 
@@ -17,25 +17,18 @@ from wsss_pipeline.runtime.output import write_file
 
 
 def preview(
-    cache: Path,
-    images: Mapping[str, ImageFile],
-    out: Path,
-    ids: Sequence[str] = (),
-    limit: int = 12,
+    cache: Path, images: Mapping[str, ImageFile], out: Path, ids: Sequence[str] = (), limit: int = 12
 ) -> Path:
-    """Draws some of the cache's images, one row each, and writes the sheet as PNG.
+    """Draws some of the cache's images, one row each, and writes the sheet as PNG, to ``out``.
 
     Args:
-        cache: a mask set, as ``generate-masks`` prints it.
-        images: image id to file, as ``find_images`` gives it.
+        cache: a mask set, or a folder that holds one.
+        images: image id to file.
         out: the PNG file; its folder is made where it doesn't exist.
         ids: the images to show; without them, up to ``limit`` ids spread evenly over the sorted ids.
         limit: largest number of rows.
 
     An image or record that can't be read leaves a marked cell; the others are drawn all the same.
-
-    Returns:
-        ``out``.
 
     Raises:
         CacheError: the cache can't be read, holds nothing, or lacks one of ``ids``.
@@ -48,13 +41,12 @@ def preview(
     for image_id in ids:
         if image_id not in masks:
             raise CacheRecordError(f"cache {cache} has no image '{image_id}'; ids are paths without suffix")
+    if not len(masks):
+        raise CacheRecordError(f"cache {cache} holds no image yet; run generate-masks on it first")
     shown = list(dict.fromkeys(ids))[:limit]
     if not shown:
-        everything = sorted(masks)
-        if not everything:
-            raise CacheRecordError(f"cache {cache} holds no image yet; run generate-masks on it first")
-        positions = np.rint(np.linspace(0, len(everything) - 1, min(limit, len(everything))))
-        shown = [everything[position] for position in positions.astype(int)]
+        positions = np.rint(np.linspace(0, len(masks) - 1, min(limit, len(masks)))).astype(int)
+        shown = [list(masks)[position] for position in positions]
     box = (CELL_WIDTH, CELL_HEIGHT)
     rows = [make_row(image_id, images.get(image_id), {PSEUDO_MASK: masks}, box) for image_id in shown]
     title = f"{masks.path.resolve().name}: {len(rows):,} of {len(masks):,} images"

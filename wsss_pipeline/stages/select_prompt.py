@@ -54,7 +54,7 @@ def select_prompt(job: MaskJob, templates: Sequence[str]) -> PromptRanking:
 
     Args:
         job: images, labels, classes, CLIP and its precision, largest image, how many images at most, device.
-        templates: to choose from, each with one ``{}``.
+        templates: candidates, each with one ``{}``.
 
     Raises:
         ClassSetError: a template without exactly one ``{}``.
@@ -63,9 +63,7 @@ def select_prompt(job: MaskJob, templates: Sequence[str]) -> PromptRanking:
     """
     for template in templates:
         check_template(template, "--template")
-    several = [
-        image_id for image_id, names in job.labels.items() if len(names) > 1 and image_id in job.images
-    ]
+    several = [name for name, labels in job.labels.items() if len(labels) > 1 and name in job.images]
     usable = several[: job.limit]
     if not usable:
         raise ConfigError(
@@ -117,11 +115,6 @@ def sharpness(scores: Iterable[Tensor]) -> float:
         The sum over images of variance (not standard deviation; over the k classes, population) divided
         by mean. An image with one class adds nothing.
     """
-    total = 0.0
-    for image in scores:
-        values = image.double()
-        if len(values) > 1:
-            total += float(
-                values.var(correction=0) / values.mean().clamp_min(torch.finfo(torch.float64).tiny)
-            )
-    return total
+    tiny = torch.finfo(torch.float64).tiny
+    several = [image.double() for image in scores if len(image) > 1]
+    return sum(float(values.var(correction=0) / values.mean().clamp_min(tiny)) for values in several)

@@ -6,7 +6,7 @@ import json
 import logging
 import shutil
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -26,13 +26,14 @@ from wsss_pipeline.errors import (
     ConfigError,
     EvaluationError,
     ImageError,
+    MaskError,
     MissingDependencyError,
     TrainingError,
 )
 from wsss_pipeline.evaluation.metrics import Scores, check_sizes, confusion_matrix
 from wsss_pipeline.evaluation.result import id_digest
 from wsss_pipeline.runtime.device import resolve_device, resolve_precision
-from wsss_pipeline.runtime.output import write_file, writing
+from wsss_pipeline.runtime.output import one_line, write_file, writing
 from wsss_pipeline.segmentation.augmentation import Augmentation
 from wsss_pipeline.segmentation.checkpoint import BEST, LAST, settle
 from wsss_pipeline.segmentation.dataset import SegmentationDataset, usable_ids
@@ -53,18 +54,18 @@ class TrainJob:
 
     Attributes:
         images: folder of the images.
-        masks: of these images; a mask set, or a folder of ground truth.
+        masks: masks of these images, a mask set, or a folder of ground truth.
         out: folder of the run; one that holds the same run goes on.
-        config: see there.
+        config: settings, see ``TrainConfig``.
         split: text file of the ids to train on; None for all images.
         val_gt: folder of ground-truth index masks to validate on; None for no validation.
         val_images: folder of their images; None for ``images``.
         val_split: text file of the ids to validate on; None for all ground truth that has an image.
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
         workers: number of processes that load samples.
-        allow_missing: leave out images that lack a file or a mask.
-        overwrite: start anew in a folder that holds a run.
-        offline: fetch no weights.
+        allow_missing: choice to leave out images that lack a file or a mask.
+        overwrite: choice to start anew in a folder that holds a run.
+        offline: choice to fetch no weights.
         track: name of a tracker of accelerate, such as tensorboard.
     """
 
@@ -92,7 +93,7 @@ class TrainResult:
         checkpoint: folder of the best network where there was validation, else of the last.
         miou: the best network's, in [0, 1]; None without validation.
         steps: number of updates done.
-        interrupted: whether some are left.
+        interrupted: True where some are left.
     """
 
     checkpoint: Path
@@ -107,33 +108,40 @@ def train_seg(job: TrainJob) -> TrainResult:
     Raises:
         WsssError: nothing can be trained: masks missing, weights not there, another run in the folder, NaN.
     """
-    config, class_names = job.config, job.masks.class_names
+    config, masks, out = job.config, job.masks, job.out
     images = find_images(job.images)
-    ids = usable_ids(images, job.masks, read_split(job.split) if job.split else None, job.allow_missing)
+    ids = usable_ids(images, masks, read_split(job.split) if job.split else None, job.allow_missing)
     accelerator = _accelerator(job)
-    validate = _validation(job, accelerator) if job.val_gt else None
+    validate = _validation(job, job.val_gt, accelerator) if job.val_gt else None
     if accelerator.is_main_process:
-        _prepare_folder(job, ids, accelerator.num_processes)
+        data = {
+            "masks": masks.identity,
+            "classes": list(masks.class_names),
+            "images": len(ids),
+            "ids": id_digest(ids),
+            "processes": accelerator.num_processes,
+        }
+        _prepare_folder(job, data)
     accelerator.wait_for_everyone()
     if job.track:
         accelerator.init_trackers("wsss")
     torch.manual_seed(config.seed)
-    network = build_network(config.network, 1 + len(class_names))
-    if not (job.out / STATE).exists():
+    network = build_network(config.network, 1 + len(masks.class_names))
+    if not (out / STATE).exists():
         load_pretrained(network, config.network, job.offline)
     augmentation = Augmentation(config.augmentation, network.image_mean, network.image_std)
-    dataset = SegmentationDataset(images, job.masks, ids, augmentation, config.seed)
-    trainer = Trainer(accelerator, config, network, dataset, job.out, job.workers)
+    dataset = SegmentationDataset(images, masks, ids, augmentation, config.seed)
+    trainer = Trainer(accelerator, config, network, dataset, out, job.workers)
     state = trainer.state
     if accelerator.is_main_process:
         millions = sum(parameter.numel() for parameter in network.parameters()) / 1e6
         chosen, loss, optimisation = config.network, config.loss, config.optimisation
         precision = accelerator.mixed_precision.replace("no", "fp32")
+        balanced = ", balanced" if loss.balanced else ""
         logger.info(
             f"network: {chosen.name}, {chosen.encoder}, {millions:.1f} M parameters, weights {chosen.weights}"
         )
-        logger.info(f"masks: {job.masks.description}, {len(ids):,} images (ids {id_digest(ids)})")
-        balanced = ", balanced" if loss.balanced else ""
+        logger.info(f"masks: {masks.description}, {len(ids):,} images (ids {id_digest(ids)})")
         logger.info(f"loss: {loss.confidence} confidence from {loss.min_confidence:g}{balanced}")
         logger.info(
             f"training: {optimisation.iterations:,} updates of {optimisation.batch * optimisation.accumulate} images "
@@ -145,7 +153,7 @@ def train_seg(job: TrainJob) -> TrainResult:
     for tracker in accelerator.trackers:
         tracker.finish()
     name = BEST if state.best_miou is not None else LAST
-    return TrainResult(job.out / name, state.best_miou, state.step, not ended)
+    return TrainResult(out / name, state.best_miou, state.step, not ended)
 
 
 def train_seeds(job: TrainJob, seeds: int) -> list[TrainResult]:
@@ -187,7 +195,7 @@ def _accelerator(job: TrainJob) -> Accelerator:
             project_dir=str(job.out),
         )
     except ValueError as error:
-        reason = " ".join(str(error).split())[:200]
+        reason = one_line(error)[:200]
         raise ConfigError(f"--track {job.track}: {reason}" if job.track else reason) from error
     if job.track and not accelerator.log_with:  # accelerate leaves out a tracker that isn't installed
         raise MissingDependencyError(
@@ -202,76 +210,48 @@ def _accelerator(job: TrainJob) -> Accelerator:
     return accelerator
 
 
-def _prepare_folder(job: TrainJob, ids: Sequence[str], processes: int) -> None:
+def _prepare_folder(job: TrainJob, data: Mapping[str, Any]) -> None:
     """Writes what the run is, or refuses a folder that holds another one, or anything else."""
     out = job.out
-    data = {
-        "masks": job.masks.identity,
-        "classes": list(job.masks.class_names),
-        "images": len(ids),
-        "ids": id_digest(ids),
-        "processes": processes,
-    }
     with writing(out):
         out.mkdir(parents=True, exist_ok=True)
         for name in (LAST, BEST, STATE):
             settle(out / name)
-        entries = [entry.name for entry in out.iterdir()]
+        entries = {entry.name for entry in out.iterdir()}
         # a kill may have come between these files, or while one was written
         is_begun = all(name.startswith((CONFIG, DATA, LOG)) for name in entries)
-        if not is_begun and not {CONFIG, DATA}.issubset(entries):
+        if not is_begun and not {CONFIG, DATA} <= entries:
             raise TrainingError(f"{out} holds something else than a run; give an empty folder")
         if job.overwrite:
             shutil.rmtree(out)
-    if not job.overwrite and (known := _known_run(out, not {LAST, BEST, STATE}.isdisjoint(entries))):
-        config, former = known
-        changes = differing_keys(config, job.config)
-        changes += [
-            f"{key}: {former.get(key)}, {value}" for key, value in data.items() if former.get(key) != value
-        ]
+            entries.clear()
+    try:
+        former = json.loads((out / DATA).read_text("utf-8"))
+        changes = differing_keys(load_train_config(file=out / CONFIG), job.config)
+        changes += [f"{key}: {former.get(key)}, {new}" for key, new in data.items() if former.get(key) != new]
+    except (OSError, ValueError, AttributeError, ConfigError) as error:
+        if not entries.isdisjoint((LAST, BEST, STATE)):
+            raise CheckpointError(
+                f"{out}: its {CONFIG} or {DATA} can't be read ({one_line(error)[:200]}); start anew with --overwrite"
+            ) from error
+        write_file(out / DATA, json.dumps(data, indent=2, ensure_ascii=False) + "\n")
+        write_file(out / CONFIG, to_yaml(job.config))
+    else:
         if changes:
             raise TrainingError(
                 f"{out} holds a run with other settings ({'; '.join(changes)}): give another --out, the former "
                 "settings, or --overwrite"
             )
-        return
-    write_file(out / DATA, json.dumps(data, indent=2, ensure_ascii=False) + "\n")
-    write_file(out / CONFIG, to_yaml(job.config))
 
 
-def _known_run(out: Path, has_checkpoint: bool) -> tuple[TrainConfig, dict[str, Any]] | None:
-    """Settings and data of the run in ``out``; None where a kill left them cut and nothing else is lost with them.
-
-    Raises:
-        CheckpointError: they can't be read, but there is a checkpoint.
-    """
-    try:
-        data = json.loads((out / DATA).read_text("utf-8"))
-        if not isinstance(data, dict):
-            raise ValueError("not a JSON object")
-        return load_train_config(file=out / CONFIG), data
-    except (OSError, ValueError, ConfigError) as error:
-        if has_checkpoint:
-            reason = " ".join(str(error).split())[:200]
-            raise CheckpointError(
-                f"{out}: its {CONFIG} or {DATA} can't be read ({reason}); start anew with --overwrite"
-            ) from error
-        return None
-
-
-def _validation(job: TrainJob, accelerator: Accelerator) -> Callable[[SegmentationNetwork], float]:
-    """The function that gives a network's mIoU: each process scores its share of the images, each image once.
-
-    Raises:
-        WsssError: nothing to validate on, or a part of the split is missing.
-    """
-    assert job.val_gt is not None
+def _validation(
+    job: TrainJob, ground_truth: Path, accelerator: Accelerator
+) -> Callable[[SegmentationNetwork], float]:
+    """The function that gives a network's mIoU: each process scores its share of the images, each image once."""
     images = find_images(job.val_images or job.images)
-    truth = MaskFolder(job.val_gt, job.masks.class_names, "ground truth")
-    if job.val_split is not None:
-        ids = usable_ids(images, truth, read_split(job.val_split), job.allow_missing)
-    else:
-        ids = usable_ids(images, truth, list(truth.files), allow_missing=True)
+    truth = MaskFolder(ground_truth, job.masks.class_names, "ground truth")
+    split = read_split(job.val_split) if job.val_split else list(truth.files)
+    ids = usable_ids(images, truth, split, job.allow_missing or job.val_split is None)
     names = ("background", *job.masks.class_names)
 
     def validate(network: SegmentationNetwork) -> float:
@@ -280,7 +260,7 @@ def _validation(job: TrainJob, accelerator: Accelerator) -> Callable[[Segmentati
             try:
                 labels, image = truth[image_id].mask, read_image(images[image_id])
                 check_sizes(image[..., 0], labels, image_id)
-            except (EvaluationError, ImageError) as error:
+            except (EvaluationError, ImageError, MaskError) as error:
                 logger.warning("%s: left out of the validation: %s", image_id, error)
                 continue
             probabilities = predict_probabilities(network, image, InferenceConfig(), accelerator.device)
@@ -288,7 +268,7 @@ def _validation(job: TrainJob, accelerator: Accelerator) -> Callable[[Segmentati
             matrix += confusion_matrix(prediction, labels, len(names), image_id)
         total: torch.Tensor = accelerator.reduce(torch.from_numpy(matrix).to(accelerator.device), "sum")
         if not total.any():
-            raise EvaluationError(f"none of the {len(ids):,} images of {job.val_gt} could be scored")
+            raise EvaluationError(f"none of the {len(ids):,} images of {ground_truth} could be scored")
         return Scores.from_matrix(total.cpu().numpy(), names).miou
 
     return validate

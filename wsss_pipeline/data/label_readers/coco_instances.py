@@ -24,9 +24,6 @@ def fill_from_coco(table: LabelTable, content: dict[str, Any], file: Path) -> No
     Images come in the order of ``images``, those without annotations too; the image id is ``file_name``
     without its suffix. Categories go by name or alias; one without a name by its number, where the class
     set holds COCO ids. A category that no annotation uses may be unknown.
-
-    Raises:
-        LabelError: another structure, an unsafe id, a number that stands for nothing, an unknown class.
     """
     image_ids: dict[int, str] = {}
     for image, where in _objects(content, "images", file):
@@ -53,9 +50,8 @@ def fill_from_coco(table: LabelTable, content: dict[str, Any], file: Path) -> No
             elif number in by_number:
                 entries[number] = by_number[number]
             else:
-                raise LabelError(
-                    f"{listed}: no 'name', and no class of '{table.classes.name}' has the coco_id {number}"
-                )
+                known = f"no class of '{table.classes.name}' has the coco_id {number}"
+                raise LabelError(f"{listed}: no 'name', and {known}")
         table.add_class(image_ids[image_number], entries[number])
 
 
@@ -72,7 +68,6 @@ def _objects(content: dict[str, Any], key: str, file: Path) -> Iterator[tuple[di
 def _value(item: dict[str, Any], key: str, kind: type[Value], where: str) -> Value:
     value = item.get(key)
     if type(value) is not kind:  # True is no whole number
-        raise LabelError(
-            f"{where}: '{key}' is {value!r:.60}; it takes {'text' if kind is str else 'a whole number'}"
-        )
+        wanted = "text" if kind is str else "a whole number"
+        raise LabelError(f"{where}: '{key}' is {value!r:.60}; it takes {wanted}")
     return value

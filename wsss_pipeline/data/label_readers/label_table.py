@@ -31,61 +31,36 @@ class LabelTable:
         self._labels: dict[str, dict[str, None]] = {}
 
     def add_image(self, text: str, where: str) -> str:
-        """Makes an entry for an image, without labels so far, and gives its id.
-
-        Raises:
-            LabelError: unsafe id.
-        """
+        """Makes an entry for an image, without labels so far, and gives its id; a LabelError if that is unsafe."""
         text = check_image_id(text, where)
         image_id = text if text in self._images else check_image_id(without_image_suffix(text), where)
         self._labels.setdefault(image_id, {})
         return image_id
 
-    def add_label(self, image_id: str, name: str, where: str) -> None:
-        """Adds the class of that name or alias to an image that has an entry.
-
-        Raises:
-            LabelError: unknown class.
-        """
-        self.add_class(image_id, self.class_named(name, where))
-
     def add_class(self, image_id: str, entry: ClassEntry) -> None:
         """Adds a class to an image that has an entry."""
         self._labels[image_id].setdefault(entry.name)
 
-    def class_named(self, name: str, where: str) -> ClassEntry:
-        """The class of that name or alias.
+    def class_named(self, name: str, where: str, *, or_numbered: bool = False) -> ClassEntry:
+        """The class of that name or alias; ``or_numbered``, without one, of that index, counted from 0.
 
         Raises:
-            LabelError: there is none; the message has the nearest names.
+            LabelError: there is none; the message has the nearest names, or the indices that there are.
         """
-        entry = self._find(name.strip())
-        if entry is None:
+        name, classes = name.strip(), self.classes.classes
+        if entry := self._find(name):
+            return entry
+        hint = ""
+        if or_numbered and re.fullmatch("[0-9]{1,9}", name):
+            if int(name) < len(classes):
+                return classes[int(name)]
             raise LabelError(
-                f"{where}: {self.classes.unknown(name.strip())} (class set '{self.classes.name}')"
+                f"{where}: class index {name}; the {len(classes)} classes of '{self.classes.name}' have "
+                f"the indices 0 to {len(classes) - 1}"
             )
-        return entry
-
-    def class_named_or_numbered(self, text: str, where: str) -> ClassEntry:
-        """The class of that name or alias; without one, of that index, counted from 0.
-
-        Raises:
-            LabelError: there is none; also an index beyond the last class.
-        """
-        classes = self.classes.classes
-        if re.fullmatch("[0-9]{1,9}", text) and self._find(text) is None:
-            if int(text) >= len(classes):
-                raise LabelError(
-                    f"{where}: class index {text}; the {len(classes)} classes of '{self.classes.name}' have "
-                    f"the indices 0 to {len(classes) - 1}"
-                )
-            return classes[int(text)]
-        try:
-            return self.class_named(text, where)
-        except LabelError as error:
-            if any(text in entry.name.split() for entry in classes if " " in entry.name):
-                raise LabelError(f"{error}; names with spaces need a .csv or .json file") from error
-            raise
+        if or_numbered and any(name in entry.name.split() for entry in classes if " " in entry.name):
+            hint = "; names with spaces need a .csv or .json file"
+        raise LabelError(f"{where}: {self.classes.unknown(name)} (class set '{self.classes.name}'){hint}")
 
     def labels(self) -> dict[str, tuple[str, ...]]:
         """Image id to class names."""
@@ -104,11 +79,7 @@ def reading(path: Path) -> Iterator[None]:
 
 
 def read_text(file: Path) -> str:
-    """The text of a label file.
-
-    Raises:
-        LabelError: it can't be read, isn't UTF-8 or holds a NUL character.
-    """
+    """The text of a label file; a LabelError: it can't be read, isn't UTF-8 or holds a NUL character."""
     try:
         with reading(file):
             text = file.read_text("utf-8-sig")
@@ -121,15 +92,10 @@ def read_text(file: Path) -> str:
 
 
 def read_json(file: Path) -> Any:
-    """The content of a JSON file.
-
-    Raises:
-        LabelError: as ``read_text``; also what isn't JSON, or a key that occurs twice in one object,
-            of which JSON readers would silently keep the last.
-    """
+    """The content of a JSON file; a LabelError: as ``read_text``, it isn't JSON, a key occurs twice in one object."""
 
     def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        values = dict(pairs)
+        values = dict(pairs)  # which silently keeps the last of two
         if len(values) < len(pairs):
             keys = [key for key, _ in pairs]
             twice = next(key for key in values if keys.count(key) > 1)

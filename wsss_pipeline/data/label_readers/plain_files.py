@@ -12,11 +12,7 @@ from wsss_pipeline.errors import LabelError
 
 
 def fill_from_json(table: LabelTable, content: Any, file: Path) -> None:
-    """``{"image_id": ["cat", "sofa"]}``.
-
-    Raises:
-        LabelError: another structure, an unsafe id or an unknown class.
-    """
+    """``{"image_id": ["cat", "sofa"]}``."""
     form = 'expected {"image_id": ["cat", "sofa"], ...}'
     if not isinstance(content, dict):
         raise LabelError(f"{file}: {form}, found {type(content).__name__}")
@@ -28,25 +24,21 @@ def fill_from_json(table: LabelTable, content: Any, file: Path) -> None:
         for name in names:
             if not isinstance(name, str):
                 raise LabelError(f"{where}: {form}; {name!r:.60} in its list isn't text")
-            table.add_label(image_id, name, where)
+            table.add_class(image_id, table.class_named(name, where))
 
 
 def fill_from_csv(table: LabelTable, file: Path) -> None:
     """Header ``image,labels``, labels joined by ``;``; or header ``image,label``, one label a row.
 
     Rows of the same image add up. An empty cell adds no label. Further columns are passed over.
-
-    Raises:
-        LabelError: no such header, a row without these cells, an unsafe id or an unknown class.
     """
     rows = csv.reader(io.StringIO(read_text(file), newline=""), strict=True)
     try:
         header = [cell.strip().lower() for cell in next(rows, [])]
         column = next((name for name in ("labels", "label") if name in header), None)
         if "image" not in header or column is None:
-            raise LabelError(
-                f"{file} line 1: expected the header image,labels; found {','.join(header)!r:.80}"
-            )
+            cells = ",".join(header)
+            raise LabelError(f"{file} line 1: expected the header image,labels; found {cells!r:.80}")
         image_at, labels_at = header.index("image"), header.index(column)
         for row in rows:
             where = f"{file} line {rows.line_num}"
@@ -57,7 +49,7 @@ def fill_from_csv(table: LabelTable, file: Path) -> None:
             image_id = table.add_image(row[image_at].strip(), where)
             for name in row[labels_at].split(";"):
                 if name.strip():
-                    table.add_label(image_id, name, where)
+                    table.add_class(image_id, table.class_named(name, where))
     except csv.Error as error:
         raise LabelError(f"{file} line {rows.line_num}: not valid CSV: {error}") from error
 
@@ -68,15 +60,12 @@ def fill_from_txt(table: LabelTable, file: Path) -> None:
     A whole number stands for the class of that index, counted from 0 as the published lists of CLIP-ES
     do, unless a class has that very name. Image ids and class names with spaces can't be written in this
     form.
-
-    Raises:
-        LabelError: an unsafe id, an unknown class or an index beyond the last class.
     """
     for number, line in enumerate(read_text(file).splitlines(), start=1):
-        where = f"{file} line {number}"
-        image, *names = line.split() or [""]
-        if not image:
+        if not line.strip():
             continue
+        where = f"{file} line {number}"
+        image, *names = line.split()
         image_id = table.add_image(image, where)
         for name in names:
-            table.add_class(image_id, table.class_named_or_numbered(name, where))
+            table.add_class(image_id, table.class_named(name, where, or_numbered=True))

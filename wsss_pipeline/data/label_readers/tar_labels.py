@@ -18,30 +18,22 @@ def fill_from_tar(table: LabelTable, labels: Mapping[str, TarMember]) -> None:
 
     ``.json``: a list of class names, or an object with such a list under ``labels``. ``.cls``: a class name or
     0-based index on each line.
-
-    Raises:
-        LabelError: another structure, or an unknown class.
     """
     for image, member in labels.items():
         image_id = table.add_image(image, str(member))
-        for name in _names(member):
-            table.add_class(image_id, table.class_named_or_numbered(name, str(member)))
-
-
-def _names(member: TarMember) -> list[str]:
-    if member.size > MOST_BYTES:
-        raise LabelError(f"{member}: {member.size:,} bytes are too many for the labels of one image")
-    try:
-        text = member.read_bytes().decode("utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise LabelError(f"{member}: can't be read as UTF-8 text: {error}") from error
-    if member.name.endswith(".cls"):
-        return [line.strip() for line in text.splitlines() if line.strip()]
-    try:
-        content: Any = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise LabelError(f"{member}: not valid JSON: {error}") from error
-    names = content.get("labels") if isinstance(content, dict) else content
-    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise LabelError(f'{member}: expected ["cat", "sofa"] or {{"labels": ["cat", "sofa"]}}')
-    return [name.strip() for name in names]
+        if member.size > MOST_BYTES:
+            raise LabelError(f"{member}: {member.size:,} bytes are too many for the labels of one image")
+        try:
+            text = member.read_bytes().decode("utf-8-sig")
+            names: Any = [line for line in text.splitlines() if line.strip()]
+            if member.name.endswith(".json"):
+                content = json.loads(text)
+                names = content.get("labels") if isinstance(content, dict) else content
+        except (OSError, UnicodeDecodeError) as error:
+            raise LabelError(f"{member}: can't be read as UTF-8 text: {error}") from error
+        except (ValueError, RecursionError) as error:
+            raise LabelError(f"{member}: not valid JSON: {error}") from error
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            raise LabelError(f'{member}: expected ["cat", "sofa"] or {{"labels": ["cat", "sofa"]}}')
+        for name in names:
+            table.add_class(image_id, table.class_named(name, str(member), or_numbered=True))

@@ -15,19 +15,12 @@ _DECLARATION = re.compile("<!(DOCTYPE|ENTITY)", re.IGNORECASE)
 
 
 def fill_from_voc_folder(table: LabelTable, folder: Path) -> None:
-    """All ``.xml`` files below the folder; the image id is the path of the file without its suffix.
-
-    Raises:
-        LabelError: no such files, or one that can't be used.
-    """
+    """All ``.xml`` files below the folder; the image id is the path of the file without its suffix."""
     files = sorted(file for file in folder.rglob("*.xml") if not file.name.startswith("."))
     if not files:
-        raise LabelError(
-            f"label folder {folder} holds no .xml files; name a folder of VOC annotations or a label file"
-        )
-    fill_from_voc_files(
-        table, ((file.relative_to(folder).with_suffix("").as_posix(), file) for file in files)
-    )
+        raise LabelError(f"{folder} holds no .xml files; name a folder of VOC annotations or a label file")
+    ids = (file.relative_to(folder).with_suffix("").as_posix() for file in files)
+    fill_from_voc_files(table, zip(ids, files, strict=True))
 
 
 def fill_from_voc_files(table: LabelTable, files: Iterable[tuple[str, Path]]) -> None:
@@ -35,17 +28,12 @@ def fill_from_voc_files(table: LabelTable, files: Iterable[tuple[str, Path]]) ->
 
     Labels are the ``name`` of each ``object`` directly below the root, parts of objects not counted,
     objects marked difficult included, as the published code of CLIP-ES reads them.
-
-    Raises:
-        LabelError: not such a file, or an unknown class.
     """
     for image, file in files:
         image_id = table.add_image(image, str(file))
         text = read_text(file)
         if _DECLARATION.search(text):
-            raise LabelError(
-                f"{file}: declares a document type or entities, which isn't safe to read; remove that"
-            )
+            raise LabelError(f"{file}: declares a document type or entities, which isn't safe; remove that")
         try:
             root = ElementTree.fromstring(text)
         except (ElementTree.ParseError, ValueError) as error:
@@ -56,4 +44,4 @@ def fill_from_voc_files(table: LabelTable, files: Iterable[tuple[str, Path]]) ->
             name = annotated.findtext("name", "").strip()
             if not name:
                 raise LabelError(f"{file}: an <object> has no <name>; add it or remove the object")
-            table.add_label(image_id, name, str(file))
+            table.add_class(image_id, table.class_named(name, str(file)))

@@ -1,0 +1,57 @@
+"""What a run tells a person."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from wsss_pipeline.pseudo_masks.report import FAILURES_SHOWN, MaskReport
+
+
+def test_a_run_tells_what_it_did(caplog: pytest.LogCaptureFixture) -> None:
+    report = MaskReport(
+        Path("cache/voc12-1"),
+        images=20,
+        unlabelled=4,
+        computed=10,
+        reused=5,
+        without_labels=3,
+        scaled=2,
+        seconds=5.0,
+        computing=4.0,
+        busy={"reading": 1.0, "CLIP": 4.0, "refining": 3.0, "writing": 2.0},
+        workers=2,
+        shared=("reading", "CLIP", "refining"),
+    )
+    report.fail("broken", "broken.jpg: cut short")
+    assert caplog.messages == ["broken: broken.jpg: cut short"]
+    assert report.lines() == [
+        "10 masks computed in 5.0 s (2.00 images/s)",
+        # two threads have 8 seconds for the first three
+        "busy: reading 12 %, CLIP 50 %, refining 38 %, writing 50 %; waiting on CLIP",
+        "5 masks reused from the cache",
+        "3 images have no label: their masks are all background",
+        "2 images were scaled down for CLIP and the refiner (--max-pixels)",
+        "4 images aren't named in the labels and were left out",
+        "1 images failed:",
+        "  broken: broken.jpg: cut short",
+        "4 images are left to do",
+    ]
+    assert report.as_dict()["path"] == "cache/voc12-1"
+
+
+def test_a_run_that_found_everything_says_why_it_was_so_fast() -> None:
+    lines = MaskReport(Path("cache"), images=5, reused=5, seconds=1.0).lines()
+    assert lines == ["5 masks reused from the cache", "nothing was left to compute, so CLIP was not loaded"]
+
+
+@pytest.mark.parametrize("more", [0, 1, 7])
+def test_a_long_list_of_failures_is_cut(more: int) -> None:
+    report = MaskReport(Path("cache"), images=FAILURES_SHOWN + more)
+    for number in range(report.images):
+        report.fail(f"image-{number:02}", "damaged")
+    first, *listed = report.lines()
+    assert first == f"{report.images} images failed:"
+    assert listed[FAILURES_SHOWN - 1] == f"  image-{FAILURES_SHOWN - 1:02}: damaged"
+    assert listed[FAILURES_SHOWN:] == ([f"  and {more} more, each warned of above"] if more else [])
