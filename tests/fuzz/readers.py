@@ -107,7 +107,7 @@ def known(content: bytes) -> None:
     (SET / "checked-0-of-1.json").write_bytes(checked)
     images = FinishedImages(SET)
     assert images.is_current("a", IMAGE, ("cat",))
-    images.note("a", (1, 2, 3), ("cat",), False, SHARD.name)
+    images.note("a", (SHARD.name, (1, 2, 3), ("cat",), False))
     images.save({"a": SHARD.name})
 
 

@@ -42,7 +42,7 @@ class FinishedImages:
     """The images in finished shards, as they are when this is made. It takes no lock, and only ``save`` writes.
 
     Args:
-        folder: of the mask set.
+        folder: folder of the mask set.
         index: 0-based share of the work.
         count: number of shares.
 
@@ -83,11 +83,11 @@ class FinishedImages:
         """Whether there is a sound record for the bytes that ``file`` has and for these labels.
 
         Args:
-            image_id: as ``find_images`` gives it.
+            image_id: id from ``find_images``.
             file: the image; one that can't be read isn't current.
             labels: its class names, in order.
             need_cams: a record without CAMs doesn't count.
-            check_bytes: read the file even where its size and times are as they were.
+            check_bytes: choice to read the file even where its size and times are as they were.
         """
         shard = self._shard_of.get(image_id)
         if shard is None:

@@ -36,7 +36,7 @@ class Listing:
 
     Attributes:
         shard_of: image id to the name of the shard that holds its record; where several do, of the latest.
-        stamps: of those that could be opened, taken before reading.
+        stamps: stamps of those that could be opened, taken before reading.
         superseded: number of records that a later one of the same image replaces.
         unreadable: shard to the error, for those that can't be opened.
     """
@@ -112,7 +112,7 @@ def write_index(folder: Path, fingerprint: str, checked: Mapping[str, Stamp]) ->
     """Write ``index.h5`` anew, and drop the notes that went into it; the caller holds the set's lock.
 
     Args:
-        folder, fingerprint: of the mask set.
+        folder, fingerprint: those of the mask set.
         checked: shards that the caller has checked in full, with their stamp at that time.
 
     Returns:

@@ -61,7 +61,7 @@ class MaskSetStatus:
         partial: names of files that are being written, or were when their writer died.
         damaged: names of files that couldn't be opened and were set aside.
         unreadable: name to reason for finished shards that can't be opened.
-        complete: whether the last run over each share came to its end, no image was missing, and all can be opened.
+        complete: True where the last run over each share came to its end, no image was missing, and all can be opened.
     """
 
     path: Path
@@ -261,7 +261,7 @@ class GcReport:
         salvaged: images taken over from interrupted runs.
         removed: names of files that are gone.
         set_aside: names of shards that couldn't be opened, now ``*.damaged``; the next gc removes them.
-        bytes_freed: by how much the folder shrank.
+        bytes_freed: number of bytes by which the folder shrank.
     """
 
     images: int = 0

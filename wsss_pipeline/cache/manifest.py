@@ -128,7 +128,7 @@ class Completion(_Stored):
 
     Attributes:
         images: number of images in finished shards.
-        shares: of the last partition of the work, by ``I/N``.
+        shares: shares of the last partition of the work, by ``I/N``.
         complete: all N shares have run to their end, and no image is missing.
     """
 

@@ -29,7 +29,7 @@ class MaskCache:
 
     Attributes:
         path: the mask set's folder.
-        manifest: what the mask set is; its ``completion`` as it was at the time of ``open``.
+        manifest: description of the mask set; its ``completion`` as it was at the time of ``open``.
         shard_of: image id to the name of the shard that holds its record, sorted by id.
         superseded: number of records that a later one of the same image replaces.
         unreadable: file name to reason for shards that can't be opened; their images count as missing.

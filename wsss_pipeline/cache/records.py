@@ -48,9 +48,9 @@ class RecordInfo:
         image_digest: SHA-256 of the image file, hexadecimal.
         seconds: time its mask took.
         scale: side of the image that CLIP and CRF saw, by that of the file's; 1.0 where not scaled.
-        width: of the mask.
-        height: of the mask.
-        has_cams: whether CAMs are stored.
+        width: width of the mask.
+        height: height of the mask.
+        has_cams: True where CAMs are stored.
     """
 
     labels: tuple[str, ...]

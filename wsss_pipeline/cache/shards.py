@@ -65,7 +65,7 @@ class ShardBuilder:
     """A shard in memory, or the index.
 
     Args:
-        fingerprint: of the mask set that it belongs to.
+        fingerprint: fingerprint of the mask set that it belongs to.
 
     Attributes:
         images: the group of its records, for ``write_record``.

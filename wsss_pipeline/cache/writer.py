@@ -54,7 +54,7 @@ class MaskWriter:
     finishes the shard and sees to the index.
 
     Args:
-        folder: of the mask set, from ``open_mask_set``.
+        folder: folder of the mask set, from ``open_mask_set``.
         index: 0-based share of the work.
         count: number of shares.
         images_per_shard: a shard file holds at most so many images.
@@ -125,7 +125,7 @@ class MaskWriter:
         """Add an image's record; it takes the place of an earlier one.
 
         Args:
-            image_id: as ``find_images`` gives it.
+            image_id: id from ``find_images``.
             pseudo_mask: mask, confidence, labels, maybe CAMs.
             image_digest: SHA-256 of the image file, hexadecimal.
             seconds: time the mask took.
@@ -298,8 +298,8 @@ def salvage(folder: Path, name: str, fingerprint: str, checked: dict[str, Stamp]
     A partial file that can't be opened is kept, as ``*.damaged``; one without a sound record is removed.
 
     Args:
-        folder, fingerprint: of the mask set.
-        name: of the shard, from ``take_over_partials``.
+        folder, fingerprint: those of the mask set.
+        name: name of the shard, from ``take_over_partials``.
         checked: gets the stamp of the finished shard, by its name.
 
     Returns:
