@@ -61,7 +61,8 @@ class MaskSetStatus:
         partial: names of files that are being written, or were when their writer died.
         damaged: names of files that couldn't be opened and were set aside.
         unreadable: name to reason for finished shards that can't be opened.
-        complete: True where the last run over each share came to its end, no image was missing, and all can be opened.
+        complete: True where the last run over each share came to its end, no image was missing, and all shards
+            can be opened.
     """
 
     path: Path
