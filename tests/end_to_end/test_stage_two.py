@@ -255,6 +255,8 @@ def test_export_to_onnx_and_to_hugging_face(root: Path, run: Path, tmp_path: Pat
     with torch.no_grad():
         expected = load_network(run).network(images).numpy()
     assert np.abs(logits - expected).max() < 1e-3
+    names = json.loads(session.get_modelmeta().custom_metadata_map["id2label"])
+    assert (names["0"], names["10"]) == ("background", "starfish")
 
     result = wsss("export-model", "--checkpoint", run, "--out", tmp_path / "hf", "--format", "huggingface")
     assert result.exit_code == 0, result.output

@@ -112,8 +112,13 @@ def test_equal_files_are_left_alone(cache: MaskCache, tmp_path: Path, form: str)
 
 
 def test_bad_records_and_unsafe_ids_are_skipped_and_reported(
-    folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    folder: Path,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr("wsss_pipeline.runtime.progress.SECONDS_BETWEEN_LINES", 0.0)
     ids = ["good", "bad", "../escape", ".", "x" * 300, "/etc/passwd"]
     with MaskWriter(folder) as writer:
         for image_id in ids:
@@ -121,14 +126,15 @@ def test_bad_records_and_unsafe_ids_are_skipped_and_reported(
     (shard,) = folder.glob("shard-*.h5")
     with h5py.File(shard, "r+") as file:
         file["images/bad"].attrs["record_digest"] = "0" * 64
-    with caplog.at_level(logging.WARNING):
+    with caplog.at_level(logging.INFO):
         report = export_masks(MaskCache.open(folder), tmp_path / "out", "png")
+    assert "6/6 images" in capsys.readouterr().err.split("5 failed")[-2]
     assert report.written == 1
     assert set(report.failed) == set(ids) - {"good"}
     assert all("\n" not in reason for reason in report.failed.values())
     assert [path.name for path in (tmp_path / "out").rglob("*")] == ["good.png"]
     assert not (tmp_path / "escape.png").exists()
-    assert len(caplog.records) == 5
+    assert sum(record.levelno == logging.WARNING for record in caplog.records) == 5
 
 
 def test_progress_is_shown(

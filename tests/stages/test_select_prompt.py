@@ -91,12 +91,15 @@ def test_each_image_goes_through_clip_once(config: MaskConfig, monkeypatch: pyte
     assert sum(seen) == 2
 
 
-def test_a_bad_image_is_named_and_left_out(config: MaskConfig, tmp_path: Path) -> None:
+def test_a_bad_image_is_named_and_left_out(
+    config: MaskConfig, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     broken = tmp_path / "broken.png"
     broken.write_bytes(b"no image")
     ranking = rank(config, images=IMAGES | {THIRD: broken})
     assert ranking.images == 1
     assert list(ranking.failed) == [THIRD]
+    assert [str(broken) in message for message in caplog.messages] == [True]
     assert ranking.ranked == rank(config, labels={FIRST: LABELS[FIRST]}).ranked
     with pytest.raises(ConfigError, match="none of the 2 images"):
         rank(config, images={FIRST: broken, THIRD: broken})
