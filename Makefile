@@ -38,7 +38,7 @@ fuzz: $(VENV)/installed-dev  ## a minute of coverage-guided fuzzing for each rea
 	for target in labels manifest known; do \
 		$(BIN)/python -m tests.fuzz.readers $$target -max_total_time=60 || exit 1; done
 
-mutants: $(VENV)/installed-dev  ## mutation testing of the numerical core and the cache; takes an hour and more
+mutants: $(VENV)/installed-dev  ## mutation testing of all that makes masks, trains and keeps; takes many hours
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check 'mutmut>=3.8'
 	OMP_NUM_THREADS=1 $(BIN)/mutmut run
 	$(BIN)/mutmut results

@@ -136,6 +136,17 @@ def test_an_encoder_takes_weights_from_a_file(tmp_path: Path, prefix: str) -> No
         assert all(torch.equal(value, state[name]) for name, value in network.encoder().state_dict().items())
 
 
+@pytest.mark.parametrize("key", [None, "state_dict", "model"])
+def test_a_checkpoint_of_torch_may_hold_them_deeper(tmp_path: Path, key: str | None) -> None:
+    donor, network = make("deeplabv2", "resnet18"), make("deeplabv2", "resnet18")
+    nn.init.constant_(next(donor.encoder().parameters()), 0.25)
+    state = donor.encoder().state_dict()
+    torch.save(state if key is None else {key: state, "epoch": 3}, tmp_path / "w.pth")
+    config = NetworkConfig(name="deeplabv2", encoder="resnet18", weights=str(tmp_path / "w.pth"))
+    load_pretrained(network, config)
+    assert all(torch.equal(value, state[name]) for name, value in network.encoder().state_dict().items())
+
+
 @pytest.mark.parametrize(
     ("weights", "message"),
     [
@@ -143,11 +154,13 @@ def test_an_encoder_takes_weights_from_a_file(tmp_path: Path, prefix: str) -> No
         ("nowhere.pth", "don't exist; choose imagenet, coco, none"),
         ("other", "fit 0 of the"),
         ("pickle.pth", "can't be read as tensors"),
+        ("list.pth", "hold no tensors by name"),
     ],
 )
 def test_weights_that_cannot_be_used_are_named(tmp_path: Path, weights: str, message: str) -> None:
     save_file({"x": torch.zeros(1)}, tmp_path / "other.safetensors")
     (tmp_path / "pickle.pth").write_bytes(b"\x80\x04cos\nsystem\n(S'true'\ntR.")
+    torch.save([torch.zeros(1)], tmp_path / "list.pth")
     file = tmp_path / ("other.safetensors" if weights == "other" else weights)
     config = NetworkConfig(
         name="deeplabv2", encoder="resnet18", weights=str(file) if file.exists() else weights
