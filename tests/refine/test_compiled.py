@@ -10,7 +10,7 @@ from pathlib import Path
 import numba
 import pytest
 
-from wsss_pipeline.refine.compiled import compiled
+from wsss_pipeline.refine.dense_crf_cpu import compiled
 
 
 def double(value: int) -> int:
@@ -27,7 +27,7 @@ def test_without_a_folder_to_keep_it_the_code_is_compiled_each_time(monkeypatch:
             raise RuntimeError("cannot cache function: no locator available")
         return plain(**options)
 
-    monkeypatch.setattr("wsss_pipeline.refine.compiled.njit", njit)
+    monkeypatch.setattr("wsss_pipeline.refine.dense_crf_cpu.njit", njit)
     assert compiled(double)(21) == 42
     assert asked == [{"cache": True, "nogil": True}, {"nogil": True}]
 

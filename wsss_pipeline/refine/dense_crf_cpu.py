@@ -13,21 +13,30 @@ the first one's message is what is left: half the work where there is one class 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
 import numpy as np
+from numba import njit
 from numpy.typing import NDArray
 
 from wsss_pipeline.config import CrfConfig
 from wsss_pipeline.errors import ConfigError
-from wsss_pipeline.refine.compiled import compiled
 from wsss_pipeline.refine.dense_crf_torch import POINTS_AT_A_TIME
 
 _FIRST_TABLE = 1 << 14
 MOST_COLUMNS = 4  # that are filtered at a time; for each number of columns there is machine code of its own
 _ONE = np.float32(1)
+
+
+def compiled(function: Callable[..., Any]) -> Any:
+    """Compiles at the first call, and keeps the machine code on disk where some folder can be written."""
+    try:
+        return njit(cache=True, nogil=True)(function)
+    except RuntimeError:  # numba found no folder: neither the package's, nor the user's
+        return njit(nogil=True)(function)
 
 
 def infer(image: NDArray[np.uint8], unary: NDArray[np.float32], parameters: CrfConfig) -> NDArray[np.float32]:
