@@ -193,6 +193,7 @@ def test_bad_images_are_reported_skipped_and_counted(
     assert sorted(summary["failed"]) == sorted(bad)
     assert summary["computed"] == len(LABELS)
     assert all(0 < summary["busy"][stage] < 60 for stage in ("reading", "CLIP", "refining", "writing"))
+    assert 0 < summary["computing"] <= summary["seconds"]
     last = [line for line in result.stderr.splitlines() if "images/s, ETA" in line][-1]
     assert last.startswith("9/9 images, ")
     assert last.endswith(", 4 failed")
