@@ -171,6 +171,24 @@ def test_weights_that_cannot_be_used_are_named(tmp_path: Path, weights: str, mes
         load_pretrained(network, config, offline=True)
 
 
+class _Touch:
+    """Unpickled, it makes a file."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def __reduce__(self) -> tuple[object, tuple[Path]]:
+        return Path.touch, (self._path,)
+
+
+def test_nothing_in_a_file_of_weights_is_run(tmp_path: Path) -> None:
+    torch.save({"weight": torch.zeros(1), "extra": _Touch(tmp_path / "run")}, tmp_path / "w.pth")
+    config = NetworkConfig(name="deeplabv2", encoder="resnet18", weights=str(tmp_path / "w.pth"))
+    with pytest.raises(NetworkError, match="can't be read as tensors"):
+        load_pretrained(make("deeplabv2", "resnet18"), config)
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize("encoder", ["mit-b0", "mit_b0", "nvidia/mit-b0"])
 def test_a_segformers_weights_are_asked_for_by_their_hub_id(
     monkeypatch: pytest.MonkeyPatch, encoder: str
