@@ -65,6 +65,9 @@ def test_each_trained_parameter_is_in_one_group(name: str, encoder: str) -> None
     for group in groups:
         in_encoder = {id(parameter) in inside for parameter in group["params"]}
         assert in_encoder == {group["lr"] == 0.1}
+        assert group["lr"] in (
+            (0.1,) if in_encoder == {True} else (1.0, 2.0)
+        )  # DeepLabV2's biases learn twice as fast
 
 
 def test_deeplabv2_gives_three_scales_and_their_maximum() -> None:
