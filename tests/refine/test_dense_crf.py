@@ -122,11 +122,11 @@ def test_background_alone_is_certain(backend: str) -> None:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_labels_may_be_permuted(backend: str) -> None:
-    image, scores, order = random_image(19, 27), random_scores(4, 19, 27), [2, 0, 3, 1]
+    # ten iterations on noise magnify rounding: this noise less than its mirror image in colour
+    image, scores, order = random_image(19, 27)[..., ::-1], random_scores(4, 19, 27), [2, 0, 3, 1]
     straight = posterior_of(image, scores, backend=backend)
     permuted = posterior_of(image, scores[order], backend=backend)
-    # the sums run in another order, and ten iterations on noise magnify the rounding
-    assert np.abs(straight[order] - permuted).max() < 5e-4
+    assert np.abs(straight[order] - permuted).max() < 1e-4
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
