@@ -121,7 +121,9 @@ def test_background_words_affinity_and_the_crf_help(scores: dict[str, float]) ->
 
 def test_the_demo_runs_and_runs_again(tmp_path: Path) -> None:
     overrides = ["optimisation.iterations=2", "optimisation.batch=2"]
-    first = run_demo(tmp_path, scenes=(4, 2), overrides=overrides, upper_bound=True)
+    first = run_demo(tmp_path, 7, scenes=(4, 2), overrides=overrides, upper_bound=True)
+    for run in ("network", "network-on-ground-truth"):
+        assert "seed: 7\n" in (tmp_path / run / "config.yaml").read_text()
     assert list(first.scores) == [
         *("pseudo masks: CAM", "pseudo masks: CAM + CAA", "pseudo masks: CAM + CAA + CRF"),
         *("network, unseen images", "network-on-ground-truth, unseen images"),
@@ -129,7 +131,7 @@ def test_the_demo_runs_and_runs_again(tmp_path: Path) -> None:
     measured = [(result.split, result.images) for result in first.scores.values()]
     assert measured == [("train", 4)] * 3 + [("val", 2)] * 2
     assert all(path.exists() for path in first.folders.values())
-    again = run_demo(tmp_path, scenes=(4, 2), overrides=overrides, upper_bound=True)
+    again = run_demo(tmp_path, 7, scenes=(4, 2), overrides=overrides, upper_bound=True)
     assert again.lines() == first.lines()
     assert all(0 <= result.scores.miou <= 1 for result in first.scores.values())
 
