@@ -19,7 +19,19 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "wsss_pipeline"
 
 # Data flows one way: a part imports only itself and what stands before it.
-ORDER = ["errors", "config", "runtime", "data", "clip", "cam", "cache", "regions", "refine", "methods"]
+ORDER = [
+    "errors",
+    "files",
+    "config",
+    "runtime",
+    "data",
+    "clip",
+    "cam",
+    "cache",
+    "regions",
+    "refine",
+    "methods",
+]
 ORDER += [
     "pseudo_masks",
     "segmentation",

@@ -26,6 +26,7 @@ from wsss_pipeline.cache.shards import (
     IMAGES,
     PARTIAL_SUFFIX,
     ShardBuilder,
+    is_left_over,
     next_shard,
     open_shard,
     shard_files,
@@ -38,7 +39,7 @@ from wsss_pipeline.cache.writer import (
     take_over_partials,
 )
 from wsss_pipeline.errors import CacheError, CacheFormatError, CacheRecordError
-from wsss_pipeline.runtime.output import TEMPORARY_SUFFIX, write_file, writing
+from wsss_pipeline.runtime.output import write_file, writing
 from wsss_pipeline.runtime.progress import Progress
 
 SMALL_SHARD = 100  # images; several smaller ones, as interrupted runs leave them, become one
@@ -290,7 +291,8 @@ def gc(mask_set: Path) -> GcReport:
     with without_writers(mask_set):
         size = _folder_size(mask_set)
         # what was set aside before, and what a killed process was writing
-        _remove([*shard_files(mask_set, DAMAGED_SUFFIX), *mask_set.glob(f"*{TEMPORARY_SUFFIX}")], report)
+        left_over = [path for path in mask_set.iterdir() if is_left_over(path)]
+        _remove([*shard_files(mask_set, DAMAGED_SUFFIX), *left_over], report)
         for name in take_over_partials(mask_set, 0, 1):
             report.salvaged += salvage(mask_set, name, fingerprint, checked)
         listing = list_records(mask_set, fingerprint)

@@ -23,6 +23,11 @@ IMAGES = "images"
 PARTIAL_SUFFIX = ".partial"
 DAMAGED_SUFFIX = ".damaged"
 
+# what a killed process was writing, in this mask set, with or without random digits in its name
+_LEFT_OVER = re.compile(
+    r"(manifest\.json|index\.h5|(known|checked)-\d+-of-\d+\.json|writer-\d+-of-\d+\.owner|shard-\d+of\d+-\d+\.h5"
+    r"(\.partial)?)(\.[0-9a-f]{16})?\.tmp"
+)
 _PATTERN = re.compile(r"shard-(\d{1,9})of(\d{1,9})-(\d{1,9})\.h5(\..+)?")
 
 
@@ -53,6 +58,11 @@ def named_shards(folder: Path) -> list[ShardFile]:
 def shard_files(folder: Path, suffix: str = "") -> list[Path]:
     """Files of shards with this suffix, in order of writing: what a later one says holds."""
     return [shard.path for shard in named_shards(folder) if shard.suffix == suffix]
+
+
+def is_left_over(path: Path) -> bool:
+    """Whether a file of a mask set is one that a killed process didn't finish, and nobody needs."""
+    return _LEFT_OVER.fullmatch(path.name) is not None and not path.is_dir()
 
 
 def next_shard(folder: Path, index: int, count: int) -> str:

@@ -26,6 +26,7 @@ from wsss_pipeline.cache.shards import (
     IMAGES,
     PARTIAL_SUFFIX,
     ShardBuilder,
+    is_left_over,
     named_shards,
     next_shard,
     open_shard,
@@ -33,7 +34,7 @@ from wsss_pipeline.cache.shards import (
 from wsss_pipeline.data.image_files import ImageFile, Status
 from wsss_pipeline.data.masks import PseudoMask
 from wsss_pipeline.errors import CacheError, CacheFormatError, OutputError
-from wsss_pipeline.runtime.output import TEMPORARY_SUFFIX, sync_folder, write_file, writing
+from wsss_pipeline.runtime.output import sync_folder, write_file, writing
 
 IMAGES_PER_SHARD = 1000
 BYTES_PER_SHARD = 64 * 2**20  # a shard is in memory until it is finished
@@ -284,7 +285,7 @@ def take_over_partials(folder: Path, index: int, count: int) -> list[str]:
         for shard in named_shards(folder):
             if lock_name(shard.index, shard.count) in held:
                 continue
-            if shard.suffix == PARTIAL_SUFFIX + TEMPORARY_SUFFIX:
+            if is_left_over(shard.path):
                 shard.path.unlink()
             elif shard.suffix == PARTIAL_SUFFIX:
                 taken.append(next_shard(folder, index, count))

@@ -27,6 +27,7 @@ from wsss_pipeline.config import (
     user_layers,
 )
 from wsss_pipeline.errors import ConfigError
+from wsss_pipeline.runtime.output import printable
 
 if TYPE_CHECKING:
     from wsss_pipeline.pseudo_masks.job import JobPaths
@@ -80,6 +81,11 @@ def _kept(where: str, key: str | None, *names: str, **attributes: Any) -> Callab
 
 
 _path = partial(_kept, _PATHS, None)
+
+
+def say(text: object, err: bool = False) -> None:
+    """Print text, a line or several, that may hold others' names: what isn't printable in a line is shown escaped."""
+    click.echo("\n".join(printable(line) for line in str(text).split("\n")), err=err)
 
 
 def all_of(*options: Callable[[Command], Command]) -> Callable[[Command], Command]:

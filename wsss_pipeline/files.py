@@ -1,0 +1,75 @@
+"""Reading files that may be anybody's: plain ones of a bounded size, or an OSError before anything is waited for.
+
+A pipe has no end, ``/dev/zero`` neither, and a sparse file of 300 GiB takes no room on the disk.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import stat
+from pathlib import Path
+from typing import Any, BinaryIO
+
+MIB = 2**20
+
+
+def open_plain(path: Path, at_most: int) -> BinaryIO:
+    """A plain file of at most so many bytes, open for reading.
+
+    Raises:
+        OSError: it isn't there, is something else than a plain file, too large, or can't be read.
+    """
+    # looked at before it is opened: opening a device may do something, opening a pipe waits
+    check_plain(path, at_most)
+    descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+    try:
+        _check(os.fstat(descriptor), path, at_most)
+        return os.fdopen(descriptor, "rb")
+    except BaseException:
+        os.close(descriptor)
+        raise
+
+
+def check_plain(path: Path, at_most: int) -> None:
+    """An OSError where ``open_plain`` would raise one; for files that a library opens itself."""
+    _check(path.stat(), path, at_most)
+
+
+def _check(status: os.stat_result, path: Path, at_most: int) -> None:
+    if stat.S_ISDIR(status.st_mode):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    if not stat.S_ISREG(status.st_mode):
+        raise OSError(errno.EINVAL, "not a plain file", str(path))
+    if status.st_size > at_most:
+        raise OSError(
+            errno.EFBIG, f"it has {status.st_size:,} bytes, at most {at_most:,} are read", str(path)
+        )
+
+
+def read_bytes(path: Path, at_most: int) -> bytes:
+    """All of a plain file; an OSError as ``open_plain``, also where it grows beyond ``at_most`` meanwhile."""
+    with open_plain(path, at_most) as file:
+        content = file.read(at_most + 1)
+    if len(content) > at_most:
+        raise OSError(errno.EFBIG, f"it has more than {at_most:,} bytes", str(path))
+    return content
+
+
+def read_text(path: Path, at_most: int) -> str:
+    """A UTF-8 file, with or without a byte order mark; an OSError as ``open_plain``, a UnicodeDecodeError."""
+    return read_bytes(path, at_most).decode("utf-8-sig")
+
+
+def read_json(path: Path, at_most: int) -> Any:
+    """A JSON file; an OSError as ``open_plain``, a ValueError where it isn't JSON or is nested without end."""
+    return parse_json(read_bytes(path, at_most))
+
+
+def parse_json(content: bytes | str) -> Any:
+    """JSON text; a ValueError where it is none, or nested without end."""
+    try:
+        return json.loads(content)
+    except RecursionError as error:
+        raise ValueError("nested too deep") from error
