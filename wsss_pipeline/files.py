@@ -9,13 +9,14 @@ import errno
 import json
 import os
 import stat
+from io import BufferedReader
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 MIB = 2**20
 
 
-def open_plain(path: Path, at_most: int) -> BinaryIO:
+def open_plain(path: Path, at_most: int) -> BufferedReader:
     """A plain file of at most so many bytes, open for reading.
 
     Raises:

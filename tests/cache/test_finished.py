@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import h5py
@@ -13,7 +13,8 @@ import pytest
 from cache_samples import damage, make_digest, make_mask, shards, write_images
 
 from wsss_pipeline.cache import FinishedImages, MaskWriter, finished
-from wsss_pipeline.cache.index import read_trusted, stamp
+from wsss_pipeline.cache.index import read_checked, stamp
+from wsss_pipeline.cache.inspection import Depth
 from wsss_pipeline.data.image_files import file_status
 from wsss_pipeline.data.images import file_digest
 from wsss_pipeline.errors import ImageError, OutputError
@@ -219,13 +220,13 @@ def test_a_shard_is_checked_once_and_one_that_is_damaged_each_time(
 ) -> None:
     write("image", "bad")
     checked: list[int] = []
-    check = finished.check_records
+    inspect = finished.inspect
 
-    def count(images: h5py.Group, *, arrays: bool) -> object:
-        checked.extend([1] * arrays)
-        return check(images, arrays=arrays)
+    def count(path: Path, fingerprint: str, class_names: Sequence[str], depth: Depth) -> object:
+        checked.extend([1] * (depth == "records"))
+        return inspect(path, fingerprint, class_names, depth)
 
-    monkeypatch.setattr(finished, "check_records", count)
+    monkeypatch.setattr(finished, "inspect", count)
     assert is_current(folder, image, check_bytes=True)
     assert checked == [], "the writer vouches for it"
     (shard,) = shards(folder)
@@ -239,7 +240,7 @@ def test_a_shard_is_checked_once_and_one_that_is_damaged_each_time(
         with MaskWriter(folder) as writer:
             assert writer.is_current("image", image, LABELS)
         assert len(checked) == times
-        assert read_trusted(folder)[shard.name] != stamp(shard)
+        assert read_checked(folder)[shard.name].stamp != stamp(shard)
 
 
 @pytest.mark.parametrize("at", [1, 2])

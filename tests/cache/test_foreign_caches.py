@@ -25,10 +25,9 @@ from wsss_pipeline.cache import (
     MaskWriter,
     PseudoMask,
     open_mask_set,
-    records,
     verify,
 )
-from wsss_pipeline.cache.index import read_trusted
+from wsss_pipeline.cache.index import read_checked
 from wsss_pipeline.cache.manifest import read_manifest
 from wsss_pipeline.cli import main
 from wsss_pipeline.errors import CacheFormatError, CacheRecordError
@@ -144,7 +143,7 @@ def many_labels(group: h5py.Group, folder: Path) -> None:
 
 def too_many_cams(group: h5py.Group, folder: Path) -> None:
     group.attrs["height"], group.attrs["width"] = 2**13, 2**14
-    group.attrs.create("labels", np.array([f"{n}" for n in range(100)], object), dtype=h5py.string_dtype())
+    group.attrs.create("labels", np.array(["cat"] * 100, object), dtype=h5py.string_dtype())
     for name in ("mask", "confidence"):
         replace(group, name, (2**13, 2**14), "u1", chunks=(2**13, 2**14), **FILTERS)
     group.create_dataset("cams", (100, 2**13, 2**14), "<f2", chunks=(1, 2**13, 2**14), **FILTERS)
@@ -226,18 +225,16 @@ def test_a_pipe_instead_of_a_file_is_not_waited_for(folder: Path) -> None:
     os.mkfifo(folder / "index.h5")
     cache = MaskCache.open(folder)
     assert list(cache) == ["a"]
-    assert "it isn't a file" in cache.unreadable["shard-0of1-00009.h5"]
-    assert read_trusted(folder) == {}
+    assert "not a plain file" in cache.unreadable["shard-0of1-00009.h5"]
+    assert list(read_checked(folder)) == ["shard-0of1-00001.h5"]
 
 
-def test_an_index_that_links_elsewhere_is_not_followed(
-    folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_nobody_reads_the_index(folder: Path, tmp_path: Path) -> None:
+    """It is for other tools; what this program goes by lies beside it."""
     write_images(folder, ["a"])
-    with h5py.File(folder / "index.h5", "r+") as file:
-        file["shards/more"] = h5py.ExternalLink(str(tmp_path / "pipe.h5"), "/x")
-    assert read_trusted(folder) == {}
-    assert "link to somewhere else" in caplog.text
+    (folder / "index.h5").write_bytes(b"no HDF5")
+    assert list(MaskCache.open(folder)) == ["a"]
+    assert list(read_checked(folder)) == [shards(folder)[0].name]
 
 
 def test_a_mask_with_255_is_neither_written_nor_read(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -247,23 +244,33 @@ def test_a_mask_with_255_is_neither_written_nor_read(folder: Path, monkeypatch: 
             writer.write("bad", bad, image_digest="0" * 64, seconds=0.0)
         writer.write("good", make_mask("good"), image_digest="0" * 64, seconds=0.0)
     assert list(MaskCache.open(folder)) == ["good"]
-    with monkeypatch.context() as patch, MaskWriter(folder) as writer:
-        patch.setattr(records, "IGNORE", 256)
+    with MaskWriter(folder) as writer:
+        monkeypatch.setattr(writer, "_class_names", tuple(map(str, range(255))))
         writer.write("bad", bad, image_digest="0" * 64, seconds=0.0)
-    with pytest.raises(CacheRecordError, match="holds 255"):
+    with pytest.raises(CacheRecordError, match="holds the value 255"):
         MaskCache.open(folder)["bad"]
 
 
-def test_a_value_that_is_no_class_is_refused(folder: Path) -> None:
+def test_what_fits_no_class_is_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    confidence = np.zeros((2, 3), np.uint8)
     with MaskWriter(folder) as writer:
+        for number, (value, labels) in enumerate([(3, ()), (0, ("wolf",))]):
+            mask = PseudoMask(np.full((2, 3), value, np.uint8), confidence, labels)
+            with pytest.raises(CacheRecordError, match="can't be stored"):
+                writer.write(f"{number}", mask, image_digest="0" * 64, seconds=0.0)
+        monkeypatch.setattr(writer, "_class_names", ("cat", "dog", "wolf"))
         for value in (2, 3):
-            mask = PseudoMask(np.full((2, 3), value, np.uint8), np.zeros((2, 3), np.uint8))
+            mask = PseudoMask(np.full((2, 3), value, np.uint8), confidence)
             writer.write(f"{value}", mask, image_digest="0" * 64, seconds=0.0)
-    assert MaskCache.open(folder)["2"].mask.max() == 2
-    with pytest.raises(
-        CacheRecordError, match=r"'3' in .* holds the value 3, but the mask set has 2 classes"
-    ):
-        MaskCache.open(folder)["3"]
+        mask = PseudoMask(np.zeros((2, 3), np.uint8), confidence, ("wolf",))
+        writer.write("label", mask, image_digest="0" * 64, seconds=0.0)
+    cache = MaskCache.open(folder)
+    assert cache["2"].mask.max() == 2
+    with pytest.raises(CacheRecordError, match=r"'3' in .* holds the value 3, and there are 2 classes"):
+        cache["3"]
+    with pytest.raises(CacheRecordError, match=r"'wolf' is none of the mask set's classes"):
+        cache["label"]
+    assert set(verify(folder).damaged) == {"3", "label"}
 
 
 @pytest.mark.parametrize(

@@ -15,13 +15,14 @@ from pathlib import Path
 
 from pydantic import BaseModel
 
-from wsss_pipeline.cache.index import Stamp, list_records, read_trusted
+from wsss_pipeline.cache.index import MAX_NOTES_BYTES, SoundShard, checked_shard, list_records
+from wsss_pipeline.cache.inspection import inspect
 from wsss_pipeline.cache.manifest import read_manifest
-from wsss_pipeline.cache.records import RecordInfo, check_records
-from wsss_pipeline.cache.shards import IMAGES, open_shard
+from wsss_pipeline.cache.records import RecordInfo
 from wsss_pipeline.data.image_files import ImageFile, Status, file_status
 from wsss_pipeline.data.images import file_digest
 from wsss_pipeline.errors import CacheFormatError, ImageError
+from wsss_pipeline.files import read_bytes
 from wsss_pipeline.runtime.output import write_file
 
 # A file may change twice within one tick of its clock: what was read so soon after a change isn't believed.
@@ -45,31 +46,40 @@ class FinishedImages:
         folder: folder of the mask set.
         index: 0-based share of the work.
         count: number of shares.
+        checked: shards that the caller knows to be sound.
 
     Attributes:
-        checked: shards that were found sound throughout, with their stamp then.
+        checked: these, and those that were found sound since.
 
     Raises:
         CacheFormatError: the folder isn't a mask set of this format version.
     """
 
-    def __init__(self, folder: Path, index: int = 0, count: int = 1) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        index: int = 0,
+        count: int = 1,
+        checked: Mapping[str, SoundShard] | None = None,
+    ) -> None:
         self._folder = folder
-        self._fingerprint = read_manifest(folder).fingerprint
-        self._listing = list_records(folder, self._fingerprint)
+        self._manifest = read_manifest(folder)
+        self._listing = list_records(
+            folder, self._manifest.fingerprint, self._manifest.mask_set.class_names, checked
+        )
         self._shard_of = self._listing.shard_of
-        self._believed = {name for name, _ in self._listing.stamps.items() & read_trusted(folder).items()}
         self._path = folder / f"known-{index}-of-{count}.json"
         self._known: dict[str, Entry] = {}
         try:
-            self._known = _Known.model_validate_json(self._path.read_bytes(), strict=True).images
+            content = read_bytes(self._path, MAX_NOTES_BYTES)
+            self._known = _Known.model_validate_json(content, strict=True).images
         except FileNotFoundError:
             pass
         except (OSError, ValueError):
             logger.warning("%s can't be read; the images are looked at again", self._path)
         self._noted: dict[str, Entry] = {}
         self._records: dict[str, dict[str, RecordInfo]] = {}
-        self.checked: dict[str, Stamp] = {}
+        self.checked: dict[str, SoundShard] = dict(checked or {})
 
     def is_current(
         self,
@@ -96,7 +106,7 @@ class FinishedImages:
             status = file_status(file)
         except OSError:
             return False
-        if not check_bytes and shard in self._believed and image_id in self._known:
+        if not check_bytes and shard in self._listing.sound and image_id in self._known:
             *entry, has_cams = self._known[image_id]
             if entry == [shard, status, tuple(labels)] and (has_cams or not need_cams):
                 return True
@@ -118,17 +128,24 @@ class FinishedImages:
             return None
         if shard not in self._records:
             self._records[shard] = {}
-            is_believed = shard in self._believed
+            is_believed, path = shard in self._listing.sound, self._folder / shard
+            manifest = self._manifest
             try:
-                with open_shard(self._folder / shard, self._fingerprint) as file:
-                    self._records[shard], damaged = check_records(file[IMAGES], arrays=not is_believed)
+                inspection = inspect(
+                    path,
+                    manifest.fingerprint,
+                    manifest.mask_set.class_names,
+                    "infos" if is_believed else "records",
+                )
             except CacheFormatError as error:
                 logger.warning("its images are done again: %s", error)
                 return None
-            for reason in damaged.values():
+            self._records[shard] = inspection.infos
+            for reason in inspection.damaged.values():
                 logger.warning("it is done again: %s", reason)
-            if not damaged and not is_believed:
-                self.checked[shard] = self._listing.stamps[shard]
+            if not is_believed:
+                sound = checked_shard(self._listing.stamps[shard], inspection)
+                self.checked |= {} if sound is None else {shard: sound}
         return self._records[shard].get(image_id)
 
     def note(self, image_id: str, entry: Entry) -> None:

@@ -1,33 +1,63 @@
-"""What the finished shards of a mask set hold, and ``index.h5``: external links to all images, so that any HDF5 tool
-sees one file.
+"""What the finished shards of a mask set hold, who has checked them, and ``index.h5``: external links to all images,
+so that any HDF5 tool sees one file.
 
-The index also remembers size and modification time of the shards whose records have all been checked, as git's
-index does, so that the next run needn't check them again.
+``checked.json`` says of each shard whose records have all been found sound which ids it holds, its SHA-256, and its
+size and times then, as git's index does. The time of change can't be chosen: files that were changed, or handed over
+together with such notes, are looked at again.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import h5py
-from pydantic import TypeAdapter
+from pydantic import BaseModel, TypeAdapter
 
-from wsss_pipeline.cache.records import escape_id, image_ids, own_member
-from wsss_pipeline.cache.shards import IMAGES, ShardBuilder, open_shard, shard_files
-from wsss_pipeline.errors import CacheFormatError
+from wsss_pipeline.cache.inspection import Inspection, inspect
+from wsss_pipeline.cache.records import escape_id
+from wsss_pipeline.cache.shards import (
+    IMAGES,
+    MAX_SHARD_BYTES,
+    ShardBuilder,
+    UnreadableShardError,
+    open_shard,
+    shard_files,
+)
+from wsss_pipeline.files import open_plain, read_bytes
 from wsss_pipeline.runtime.output import write_file, writing
 
 INDEX = "index.h5"
+CHECKED = "checked.json"
 NOTES = "checked-*-of-*.json"
+MAX_NOTES_BYTES = 2**32
 
-Stamp = tuple[int, int]  # size in bytes, modification time in nanoseconds
-_NOTE = TypeAdapter(dict[str, Stamp])  # stamps by shard
+Stamp = tuple[int, int, int]  # size in bytes; times of modification and of change in nanoseconds
 
 logger = logging.getLogger(__name__)
+
+
+class SoundShard(BaseModel):
+    """A shard in which every record was found sound.
+
+    Attributes:
+        stamp: size and times of the file then.
+        sha256: SHA-256 of its bytes, hexadecimal.
+        images: ids of its records.
+        unlabelled: those of them without a label.
+    """
+
+    stamp: Stamp
+    sha256: str
+    images: list[str]
+    unlabelled: list[str] = []
+
+
+_NOTE = TypeAdapter(dict[str, SoundShard])  # by name
 
 
 @dataclass
@@ -37,25 +67,49 @@ class Listing:
     Attributes:
         shard_of: image id to the name of the shard that holds its record; where several do, of the latest.
         stamps: stamps of those that could be opened, taken before reading.
+        sound: those of them that were checked in full, and haven't changed since.
         superseded: number of records that a later one of the same image replaces.
         unreadable: shard to the error, for those that can't be opened.
     """
 
     shard_of: dict[str, str] = field(default_factory=dict)
     stamps: dict[str, Stamp] = field(default_factory=dict)
+    sound: dict[str, SoundShard] = field(default_factory=dict)
     superseded: int = 0
-    unreadable: dict[str, Exception] = field(default_factory=dict)
+    unreadable: dict[str, UnreadableShardError] = field(default_factory=dict)
 
 
-def list_records(folder: Path, fingerprint: str) -> Listing:
-    """List the finished shards; one that can't be opened is reported in the log and left out."""
+def list_records(
+    folder: Path,
+    fingerprint: str,
+    class_names: Sequence[str],
+    checked: Mapping[str, SoundShard] | None = None,
+) -> Listing:
+    """List the finished shards; one that can't be opened is reported in the log and left out.
+
+    Args:
+        folder, fingerprint, class_names: those of the mask set.
+        checked: shards that the caller knows to be sound, and that needn't be noted in the folder yet.
+    """
+    known = read_checked(folder) | dict(checked or {})
     listing = Listing()
-    for path in shard_files(folder):
+    waiting = shard_files(folder)
+    while waiting:
+        path = waiting.pop(0)
         try:
             before = stamp(path)
-            with open_shard(path, fingerprint) as file:
-                found = image_ids(file[IMAGES])
-        except (CacheFormatError, OSError) as error:
+            if (sound := known.get(path.name)) is not None and sound.stamp == before:
+                listing.sound[path.name] = sound
+                found = sound.images
+            else:
+                found = inspect(path, fingerprint, class_names, "ids").ids
+        except (OSError, UnreadableShardError) as error:
+            if not path.exists():  # `wsss cache gc` has put its records into a later one
+                done = {*listing.stamps, *listing.unreadable}
+                waiting = [other for other in shard_files(folder) if other.name not in done]
+                continue
+            if isinstance(error, OSError):
+                error = UnreadableShardError(f"{path} can't be opened ({error.strerror})", False)
             listing.unreadable[path.name] = error
             logger.warning("the images in it count as missing: %s", error)
             continue
@@ -69,38 +123,68 @@ def list_records(folder: Path, fingerprint: str) -> Listing:
 def stamp(path: Path) -> Stamp:
     """What tells whether a file has changed."""
     status = path.stat()
-    return status.st_size, status.st_mtime_ns
+    return status.st_size, status.st_mtime_ns, status.st_ctime_ns
 
 
-def read_trusted(folder: Path) -> dict[str, Stamp]:
-    """Shards that were checked in full, with their stamp then, by index and notes."""
-    trusted: dict[str, Stamp] = {}
-    path = folder / INDEX
+def checked_shard(before: Stamp, inspection: Inspection) -> SoundShard | None:
+    """The note of a shard that was inspected with all of its records; None where one of them is damaged."""
+    if inspection.damaged:
+        return None
+    unlabelled = [image_id for image_id, info in inspection.infos.items() if not info.labels]
+    return SoundShard(
+        stamp=before, sha256=inspection.sha256, images=list(inspection.infos), unlabelled=unlabelled
+    )
+
+
+def open_checked(
+    path: Path, fingerprint: str, class_names: Sequence[str], sound: SoundShard | None
+) -> h5py.File:
+    """A shard, open in this process, once it is known that HDF5 comes to an end with it.
+
+    Args:
+        path: the file.
+        fingerprint, class_names: those of the mask set.
+        sound: note of it; it holds as long as the file's bytes are those of then.
+
+    Raises:
+        UnreadableShardError: as ``inspect``.
+    """
     try:
-        if path.is_file():
-            with h5py.File(path, "r", locking="best-effort") as file:
-                shards = own_member(file, "shards", h5py.Group)
-                for name in shards:
-                    attributes = own_member(shards, name, h5py.Group).attrs
-                    if "mtime_ns" in attributes:
-                        trusted[str(name)] = int(attributes["size"]), int(attributes["mtime_ns"])
-    except Exception as error:  # a damaged file makes HDF5 raise almost anything; the index can be made anew
-        logger.warning("%s can't be read (%s); it is made anew", path, error)
-        trusted = {}
-    for path in sorted(folder.glob(NOTES)):
-        trusted |= _read_note(path)
-    return trusted
+        is_as_then = sound is not None and stamp(path) == sound.stamp and _digest(path) == sound.sha256
+    except OSError as error:
+        raise UnreadableShardError(f"{path} can't be opened ({error.strerror})", False) from error
+    if not is_as_then:
+        inspect(path, fingerprint, class_names, "records")
+    return open_shard(path, fingerprint)
 
 
-def note_checked(folder: Path, index: int, count: int, checked: Mapping[str, Stamp]) -> None:
+def _digest(path: Path) -> str:
+    with open_plain(path, MAX_SHARD_BYTES) as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def read_checked(folder: Path) -> dict[str, SoundShard]:
+    """Shards that were checked in full, by their names, as they were then."""
+    checked: dict[str, SoundShard] = {}
+    for path in [folder / CHECKED, *sorted(folder.glob(NOTES))]:
+        checked |= _read_note(path)
+    return checked
+
+
+def note_checked(folder: Path, index: int, count: int, checked: Mapping[str, SoundShard]) -> None:
     """Leave a note of shards that were checked in full, for whoever writes the index next."""
     path = folder / f"checked-{index}-of-{count}.json"
-    write_file(path, json.dumps(_read_note(path) | dict(checked)), durable=False)
+    _write_note(path, _read_note(path) | dict(checked))
 
 
-def _read_note(path: Path) -> dict[str, Stamp]:
+def _write_note(path: Path, checked: Mapping[str, SoundShard]) -> None:
+    content = {name: sound.model_dump() for name, sound in checked.items()}
+    write_file(path, json.dumps(content, separators=(",", ":")), durable=False)
+
+
+def _read_note(path: Path) -> dict[str, SoundShard]:
     try:
-        return _NOTE.validate_json(path.read_bytes())
+        return _NOTE.validate_json(read_bytes(path, MAX_NOTES_BYTES))
     except FileNotFoundError:
         return {}
     except (OSError, ValueError):
@@ -108,30 +192,29 @@ def _read_note(path: Path) -> dict[str, Stamp]:
         return {}
 
 
-def write_index(folder: Path, fingerprint: str, checked: Mapping[str, Stamp]) -> Listing:
-    """Write ``index.h5`` anew, and drop the notes that went into it; the caller holds the set's lock.
+def write_index(
+    folder: Path, fingerprint: str, class_names: Sequence[str], checked: Mapping[str, SoundShard]
+) -> Listing:
+    """Write ``index.h5`` and ``checked.json`` anew, and drop the notes that went into it; the caller holds the set's
+    lock.
 
     Args:
-        folder, fingerprint: those of the mask set.
-        checked: shards that the caller has checked in full, with their stamp at that time.
+        folder, fingerprint, class_names: those of the mask set.
+        checked: shards that the caller has checked in full.
 
     Returns:
         What the finished shards hold.
     """
-    listing, trusted = list_records(folder, fingerprint), read_trusted(folder) | dict(checked)
+    listing = list_records(folder, fingerprint, class_names, checked)
     builder = ShardBuilder(fingerprint)
     try:
         for image_id, shard in listing.shard_of.items():
             name = escape_id(image_id)
             builder.images[name] = h5py.ExternalLink(shard, f"/{IMAGES}/{name}")
-        shards = builder.file.create_group("shards")
-        for shard in sorted(set(listing.shard_of.values())):
-            item = shards.create_group(shard)
-            if trusted.get(shard) == listing.stamps[shard]:
-                item.attrs["size"], item.attrs["mtime_ns"] = listing.stamps[shard]
         write_file(folder / INDEX, builder.to_bytes())
-        with writing(folder):
-            for note in folder.glob(NOTES):
+        _write_note(folder / CHECKED, listing.sound)
+        for note in folder.glob(NOTES):
+            with writing(note):
                 note.unlink()
     finally:
         builder.close()

@@ -2,68 +2,40 @@
 
 from __future__ import annotations
 
-import os
-import socket
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
-from filelock import FileLock, Timeout
-
 from wsss_pipeline.errors import CacheLockedError
-from wsss_pipeline.runtime.output import writing
+from wsss_pipeline.runtime.locks import ProcessLock, acquired
 
 SET_LOCK = "set.lock"
 SET_LOCK_TIMEOUT = 300.0  # seconds; the longest that holds it is `wsss cache gc` on a large set
 
 
-class WriterLock:
-    """The right to write share ``index`` of ``count``; it ends with the process, however that ends."""
+class WriterLock(ProcessLock):
+    """The right to write share ``index`` of ``count``."""
 
     def __init__(self, folder: Path, index: int, count: int) -> None:
-        self._path = folder / lock_name(index, count)
-        self._owner = self._path.with_suffix(".owner")
-        self._lock: FileLock | None = None
+        super().__init__(folder / lock_name(index, count))
 
-    def acquire(self) -> None:
+    def acquire(self) -> bool:
         """Take the lock without waiting.
 
         Raises:
             CacheLockedError: another process has it.
         """
-        self._lock = _acquired(self._path)
-        if self._lock is None:
-            owner = "another process"
-            with suppress(OSError, ValueError):
-                owner = self._owner.read_text()[:200] or owner
+        if not super().acquire():
             raise CacheLockedError(
-                f"{self._path} is held by {owner}, which writes the same share; wait for it or stop it, or "
+                f"{self.path} is held by {self.owner}, which writes the same share; wait for it or stop it, or "
                 "give each process its own --shard I/N"
             )
-        with writing(self._path.parent):
-            self._owner.write_text(f"process {os.getpid()} on {socket.gethostname()}")
-
-    def release(self) -> None:
-        """Give the lock back; nothing happens where it isn't held."""
-        if self._lock is not None:
-            with suppress(OSError):
-                self._owner.unlink(missing_ok=True)
-            self._lock.release()
-            self._lock = None
+        return True
 
 
 def lock_name(index: int, count: int) -> str:
     """File name of the lock for share ``index`` of ``count``."""
     return f"writer-{index}-of-{count}.lock"
-
-
-def _acquired(path: Path, seconds: float = 0.0) -> FileLock | None:
-    """The lock, held; None where another process doesn't let go of it for so long."""
-    lock = FileLock(path, thread_local=False)
-    with writing(path.parent), suppress(Timeout):
-        lock.acquire(timeout=seconds)
-        return lock
-    return None
 
 
 @contextmanager
@@ -73,7 +45,7 @@ def set_lock(folder: Path) -> Iterator[None]:
     Raises:
         CacheLockedError: another process doesn't let go of it.
     """
-    lock = _acquired(folder / SET_LOCK, SET_LOCK_TIMEOUT)
+    lock = acquired(folder / SET_LOCK, SET_LOCK_TIMEOUT)
     if lock is None:
         raise CacheLockedError(
             f"{folder / SET_LOCK} has been held for {SET_LOCK_TIMEOUT:.0f} s by another process; is a "
@@ -89,7 +61,7 @@ def held_locks(folder: Path) -> list[Path]:
     """Lock files of the shares that some process writes; the caller holds the set's lock."""
     held = []
     for path in sorted(folder.glob("writer-*-of-*.lock")):
-        if lock := _acquired(path):
+        if lock := acquired(path):
             lock.release()
         else:
             held.append(path)

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import logging
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from wsss_pipeline.cache.index import Stamp, list_records, write_index
-from wsss_pipeline.cache.locks import without_writers
+from wsss_pipeline.cache.index import SoundShard, checked_shard, list_records, note_checked, write_index
+from wsss_pipeline.cache.inspection import inspect
+from wsss_pipeline.cache.locks import set_lock, without_writers
 from wsss_pipeline.cache.manifest import (
     Completion,
     Manifest,
@@ -19,13 +21,13 @@ from wsss_pipeline.cache.manifest import (
     read_manifest,
     update_completion,
 )
-from wsss_pipeline.cache.mask_cache import MaskCache
-from wsss_pipeline.cache.records import check_records, image_ids, read_texts
 from wsss_pipeline.cache.shards import (
     DAMAGED_SUFFIX,
     IMAGES,
+    MAX_SHARD_BYTES,
     PARTIAL_SUFFIX,
     ShardBuilder,
+    UnreadableShardError,
     is_left_over,
     next_shard,
     open_shard,
@@ -38,8 +40,9 @@ from wsss_pipeline.cache.writer import (
     salvage,
     take_over_partials,
 )
-from wsss_pipeline.errors import CacheError, CacheFormatError, CacheRecordError
-from wsss_pipeline.runtime.output import write_file, writing
+from wsss_pipeline.errors import CacheError, CacheFormatError, OutputError
+from wsss_pipeline.files import open_plain
+from wsss_pipeline.runtime.output import one_line, replacing, writing
 from wsss_pipeline.runtime.progress import Progress
 
 SMALL_SHARD = 100  # images; several smaller ones, as interrupted runs leave them, become one
@@ -90,24 +93,35 @@ def status(mask_set: Path) -> MaskSetStatus:
     Raises:
         CacheFormatError: ``mask_set`` isn't a mask set of this format version.
     """
-    finished = shard_files(mask_set)
+    manifest = read_manifest(mask_set)
+    class_names = manifest.mask_set.class_names
+    listing = list_records(mask_set, manifest.fingerprint, class_names)
     without_labels = 0
-    with MaskCache(mask_set) as cache:
-        for image_id in sorted(cache, key=cache.shard_of.__getitem__):
-            with suppress(CacheRecordError):
-                without_labels += not cache.labels(image_id)
+    for shard in listing.stamps:
+        if shard in listing.sound:
+            unlabelled = listing.sound[shard].unlabelled
+        else:
+            unlabelled = []
+            with suppress(CacheFormatError):
+                found = inspect(mask_set / shard, manifest.fingerprint, class_names, "infos").infos
+                unlabelled = [image_id for image_id, info in found.items() if not info.labels]
+        without_labels += sum(listing.shard_of.get(image_id) == shard for image_id in unlabelled)
+    size = sum(size for size, *_ in listing.stamps.values())
+    for shard in listing.unreadable:
+        with suppress(OSError):
+            size += (mask_set / shard).stat().st_size
     return MaskSetStatus(
         path=mask_set,
-        manifest=cache.manifest,
-        images=len(cache),
+        manifest=manifest,
+        images=len(listing.shard_of),
         images_without_labels=without_labels,
-        shards=len(finished),
-        bytes=sum(path.stat().st_size for path in finished),
-        superseded=cache.superseded,
+        shards=len(listing.stamps) + len(listing.unreadable),
+        bytes=size,
+        superseded=listing.superseded,
         partial=tuple(path.name for path in shard_files(mask_set, PARTIAL_SUFFIX)),
         damaged=tuple(path.name for path in shard_files(mask_set, DAMAGED_SUFFIX)),
-        unreadable=cache.unreadable,
-        complete=cache.manifest.completion.complete and not cache.unreadable,
+        unreadable={shard: one_line(error) for shard, error in listing.unreadable.items()},
+        complete=manifest.completion.complete and not listing.unreadable,
     )
 
 
@@ -134,26 +148,46 @@ class VerifyReport:
 
 
 def verify(mask_set: Path) -> VerifyReport:
-    """Read and recompute every record of a mask set, and show how far it is.
+    """Read and recompute every record of a mask set, and show how far it is. A gc may run meanwhile.
 
     Raises:
         CacheFormatError: ``mask_set`` isn't a mask set of this format version.
     """
-    fingerprint = read_manifest(mask_set).fingerprint
-    listing = list_records(mask_set, fingerprint)
+    manifest = read_manifest(mask_set)
+    fingerprint, class_names = manifest.fingerprint, manifest.mask_set.class_names
+    listing = list_records(mask_set, fingerprint, class_names)
     report = VerifyReport(unreadable={shard: str(error) for shard, error in listing.unreadable.items()})
-    with Progress(len(listing.stamps), "shards") as progress:
-        for shard in progress.over(listing.stamps):
+    waiting, sound = list(listing.stamps), set[str]()
+    checked: dict[str, SoundShard] = {}
+    with Progress(len(waiting), "shards") as progress:
+        while waiting:
+            shard = waiting.pop(0)
+            progress.advance()
             try:
-                with open_shard(mask_set / shard, fingerprint) as file:
-                    sound, damaged = check_records(file[IMAGES])
-            except CacheFormatError as error:
-                report.unreadable[shard] = str(error)
+                inspection = inspect(mask_set / shard, fingerprint, class_names, "records")
+            except UnreadableShardError as error:
+                if (mask_set / shard).exists():
+                    report.unreadable[shard] = str(error)
+                else:  # by gc; what it held lies in a later one
+                    before, listing = listing, list_records(mask_set, fingerprint, class_names)
+                    waiting = [
+                        name for name in listing.stamps if name in waiting or name not in before.stamps
+                    ]
+                    progress.total = progress.done + len(waiting)
                 continue
-            report.sound += sum(listing.shard_of.get(image_id) == shard for image_id in sound)
-            lost = {i: reason for i, reason in damaged.items() if listing.shard_of.get(i) == shard}
+            note = checked_shard(listing.stamps[shard], inspection)
+            if note is not None and shard not in listing.sound:
+                checked[shard] = note
+            sound |= {i for i in inspection.infos if listing.shard_of.get(i) == shard}
+            lost = {
+                i: why for i, why in inspection.damaged.items() if listing.shard_of.get(i, shard) == shard
+            }
             report.damaged |= lost
-            report.damaged_superseded += len(damaged) - len(lost)
+            report.damaged_superseded += len(inspection.damaged) - len(lost)
+    report.sound = len(sound)
+    if checked:
+        with suppress(OutputError, CacheError), set_lock(mask_set):  # spares the next reader the same
+            note_checked(mask_set, 0, 1, checked)
     return report
 
 
@@ -203,17 +237,18 @@ def merge(sources: Sequence[Path], destination: Path) -> MergeReport:
     target = destination if there else open_mask_set(destination, manifests[0].mask_set)
     report = MergeReport(target)
     with without_writers(target):
-        known: dict[str, tuple[str, ...]] = {}  # digests of the records that count
+        class_names = manifests[0].mask_set.class_names
+        known: dict[str, str] = {}  # digests of the records that count
         for path in shard_files(target):
-            with suppress(CacheFormatError), open_shard(path, expected) as file:
-                for image_id in image_ids(file[IMAGES]):
+            with suppress(CacheFormatError):
+                found = inspect(path, expected, class_names, "digests")
+                for image_id in found.ids:
                     known.pop(image_id, None)
-                    with suppress(CacheRecordError):
-                        known[image_id] = read_texts(file[IMAGES], image_id, "record_digest")
+                known |= found.digests
         for folder in folders:
             if folder.resolve() != target.resolve():
-                _copy_shards(folder, expected, known, report)
-        report.images = len(write_index(target, expected, {}).shard_of)
+                _copy_shards(folder, expected, class_names, known, report)
+        report.images = len(write_index(target, expected, class_names, {}).shard_of)
 
         def merged(before: Completion) -> Completion:
             completions = (before, *(manifest.completion for manifest in manifests))
@@ -226,29 +261,37 @@ def merge(sources: Sequence[Path], destination: Path) -> MergeReport:
 
 
 def _copy_shards(
-    source: Path, fingerprint: str, known: dict[str, tuple[str, ...]], report: MergeReport
+    source: Path, fingerprint: str, class_names: Sequence[str], known: dict[str, str], report: MergeReport
 ) -> None:
     if shard_files(source, PARTIAL_SUFFIX):
         logger.warning(
             "%s holds unfinished work, which isn't merged; run generate-masks there to its end first", source
         )
-    for path in shard_files(source):
+    waiting, seen = shard_files(source), set[Path]()
+    while waiting:
+        path = waiting.pop(0)
+        seen.add(path)
         try:
-            with open_shard(path, fingerprint) as file:
-                digests = {i: read_texts(file[IMAGES], i, "record_digest") for i in image_ids(file[IMAGES])}
-        except (CacheFormatError, CacheRecordError) as error:
+            found = inspect(path, fingerprint, class_names, "digests")
+            if not found.damaged and found.digests.items() <= known.items():
+                report.already_there += 1
+                continue
+            with open_plain(path, MAX_SHARD_BYTES) as file:
+                name = next_shard(report.path, 0, 1)
+                with replacing(report.path / name) as copy:
+                    shutil.copyfileobj(file, copy)
+        except (OSError, CacheFormatError) as error:
+            if not path.exists():  # a gc runs in the source
+                waiting = [other for other in shard_files(source) if other not in seen]
+                continue
+            if isinstance(error, OSError):
+                raise CacheError(
+                    f"{path} can't be read: {error.strerror}; mend that and merge again"
+                ) from error
             logger.warning("left out: %s", error)
             report.unreadable += 1
             continue
-        if digests.items() <= known.items():
-            report.already_there += 1
-            continue
-        try:
-            content = path.read_bytes()
-        except OSError as error:
-            raise CacheError(f"{path} can't be read: {error.strerror}; mend that and merge again") from error
-        write_file(report.path / next_shard(report.path, 0, 1), content)
-        known |= digests
+        known |= found.digests
         report.copied += 1
 
 
@@ -285,50 +328,50 @@ def gc(mask_set: Path) -> GcReport:
         CacheLockedError: a generate-masks is writing there.
         OutputError: disk full, read-only, ...
     """
-    fingerprint = read_manifest(mask_set).fingerprint
+    manifest = read_manifest(mask_set)
+    fingerprint, class_names = manifest.fingerprint, manifest.mask_set.class_names
     report = GcReport()
-    checked: dict[str, Stamp] = {}
+    checked: dict[str, SoundShard] = {}
     with without_writers(mask_set):
         size = _folder_size(mask_set)
         # what was set aside before, and what a killed process was writing
         left_over = [path for path in mask_set.iterdir() if is_left_over(path)]
         _remove([*shard_files(mask_set, DAMAGED_SUFFIX), *left_over], report)
         for name in take_over_partials(mask_set, 0, 1):
-            report.salvaged += salvage(mask_set, name, fingerprint, checked)
-        listing = list_records(mask_set, fingerprint)
+            report.salvaged += salvage(mask_set, name, fingerprint, class_names, checked)
+        listing = list_records(mask_set, fingerprint, class_names, checked)
         for shard, error in listing.unreadable.items():
-            cause = error.__cause__
-            # no cause: of another mask set; a number: the operating system refuses, no damage
-            if cause is None or (isinstance(cause, OSError) and cause.errno is not None):
-                logger.warning("left as it is: %s", error)
-                continue
-            with writing(mask_set):
-                (mask_set / shard).replace(mask_set / (shard + DAMAGED_SUFFIX))
-        rewrite: dict[Path, list[str]] = {}  # shards, each with the images in it that are sound and current
+            _set_aside(mask_set / shard, error)
+        rewrite: dict[Path, dict[str, bool]] = {}  # images in it that are sound and current; has it a label?
         has_waste = False
         for shard, stamp in listing.stamps.items():
-            with open_shard(mask_set / shard, fingerprint) as file:
-                sound, damaged = check_records(file[IMAGES])
-            current, lost = (
-                [image_id for image_id in part if listing.shard_of.get(image_id) == shard]
-                for part in (sound, damaged)
-            )
-            waste = len(sound) - len(current) + len(damaged)
+            try:
+                inspection = inspect(mask_set / shard, fingerprint, class_names, "records")
+            except UnreadableShardError as error:
+                _set_aside(mask_set / shard, error)
+                continue
+            current = {
+                image_id: bool(info.labels)
+                for image_id, info in inspection.infos.items()
+                if listing.shard_of.get(image_id) == shard
+            }
+            lost = [i for i in inspection.damaged if listing.shard_of.get(i, shard) == shard]
+            waste = len(inspection.infos) - len(current) + len(inspection.damaged)
             report.damaged += lost
             report.superseded += waste - len(lost)
-            if not damaged:
-                checked[shard] = stamp
+            if (sound := checked_shard(stamp, inspection)) is not None:
+                checked[shard] = sound
             if waste or len(current) < SMALL_SHARD:
                 rewrite[mask_set / shard] = current
                 has_waste |= waste > 0
         if has_waste or len(rewrite) > 1:  # a small shard alone stays
-            for content, copied in _packed(rewrite, fingerprint):
-                if content:
+            for builder, copied in _packed(rewrite, fingerprint):
+                if builder.is_labelled:
                     name = next_shard(mask_set, 0, 1)
-                    checked[name] = finish_shard(mask_set, name, content)
+                    checked[name] = finish_shard(mask_set, name, builder)
                 _remove(copied, report)
         report.set_aside = [path.name for path in shard_files(mask_set, DAMAGED_SUFFIX)]
-        report.images = len(write_index(mask_set, fingerprint, checked).shard_of)
+        report.images = len(write_index(mask_set, fingerprint, class_names, checked).shard_of)
         changes = {"images": report.images} | (
             {"complete": False} if report.damaged or report.set_aside else {}
         )
@@ -337,20 +380,31 @@ def gc(mask_set: Path) -> GcReport:
     return report
 
 
-def _packed(rewrite: Mapping[Path, list[str]], fingerprint: str) -> Iterator[tuple[bytes, list[Path]]]:
+def _set_aside(shard: Path, error: UnreadableShardError) -> None:
+    """Rename a damaged shard, so that nobody reads it; one that the system refuses, or another's, stays as it is."""
+    if not error.is_damaged:
+        logger.warning("left as it is: %s", error)
+        return
+    with writing(shard.parent):
+        shard.replace(shard.with_name(shard.name + DAMAGED_SUFFIX))
+
+
+def _packed(
+    rewrite: Mapping[Path, Mapping[str, bool]], fingerprint: str
+) -> Iterator[tuple[ShardBuilder, list[Path]]]:
     """New shards with these images of these shards, and the old ones that nobody needs once each is written."""
     builder, copied = ShardBuilder(fingerprint), list[Path]()
     try:
-        for path, ids in rewrite.items():
+        for path, images in rewrite.items():
             with open_shard(path, fingerprint) as file:
-                for image_id in ids:
-                    builder.copy(file[IMAGES], image_id)
+                for image_id, is_labelled in images.items():
+                    builder.copy(file[IMAGES], image_id, is_labelled)
                     if len(builder.images) >= IMAGES_PER_SHARD or builder.size >= BYTES_PER_SHARD:
-                        yield builder.to_bytes(), copied
+                        yield builder, copied
                         builder.close()
                         builder, copied = ShardBuilder(fingerprint), []
             copied.append(path)
-        yield builder.to_bytes() if len(builder.images) else b"", copied
+        yield builder, copied
     finally:
         builder.close()
 
@@ -363,4 +417,4 @@ def _remove(paths: list[Path], report: GcReport) -> None:
 
 
 def _folder_size(folder: Path) -> int:
-    return sum(path.stat().st_size for path in folder.iterdir() if path.is_file())
+    return sum(path.lstat().st_size for path in folder.iterdir() if path.is_file())

@@ -10,10 +10,10 @@ from typing import Any
 
 import h5py
 
-from wsss_pipeline.cache.index import list_records
+from wsss_pipeline.cache.index import Listing, list_records, open_checked
 from wsss_pipeline.cache.manifest import Manifest, only_mask_set, read_manifest
 from wsss_pipeline.cache.records import RecordInfo, read_info, read_record, read_texts
-from wsss_pipeline.cache.shards import IMAGES, open_shard
+from wsss_pipeline.cache.shards import IMAGES
 from wsss_pipeline.data.masks import PseudoMask
 from wsss_pipeline.errors import CacheFormatError, CacheRecordError
 from wsss_pipeline.runtime.output import one_line
@@ -24,8 +24,8 @@ OPEN_SHARDS = 64  # file handles that one process keeps
 class MaskCache:
     """The masks of one mask set, by image id: ``cache[image_id]``, ``in``, ``len``, iteration sorted by id.
 
-    A ``MaskSource``. Read only, and a snapshot of the finished shards at the time of ``open``. It may be
-    pickled, and forked: each process opens files of its own when it first needs them.
+    A ``MaskSource``. Read only, and a snapshot of the finished shards at the time of ``open``, whatever ``gc`` does
+    meanwhile. It may be pickled, and forked: each process opens files of its own when it first needs them.
 
     Attributes:
         path: the mask set's folder.
@@ -38,12 +38,18 @@ class MaskCache:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.manifest: Manifest = read_manifest(path)
-        listing = list_records(path, self.manifest.fingerprint)
+        listing = self._list()
         self.superseded = listing.superseded
         self.unreadable = {shard: one_line(error) for shard, error in listing.unreadable.items()}
         self.shard_of: dict[str, str] = dict(sorted(listing.shard_of.items()))
         self._open: OrderedDict[str, h5py.File] = OrderedDict()
         self._process = os.getpid()
+
+    def _list(self) -> Listing:
+        listing = list_records(self.path, self.manifest.fingerprint, self.class_names)
+        # ids take memory in each process that loads samples, and stand in ``shard_of``
+        self._sound = {name: sound.model_copy(update={"images": []}) for name, sound in listing.sound.items()}
+        return listing
 
     @classmethod
     def open(cls, path: Path | str) -> MaskCache:
@@ -85,13 +91,7 @@ class MaskCache:
         Raises:
             CacheRecordError: there is none, it is damaged, or it holds a value that is no class.
         """
-        pseudo_mask, _ = read_record(self._images(image_id), image_id)
-        largest = pseudo_mask.mask.max()
-        if largest > len(self.class_names):
-            raise CacheRecordError(
-                f"the mask of image '{image_id}' in {self.path} holds the value {largest}, but the mask set has "
-                f"{len(self.class_names)} classes; this program wrote no such mask: make them anew elsewhere"
-            )
+        pseudo_mask, _ = read_record(self._images(image_id), image_id, self.class_names)
         return pseudo_mask
 
     def labels(self, image_id: str) -> tuple[str, ...]:
@@ -108,7 +108,7 @@ class MaskCache:
         Raises:
             CacheRecordError: there is no record, or it is damaged.
         """
-        return read_info(self._images(image_id), image_id)
+        return read_info(self._images(image_id), image_id, self.class_names)
 
     def missing(self, image_ids: Iterable[str]) -> list[str]:
         """Those of ``image_ids`` that aren't there, in their order."""
@@ -141,12 +141,26 @@ class MaskCache:
             # Another process's handles came along with a fork. They aren't ours to use.
             self._open = OrderedDict()
             self._process = os.getpid()
-        if shard not in self._open:
+        while shard not in self._open:
+            path, manifest = self.path / shard, self.manifest
             try:
-                self._open[shard] = open_shard(self.path / shard, self.manifest.fingerprint)
+                file = open_checked(path, manifest.fingerprint, self.class_names, self._sound.get(shard))
             except CacheFormatError as error:
-                raise CacheRecordError(f"image '{image_id}': {error}") from error
+                if not path.exists():
+                    self._follow_gc()
+                if self.shard_of[image_id] == shard:
+                    raise CacheRecordError(f"image '{image_id}': {error}") from error
+                shard = self.shard_of[image_id]
+                continue
+            self._open[shard] = file
             if len(self._open) > OPEN_SHARDS:
                 self._open.popitem(last=False)[1].close()
         self._open.move_to_end(shard)
         return self._open[shard][IMAGES]
+
+    def _follow_gc(self) -> None:
+        """``wsss cache gc`` has put records into new shards and removed the old ones: look where they are now."""
+        listing = self._list()
+        for image_id, shard in self.shard_of.items():
+            if shard not in listing.stamps:
+                self.shard_of[image_id] = listing.shard_of.get(image_id, shard)

@@ -14,18 +14,18 @@ import hashlib
 import json
 import math
 import zlib
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
-from urllib.parse import unquote
+from urllib.parse import unquote_to_bytes
 
 import h5py
 import numpy as np
 from numpy.typing import NDArray
 
 from wsss_pipeline.data.images import MAX_DECODED_PIXELS
-from wsss_pipeline.data.masks import IGNORE, PseudoMask
+from wsss_pipeline.data.masks import PseudoMask
 from wsss_pipeline.errors import CacheFormatError, CacheRecordError
 from wsss_pipeline.runtime.output import one_line
 
@@ -51,6 +51,7 @@ class RecordInfo:
         width: width of the mask.
         height: height of the mask.
         has_cams: True where CAMs are stored.
+        digest: SHA-256 of all that matters in the record, hexadecimal.
     """
 
     labels: tuple[str, ...]
@@ -60,6 +61,7 @@ class RecordInfo:
     width: int
     height: int
     has_cams: bool
+    digest: str
 
 
 def escape_id(image_id: str) -> str:
@@ -79,18 +81,27 @@ def escape_id(image_id: str) -> str:
     return image_id.replace("%", "%25").replace("/", "%2F")
 
 
-def image_ids(images: h5py.Group) -> list[str]:
-    """The ids of all records of a shard.
+def image_ids(images: h5py.Group) -> tuple[list[str], list[str]]:
+    """The ids of all records of a shard, and the names, for people, of members that can't be any image's.
 
     Raises:
-        CacheFormatError: a name is damaged; the message names the file.
+        CacheFormatError: the names can't be read; the message names the file.
     """
+    ids: list[str] = []
+    strange: list[str] = []
     try:
-        return [unquote(name, errors="strict") for name in images]
+        for stored in images.id:  # bytes: one that isn't UTF-8 must not hide the others
+            image_id = unquote_to_bytes(stored).decode("utf-8", "surrogateescape")
+            with suppress(CacheRecordError):
+                if escape_id(image_id).encode() == stored:
+                    ids.append(image_id)
+                    continue
+            strange.append(repr(stored)[2:-1])
     except Exception as error:  # names of damaged groups make HDF5 raise almost anything
         raise CacheFormatError(
             f"{images.file.filename} can't be read ({one_line(error)}); `wsss cache gc` sets it aside"
         ) from error
+    return ids, strange
 
 
 def write_record(
@@ -100,19 +111,22 @@ def write_record(
     image_digest: str,
     seconds: float,
     scale: float,
+    class_names: Sequence[str],
 ) -> None:
     """Add an image's group to ``images``, in place of one that it already has there.
 
     Raises:
-        CacheRecordError: the id can't be stored, the mask holds 255, or it or a label is too large.
+        CacheRecordError: the id can't be stored, mask or labels have no such class, or one is too large.
     """
     name = escape_id(image_id)
     mask, labels, cams = pseudo_mask.mask, pseudo_mask.labels, pseudo_mask.cams
     height, width = mask.shape
     try:
         _check_size(height, width, 0 if cams is None else len(labels))
-        if mask.max() == IGNORE:
-            raise ValueError(f"the mask holds {IGNORE}, which is no class; a low confidence says it instead")
+        if (largest := mask.max()) > len(class_names):
+            raise ValueError(f"the mask holds {largest}, which is no class; a low confidence says it instead")
+        if unknown := [label for label in labels if label not in class_names]:
+            raise ValueError(f"its label {unknown[0]!r:.60} is none of the mask set's classes")
         if (longest := max(map(len, labels), default=0)) > MAX_TEXT_LENGTH:
             raise ValueError(f"a label has {longest} characters, the limit is {MAX_TEXT_LENGTH}")
     except ValueError as error:
@@ -141,35 +155,37 @@ def write_record(
         raise
 
 
-def read_record(images: h5py.Group, image_id: str) -> tuple[PseudoMask, RecordInfo]:
+def read_record(
+    images: h5py.Group, image_id: str, class_names: Sequence[str]
+) -> tuple[PseudoMask, RecordInfo]:
     """The record of one image out of a shard's ``images``, every byte of it checked.
+
+    Args:
+        images: the shard's group.
+        image_id: one of its ids.
+        class_names: names of mask values 1..C, of which mask and labels may have no others.
 
     Raises:
         CacheRecordError: it is damaged; the message names the file.
     """
     with _record(images, image_id) as group:
-        info = _info(group)
+        info = _info(group, class_names)
         size = (info.height, info.width)
         _check_size(*size, len(info.labels) if info.has_cams else 0)
         mask, confidence = (_read_array(group, name, size, "|u1") for name in ("mask", "confidence"))
         cams = _read_array(group, "cams", (len(info.labels), *size), "<f2") if info.has_cams else None
-        if mask.max() == IGNORE:
-            raise ValueError(f"the mask holds {IGNORE}, which is no class")
+        if (largest := mask.max()) > len(class_names):
+            raise ValueError(f"the mask holds the value {largest}, and there are {len(class_names)} classes")
         pseudo_mask = PseudoMask(mask, confidence, info.labels, cams)
-        digest = record_digest(image_id, pseudo_mask, info.image_digest, info.scale)
-        if _texts(group, "record_digest") != (digest,):
+        if info.digest != record_digest(image_id, pseudo_mask, info.image_digest, info.scale):
             raise ValueError("the content doesn't fit its digest")
     return pseudo_mask, info
 
 
-def read_info(images: h5py.Group, image_id: str) -> RecordInfo:
-    """The attributes of one image's record.
-
-    Raises:
-        CacheRecordError: they are damaged; the message names the file.
-    """
+def read_info(images: h5py.Group, image_id: str, class_names: Sequence[str]) -> RecordInfo:
+    """The attributes of one image's record; arguments and errors as for ``read_record``."""
     with _record(images, image_id) as group:
-        return _info(group)
+        return _info(group, class_names)
 
 
 def read_texts(images: h5py.Group, image_id: str, name: str) -> tuple[str, ...]:
@@ -182,7 +198,9 @@ def read_texts(images: h5py.Group, image_id: str, name: str) -> tuple[str, ...]:
         return _texts(group, name)
 
 
-def check_records(images: h5py.Group, *, arrays: bool = True) -> tuple[dict[str, RecordInfo], dict[str, str]]:
+def check_records(
+    images: h5py.Group, class_names: Sequence[str], *, arrays: bool = True
+) -> tuple[dict[str, RecordInfo], dict[str, str]]:
     """Read and recompute every record of a shard; without ``arrays`` only read what else is known.
 
     Returns:
@@ -192,10 +210,14 @@ def check_records(images: h5py.Group, *, arrays: bool = True) -> tuple[dict[str,
         CacheFormatError: as ``image_ids``.
     """
     sound: dict[str, RecordInfo] = {}
-    damaged: dict[str, str] = {}
-    for image_id in image_ids(images):
+    ids, strange = image_ids(images)
+    damaged = dict.fromkeys(strange, "its name is no image id")
+    for image_id in ids:
         try:
-            sound[image_id] = read_record(images, image_id)[1] if arrays else read_info(images, image_id)
+            if arrays:
+                _, sound[image_id] = read_record(images, image_id, class_names)
+            else:
+                sound[image_id] = read_info(images, image_id, class_names)
         except CacheRecordError as error:
             damaged[image_id] = str(error)
     return sound, damaged
@@ -246,6 +268,8 @@ def _record(images: h5py.Group, image_id: str) -> Iterator[h5py.Group]:
     """The image's group; what goes wrong with it becomes a CacheRecordError with id and file."""
     try:
         yield own_member(images, escape_id(image_id), h5py.Group)
+    except MemoryError:  # no fault of the record's
+        raise
     except Exception as error:  # flipped bytes make HDF5 and numpy raise almost anything
         raise CacheRecordError(
             f"the record of image '{image_id}' in {images.file.filename} is damaged ({one_line(error)}); "
@@ -253,16 +277,24 @@ def _record(images: h5py.Group, image_id: str) -> Iterator[h5py.Group]:
         ) from error
 
 
-def _info(group: h5py.Group) -> RecordInfo:
-    (image_digest,) = _texts(group, "image_digest")
+def _info(group: h5py.Group, class_names: Sequence[str]) -> RecordInfo:
+    labels, (image_digest,), (digest,) = (
+        _texts(group, name) for name in ("labels", "image_digest", "record_digest")
+    )
+    seconds, scale = float(group.attrs["seconds"]), float(group.attrs["scale"])
+    if unknown := [label for label in labels if label not in class_names]:
+        raise ValueError(f"its label {unknown[0]!r:.60} is none of the mask set's classes")
+    if not (math.isfinite(seconds) and 0 < scale <= 1):
+        raise ValueError(f"{seconds} seconds at scale {scale} are no record of a run")
     return RecordInfo(
-        labels=_texts(group, "labels"),
+        labels=labels,
         image_digest=image_digest,
-        seconds=float(group.attrs["seconds"]),
-        scale=float(group.attrs["scale"]),
+        seconds=seconds,
+        scale=scale,
         width=int(group.attrs["width"]),
         height=int(group.attrs["height"]),
         has_cams="cams" in group,
+        digest=digest,
     )
 
 

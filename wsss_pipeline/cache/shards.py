@@ -8,25 +8,31 @@ killed in the midst of a flush leaves the same. So a shard is built in memory an
 from __future__ import annotations
 
 import re
+import stat
 import uuid
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import h5py
+import numpy as np
 
 from wsss_pipeline.cache.records import escape_id, own_member
 from wsss_pipeline.errors import CacheFormatError
+from wsss_pipeline.files import check_plain
 from wsss_pipeline.runtime.output import one_line
 
 FORMAT_VERSION = 1
 IMAGES = "images"
 PARTIAL_SUFFIX = ".partial"
 DAMAGED_SUFFIX = ".damaged"
+# a shard is finished once it has 64 MiB, and the record of one image more takes at most 2.5 GiB, CAMs included
+MAX_SHARD_BYTES = 3 * 2**30
 
 # what a killed process was writing, in this mask set, with or without random digits in its name
 _LEFT_OVER = re.compile(
-    r"(manifest\.json|index\.h5|(known|checked)-\d+-of-\d+\.json|writer-\d+-of-\d+\.owner|shard-\d+of\d+-\d+\.h5"
-    r"(\.partial)?)(\.[0-9a-f]{16})?\.tmp"
+    r"(manifest\.json|index\.h5|checked\.json|(known|checked)-\d+-of-\d+\.json|writer-\d+-of-\d+\.owner"
+    r"|shard-\d+of\d+-\d+\.h5(\.partial)?)(\.[0-9a-f]{16})?\.tmp"
 )
 _PATTERN = re.compile(r"shard-(\d{1,9})of(\d{1,9})-(\d{1,9})\.h5(\..+)?")
 
@@ -46,13 +52,19 @@ class ShardFile:
 
 
 def named_shards(folder: Path) -> list[ShardFile]:
-    """All files of shards, in order of writing."""
+    """All files of shards, in order of writing; folders and the like under such names are nobody's business."""
     matches = ((_PATTERN.fullmatch(path.name), path) for path in folder.iterdir())
     return sorted(
         ShardFile(int(match[3]), int(match[1]), int(match[2]), match[4] or "", path)
         for match, path in matches
-        if match is not None
+        if match is not None and (match[4] is None or _is_plain(path))
     )
+
+
+def _is_plain(path: Path) -> bool:
+    with suppress(OSError):
+        return stat.S_ISREG(path.lstat().st_mode)
+    return False
 
 
 def shard_files(folder: Path, suffix: str = "") -> list[Path]:
@@ -62,7 +74,7 @@ def shard_files(folder: Path, suffix: str = "") -> list[Path]:
 
 def is_left_over(path: Path) -> bool:
     """Whether a file of a mask set is one that a killed process didn't finish, and nobody needs."""
-    return _LEFT_OVER.fullmatch(path.name) is not None and not path.is_dir()
+    return _LEFT_OVER.fullmatch(path.name) is not None and _is_plain(path)
 
 
 def next_shard(folder: Path, index: int, count: int) -> str:
@@ -79,6 +91,7 @@ class ShardBuilder:
 
     Attributes:
         images: the group of its records, for ``write_record``.
+        is_labelled: image id of each record to whether it has a label.
     """
 
     def __init__(self, fingerprint: str) -> None:
@@ -89,14 +102,16 @@ class ShardBuilder:
         self.file.attrs["format_version"] = FORMAT_VERSION
         self.file.attrs["fingerprint"] = fingerprint
         self.images = self.file.create_group(IMAGES)
+        self.is_labelled: dict[str, bool] = {}
 
     @property
     def size(self) -> int:
         """Bytes in memory, about those of the file to come."""
         return int(self.file.id.get_filesize())
 
-    def copy(self, images: h5py.Group, image_id: str) -> None:
+    def copy(self, images: h5py.Group, image_id: str, is_labelled: bool) -> None:
         """Add a record out of another shard's ``images`` as it is, in place of one of the same image."""
+        self.is_labelled[image_id] = is_labelled
         name = escape_id(image_id)
         if name in self.images:
             del self.images[name]
@@ -113,28 +128,42 @@ class ShardBuilder:
         self.file.close()
 
 
+class UnreadableShardError(CacheFormatError):
+    """A shard can't be opened; ``is_damaged``: it isn't whole, rather than another's or refused by the system."""
+
+    def __init__(self, message: str, is_damaged: bool) -> None:
+        super().__init__(message)
+        self.is_damaged = is_damaged
+
+
 def open_shard(path: Path, fingerprint: str) -> h5py.File:
     """A finished or partial shard, for reading; the group ``IMAGES`` of all records lies in the file itself.
 
+    HDF5 goes round for ever in some damaged files: only those that ``inspection`` has been through are opened in
+    the process that does the work.
+
     Raises:
-        CacheFormatError: the file is damaged, or belongs to another format version or mask set.
+        UnreadableShardError: the file is damaged, or belongs to another format version or mask set.
     """
     file: h5py.File | None = None
     try:
-        if path.exists() and not path.is_file():  # a pipe would be waited for
-            raise ValueError("it isn't a file")
+        check_plain(path, MAX_SHARD_BYTES)
         # "best-effort": file systems without locks can be read as well; a finished shard needs none
         file = h5py.File(path, "r", locking="best-effort")
-        version, owner = int(file.attrs["format_version"]), str(file.attrs["fingerprint"])
+        version, owner = file.attrs["format_version"], str(file.attrs["fingerprint"])
+        if not isinstance(version, np.integer):
+            raise ValueError(f"its format version is of type {type(version).__name__}")
         own_member(file, IMAGES, h5py.Group)
     except Exception as error:  # a damaged file makes HDF5 raise almost anything
         if file is not None:
             file.close()
-        raise CacheFormatError(
-            f"{path} can't be opened ({one_line(error)}); `wsss cache gc` sets it aside"
+        # with a number it is the operating system that refuses
+        is_damaged = not isinstance(error, OSError) or error.errno is None
+        raise UnreadableShardError(
+            f"{path} can't be opened ({one_line(error)}); `wsss cache gc` sets it aside", is_damaged
         ) from error
     if version != FORMAT_VERSION or owner != fingerprint:
         file.close()
         other = f"format version {version}" if version != FORMAT_VERSION else f"mask set {owner[:12]}"
-        raise CacheFormatError(f"{path} belongs to {other}, not to this folder; move it away")
+        raise UnreadableShardError(f"{path} belongs to {other}, not to this folder; move it away", False)
     return file

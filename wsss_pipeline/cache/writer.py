@@ -2,30 +2,33 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import time
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 from wsss_pipeline.cache.finished import FinishedImages
 from wsss_pipeline.cache.index import (
     INDEX,
-    Stamp,
+    SoundShard,
     list_records,
     note_checked,
-    read_trusted,
+    read_checked,
     stamp,
     write_index,
 )
+from wsss_pipeline.cache.inspection import inspect
 from wsss_pipeline.cache.locks import WriterLock, held_locks, lock_name, set_lock
 from wsss_pipeline.cache.manifest import Completion, ShareCompletion, read_manifest, update_completion
-from wsss_pipeline.cache.records import check_records, write_record
+from wsss_pipeline.cache.records import write_record
 from wsss_pipeline.cache.shards import (
     DAMAGED_SUFFIX,
     IMAGES,
     PARTIAL_SUFFIX,
     ShardBuilder,
+    UnreadableShardError,
     is_left_over,
     named_shards,
     next_shard,
@@ -33,7 +36,7 @@ from wsss_pipeline.cache.shards import (
 )
 from wsss_pipeline.data.image_files import ImageFile, Status
 from wsss_pipeline.data.masks import PseudoMask
-from wsss_pipeline.errors import CacheError, CacheFormatError, OutputError
+from wsss_pipeline.errors import CacheError, OutputError
 from wsss_pipeline.runtime.output import sync_folder, write_file, writing
 
 IMAGES_PER_SHARD = 1000
@@ -86,16 +89,16 @@ class MaskWriter:
         self._shard_of: Mapping[str, str] = {}
 
     def __enter__(self) -> MaskWriter:
-        self._fingerprint = read_manifest(self._folder).fingerprint
-        checked: dict[str, Stamp] = {}
+        manifest = read_manifest(self._folder)
+        self._fingerprint, self._class_names = manifest.fingerprint, manifest.mask_set.class_names
+        checked: dict[str, SoundShard] = {}
         try:
             with set_lock(self._folder):
                 self._lock.acquire()
                 names = take_over_partials(self._folder, self._index, self._count)
             for name in names:
-                salvage(self._folder, name, self._fingerprint, checked)
-            self._finished = FinishedImages(self._folder, self._index, self._count)
-            self._finished.checked |= checked
+                salvage(self._folder, name, self._fingerprint, self._class_names, checked)
+            self._finished = FinishedImages(self._folder, self._index, self._count, checked)
         except BaseException:
             self._lock.release()
             raise
@@ -134,7 +137,7 @@ class MaskWriter:
             status: ``file_status`` of the image file before it was read; with it the next run needn't read it.
 
         Raises:
-            CacheRecordError: the id can't be stored, or the mask holds 255.
+            CacheRecordError: the id can't be stored, or mask or labels have a class that the mask set doesn't.
             OutputError: see the class.
         """
         finished = self._open()
@@ -144,7 +147,8 @@ class MaskWriter:
             self._shard = name, ShardBuilder(self._fingerprint)
             self._last_flush = time.monotonic()
         name, builder = self._shard
-        write_record(builder.images, image_id, pseudo_mask, image_digest, seconds, scale)
+        write_record(builder.images, image_id, pseudo_mask, image_digest, seconds, scale, self._class_names)
+        builder.is_labelled[image_id] = bool(pseudo_mask.labels)
         if status is not None:
             finished.note(image_id, (name, status, pseudo_mask.labels, pseudo_mask.cams is not None))
         self._unsaved += 1
@@ -179,7 +183,9 @@ class MaskWriter:
         finished = self._open()
         self._finish_shard()
         # outside the lock, which others wait for: what they finish meanwhile is theirs to count
-        self._shard_of = list_records(self._folder, self._fingerprint).shard_of
+        self._shard_of = list_records(
+            self._folder, self._fingerprint, self._class_names, finished.checked
+        ).shard_of
         missing = sum(image_id not in self._shard_of for image_id in expected_ids)
         images, own = len(self._shard_of), ShareCompletion(expected=len(expected_ids), missing=missing)
         with set_lock(self._folder):
@@ -205,7 +211,7 @@ class MaskWriter:
                 if (
                     checked
                     or not (self._folder / INDEX).exists()
-                    or (listed and listed != read_trusted(self._folder).keys())
+                    or (listed and listed != read_checked(self._folder).keys())
                 ):
                     with set_lock(self._folder):
                         # let go within the set's lock: of two that close together, the second finds itself alone
@@ -213,7 +219,8 @@ class MaskWriter:
                         if held_locks(self._folder):
                             note_checked(self._folder, self._index, self._count, checked)
                         else:
-                            images = len(write_index(self._folder, self._fingerprint, checked).shard_of)
+                            listing = write_index(self._folder, self._fingerprint, self._class_names, checked)
+                            images = len(listing.shard_of)
                             update_completion(
                                 self._folder, lambda before: before.model_copy(update={"images": images})
                             )
@@ -238,7 +245,7 @@ class MaskWriter:
         if len(builder.images):
             with self._failing_for_good():
                 self._mark_incomplete()
-                self._open().checked[name] = finish_shard(self._folder, name, builder.to_bytes())
+                self._open().checked[name] = finish_shard(self._folder, name, builder)
         builder.close()
         self._shard, self._unsaved = None, 0
 
@@ -264,14 +271,19 @@ class MaskWriter:
             self._is_marked_incomplete = True
 
 
-def finish_shard(folder: Path, name: str, content: bytes) -> Stamp:
+def finish_shard(folder: Path, name: str, builder: ShardBuilder) -> SoundShard:
     """Write a shard's last state, wait until it is on the disk, and give it its final name."""
-    partial, finished = folder / (name + PARTIAL_SUFFIX), folder / name
+    partial, finished, content = folder / (name + PARTIAL_SUFFIX), folder / name, builder.to_bytes()
     write_file(partial, content)
     with writing(folder):
         partial.replace(finished)
         sync_folder(folder)
-        return stamp(finished)
+        return SoundShard(
+            stamp=stamp(finished),
+            sha256=hashlib.sha256(content).hexdigest(),
+            images=list(builder.is_labelled),
+            unlabelled=[image_id for image_id, labelled in builder.is_labelled.items() if not labelled],
+        )
 
 
 def take_over_partials(folder: Path, index: int, count: int) -> list[str]:
@@ -293,35 +305,46 @@ def take_over_partials(folder: Path, index: int, count: int) -> list[str]:
     return taken
 
 
-def salvage(folder: Path, name: str, fingerprint: str, checked: dict[str, Stamp]) -> int:
+def salvage(
+    folder: Path,
+    name: str,
+    fingerprint: str,
+    class_names: Sequence[str],
+    checked: dict[str, SoundShard],
+) -> int:
     """Finish a shard that its writer didn't, without the records that are damaged.
 
     A partial file that can't be opened is kept, as ``*.damaged``; one without a sound record is removed.
 
     Args:
-        folder, fingerprint: those of the mask set.
+        folder, fingerprint, class_names: those of the mask set.
         name: name of the shard, from ``take_over_partials``.
-        checked: gets the stamp of the finished shard, by its name.
+        checked: gets the note of the finished shard, by its name.
 
     Returns:
         Number of records that were sound. After an OutputError the partial file is still there.
     """
     partial, builder = folder / (name + PARTIAL_SUFFIX), ShardBuilder(fingerprint)
     try:
+        inspection = inspect(partial, fingerprint, class_names, "records")
         with open_shard(partial, fingerprint) as file:
-            sound, damaged = check_records(file[IMAGES])
-            for image_id in sound:
-                builder.copy(file[IMAGES], image_id)
-        if damaged:
-            logger.warning("%d records of an interrupted run are damaged, they are done again", len(damaged))
-        if sound:
-            checked[name] = finish_shard(folder, name, builder.to_bytes())
-            logger.info("%d images of an interrupted run were salvaged into %s", len(sound), name)
+            for image_id, info in inspection.infos.items():
+                builder.copy(file[IMAGES], image_id, bool(info.labels))
+        if inspection.damaged:
+            damaged = len(inspection.damaged)
+            logger.warning("%d records of an interrupted run are damaged, they are done again", damaged)
+        if inspection.infos:
+            checked[name] = finish_shard(folder, name, builder)
+            count = len(inspection.infos)
+            logger.info("%d images of an interrupted run were salvaged into %s", count, name)
         else:
             with writing(folder):
                 partial.unlink()
-        return len(sound)
-    except CacheFormatError as error:
+        return len(inspection.infos)
+    except UnreadableShardError as error:
+        if not error.is_damaged:
+            logger.warning("what an interrupted run left can't be used now, and is kept: %s", error)
+            return 0
         with writing(folder):
             kept = partial.replace(folder / (name + DAMAGED_SUFFIX))
         logger.warning("%s; what an interrupted run left is kept as %s", error, kept.name)
