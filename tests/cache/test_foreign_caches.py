@@ -296,6 +296,38 @@ def test_class_names_are_held_against_the_fingerprint(
     assert MaskCache.open(path).class_names == ("cat", "dog")
 
 
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("class_names", [f"class {number}" for number in range(400)]),
+        ("class_names", ["cat"] * 2),
+        ("class_names", ["cat", f"dog{ESCAPE}"]),
+        ("class_names", ["cat", "  "]),
+        ("class_names", ["cat", "\N{RIGHT-TO-LEFT OVERRIDE}god"]),
+        ("category_ids", {"cat": 17, "dog": 17}),
+        ("category_ids", {"cat": 17, "dog": 10**30}),
+        ("category_ids", {"cat": 17, "dog": -1}),
+        ("category_ids", {"cat": 17, "dog": 18, "cow": 19}),
+        ("format_version", True),
+        ("format_version", 1.0),
+        ("format_version", "1"),
+        ("versions", {"torch": "2" * 10_000}),
+        ("created", "x" * 10_000),
+        ("name", ["x"]),
+    ],
+)
+def test_what_no_manifest_of_this_program_says_is_refused(tmp_path: Path, key: str, value: object) -> None:
+    mask_set = MaskSet(name="x", determinants={"a": 1}, class_names=("cat", "dog"))
+    path = open_mask_set(tmp_path, mask_set)
+    values = json.loads((path / "manifest.json").read_text())
+    (path / "manifest.json").write_text(json.dumps({**values, key: value}))
+    for command in (["cache", "ls"], ["cache", "gc"], ["export-masks", "--out", str(tmp_path / "out")]):
+        result = CliRunner().invoke(main, [*command, "--cache", str(path)])
+        assert (result.exit_code, result.stderr.count("\n")) == (2, 1), result.output
+        assert len(result.stderr) < 1000
+        assert result.stderr.strip().isprintable()
+
+
 @pytest.mark.parametrize("share", ["0/many", "-1/2", "", "0/99999999999"])
 def test_a_share_that_is_none_is_refused(folder: Path, share: str) -> None:
     write_images(folder, ["a"])
@@ -318,7 +350,7 @@ def test_settings_nested_without_end_are_refused(folder: Path) -> None:
 def test_a_manifest_of_any_size_is_not_read(folder: Path) -> None:
     with (folder / "manifest.json").open("ab") as file:
         file.truncate(2**40)  # takes no disk
-    with pytest.raises(CacheFormatError, match="more than 16777216 bytes"):
+    with pytest.raises(CacheFormatError, match="at most 16,777,216 are read"):
         MaskCache.open(folder)
 
 

@@ -19,7 +19,7 @@ from wsss_pipeline.cache.index import read_checked
 from wsss_pipeline.cache.inspection import inspect
 from wsss_pipeline.cache.manifest import read_manifest
 from wsss_pipeline.cache.shards import UnreadableShardError
-from wsss_pipeline.errors import CacheRecordError
+from wsss_pipeline.errors import CacheRecordError, OutputError
 
 IDS = [f"image-{number}" for number in range(20)]
 CLASSES = ("cat", "dog")
@@ -220,3 +220,29 @@ def test_a_reader_says_what_gc_dropped(folder: Path) -> None:
         cache["image-1"]
     assert_equal(cache["image-2"], make_mask("image-2"))
     cache.close()
+
+
+PLANTED = [
+    *("manifest.json", "index.h5", "checked.json", "known-0-of-1.json", "checked-0-of-1.json"),
+    *("writer-0-of-1.owner", "manifest.json.tmp", "index.h5.tmp", "shard-0of1-00002.h5.partial"),
+    *("shard-0of1-00002.h5.partial.tmp", "writer-0-of-1.lock", "set.lock"),
+]
+
+
+@pytest.mark.parametrize("name", PLANTED)
+def test_a_planted_link_leads_nowhere(folder: Path, tmp_path: Path, name: str) -> None:
+    write_images(folder, ["a"])
+    victim = tmp_path / "victim"
+    # of such content that reading through the link changes nothing
+    victim.write_bytes((folder / name).read_bytes() if (folder / name).exists() else b"precious")
+    content = victim.read_bytes()
+    (folder / name).unlink(missing_ok=True)
+    (folder / name).symlink_to(victim)
+    for work in (lambda: write_images(folder, ["b"]), lambda: gc(folder), lambda: verify(folder)):
+        try:
+            work()
+        except OutputError as error:
+            assert name.endswith(".lock"), error
+            assert "links" in str(error)
+    assert victim.read_bytes() == content
+    assert set(MaskCache.open(folder)) >= {"a"}

@@ -19,7 +19,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from wsss_pipeline.cache.locks import set_lock
 from wsss_pipeline.cache.shards import FORMAT_VERSION
+from wsss_pipeline.data.classes import MAX_CLASSES
 from wsss_pipeline.errors import CacheError, CacheFormatError
+from wsss_pipeline.files import read_json
 from wsss_pipeline.runtime.output import one_line, write_file, writing
 
 MANIFEST = "manifest.json"
@@ -88,7 +90,7 @@ class MaskSet(_Stored):
         category_ids: class name to the id it has in the data set, where that isn't the mask value.
     """
 
-    name: str
+    name: str = Field(max_length=1000)
     determinants: dict[str, Any]
     class_names: tuple[str, ...] = Field(strict=False)  # a list in JSON
     category_ids: dict[str, int] | None = None
@@ -100,8 +102,16 @@ class MaskSet(_Stored):
             item.get("name") if isinstance(item, dict) else item for item in covered
         ):
             raise ValueError("class_names aren't the classes that the fingerprint covers")
-        if self.category_ids is not None and not set(self.class_names) <= self.category_ids.keys():
-            raise ValueError("category_ids leave a class out")
+        if len(set(self.class_names)) < len(self.class_names) or len(self.class_names) > MAX_CLASSES:
+            raise ValueError(f"class_names hold a name twice, or more than {MAX_CLASSES}")
+        if any(not name.isprintable() or not name.strip() for name in self.class_names):
+            raise ValueError("class_names hold one that is no plain text")
+        if self.category_ids is not None:
+            if self.category_ids.keys() != set(self.class_names):
+                raise ValueError("category_ids leave a class out, or name others")
+            numbers = self.category_ids.values()
+            if len(set(numbers)) < len(numbers) or not all(0 < number < 2**31 for number in numbers):
+                raise ValueError("category_ids hold a number twice, or one that is no category's")
         return self
 
     @property
@@ -149,8 +159,8 @@ class Manifest(_Stored):
 
     mask_set: MaskSet
     fingerprint: str
-    versions: dict[str, str]
-    created: str
+    versions: dict[str, Annotated[str, Field(max_length=100)]]
+    created: str = Field(max_length=100)
     completion: Completion
 
     @model_validator(mode="after")
@@ -254,11 +264,11 @@ def read_manifest(folder: Path) -> Manifest:
     """
     path = folder / MANIFEST
     try:
-        if path.stat().st_size > MAX_MANIFEST_BYTES:
-            raise ValueError(f"it has more than {MAX_MANIFEST_BYTES} bytes")
-        values = json.loads(path.read_text("utf-8"))
+        values = read_json(path, MAX_MANIFEST_BYTES)
         version = values["format_version"]
-        if values["format"] == FORMAT and version == FORMAT_VERSION:
+        if (
+            values["format"] == FORMAT and version == FORMAT_VERSION and type(version) is int
+        ):  # True is 1, too
             return Manifest.model_validate({**values, "mask_set": values})
     except (OSError, ValueError, LookupError, TypeError, RecursionError, CacheError) as error:
         reason = f"{type(error).__name__}: {one_line(error)[:200]}"
