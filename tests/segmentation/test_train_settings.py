@@ -70,6 +70,7 @@ ROWS: dict[str, tuple[Any, set[str]]] = {
     "optimisation.ema": (0.9, {"kept"}),
     "precision": ("bf16", LEARNT),
     "seed": (1, LEARNT),
+    "max_unusable": (0.5, set()),  # see test_a_training_that_sees_too_little_stops
     "validate_every": (2, {"validated"}),
     "save_every": (2, {"saved"}),
 }

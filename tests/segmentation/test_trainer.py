@@ -25,16 +25,17 @@ from safetensors.torch import load_file
 from tests.segmentation.conftest import CONFIG, Make, changed
 from wsss_pipeline.data.image_ids import find_images
 from wsss_pipeline.data.images import read_image, read_mask
-from wsss_pipeline.errors import CheckpointError, ConfigError, TrainingError
+from wsss_pipeline.data.masks import MaskFolder, PseudoMask
+from wsss_pipeline.errors import CheckpointError, ConfigError, MaskError, OutputError, TrainingError
 from wsss_pipeline.evaluation.metrics import Scores, confusion_matrix
 from wsss_pipeline.segmentation import trainer as trainer_module
 from wsss_pipeline.segmentation.checkpoint import TrainingState, load_network
 from wsss_pipeline.segmentation.inference import InferenceConfig, predict_probabilities
 from wsss_pipeline.segmentation.networks import SegmentationNetwork
-from wsss_pipeline.segmentation.train_config import OptimisationConfig
+from wsss_pipeline.segmentation.train_config import NetworkConfig, OptimisationConfig
 from wsss_pipeline.segmentation.trainer import schedule
 from wsss_pipeline.stages import train_seg as stage
-from wsss_pipeline.stages.train_seg import train_seeds, train_seg
+from wsss_pipeline.stages.train_seg import TrainJob, train_seeds, train_seg
 
 ROOT = Path(__file__).parents[2]
 
@@ -199,9 +200,12 @@ def test_a_folder_with_something_else_is_left_alone(make: Make, tmp_path: Path, 
     "files",
     [
         {"data.json": ""},
-        {"data.json": '{"masks": "x"'},
+        {"data.json": '{\n  "masks": "x"'},
         {"data.json.tmp": "{"},
-        {"data.json": "{}", "config.yaml": "a: ["},
+        {"data.json.0123456789abcdef.tmp": "{"},
+        {"data.json": "{", "config.yaml": "version: 1\nnetw"},
+        {"config.yaml": ""},
+        {"config.yaml": "# wsss-pipeline: settings of this run\nversion: 1\nseed: 7\n"},
     ],
 )
 def test_what_a_kill_left_of_a_beginning_is_written_again(
@@ -212,6 +216,183 @@ def test_what_a_kill_left_of_a_beginning_is_written_again(
         (tmp_path / "run" / name).write_text(text)
     assert train_seg(make(config=changed(CONFIG, optimisation__iterations=1))).steps == 1
     assert json.loads((tmp_path / "run" / "data.json").read_text())["images"] == 8
+
+
+def test_whatever_a_full_disk_cut_the_same_command_goes_on(make: Make, tmp_path: Path) -> None:
+    job = make(config=changed(CONFIG, optimisation__iterations=1))
+    train_seg(job)
+    whole = {name: (job.out / name).read_bytes() for name in ("config.yaml", "data.json")}
+    for name, content in whole.items():
+        for tenth in range(10):
+            out = tmp_path / f"{name} {tenth}"
+            out.mkdir()
+            for other in whole:
+                (out / other).write_bytes(whole[other])
+            (out / name).write_bytes(content[: len(content) * tenth // 10])
+            with stage._run_folder(replace(job, out=out), ["a"], Accelerator(cpu=True)):
+                assert "images" in json.loads((out / "data.json").read_text())
+            assert (out / "config.yaml").read_bytes() == whole["config.yaml"]
+
+
+@pytest.mark.parametrize(
+    "files",
+    [
+        {"config.yaml": "theirs: 1\n"},
+        {"data.json": "[1, 2]"},
+        {"log.jsonl": '{"mine": 1}\n'},
+        {"config.yaml": "theirs: 1\n", "data.json": "{}"},
+        {"data.json": "null", "last/config.json": "{}"},
+        {"last/model.safetensors": "theirs"},
+        {"photo.jpg": "theirs", "config.yaml": ""},
+    ],
+)
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_what_only_has_the_names_of_a_run_is_left_alone(
+    make: Make, tmp_path: Path, files: dict[str, str], overwrite: bool
+) -> None:
+    for name, text in files.items():
+        (tmp_path / "run" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "run" / name).write_text(text)
+    with pytest.raises(TrainingError, match="holds something else than a run"):
+        train_seg(make(overwrite=overwrite))
+    assert {name: (tmp_path / "run" / name).read_text() for name in files} == files
+
+
+def test_overwrite_removes_a_runs_files_and_no_others(make: Make) -> None:
+    job = make(config=changed(CONFIG, optimisation__iterations=1))
+    train_seg(job)
+    (job.out / "thesis.tex").write_text("years of work")
+    (job.out / "wsss").mkdir()
+    (job.out / "wsss" / "events").write_text("a tracker's")
+    again = replace(job, config=changed(job.config, seed=1), overwrite=True)
+    assert train_seg(again).steps == 1
+    assert "seed: 1\n" in (job.out / "config.yaml").read_text()
+    assert len((job.out / "log.jsonl").read_text().splitlines()) == 1
+    assert (job.out / "thesis.tex").read_text() == "years of work"
+    assert (job.out / "wsss" / "events").read_text() == "a tracker's"
+    (job.out / "last" / "notes.txt").write_text("mine")
+    with pytest.raises(OutputError, match=r"last holds what this program didn't write \(notes.txt\)"):
+        train_seg(again)
+    assert (job.out / "last" / "model.safetensors").exists()
+
+
+def test_an_input_is_no_place_for_a_run(make: Make, root: Path, tmp_path: Path) -> None:
+    def state() -> dict[Path, bytes]:
+        return {path: path.read_bytes() for path in root.rglob("*") if path.is_file()}
+
+    before = state()
+    (tmp_path / "link").symlink_to(root)
+    for out in (
+        root,
+        root / "JPEGImages",
+        root / "JPEGImages" / "run",
+        root / "SegmentationClass",
+        tmp_path / "link",
+    ):
+        for overwrite in (False, True):
+            with pytest.raises(ConfigError, match="which is only read"):
+                train_seg(replace(make(), out=out, overwrite=overwrite))
+    assert state() == before
+
+
+def test_links_in_a_run_lead_nowhere(make: Make, tmp_path: Path) -> None:
+    job = make(config=changed(CONFIG, optimisation__iterations=2))
+    train_seg(job)
+    victim = tmp_path / "victim"
+    victim.mkdir()
+    for name in ("config.yaml", "data.json", "log.jsonl", "last", "state"):
+        kept = tmp_path / "kept"
+        (job.out / name).rename(kept)
+        target = victim / name
+        shutil.copytree(kept, target) if kept.is_dir() else shutil.copy(kept, target)
+        (job.out / name).symlink_to(target)
+        longer = replace(job, config=changed(job.config, optimisation__iterations=3), overwrite=True)
+        with pytest.raises((OutputError, TrainingError)):
+            train_seg(longer)
+        (job.out / name).unlink()
+        kept.rename(job.out / name)
+    assert len((victim / "log.jsonl").read_text().splitlines()) == 2
+    assert (victim / "last" / "model.safetensors").exists()
+    assert train_seg(job).steps == 2
+
+
+def test_a_folder_that_is_trained_into_is_one_runs_alone(make: Make) -> None:
+    job = make()
+    with stage._run_folder(job, [], Accelerator(cpu=True)):
+        code = f"from filelock import FileLock; FileLock({str(job.out / 'run.lock')!r}).acquire(timeout=0)"
+        assert subprocess.run([sys.executable, "-c", code], capture_output=True, check=False).returncode
+        with pytest.raises(
+            TrainingError, match=rf"trained into by process {os.getpid()} on \S+; wait for it"
+        ):
+            train_seg(job)
+    assert train_seg(job).steps == 6
+
+
+class Half(MaskFolder):
+    """Ground truth of which some can't be used."""
+
+    bad: tuple[str, ...] = ()
+
+    def __getitem__(self, image_id: str) -> PseudoMask:
+        if image_id.endswith(self.bad):
+            raise MaskError("it is damaged")
+        return super().__getitem__(image_id)
+
+
+def half(job: TrainJob, *bad: str) -> TrainJob:
+    masks = Half(job.masks.path, job.masks.class_names)  # type: ignore[attr-defined]
+    masks.bad = bad
+    return replace(job, masks=masks)
+
+
+def test_a_training_that_sees_too_little_stops(make: Make) -> None:
+    with pytest.raises(TrainingError, match=r"2 of 2 samples couldn't be used"):
+        train_seg(
+            half(
+                make("a", config=changed(CONFIG, optimisation__iterations=1)),
+                "0",
+                "1",
+                "2",
+                "3",
+                "4",
+                "5",
+                "6",
+                "7",
+            )
+        )
+    with pytest.raises(TrainingError, match=r"4 of 8 samples .*--set max_unusable"):
+        train_seg(half(make("b"), "0", "1", "2", "3"))
+    allowed = changed(CONFIG, max_unusable=1.0)
+    assert train_seg(half(make("c", config=allowed), "0", "1", "2", "3")).steps == 6
+    for iterations, updates in ((6, 6), (40, 10)):
+        config = changed(allowed, optimisation__iterations=iterations)
+        with pytest.raises(TrainingError, match=f"the last {updates} updates had no sample"):
+            train_seg(half(make(f"d{iterations}", config=config), *"01234567"))
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_sample_that_cannot_be_used_changes_nothing_else(
+    make: Make, precision: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No batch norm sees a blank picture, and the gradient of a fresh SegFormer, of many layer norms, is finite."""
+    network = NetworkConfig(name="segformer", encoder="mit-b0", weights="none")
+    config = changed(
+        CONFIG, network=network, max_unusable=1.0, precision=precision, optimisation__clip_norm=0.0
+    )
+    forward, batches = trainer_module._TrainingForward.forward, list[torch.Tensor]()
+
+    def recorded(self: Any, images: torch.Tensor) -> dict[str, torch.Tensor]:
+        batches.append(images.clone())
+        return forward(self, images)
+
+    monkeypatch.setattr(trainer_module._TrainingForward, "forward", recorded)
+    run = train_seg(half(make(config=config), "0", "1", "2")).checkpoint
+    damaged = [line["damaged"] for line in log_of(run.parent)]
+    assert 1 in damaged
+    for images, count in zip(batches, damaged, strict=True):
+        assert torch.equal(images[0], images[1]) == (count == 1)
+        assert images.std() > 0.1
+    assert all(value.isfinite().all() for value in load_file(run / "model.safetensors").values())
 
 
 def test_a_run_with_a_checkpoint_that_is_not_known_any_more_is_refused(make: Make, tmp_path: Path) -> None:

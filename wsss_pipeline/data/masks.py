@@ -117,6 +117,7 @@ class MaskFolder:
     def __init__(
         self, folder: Path, class_names: Sequence[str], what: str = "predictions", *, check: bool = True
     ) -> None:
+        self.path = folder
         self.files = find_images(folder)
         self.class_names = tuple(class_names)
         self.description = f"{what} {folder}"

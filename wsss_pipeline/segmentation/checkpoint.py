@@ -8,21 +8,23 @@ from __future__ import annotations
 
 import io
 import json
-import math
 import os
-import shutil
+import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
-from torch import nn
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 from wsss_pipeline import __version__
-from wsss_pipeline.errors import CheckpointError, NetworkError
-from wsss_pipeline.runtime.output import one_line, writing
+from wsss_pipeline.data.classes import MAX_CLASSES
+from wsss_pipeline.errors import CheckpointError, NetworkError, OutputError
+from wsss_pipeline.files import check_plain, read_json
+from wsss_pipeline.runtime.output import one_line, open_new, printable, writing
 from wsss_pipeline.segmentation.networks import SegmentationNetwork, build_network
 from wsss_pipeline.segmentation.train_config import NetworkConfig
 
@@ -32,6 +34,8 @@ KIND = "wsss-segmentation"
 
 _NETWORK, _AVERAGE = "network.safetensors", "average.safetensors"
 _OPTIMIZER, _PROGRESS = "optimizer.pt", "progress.json"
+_FILES = {CONFIG, WEIGHTS, _NETWORK, _AVERAGE, _OPTIMIZER, _PROGRESS}
+MAX_CONFIG_BYTES, MAX_WEIGHTS_BYTES = 2**24, 2**36
 
 
 @dataclass(frozen=True)
@@ -88,10 +92,10 @@ def _replace(folder: Path, files: Mapping[str, bytes | memoryview]) -> None:
     """Puts a folder of these files in the place of another; ``settle`` mends what a kill in between leaves."""
     partial, previous = (folder.with_name(f".{folder.name}.{state}") for state in ("partial", "previous"))
     with writing(folder):
-        shutil.rmtree(partial, ignore_errors=True)
+        remove_checkpoint(partial)
         partial.mkdir(parents=True)
         for name, content in files.items():
-            with (partial / name).open("wb") as file:
+            with open_new(partial / name) as file:
                 file.write(content)
                 file.flush()
                 os.fsync(file.fileno())
@@ -103,30 +107,87 @@ def _replace(folder: Path, files: Mapping[str, bytes | memoryview]) -> None:
 
 
 def settle(folder: Path) -> None:
-    """After a kill while ``folder`` was replaced: the previous one comes back where the new one isn't in place."""
-    previous = folder.absolute().parent / f".{folder.absolute().name}.previous"  # a folder may be called .
+    """After a kill while ``folder`` was replaced: the previous one comes back where the new one isn't in place.
+
+    Raises:
+        OSError, OutputError: as ``remove_checkpoint``.
+    """
+    previous = folder.with_name(f".{folder.name}.previous")
     if folder.exists():
-        shutil.rmtree(previous, ignore_errors=True)
-    elif previous.exists():
+        remove_checkpoint(previous)
+    elif previous.is_dir() and not previous.is_symlink():
         previous.rename(folder)
 
 
+def remove_checkpoint(folder: Path) -> None:
+    """Removes the files that this module writes, and their folder; nothing happens where there is none.
+
+    Raises:
+        OSError: it can't be removed.
+        OutputError: it is a link, or holds anything else; that is left as it is.
+    """
+    if not folder.is_symlink() and not folder.exists():
+        return
+    if strangers := [entry.name for entry in _entries(folder) if entry.name not in _FILES]:
+        raise OutputError(
+            f"{folder} holds what this program didn't write ({printable(strangers[0])}); move it away"
+        )
+    for entry in _entries(folder):
+        entry.unlink()
+    folder.rmdir()
+
+
+def _entries(folder: Path) -> list[Path]:
+    if folder.is_symlink() or not folder.is_dir():
+        raise OutputError(f"{folder} is no folder of this program's; move it away")
+    return sorted(folder.iterdir())
+
+
 def find_checkpoint(path: Path) -> Path:
-    """The checkpoint folder at ``path``: itself, or ``best`` or else ``last`` of a training run.
+    """The checkpoint folder at ``path``: itself, or ``best`` or else ``last`` of a training run. Nothing is written.
 
     Raises:
         CheckpointError: neither.
     """
     try:
         for folder in (path, path / BEST, path / LAST):
-            settle(folder)
             if (folder / CONFIG).is_file():
                 return folder
+            place = folder.absolute()
+            # a kill, or the run that writes it, may be between the two steps of replacing it
+            if place.name and not folder.exists():
+                previous = place.with_name(f".{place.name}.previous")
+                if (previous / CONFIG).is_file():
+                    return previous
     except OSError as error:
         raise CheckpointError(f"checkpoint {path}: {error.strerror or error}") from error
     raise CheckpointError(
         f"{path} holds no checkpoint: give the folder of a training run, or one with {CONFIG} and {WEIGHTS}"
     )
+
+
+class _Config(BaseModel):
+    """What a network is built from, out of a ``config.json`` that may be anybody's."""
+
+    model_config = ConfigDict(strict=True, allow_inf_nan=False)
+
+    network: NetworkConfig
+    id2label: dict[str, str] = Field(min_length=1, max_length=MAX_CLASSES + 1)
+    label2id: dict[str, int] = Field(default={}, max_length=MAX_CLASSES + 1)
+    image_mean: tuple[float, float, float] = Field(strict=False)
+    image_std: tuple[Annotated[float, Field(gt=0)], ...] = Field(min_length=3, max_length=3, strict=False)
+
+    @property
+    def names(self) -> list[str]:
+        return [self.id2label[str(index)] for index in range(len(self.id2label))]
+
+    @model_validator(mode="after")
+    def _labels_are_numbered(self) -> _Config:
+        if set(self.id2label) != {str(index) for index in range(len(self.id2label))}:
+            raise ValueError("id2label isn't numbered from 0")
+        if any(not name.isprintable() or not name.strip() for name in self.names):
+            raise ValueError("id2label holds a name that is no plain text")
+        return self
 
 
 def load_network(path: Path, device: torch.device | str = "cpu") -> LoadedNetwork:
@@ -135,35 +196,59 @@ def load_network(path: Path, device: torch.device | str = "cpu") -> LoadedNetwor
     Raises:
         CheckpointError: there is none, it is damaged, or another program's.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
     folder = find_checkpoint(path)
     try:
-        config = json.loads((folder / CONFIG).read_text("utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"checkpoint {folder}: {CONFIG} can't be read: {error}") from error
-    if not isinstance(config, dict) or config.get("model_type") != KIND:
+        content = read_json(folder / CONFIG, MAX_CONFIG_BYTES)
+    except (OSError, ValueError) as error:
+        reason = one_line(error)[:200]
+        raise CheckpointError(f"checkpoint {folder}: {CONFIG} can't be read: {reason}") from error
+    if not isinstance(content, dict) or content.get("model_type") != KIND:
         raise CheckpointError(f"checkpoint {folder} isn't one of this package: no model_type {KIND}")
     try:
-        names = [config["id2label"][str(index)] for index in range(len(config["id2label"]))]
-        network = build_network(NetworkConfig(**config["network"]), len(names))
-        mean, std = (tuple(float(value) for value in config[key]) for key in ("image_mean", "image_std"))
-        if not len(mean) == len(std) == 3 or not all(map(math.isfinite, mean + std)) or min(std) <= 0:
-            raise ValueError(f"image_mean {mean} and image_std {std} are no statistics of RGB images")
-        network.image_mean, network.image_std = mean, std
-        network.load_state_dict(load_file(folder / WEIGHTS))
-    except (KeyError, TypeError, ValueError, NetworkError) as error:
-        reason = one_line(error)[:200]
-        raise CheckpointError(f"checkpoint {folder}: {CONFIG} isn't whole: {reason}") from error
+        config = _Config.model_validate(content)
+        network = build_network(config.network, len(config.names))
+        network.image_mean, network.image_std = config.image_mean, tuple(config.image_std)
+    except (ValueError, NetworkError) as error:
+        reason = one_line(error)
+        if isinstance(error, ValidationError):
+            first = error.errors(include_url=False)[0]
+            reason = one_line(f"{'.'.join(map(str, first['loc']))}: {first['msg']}")
+        raise CheckpointError(f"checkpoint {folder}: {CONFIG} isn't whole: {reason[:300]}") from error
+    try:
+        _load_tensors(network, folder / WEIGHTS)
     except FileNotFoundError as error:
         raise CheckpointError(f"checkpoint {folder} lacks {WEIGHTS}") from error
-    except (SafetensorError, RuntimeError, OSError) as error:
+    except Exception as error:  # what a damaged file raises is up to its format
         reason = one_line(error)[:200]
         raise CheckpointError(
             f"checkpoint {folder}: {WEIGHTS} doesn't fit or is damaged: {reason}"
         ) from error
-    return LoadedNetwork(network.to(device).eval(), tuple(names[1:]), config)
+    return LoadedNetwork(network.to(device).eval(), tuple(config.names[1:]), content)
+
+
+def _load_tensors(module: nn.Module, path: Path) -> None:
+    """Gives a module the tensors of a safetensors file, of which none is read before all names and shapes fit."""
+    from safetensors import safe_open
+
+    check_plain(path, MAX_WEIGHTS_BYTES)
+    own = module.state_dict()
+    with safe_open(path, "pt") as file:
+        if odd := own.keys() ^ set(file.keys()):
+            raise ValueError(f"{len(odd)} tensors are missing or too many, such as {min(odd)}")
+        for name, tensor in own.items():
+            shape = tuple(file.get_slice(name).get_shape())
+            if shape != tensor.shape:
+                raise ValueError(f"{name} has shape {shape} instead of {tuple(tensor.shape)}")
+        module.load_state_dict({name: file.get_tensor(name) for name in own})
+
+
+class _Progress(BaseModel):
+    """How far a training run is, in ``progress.json``."""
+
+    model_config = ConfigDict(strict=True, allow_inf_nan=False)
+
+    step: int = Field(ge=0, le=10**9)
+    best_miou: float | None = Field(ge=0, le=1)
 
 
 @dataclass
@@ -211,24 +296,37 @@ class TrainingState:
         Raises:
             CheckpointError: it is damaged or another network's.
         """
-        from safetensors.torch import load_file
-
-        if not (folder / _PROGRESS).is_file():
+        if not folder.is_dir():
             return
         try:
-            self.network.load_state_dict(load_file(folder / _NETWORK))
+            content = read_json(folder / _PROGRESS, MAX_CONFIG_BYTES)
+            progress = _Progress.model_validate(content)
+            _load_tensors(self.network, folder / _NETWORK)
             if self.average is not None:
-                self.average.load_state_dict(load_file(folder / _AVERAGE))
-            values: dict[str, Any] = torch.load(folder / _OPTIMIZER, map_location="cpu", weights_only=True)
+                _load_tensors(self.average, folder / _AVERAGE)
+            values = _read_optimizer(folder / _OPTIMIZER)
             self.optimizer.load_state_dict(values["optimizer"])
+            for parameter, kept in self.optimizer.state.items():
+                for value in kept.values():
+                    if isinstance(value, Tensor) and value.ndim and value.shape != parameter.shape:
+                        raise ValueError(f"the optimiser's state has shape {tuple(value.shape)}")
             if self.scaler is not None and "scaler" in values:  # a run on a CPU has none
                 self.scaler.load_state_dict(values["scaler"])
             torch.set_rng_state(values["rng"])
             if torch.cuda.is_available() and "cuda_rng" in values:
                 torch.cuda.set_rng_state(values["cuda_rng"])
-            progress = json.loads((folder / _PROGRESS).read_text("utf-8"))
-            self.step, self.best_miou = int(progress["step"]), progress["best_miou"]
+            self.step, self.best_miou = progress.step, progress.best_miou
         except Exception as error:  # what a damaged file raises is up to its format
             raise CheckpointError(
                 f"training state {folder} can't be read ({one_line(error)[:200]}); start anew with --overwrite"
             ) from error
+
+
+def _read_optimizer(path: Path) -> dict[str, Any]:
+    """What ``torch.save`` wrote, no larger than the file: torch inflates what is compressed in it."""
+    check_plain(path, MAX_WEIGHTS_BYTES)
+    with zipfile.ZipFile(path) as archive:
+        if sum(entry.file_size for entry in archive.infolist()) > path.stat().st_size:
+            raise ValueError(f"{path.name} would unpack to more than its size")
+    values: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    return values

@@ -82,7 +82,10 @@ class SegmentationDataset(Dataset[Sample]):
                 self._warned.add(image_id)
                 logger.warning("%s: counts nothing in training: %s", image_id, error)
             damaged, side = True, self.augmentation.config.crop
-            pixels, labels = torch.zeros(3, side, side), torch.full((side, side), IGNORE)
+            # noise: where all is zero, each layer norm of a fresh SegFormer multiplies the gradient by a thousand
+            noise = torch.Generator().manual_seed(_seed(self.seed, epoch, position))
+            pixels = torch.randn(3, side, side, generator=noise)
+            labels = torch.full((side, side), IGNORE)
             certainty = torch.zeros((side, side), dtype=torch.uint8)
         else:
             damaged = False

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from functools import partial
 from itertools import accumulate
 from operator import mul
@@ -13,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from wsss_pipeline.errors import NetworkError
+from wsss_pipeline.files import read_json
 from wsss_pipeline.runtime.output import one_line
 from wsss_pipeline.segmentation.train_config import NetworkConfig
 
@@ -28,6 +30,21 @@ MIT_ENCODERS = {
     "mit-b4": ((64, 128, 320, 512), (3, 8, 27, 3), 768),
     "mit-b5": ((64, 128, 320, 512), (3, 6, 40, 3), 768),
 }
+MAX_CONFIG_BYTES = 2**24
+LARGEST = {
+    "num_encoder_blocks": 16,
+    "depths": 100,
+    "sr_ratios": 64,
+    "patch_sizes": 64,
+    "strides": 64,
+    "num_attention_heads": 64,
+    "hidden_sizes": 8192,
+    "decoder_hidden_size": 8192,
+    "mlp_ratios": 16,
+    "num_channels": 3,
+}
+# what timm would ask a hub for, or look for on the disk
+_ELSEWHERE = re.compile("[:/\\\\]")
 _BatchNorm = nn.modules.batchnorm._BatchNorm
 _resized = partial(F.interpolate, mode="bilinear", align_corners=False)
 
@@ -169,7 +186,7 @@ class SegFormer(SegmentationNetwork):
                     decoder_hidden_size=decoder,
                 )
             else:
-                config = SegformerConfig.from_pretrained(encoder)
+                config = SegformerConfig.from_dict(_segformer_values(Path(encoder) / "config.json"))
             config.num_labels = num_classes
             self.model = SegformerForSemanticSegmentation(config)
         except Exception as error:  # what a damaged file raises is up to transformers
@@ -186,6 +203,17 @@ class SegFormer(SegmentationNetwork):
         """At a quarter of the input's size."""
         output: Tensor = self.model(pixel_values=images).logits
         return output
+
+
+def _segformer_values(path: Path) -> dict[str, Any]:
+    """A SegFormer's configuration; a ValueError where one of its numbers is beyond any that was published."""
+    values = read_json(path, MAX_CONFIG_BYTES)
+    for key, largest in LARGEST.items():
+        found = values.get(key, 1)
+        numbers = found if isinstance(found, list) else [found]
+        if len(numbers) > 16 or not all(type(number) is int and 0 < number <= largest for number in numbers):
+            raise ValueError(f"{key} is {found!r:.60}; numbers from 1 to {largest} are built")
+    return {key: value for key, value in values.items() if not key.startswith("auto_map")}
 
 
 def mit_name(encoder: str) -> str:
@@ -278,8 +306,13 @@ def build_network(config: NetworkConfig, num_classes: int) -> SegmentationNetwor
         num_classes: number of classes with the background.
 
     Raises:
-        NetworkError: no such network or encoder.
+        NetworkError: no such network or encoder, or one that is described elsewhere.
     """
+    if config.name != "segformer" and _ELSEWHERE.search(config.encoder):
+        raise NetworkError(
+            f"network {config.name} can't have the encoder '{config.encoder:.100}': a network is built from what is "
+            "installed; give a name of timm or segmentation-models-pytorch, such as tu-resnet18"
+        )
     if config.name == "deeplabv2":
         return DeepLabV2(config.encoder, num_classes)
     if config.name == "segformer":

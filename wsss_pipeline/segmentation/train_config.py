@@ -93,6 +93,12 @@ class TrainConfig(Settings):
         "auto", description="Of the forward pass; auto is bf16 where the device is fast at it, else fp32."
     )
     seed: int = Field(0, ge=0, le=2**62, description="Of weights, order and augmentation.")
+    max_unusable: float = Field(
+        0.1,
+        ge=0,
+        le=1,
+        description="Share of samples whose image or mask can't be used, above which training stops.",
+    )
     validate_every: int = Field(1000, ge=1, le=10**9, description="Updates between validations.")
     save_every: int = Field(500, ge=1, le=10**9, description="Updates between checkpoints.")
 

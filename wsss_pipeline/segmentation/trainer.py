@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader
 
-from wsss_pipeline.errors import TrainingError
+from wsss_pipeline.errors import CheckpointError, TrainingError, WsssError
 from wsss_pipeline.runtime.interrupts import StopRequest
-from wsss_pipeline.runtime.output import writing
+from wsss_pipeline.runtime.output import append_line, one_line
 from wsss_pipeline.runtime.progress import Progress
 from wsss_pipeline.segmentation.checkpoint import BEST, LAST, TrainingState, save_network
 from wsss_pipeline.segmentation.dataset import SegmentationDataset, sample_order
@@ -27,6 +27,8 @@ from wsss_pipeline.segmentation.losses import confidence_weights, segmentation_l
 from wsss_pipeline.segmentation.networks import SegmentationNetwork
 from wsss_pipeline.segmentation.train_config import OptimisationConfig, TrainConfig
 
+SAMPLES_TO_JUDGE = 100  # before the share of those that can't be used is held against its bound
+UPDATES_IN_VAIN = 10
 STATE, NAN, LOG = "state", "nan", "log.jsonl"
 
 
@@ -88,6 +90,14 @@ class Trainer:
         torch.manual_seed(config.seed)
         self.state = TrainingState(network, average, optimizer, accelerator.scaler)
         self.state.load(out / STATE)
+        if self.state.step > chosen.iterations:
+            raise CheckpointError(
+                f"{out / STATE} says update {self.state.step} of {chosen.iterations}; start anew with --overwrite"
+            )
+        if self.state.best_miou is not None and not (out / BEST).is_dir():
+            raise CheckpointError(
+                f"{out} lacks its best network, which {STATE} speaks of; start anew with --overwrite"
+            )
         self._forward, self._optimizer = accelerator.prepare(_TrainingForward(network), optimizer)
 
     def run(self, validate: Callable[[SegmentationNetwork], float] | None = None) -> bool:
@@ -101,7 +111,8 @@ class Trainer:
             Whether the end was reached.
 
         Raises:
-            TrainingError: the loss isn't a number; the network as it was is in the run's folder ``nan``.
+            TrainingError: the loss isn't a number, and the network as it was is in the run's folder ``nan``; or too
+                many samples can't be used.
             OutputError: the run's folder can't be written.
         """
         config, state, accelerator = self._config, self.state, self._accelerator
@@ -118,6 +129,7 @@ class Trainer:
             generator=torch.Generator(),  # or it would draw from the numbers that dropout uses
         )
         batches = iter(loader)
+        unusable = _UnusableSamples(config.max_unusable, len(self._dataset))
         with StopRequest() as stop, progress if accelerator.is_main_process else nullcontext():
             while state.step < updates:
                 started = time.monotonic()
@@ -132,13 +144,13 @@ class Trainer:
                     "damaged": damaged,
                 }
                 is_last = state.step == updates
+                unusable.count(damaged, self._images_per_update, is_last)
                 if validate is not None and (is_last or state.step % config.validate_every == 0):
                     numbers["miou"] = self._validate(validate)
                     miou = f", mIoU {100 * numbers['miou']:.2f} %"
                 accelerator.log({k: v for k, v in numbers.items() if k != "step"}, step=state.step)
                 if accelerator.is_main_process:
-                    with writing(log), log.open("a", encoding="utf-8") as file:
-                        file.write(json.dumps(numbers) + "\n")
+                    append_line(log, json.dumps(numbers))
                     smooth_loss = 0.9 * smooth_loss + 0.1 * loss if updates_here else loss
                     updates_here, seconds_here = updates_here + 1, seconds_here + numbers["seconds"]
                     rate = updates_here * self._images_per_update / max(1e-9, seconds_here)
@@ -165,7 +177,7 @@ class Trainer:
         sums = torch.zeros(3, dtype=torch.float64, device=accelerator.device)
         seen: list[str] = []
         for part in range(chosen.accumulate):
-            batch = next(batches)
+            batch = _next(batches)
             seen += batch["image_id"]
             is_last = part == chosen.accumulate - 1
             with nullcontext() if is_last else accelerator.no_sync(self._forward):
@@ -198,6 +210,10 @@ class Trainer:
         images, target, confidence = (
             batch[name].to(accelerator.device, non_blocking=True) for name in ("image", "mask", "confidence")
         )
+        usable = torch.nonzero(~batch["damaged"])[:, 0].tolist()
+        if usable and len(usable) < len(images):
+            # a copy of another picture, without its labels: batch norm sees nothing that doesn't belong there
+            images = images[[place if place in usable else usable[0] for place in range(len(images))]]
         with accelerator.autocast():
             outputs = self._forward(images)
         weights = confidence_weights(confidence, chosen.confidence, chosen.min_confidence)
@@ -223,6 +239,46 @@ class Trainer:
         if self._accelerator.is_main_process:
             names, step = self._dataset.masks.class_names, self.state.step
             save_network(self._kept(), self._out / name, self._config.network, names, {"step": step, **extra})
+
+
+class _UnusableSamples:
+    """Ends a training that sees too little, before it ends well on nothing."""
+
+    def __init__(self, largest_share: float, images: int) -> None:
+        self._largest_share = largest_share
+        self._judged_from = min(images, SAMPLES_TO_JUDGE)
+        self._samples = self._unusable = self._updates_in_vain = 0
+
+    def count(self, unusable: int, samples: int, is_last: bool) -> None:
+        """Count the samples of an update; a TrainingError where training is of no use."""
+        self._samples, self._unusable = self._samples + samples, self._unusable + unusable
+        self._updates_in_vain = self._updates_in_vain + 1 if unusable == samples else 0
+        is_judged = is_last or self._samples >= self._judged_from
+        if is_judged and self._unusable > self._largest_share * self._samples:
+            reason = f"{self._unusable:,} of {self._samples:,} samples couldn't be used"
+            remedy = f", or allow more than {self._largest_share:.0%} with --set max_unusable=SHARE"
+        elif self._updates_in_vain >= UPDATES_IN_VAIN or (is_last and self._unusable == self._samples):
+            reason, remedy = f"the last {self._updates_in_vain} updates had no sample that could be used", ""
+        else:
+            return
+        raise TrainingError(
+            f"{reason}, as each is warned of above: mend the images or their masks, and run the same command{remedy}"
+        )
+
+
+def _next(batches: Iterator[Any]) -> Any:
+    """The next batch, with one line for what the processes that load it die of."""
+    try:
+        return next(batches)
+    except WsssError as error:  # torch puts the traceback of the other process in front
+        raise type(error)(str(error).strip().splitlines()[-1].partition(": ")[2]) from error
+    except RuntimeError as error:
+        if any(text in str(error) for text in ("shared memory", "DataLoader worker")):
+            raise TrainingError(
+                f"a process that loads samples died ({one_line(error)[:200]}): give it more memory, more shared "
+                "memory (/dev/shm; docker run --shm-size=2g), or load in the training process with --workers 0"
+            ) from error
+        raise
 
 
 def schedule(step: int, config: OptimisationConfig) -> float:

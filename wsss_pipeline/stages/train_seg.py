@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import logging
-import shutil
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from accelerate.state import AcceleratorState
 
 from wsss_pipeline.config import InferenceConfig, differing_keys, to_yaml
 from wsss_pipeline.data.datasets import read_split
+from wsss_pipeline.data.image_files import ImageFile
 from wsss_pipeline.data.image_ids import find_images
 from wsss_pipeline.data.images import read_image
 from wsss_pipeline.data.masks import MaskFolder, MaskSource
@@ -32,20 +33,29 @@ from wsss_pipeline.errors import (
 )
 from wsss_pipeline.evaluation.metrics import Scores, check_sizes, confusion_matrix
 from wsss_pipeline.evaluation.result import id_digest
+from wsss_pipeline.files import read_bytes, read_json
 from wsss_pipeline.runtime.device import resolve_device, resolve_precision
-from wsss_pipeline.runtime.output import one_line, write_file, writing
+from wsss_pipeline.runtime.locks import ProcessLock
+from wsss_pipeline.runtime.output import MARK, check_apart, is_temporary, one_line, write_file, writing
 from wsss_pipeline.segmentation.augmentation import Augmentation
-from wsss_pipeline.segmentation.checkpoint import BEST, LAST, settle
+from wsss_pipeline.segmentation.checkpoint import BEST, LAST, remove_checkpoint, settle
 from wsss_pipeline.segmentation.dataset import SegmentationDataset, usable_ids
 from wsss_pipeline.segmentation.inference import predict_probabilities
 from wsss_pipeline.segmentation.networks import SegmentationNetwork, build_network
 from wsss_pipeline.segmentation.pretrained import load_pretrained
 from wsss_pipeline.segmentation.train_config import TrainConfig, load_train_config
-from wsss_pipeline.segmentation.trainer import LOG, STATE, Trainer
+from wsss_pipeline.segmentation.trainer import LOG, NAN, STATE, Trainer
 
 logger = logging.getLogger(__name__)
 
-CONFIG, DATA = "config.yaml", "data.json"
+CONFIG, DATA, LOCK = "config.yaml", "data.json", "run.lock"
+MAX_FILE_BYTES = 2**32  # of a log; the others are small
+# with what each of a run's files begins, in this version and in earlier ones
+_BEGINNINGS = {
+    CONFIG: (f"# {MARK}".encode(), b"version: 1\nnetwork:\n"),
+    DATA: (f'{{\n  "program": "{MARK}"'.encode(), b'{\n  "masks": '),
+    LOG: (b'{"step": ',),
+}
 
 
 @dataclass(frozen=True)
@@ -108,21 +118,27 @@ def train_seg(job: TrainJob) -> TrainResult:
     Raises:
         WsssError: nothing can be trained: masks missing, weights not there, another run in the folder, NaN.
     """
-    config, masks, out = job.config, job.masks, job.out
+    inputs = {"--images": job.images, "--split": job.split, "--val-gt": job.val_gt}
+    inputs |= {"--val-images": job.val_images, "--val-split": job.val_split}
+    check_apart(job.out, "--out", {**inputs, "the masks in": getattr(job.masks, "path", None)})
+    masks = job.masks
     images = find_images(job.images)
     ids = usable_ids(images, masks, read_split(job.split) if job.split else None, job.allow_missing)
     accelerator = _accelerator(job)
     validate = _validation(job, job.val_gt, accelerator) if job.val_gt else None
-    if accelerator.is_main_process:
-        data = {
-            "masks": masks.identity,
-            "classes": list(masks.class_names),
-            "images": len(ids),
-            "ids": id_digest(ids),
-            "processes": accelerator.num_processes,
-        }
-        _prepare_folder(job, data)
-    accelerator.wait_for_everyone()
+    with _run_folder(job, ids, accelerator) if accelerator.is_main_process else nullcontext():
+        accelerator.wait_for_everyone()
+        return _train(job, images, ids, accelerator, validate)
+
+
+def _train(
+    job: TrainJob,
+    images: Mapping[str, ImageFile],
+    ids: list[str],
+    accelerator: Accelerator,
+    validate: Callable[[SegmentationNetwork], float] | None,
+) -> TrainResult:
+    config, masks, out = job.config, job.masks, job.out
     if job.track:
         accelerator.init_trackers("wsss")
     torch.manual_seed(config.seed)
@@ -210,38 +226,87 @@ def _accelerator(job: TrainJob) -> Accelerator:
     return accelerator
 
 
-def _prepare_folder(job: TrainJob, data: Mapping[str, Any]) -> None:
-    """Writes what the run is, or refuses a folder that holds another one, or anything else."""
+@contextmanager
+def _run_folder(job: TrainJob, ids: Sequence[str], accelerator: Accelerator) -> Iterator[None]:
+    """The run's folder, this process's alone, with what the run is written into it.
+
+    Raises:
+        TrainingError: another process trains into it; or it holds another run, or anything else.
+        CheckpointError: it isn't known what run it holds.
+    """
     out = job.out
+    data = {
+        "masks": job.masks.identity,
+        "classes": list(job.masks.class_names),
+        "images": len(ids),
+        "ids": id_digest(ids),
+        "processes": accelerator.num_processes,
+    }
     with writing(out):
         out.mkdir(parents=True, exist_ok=True)
-        for name in (LAST, BEST, STATE):
-            settle(out / name)
-        entries = {entry.name for entry in out.iterdir()}
-        # a kill may have come between these files, or while one was written
-        is_begun = all(name.startswith((CONFIG, DATA, LOG)) for name in entries)
-        if not is_begun and not {CONFIG, DATA} <= entries:
+        if not _is_own(out):
             raise TrainingError(f"{out} holds something else than a run; give an empty folder")
-        if job.overwrite:
-            shutil.rmtree(out)
-            entries.clear()
+    lock = ProcessLock(out / LOCK)
+    if not lock.acquire():
+        raise TrainingError(
+            f"{out} is being trained into by {lock.owner}; wait for it or stop it, or give another --out"
+        )
     try:
-        former = json.loads((out / DATA).read_text("utf-8"))
-        changes = differing_keys(load_train_config(file=out / CONFIG), job.config)
-        changes += [f"{key}: {former.get(key)}, {new}" for key, new in data.items() if former.get(key) != new]
-    except (OSError, ValueError, AttributeError, ConfigError) as error:
-        if not entries.isdisjoint((LAST, BEST, STATE)):
-            raise CheckpointError(
-                f"{out}: its {CONFIG} or {DATA} can't be read ({one_line(error)[:200]}); start anew with --overwrite"
-            ) from error
-        write_file(out / DATA, json.dumps(data, indent=2, ensure_ascii=False) + "\n")
-        write_file(out / CONFIG, to_yaml(job.config))
-    else:
-        if changes:
-            raise TrainingError(
-                f"{out} holds a run with other settings ({'; '.join(changes)}): give another --out, the former "
-                "settings, or --overwrite"
-            )
+        with writing(out):
+            for name in (LAST, BEST, STATE, NAN):
+                settle(out / name)
+                if job.overwrite:
+                    remove_checkpoint(out / name)
+            has_results = any((out / name).exists() for name in (LAST, BEST, STATE))
+            if not has_results:
+                (out / LOG).unlink(missing_ok=True)
+                for entry in filter(is_temporary, out.iterdir()):
+                    if entry.name.startswith((CONFIG, DATA)):
+                        entry.unlink()
+        if has_results:
+            _check_same(out, job.config, data)
+        else:
+            # a run that saved nothing has nothing to lose, whatever its settings were
+            write_file(out / DATA, json.dumps({"program": MARK, **data}, indent=2, ensure_ascii=False) + "\n")
+            write_file(out / CONFIG, f"# {MARK}: settings of this run\n{to_yaml(job.config)}")
+        yield
+    finally:
+        lock.release()
+
+
+def _is_own(out: Path) -> bool:
+    """Whether a folder is empty or a run, by the names of its files and by what stands in them."""
+    entries = {entry.name: entry for entry in out.iterdir()}
+    for name, beginnings in _BEGINNINGS.items():
+        if name in entries:
+            content = b"" if entries[name].is_symlink() else read_bytes(entries[name], MAX_FILE_BYTES)
+            # the other way round: a kill or a full disk may have cut it, to nothing at worst
+            is_own = any(content.startswith(text) or text.startswith(content) for text in beginnings)
+            if entries[name].is_symlink() or not is_own:
+                return False
+    if {DATA, CONFIG} <= entries.keys():
+        return True  # whatever lies beside
+    known = {*_BEGINNINGS, LOCK, LOCK.replace(".lock", ".owner")}
+    return all(name in known or name.startswith((CONFIG, DATA)) for name in entries)
+
+
+def _check_same(out: Path, config: TrainConfig, data: Mapping[str, Any]) -> None:
+    """A TrainingError where the run in a folder is another one, a CheckpointError where it isn't known which."""
+    try:
+        former = dict(read_json(out / DATA, MAX_FILE_BYTES))
+        changes = differing_keys(load_train_config(file=out / CONFIG), config)
+    except (OSError, ValueError, TypeError, ConfigError) as error:
+        raise CheckpointError(
+            f"{out}: its {CONFIG} or {DATA} can't be read ({one_line(error)[:200]}); start anew with --overwrite"
+        ) from error
+    changes += [
+        f"{key}: {former.get(key)!s:.200}, {new}" for key, new in data.items() if former.get(key) != new
+    ]
+    if changes:
+        raise TrainingError(
+            f"{out} holds a run with other settings ({'; '.join(changes)}): give another --out, the former "
+            "settings, or --overwrite"
+        )
 
 
 def _validation(
