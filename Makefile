@@ -7,7 +7,7 @@ DEMO := demo-out
 # libgomp's default spinning costs a time slice per parallel region as soon as cores are shared
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: help demo test lint format types pytest coverage faults fuzz mutants browser clean
+.PHONY: help demo test lint format types pytest coverage faults attack fuzz mutants browser clean
 .DEFAULT_GOAL := help
 
 help:  ## list what can be made
@@ -33,6 +33,9 @@ coverage: $(VENV)/installed-dev  ## all tests, and which lines and branches they
 
 faults: $(VENV)/installed-dev  ## a hundred kills -9 at random moments, over every long command
 	$(BIN)/python -m tests.faults.kills --kills 100
+
+attack: $(VENV)/installed-dev  ## ten thousand mutated shards, hostile manifests, checkpoints, archives, neighbours at work
+	$(BIN)/python -m tests.hostile.attack
 
 fuzz: $(VENV)/installed-dev  ## a minute of coverage-guided fuzzing for each reader of files
 	for target in labels manifest known; do \

@@ -24,7 +24,7 @@ from wsss_pipeline.cache import (
     status,
     verify,
 )
-from wsss_pipeline.errors import CacheError
+from wsss_pipeline.errors import CacheError, ConfigError
 
 IDS = [f"image-{number}" for number in range(30)]
 
@@ -162,3 +162,10 @@ def test_merged_shares_are_complete_only_together(folder: Path, tmp_path: Path) 
         writer.finish(["b"])
     merge([second], folder)
     assert not status(folder).complete, "an image of it is missing"
+
+
+def test_a_source_is_no_place_to_merge_into(folder: Path) -> None:
+    write_images(folder, ["a"])
+    with pytest.raises(ConfigError, match=r"--into .* lies in the mask set"):
+        merge([folder], folder / "sub")
+    assert not (folder / "sub").exists()

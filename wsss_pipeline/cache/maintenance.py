@@ -42,7 +42,7 @@ from wsss_pipeline.cache.writer import (
 )
 from wsss_pipeline.errors import CacheError, CacheFormatError, OutputError
 from wsss_pipeline.files import open_plain
-from wsss_pipeline.runtime.output import one_line, replacing, writing
+from wsss_pipeline.runtime.output import check_apart, one_line, replacing, writing
 from wsss_pipeline.runtime.progress import Progress
 
 SMALL_SHARD = 100  # images; several smaller ones, as interrupted runs leave them, become one
@@ -219,6 +219,7 @@ def merge(sources: Sequence[Path], destination: Path) -> MergeReport:
 
     Raises:
         CacheError: the fingerprints differ, or a source isn't a mask set.
+        ConfigError: the destination lies in a source, or holds one.
         CacheLockedError: a generate-masks is writing into the destination.
         OutputError: disk full, read-only, ...
     """
@@ -234,6 +235,10 @@ def merge(sources: Sequence[Path], destination: Path) -> MergeReport:
                 f"{folder} and {folders[0]} were made with other settings (fingerprints "
                 f"{manifest.fingerprint[:12]} and {expected[:12]}); merge only what the same command made"
             )
+    place = destination if there else destination / manifests[0].mask_set.folder_name
+    for folder in folders:
+        if folder.resolve() != place.resolve():
+            check_apart(place, "--into", {"the mask set": folder})
     target = destination if there else open_mask_set(destination, manifests[0].mask_set)
     report = MergeReport(target)
     with without_writers(target):
