@@ -290,7 +290,7 @@ def test_an_input_is_no_place_for_a_run(make: Make, root: Path, tmp_path: Path) 
         tmp_path / "link",
     ):
         for overwrite in (False, True):
-            with pytest.raises(ConfigError, match="which is only read"):
+            with pytest.raises(ConfigError, match="that is only read"):
                 train_seg(replace(make(), out=out, overwrite=overwrite))
     assert state() == before
 

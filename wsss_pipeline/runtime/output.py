@@ -175,7 +175,7 @@ def check_apart(output: Path, option: str, inputs: Mapping[str, Path | None]) ->
             continue
         how = "is" if source == target else "lies in" if source in target.parents else "holds"
         raise ConfigError(
-            f"{option} {output} {how} {name} {path}, which is only read; give {option} a place of its own"
+            f"{option} {output} {how} {name} {path}, and that is only read; give {option} a place of its own"
         )
 
 

@@ -120,7 +120,7 @@ def train_seg(job: TrainJob) -> TrainResult:
     """
     inputs = {"--images": job.images, "--split": job.split, "--val-gt": job.val_gt}
     inputs |= {"--val-images": job.val_images, "--val-split": job.val_split}
-    check_apart(job.out, "--out", {**inputs, "the masks in": getattr(job.masks, "path", None)})
+    check_apart(job.out, "--out", {**inputs, "the masks": getattr(job.masks, "path", None)})
     masks = job.masks
     images = find_images(job.images)
     ids = usable_ids(images, masks, read_split(job.split) if job.split else None, job.allow_missing)
