@@ -9,6 +9,9 @@ from xml.etree import ElementTree
 
 from wsss_pipeline.data.label_readers.label_table import LabelTable, read_text
 from wsss_pipeline.errors import LabelError
+from wsss_pipeline.files import MIB
+
+MOST_BYTES = 16 * MIB  # of the annotation of one image
 
 # What a document type declares can make a parser blow up memory or read other files.
 _DECLARATION = re.compile("<!(DOCTYPE|ENTITY)", re.IGNORECASE)
@@ -31,7 +34,7 @@ def fill_from_voc_files(table: LabelTable, files: Iterable[tuple[str, Path]]) ->
     """
     for image, file in files:
         image_id = table.add_image(image, str(file))
-        text = read_text(file)
+        text = read_text(file, MOST_BYTES)
         if _DECLARATION.search(text):
             raise LabelError(f"{file}: declares a document type or entities, which isn't safe; remove that")
         try:
