@@ -329,9 +329,9 @@ def _yaml(text: str, origin: str) -> Any:
             # before anything is made of it: merged mappings are copied for each alias
             if _expanded(node, {}) > MOST_EXPANDED:
                 raise ConfigError(f"{origin}: its aliases (*name) stand for far too much; write it out")
-            return loader.construct_document(node)  # type: ignore[no-untyped-call]
+            return loader.construct_document(node)
         finally:
-            loader.dispose()  # type: ignore[no-untyped-call]
+            loader.dispose()
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         reason = "nested too deep" if isinstance(error, RecursionError) else " ".join(str(error).split())
         raise ConfigError(f"{origin}: not valid YAML: {reason[:300]}") from error
