@@ -163,6 +163,10 @@ class ClassSet(Settings):
             raise ClassSetError(f"class set '{self.name}': {self.unknown(name)}")
         return self._values[name]
 
+    def canonical(self, name: str) -> str:
+        """The class's own name, of a name or alias; a ClassSetError where there is no such class."""
+        return self.classes[self.index(name) - 1].name
+
     def nearest(self, name: str) -> list[str]:
         """Up to three names of classes that look or are called like ``name``, the most similar first."""
         spellings = {known.casefold(): self.classes[value - 1].name for known, value in self._values.items()}
