@@ -389,3 +389,13 @@ def test_patterns_without_end_are_refused_in_one_short_line(pattern: str) -> Non
         find_images(Path(pattern))
     assert len(str(caught.value)) < 600
     assert "\n" not in str(caught.value)
+
+
+def test_thousands_of_archives_that_are_not_there_bring_a_few_warnings(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    write_tar(tmp_path / "0000.tar", {"a.png": png()})
+    with caplog.at_level(logging.WARNING):
+        assert list(find_images(tmp_path / "{0000..3000}.tar")) == ["a"]
+    assert len(caplog.records) == 21
+    assert "and 2980 more archives that can't be read" in caplog.text

@@ -19,6 +19,7 @@ from typing import BinaryIO
 
 from braceexpand import braceexpand
 
+from wsss_pipeline.data.few_warnings import FewWarnings
 from wsss_pipeline.data.image_files import MOST_ARCHIVE_BYTES, TarMember
 from wsss_pipeline.errors import ImageError
 from wsss_pipeline.files import MIB, check_machine, open_plain
@@ -70,20 +71,19 @@ def tar_images(pattern: Path, suffixes: tuple[str, ...]) -> Iterator[TarMember]:
         ImageError: braces that don't close, more than a million archives, none, or none that can be read.
     """
     archives = _archives(pattern)
-    unreadable = 0
-    for archive in archives:
-        try:
-            members = _members(archive, suffixes)
-        except ImageError as error:
-            unreadable += 1
-            if unreadable == len(archives):
-                raise
-            logger.warning("%s; its images are left out", error)
-            continue
-        for name, member in members.items():
-            if _suffix(name) in suffixes:
-                beside = (members.get(name[: name.rindex(".")] + suffix) for suffix in LABEL_SUFFIXES)
-                yield replace(member, labels=next(filter(None, beside), None))
+    with FewWarnings(logger, "archives that can't be read") as unreadable:
+        for archive in archives:
+            try:
+                members = _members(archive, suffixes)
+            except ImageError as error:
+                if unreadable.count + 1 == len(archives):
+                    raise
+                unreadable.warn("%s; its images are left out", error)
+                continue
+            for name, member in members.items():
+                if _suffix(name) in suffixes:
+                    beside = (members.get(name[: name.rindex(".")] + suffix) for suffix in LABEL_SUFFIXES)
+                    yield replace(member, labels=next(filter(None, beside), None))
 
 
 def _archives(pattern: Path) -> list[Path]:

@@ -81,8 +81,7 @@ def run_share(job: MaskJob, generator: MaskGenerator | None = None, *, quiet: bo
     folder = open_mask_set(job.cache_dir, plan.generator.mask_set)
     report = MaskReport(folder, len(plan.image_ids) + len(plan.missing), plan.unlabelled)
     with MaskWriter(folder, job.share.index, job.share.count) as writer:
-        for image_id in plan.missing:
-            report.fail(image_id, "the labels name it, but there is no such image")
+        report.miss(plan.missing)
         todo = plan.image_ids
         if not job.overwrite:
             options = {"need_cams": job.store_cams, "check_bytes": job.check_bytes}
