@@ -97,6 +97,8 @@ HOSTILE = {
     "many classes": "classes: [" + "a, " * 80_000 + "]",
     "a long name": f"classes: [{'a' * 200_000}]",
     "a long key": f"{'a' * 1000}: 1",
+    "half a character as key": '"\\udcff": 1',
+    "half a character as value": 'method: "\\udcff"\nname: "\\udcff"\nclasses: ["\\udcff"]',
 }
 
 

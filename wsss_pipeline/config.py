@@ -192,6 +192,8 @@ def _explained(error: ErrorDetails, kind: type[Settings], origins: Mapping[str, 
             break  # a member of a union, or a place in a list
         keys.append(part)
         kind = section(kind, part) or kind
+    if not keys:  # half a character, which no key holds
+        return f"{list(origins.values())[-1]}: a key isn't UTF-8 text; write it anew"
     key, name = ".".join(keys), keys[-1]
     origin = next((origins[k] for k in origins if f"{k}.".startswith(f"{key}.")), list(origins.values())[-1])
     if problem == "extra_forbidden":
@@ -210,7 +212,7 @@ def _explained(error: ErrorDetails, kind: type[Settings], origins: Mapping[str, 
         return f"{origin}: '{key}' is {value!r:.60}; choose one of {choices}"
     if problem == "value_error":
         return f"{origin}: '{key}': {error['ctx']['error']}"
-    kinds = {"tuple_type": "a list of texts", "string_type": "text"}
+    kinds = {"tuple_type": "a list of texts", "string_type": "text", "string_unicode": "UTF-8 text"}
     if len(keys) < len(error["loc"]):
         problem = "tuple_type"
     wanted = kinds.get(problem, f"a value of type {problem.removesuffix('_type')}")

@@ -42,7 +42,9 @@ class LabelTable:
     def add_image(self, text: str, where: str) -> str:
         """Makes an entry for an image, without labels so far, and gives its id; a LabelError if that is unsafe."""
         text = check_image_id(text, where)
-        image_id = text if text in self._images else check_image_id(without_image_suffix(text), where)
+        image_id = text if text in self._images else without_image_suffix(text)
+        if image_id != text:
+            check_image_id(image_id, where)
         self._labels.setdefault(image_id, ())
         return image_id
 
