@@ -35,7 +35,7 @@ faults: $(VENV)/installed-dev  ## a hundred kills -9 at random moments, over eve
 	$(BIN)/python -m tests.faults.kills --kills 100
 
 fuzz: $(VENV)/installed-dev  ## a minute of coverage-guided fuzzing for each reader of files
-	for target in labels manifest known; do \
+	for target in labels archives manifest known; do \
 		$(BIN)/python -m tests.fuzz.readers $$target -max_total_time=60 || exit 1; done
 
 mutants: $(VENV)/installed-dev  ## mutation testing of all that makes masks, trains and keeps; takes many hours

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
 import time
 from pathlib import Path
 from typing import Any
@@ -269,3 +270,17 @@ def test_csv_lines_end_as_on_any_system(tmp_path: Path) -> None:
     for end in ("\n", "\r\n", "\r"):
         (tmp_path / "l.csv").write_bytes(f'image,x,labels{end}a,"{end}",cat{end}c,,dog'.encode())
         assert read_labels(tmp_path / "l.csv", IMAGES, VOC) == {"a": ("cat",), "c": ("dog",)}
+
+
+def test_annotations_in_folders_without_end_are_refused(tmp_path: Path) -> None:
+    opened = os.open(tmp_path, os.O_RDONLY)
+    for _ in range(2500):
+        os.mkdir("d", dir_fd=opened)
+        inner = os.open("d", os.O_RDONLY, dir_fd=opened)
+        os.close(opened)
+        opened = inner
+    os.close(opened)
+    with pytest.raises(LabelError) as caught:
+        read_labels(tmp_path, IMAGES, VOC)
+    assert len(str(caught.value)) < 400
+    subprocess.run(["rm", "-rf", tmp_path / "d"], check=True)  # Python's own way is too long for it

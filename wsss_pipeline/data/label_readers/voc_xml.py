@@ -19,7 +19,12 @@ _DECLARATION = re.compile("<!(DOCTYPE|ENTITY)", re.IGNORECASE)
 
 def fill_from_voc_folder(table: LabelTable, folder: Path) -> None:
     """All ``.xml`` files below the folder; the image id is the path of the file without its suffix."""
-    files = sorted(file for file in folder.rglob("*.xml") if not file.name.startswith("."))
+    try:
+        files = sorted(file for file in folder.rglob("*.xml") if not file.name.startswith("."))
+    except RecursionError as error:
+        raise LabelError(
+            f"{folder} holds folders that are nested too deep; name the one of the .xml files"
+        ) from error
     if not files:
         raise LabelError(f"{folder} holds no .xml files; name a folder of VOC annotations or a label file")
     ids = (file.relative_to(folder).with_suffix("").as_posix() for file in files)
