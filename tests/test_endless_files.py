@@ -157,7 +157,15 @@ def digest_and_load(weights: Path, tokenizer: Path | None = None) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(
     "name",
-    ["config.json", "model.safetensors", "pytorch_model.bin", "vocab.json", "merges.txt", "tokenizer.json"],
+    [
+        "config.json",
+        "model.safetensors",
+        "pytorch_model.bin",
+        "vocab.json",
+        "merges.txt",
+        "tokenizer.json",
+        "chat_template.jinja",
+    ],
 )
 def test_a_clip_with_a_file_without_end(tmp_path: Path, clip: Path, name: str, kind: str) -> None:
     copy = tmp_path / "clip"

@@ -36,6 +36,8 @@ OPENAI_MODELS = {
 }
 VOCABULARY_FILES = ("tokenizer.json", "vocab.json", "merges.txt", "added_tokens.json")
 TOKENIZER_FILES = (*VOCABULARY_FILES, "tokenizer_config.json", "special_tokens_map.json")
+# what the library also opens beside a vocabulary, where it is there
+ALSO_READ = ("config.json", "tokenizer.model", "chat_template.jinja", "chat_template.json")
 DEMO_CLIP = "demo"  # trained on the demo's drawn scenes, part of the package
 # read without running anything in them; the others only with torch's weights_only
 SAFE_WEIGHT_FILES = ("model.safetensors", "model-*-of-*.safetensors")
@@ -229,7 +231,8 @@ def _has_vocabulary(folder: Path) -> bool:
 
 def _checked(tokenizer: Path) -> Path:
     """The folder of a vocabulary, which a library is going to read."""
-    for path in map(tokenizer.joinpath, TOKENIZER_FILES):
+    names = [*TOKENIZER_FILES, *ALSO_READ]
+    for path in [*map(tokenizer.joinpath, names), *tokenizer.glob("additional_chat_templates/*")]:
         if path.exists():
             _check(path, MOST_TOKENIZER_BYTES)
     return tokenizer
