@@ -21,6 +21,11 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from pydantic_core import ErrorDetails
 
 from wsss_pipeline.errors import ConfigError
+from wsss_pipeline.files import MIB, check_machine, read_text
+
+MOST_YAML_BYTES = MIB // 4  # which takes two seconds to parse; that of COCO has 4 KB
+MOST_EXPANDED = 4 * MOST_YAML_BYTES  # characters, with what aliases (*name) stand for in their places
+_MOST_DIGITS = 100  # of a number
 
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 ResolvedPrecision = Literal["fp32", "bf16", "fp16"]
@@ -187,13 +192,15 @@ def _explained(error: ErrorDetails, kind: type[Settings], origins: Mapping[str, 
             break  # a member of a union, or a place in a list
         keys.append(part)
         kind = section(kind, part) or kind
+    if not keys:  # half a character, which no key holds
+        return f"{list(origins.values())[-1]}: a key isn't UTF-8 text; write it anew"
     key, name = ".".join(keys), keys[-1]
     origin = next((origins[k] for k in origins if f"{k}.".startswith(f"{key}.")), list(origins.values())[-1])
     if problem == "extra_forbidden":
         close = difflib.get_close_matches(name, kind.model_fields, n=1)
         meant = ".".join(keys[:-1] + close)
         hint = f"did you mean '{meant}'?" if close else f"known here: {', '.join(kind.model_fields)}"
-        return f"{origin}: unknown key '{key}'; {hint}"
+        return f"{origin}: unknown key '{key:.100}'; {hint}"
     if problem == "missing":
         return f"{origin}: '{key}' is missing; it takes: {kind.model_fields[name].description}"
     if problem in ("greater_than_equal", "less_than_equal", "finite_number") and (
@@ -205,7 +212,7 @@ def _explained(error: ErrorDetails, kind: type[Settings], origins: Mapping[str, 
         return f"{origin}: '{key}' is {value!r:.60}; choose one of {choices}"
     if problem == "value_error":
         return f"{origin}: '{key}': {error['ctx']['error']}"
-    kinds = {"tuple_type": "a list of texts", "string_type": "text"}
+    kinds = {"tuple_type": "a list of texts", "string_type": "text", "string_unicode": "UTF-8 text"}
     if len(keys) < len(error["loc"]):
         problem = "tuple_type"
     wanted = kinds.get(problem, f"a value of type {problem.removesuffix('_type')}")
@@ -280,19 +287,26 @@ def user_layers(
         ConfigError: the file can't be read or isn't YAML, a text isn't of that form.
     """
     if file is not None:
-        try:
-            text = file.read_text("utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(f"configuration file {file} can't be read: {error}") from error
-        yield str(file), yaml_mapping(text, str(file))
+        yield str(file), yaml_mapping(read_yaml(file, f"configuration file {file}"), str(file))
     for text in overrides:
         key, separator, value = text.partition("=")
+        shown = f"--set {text}" if len(text) <= 200 else f"--set {text[:200]}..."
         if not separator or not key.strip():
-            raise ConfigError(f"--set {text}: write it as key=value, for example cam.threshold=0.4")
-        yield f"--set {text}", {key.strip(): _yaml(value, f"--set {text}")}
+            raise ConfigError(f"{shown}: write it as key=value, for example cam.threshold=0.4")
+        yield shown, {key.strip(): _yaml(value, shown)}
     for key, value in (flags or {}).items():
         if value is not None:
             yield f"'{key}'", {key: value}
+
+
+def read_yaml(file: Path, origin: str) -> str:
+    """The text of a user's YAML file, which ``origin`` names in the ConfigError."""
+    try:
+        return read_text(file, MOST_YAML_BYTES)
+    except (OSError, ValueError) as error:
+        check_machine(error)
+        reason = getattr(error, "strerror", None) or error
+        raise ConfigError(f"{origin} can't be read as UTF-8 text: {reason}; check the path") from error
 
 
 def yaml_mapping(text: str, origin: str) -> Mapping[str, Any]:
@@ -309,10 +323,37 @@ def _yaml(text: str, origin: str) -> Any:
     import yaml
 
     try:
-        return yaml.safe_load(text)
+        loader = yaml.SafeLoader(text)
+        try:
+            node = loader.get_single_node()
+            if node is None:
+                return None
+            # before anything is made of it: merged mappings are copied for each alias
+            if _expanded(node, {}) > MOST_EXPANDED:
+                raise ConfigError(f"{origin}: its aliases (*name) stand for far too much; write it out")
+            return loader.construct_document(node)
+        finally:
+            loader.dispose()
     except (yaml.YAMLError, ValueError, RecursionError) as error:
-        reason = " ".join(str(error).split())
-        raise ConfigError(f"{origin}: not valid YAML: {reason}") from error
+        reason = "nested too deep" if isinstance(error, RecursionError) else " ".join(str(error).split())
+        raise ConfigError(f"{origin}: not valid YAML: {reason[:300]}") from error
+
+
+def _expanded(node: Any, known: dict[int, float]) -> float:
+    """Characters of a YAML node with its aliases written out; infinite where it holds itself.
+
+    Raises:
+        ValueError: a number with more digits than any setting has, which may take minutes to make.
+    """
+    if isinstance(node.value, str):
+        if node.tag.endswith((":int", ":float")) and len(node.value) > _MOST_DIGITS:
+            raise ValueError(f"a number of {len(node.value)} digits")
+        return 1 + len(node.value)
+    if id(node) not in known:
+        known[id(node)] = float("inf")
+        parts = [part for item in node.value for part in (item if isinstance(item, tuple) else (item,))]
+        known[id(node)] = 1 + sum(_expanded(part, known) for part in parts)
+    return known[id(node)]
 
 
 def recipe_names() -> list[str]:

@@ -10,6 +10,7 @@
     +-- OutputError              a file or folder can't be written: disk full, read-only, permission
     +-- WeightsError             CLIP weights or their tokenizer
     +-- MissingDependencyError   an optional package that the chosen option needs
+    +-- ResourceError            the machine ran out of file handles, memory, ...: no file is to blame
     +-- EngineError              what spreads the work over machines
     +-- CacheError               the pseudo-mask cache
     |   +-- CacheFormatError     written by another format version, or not a cache
@@ -54,6 +55,10 @@ class OutputError(WsssError):
 
 class WeightsError(WsssError):
     """CLIP weights or their tokenizer can't be found or read."""
+
+
+class ResourceError(WsssError):
+    """The machine ran out of file handles, memory, ...; the run ends, for no image is to blame for that."""
 
 
 class EngineError(WsssError):

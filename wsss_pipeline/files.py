@@ -13,7 +13,16 @@ from io import BufferedReader
 from pathlib import Path
 from typing import Any
 
+from wsss_pipeline.errors import ResourceError
+
 MIB = 2**20
+
+# what the machine ran out of, and what to do about it
+_EXHAUSTED = {
+    errno.EMFILE: "raise the limit on open files (ulimit -n), or lower --workers",
+    errno.ENFILE: "close other programs that hold many files open, or lower --workers",
+    errno.ENOMEM: "close other programs, or lower --workers",
+}
 
 
 def open_plain(path: Path, at_most: int) -> BufferedReader:
@@ -52,10 +61,23 @@ def _check(status: os.stat_result, path: Path, at_most: int) -> None:
 def read_bytes(path: Path, at_most: int) -> bytes:
     """All of a plain file; an OSError as ``open_plain``, also where it grows beyond ``at_most`` meanwhile."""
     with open_plain(path, at_most) as file:
-        content = file.read(at_most + 1)
+        # no more memory is asked for than the file says it takes
+        size = os.fstat(file.fileno()).st_size
+        content = file.read(size + 1)
+        if len(content) > size:  # it has grown
+            content += file.read(at_most + 1 - len(content))
     if len(content) > at_most:
         raise OSError(errno.EFBIG, f"it has more than {at_most:,} bytes", str(path))
     return content
+
+
+def check_machine(error: BaseException) -> None:
+    """A ResourceError where an OSError says that the machine ran out of something, whatever file it was about."""
+    if isinstance(error, OSError) and error.errno in _EXHAUSTED:
+        raise ResourceError(
+            f"this machine ran out of what opening a file takes: {error.strerror}; {_EXHAUSTED[error.errno]}, "
+            "then run the same command again: what was finished is kept"
+        ) from error
 
 
 def read_text(path: Path, at_most: int) -> str:

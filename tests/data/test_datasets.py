@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -131,3 +132,11 @@ def test_augmented_lists_as_other_code_bases_write_them(tmp_path: Path) -> None:
     file = tmp_path / "train_aug.txt"
     file.write_text("/JPEGImages/2007_000032.jpg /SegmentationClassAug/2007_000032.png\n2007_000039\n")
     assert read_split(file) == ["2007_000032", "2007_000039"]
+
+
+def test_a_pipe_among_voc_annotations_is_refused(voc: Path) -> None:
+    (voc / "Annotations").mkdir(exist_ok=True)
+    image_id = next(iter(voc_inputs(voc, "train")[0]))
+    os.mkfifo(voc / "Annotations" / f"{image_id}.xml")
+    with pytest.raises(LabelError, match=rf"{image_id}\.xml.*not a plain file"):
+        voc_inputs(voc, "train")

@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import logging
+import os
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -103,3 +106,28 @@ def test_a_file_name_that_cannot_be_an_id_is_left_out_with_a_warning(
     make(tmp_path, "good.jpg")
     assert list(find_images(tmp_path)) == ["good"]
     assert "backslash; rename the file" in caplog.text
+
+
+def test_a_thousand_unfit_names_bring_a_few_warnings(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for number in range(1000):
+        (tmp_path / f"{number}\x1b.png").touch()
+    with caplog.at_level(logging.WARNING):
+        assert not find_images(tmp_path)
+    assert len(caplog.records) == 21
+    assert "and 980 more files whose image ids can't be used" in caplog.text
+
+
+def test_a_deep_folder_is_named_in_a_short_line(tmp_path: Path) -> None:
+    """Deeper than a path may be long."""
+    opened = [os.open(tmp_path, os.O_RDONLY)]
+    for _ in range(2500):
+        os.mkdir("d", dir_fd=opened[-1])
+        opened.append(os.open("d", os.O_RDONLY, dir_fd=opened[-1]))
+        os.close(opened.pop(-2))
+    os.close(opened[-1])
+    with pytest.raises(ImageError) as caught:
+        find_images(tmp_path)
+    assert len(str(caught.value)) < 400
+    subprocess.run(["rm", "-rf", tmp_path / "d"], check=True)  # Python's own way is too long for it

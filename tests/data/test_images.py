@@ -1,9 +1,12 @@
 from __future__ import annotations
 
+import errno
 import hashlib
 import io
 import os
 import struct
+import subprocess
+import sys
 import warnings
 import zlib
 from concurrent.futures import ThreadPoolExecutor
@@ -23,7 +26,7 @@ from wsss_pipeline.data.images import (
     read_mask,
     read_stored_image,
 )
-from wsss_pipeline.errors import ImageError
+from wsss_pipeline.errors import ImageError, ResourceError
 
 COLOURS = np.random.default_rng(0).integers(0, 256, (6, 9, 3), dtype=np.uint8)
 
@@ -346,3 +349,87 @@ def test_an_opened_image_that_is_cut_is_refused_when_it_is_read(tmp_path: Path) 
         pytest.raises(ImageError, match="the image given: can't be"),
     ):
         as_pixels(opened)
+
+
+@pytest.mark.parametrize("number", [errno.EMFILE, errno.ENFILE, errno.ENOMEM])
+def test_what_the_machine_ran_out_of_is_no_fault_of_the_image(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    path = save(tmp_path / "a.png", Image.fromarray(COLOURS))
+
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(number, os.strerror(number), str(path))
+
+    monkeypatch.setattr(os, "open", refuse)
+    for read in (read_stored_image, read_image, read_mask, image_size, file_digest):
+        with pytest.raises(ResourceError, match=f"{os.strerror(number)}; .*--workers") as caught:
+            read(path)
+        assert "replace" not in str(caught.value)
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.EACCES, errno.ESTALE])
+def test_an_image_that_cannot_be_reached_is_not_to_be_replaced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    path = save(tmp_path / "a.png", Image.fromarray(COLOURS))
+
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(number, os.strerror(number), str(path))
+
+    monkeypatch.setattr(os, "open", refuse)
+    with pytest.raises(ImageError, match=r"a\.png: can't be read: ") as caught:
+        read_image(path)
+    assert "replace" not in str(caught.value)
+
+
+def test_a_lack_of_memory_is_passed_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = save(tmp_path / "a.png", Image.fromarray(COLOURS))
+
+    def refuse(*_: object, **__: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(Image.Image, "convert", refuse)
+    for image in (path, Image.fromarray(COLOURS)):
+        with pytest.raises(MemoryError):
+            as_pixels(image)
+
+
+def test_a_message_is_short_however_long_the_path_is(tmp_path: Path) -> None:
+    with pytest.raises(ImageError) as caught:
+        read_image(tmp_path.joinpath(*["d" * 200] * 15, "\u202e\x1b[2J.png"))
+    assert len(str(caught.value)) < 300
+    assert str(caught.value).isprintable()
+
+
+def test_a_limit_on_open_files_is_told_from_bad_images_and_labels(tmp_path: Path) -> None:
+    save(tmp_path / "a.png", Image.fromarray(COLOURS))
+    (tmp_path / "l.json").write_text("{}")
+    code = f"""
+import os, resource
+from pathlib import Path
+from wsss_pipeline.data.classes import load_class_set
+from wsss_pipeline.data.image_ids import find_images
+from wsss_pipeline.data.images import file_digest, image_size, read_image
+from wsss_pipeline.data.labels import read_labels
+from wsss_pipeline.errors import ResourceError
+folder = Path({str(tmp_path)!r})
+classes = load_class_set("voc12")
+read_image(folder / "a.png")
+free = os.dup(0)
+os.close(free)
+resource.setrlimit(resource.RLIMIT_NOFILE, (free, free))
+for read, argument in (
+    *((read, folder / "a.png") for read in (file_digest, image_size, read_image)),
+    (find_images, folder),
+    (find_images, folder / "a.tar"),
+    (lambda path: read_labels(path, {{}}, classes), folder / "l.json"),
+):
+    try:
+        read(argument)
+    except ResourceError as error:
+        assert "ulimit -n" in str(error)
+    else:
+        raise AssertionError(read)
+"""
+    (tmp_path / "a.tar").write_bytes(b"")
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)

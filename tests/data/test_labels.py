@@ -1,6 +1,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import time
 from pathlib import Path
 from typing import Any
 
@@ -223,6 +226,61 @@ def test_names_with_spaces_in_txt_bring_the_remedy(tmp_path: Path) -> None:
 def test_missing_sources_are_refused(tmp_path: Path) -> None:
     refused(tmp_path / "gone.json", "can't be read: No such file")
     refused(tmp_path / "gone", "doesn't exist")
-    refused(tmp_path / ("x" * 300), "can't be read")
+    with pytest.raises(LabelError, match=r"x\.\.\.|x \.\.\. x.*can't be read") as caught:
+        read_labels(tmp_path / ("x" * 300), IMAGES, VOC)
+    assert len(str(caught.value)) < 400
     (tmp_path / "empty").mkdir()
     refused(tmp_path / "empty", "no .xml files")
+
+
+@pytest.mark.parametrize("suffix", [".json", ".csv", ".txt"])
+@pytest.mark.parametrize("kind", ["FIFO", "device", "sparse"])
+def test_label_files_without_end_are_refused_at_once(tmp_path: Path, suffix: str, kind: str) -> None:
+    path = endless(tmp_path / f"l{suffix}", kind)
+    refused(path, "at most" if kind == "sparse" else "not a plain file")
+
+
+@pytest.mark.parametrize("kind", ["FIFO", "device", "sparse"])
+def test_an_annotation_without_end_is_refused_at_once(tmp_path: Path, kind: str) -> None:
+    endless(tmp_path / "a.xml", kind)
+    with pytest.raises(LabelError, match=r"a\.xml.*(at most|not a plain file)"):
+        read_labels(tmp_path, IMAGES, VOC)
+
+
+def endless(path: Path, kind: str) -> Path:
+    if kind == "FIFO":
+        os.mkfifo(path)
+    elif kind == "device":
+        path.symlink_to("/dev/zero")
+    else:
+        with path.open("wb") as file:
+            file.truncate(2**40)
+    return path
+
+
+def test_a_key_that_occurs_twice_among_a_million_is_found_soon(tmp_path: Path) -> None:
+    names = [f'"{number}": []' for number in range(100_000)]
+    (tmp_path / "l.json").write_text("{" + ",".join([*names, names[-1]]) + "}")
+    began = time.process_time()
+    refused(tmp_path / "l.json", "key '99999' occurs twice")
+    assert time.process_time() - began < 5
+
+
+def test_csv_lines_end_as_on_any_system(tmp_path: Path) -> None:
+    for end in ("\n", "\r\n", "\r"):
+        (tmp_path / "l.csv").write_bytes(f'image,x,labels{end}a,"{end}",cat{end}c,,dog'.encode())
+        assert read_labels(tmp_path / "l.csv", IMAGES, VOC) == {"a": ("cat",), "c": ("dog",)}
+
+
+def test_annotations_in_folders_without_end_are_refused(tmp_path: Path) -> None:
+    opened = os.open(tmp_path, os.O_RDONLY)
+    for _ in range(2500):
+        os.mkdir("d", dir_fd=opened)
+        inner = os.open("d", os.O_RDONLY, dir_fd=opened)
+        os.close(opened)
+        opened = inner
+    os.close(opened)
+    with pytest.raises(LabelError) as caught:
+        read_labels(tmp_path, IMAGES, VOC)
+    assert len(str(caught.value)) < 400
+    subprocess.run(["rm", "-rf", tmp_path / "d"], check=True)  # Python's own way is too long for it

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 from pathlib import Path
 
 import pytest
 
 from tests.end_to_end.conftest import Run, generate_arguments, write_labels, wsss
+from wsss_pipeline.pseudo_masks import run
 
 
 def only_error(stderr: str) -> str:
@@ -101,3 +104,14 @@ def test_two_files_of_one_id(generate: Run, world: Path) -> None:
 def test_json_summary_is_json(generate: Run) -> None:
     summary = json.loads(generate("--json", "--limit", 1).stdout.splitlines()[0])
     assert {"path", "images", "computed", "reused", "failed", "without_labels", "seconds"} <= set(summary)
+
+
+def test_what_the_machine_ran_out_of_ends_the_run(generate: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    monkeypatch.setattr(run, "file_status", refuse)
+    result = generate()
+    assert result.exit_code == 2
+    assert result.stderr.splitlines()[-1].startswith("error: this machine ran out of")
+    assert "ulimit -n" in result.stderr

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from io import BufferedReader
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from PIL import Image
 
 from tests.end_to_end.conftest import wsss
 from wsss_pipeline.cache import MaskSet, MaskWriter, PseudoMask, open_mask_set
+from wsss_pipeline.data import images
 from wsss_pipeline.segmentation.checkpoint import save_network
 from wsss_pipeline.segmentation.networks import SegFormer, build_network
 from wsss_pipeline.segmentation.train_config import NetworkConfig
@@ -58,13 +60,13 @@ def save(file: Path, pixels: np.ndarray[Any, np.dtype[np.uint8]]) -> None:
 def decoded(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     """How often each file has been read to be decoded."""
     count: Counter[str] = Counter()
-    original = Path.read_bytes
+    original = images.open_plain
 
-    def counted(self: Path) -> bytes:
-        count[str(self)] += 1
-        return original(self)
+    def counted(path: Path, at_most: int) -> BufferedReader:
+        count[str(path)] += 1
+        return original(path, at_most)
 
-    monkeypatch.setattr(Path, "read_bytes", counted)
+    monkeypatch.setattr(images, "open_plain", counted)
     return count
 
 

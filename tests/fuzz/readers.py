@@ -1,6 +1,6 @@
 """Coverage-guided fuzzing of what reads files that others may have written: ``python -m tests.fuzz.readers``.
 
-    python -m tests.fuzz.readers labels|manifest|known [-max_total_time=60] [further options of libFuzzer]
+    python -m tests.fuzz.readers labels|archives|manifest|known [-max_total_time=60] [further options of libFuzzer]
 
 Any exception but the package's own, and any message that isn't short, is a finding.
 """
@@ -12,6 +12,7 @@ import json
 import logging
 import random
 import sys
+import tarfile
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -26,11 +27,11 @@ with atheris.instrument_imports(include=["wsss_pipeline"]):
     from wsss_pipeline.cache.manifest import fingerprint, read_manifest
     from wsss_pipeline.data.classes import load_class_set
     from wsss_pipeline.data.image_files import file_status
-    from wsss_pipeline.data.image_ids import check_image_id
+    from wsss_pipeline.data.image_ids import check_image_id, find_images
     from wsss_pipeline.data.images import file_digest
     from wsss_pipeline.data.labels import read_labels
     from wsss_pipeline.data.masks import PseudoMask
-    from wsss_pipeline.errors import CacheError, LabelError, WsssError
+    from wsss_pipeline.errors import CacheError, ImageError, LabelError, WsssError
 
 SUFFIXES = (".json", ".csv", ".txt", ".xml")
 LONGEST_MESSAGE = 1000
@@ -59,6 +60,7 @@ MANIFEST = json.loads((SET / "manifest.json").read_bytes())
 CHECKED = json.loads((SET / "checked.json").read_bytes())
 KNOWN = {"images": {"a": [SHARD.name, list(file_status(IMAGE)), ["cat"], False]}}
 
+KINDS = [*(bytes([kind]) for kind in b"0000\0" + b"1234567xgLKSX")]
 SEEDS = [random.Random(number).randbytes(16 + 16 * (number % 8)) for number in range(64)]
 LABELS = [
     b'\0{"a": ["cat", "sofa"]}',
@@ -82,6 +84,43 @@ def labels(content: bytes) -> None:
     for image_id, names in found.items():
         check_image_id(image_id, "here")
         assert set(names) <= set(VOC.names)
+
+
+def archives(content: bytes) -> None:
+    """A tar archive as bytes, or of members whose headers are wrong in some places, under a sum that is right."""
+    data = atheris.FuzzedDataProvider(content)
+    file = FOLDER / "a.tar"
+    if data.ConsumeBool():
+        file.write_bytes(data.ConsumeBytes(8000))
+    else:
+        file.write_bytes(b"".join(damaged_member(data) for _ in range(data.ConsumeIntInRange(1, 6))))
+    with refusing(ImageError):
+        images = find_images(file)
+        for image_id, member in images.items():
+            check_image_id(image_id, "here")
+            with suppress(OSError):
+                assert len(member.read_bytes()) == member.size
+        with refusing(LabelError):
+            read_labels(None, images, VOC)
+
+
+def damaged_member(data: atheris.FuzzedDataProvider) -> bytes:
+    """A header with some bytes replaced, and its content."""
+    header = tarfile.TarInfo(data.PickValueInList(["a.png", "a.json", "b.jpg", "b.cls", "c", "pax"]))
+    header.size = data.ConsumeIntInRange(0, 1500)
+    header.type = data.PickValueInList(KINDS)
+    block = bytearray(header.tobuf()[:512])
+    for _ in range(data.ConsumeIntInRange(0, 3)):
+        at = data.PickValueInList([0, 124, 125, 135, 156, 257, 345, data.ConsumeIntInRange(0, 511)])
+        wrong = data.PickValueInList([b"\xff" * 12, b"\x80" + b"\0" * 10 + b"\x01", data.ConsumeBytes(12)])
+        block[at : at + len(wrong)] = wrong
+    if data.ConsumeIntInRange(0, 3):
+        block[148:156] = b" " * 8
+        block[148:156] = b"%06o\0 " % sum(block[:512])
+    body = data.PickValueInList(
+        [b"", b'["cat"]', b"18 path=x/y.png\n", b"9 size=5\n", data.ConsumeBytes(1500)]
+    )
+    return bytes(block[:512]) + body + b"\0" * (-len(body) % 512)
 
 
 def manifest(content: bytes) -> None:
@@ -170,8 +209,9 @@ def replaced(data: atheris.FuzzedDataProvider, value: Any) -> Any:
 
 
 def main() -> None:
-    """Fuzz one of the three until a finding, or libFuzzer's own limit."""
-    target = {"labels": labels, "manifest": manifest, "known": known}[sys.argv.pop(1)]
+    """Fuzz one of the four until a finding, or libFuzzer's own limit."""
+    targets = {"labels": labels, "archives": archives, "manifest": manifest, "known": known}
+    target = targets[sys.argv.pop(1)]
     corpus = Path(tempfile.mkdtemp())
     for number, seed in enumerate(LABELS if target is labels else SEEDS):
         (corpus / str(number)).write_bytes(seed)

@@ -13,7 +13,9 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.skipif(find_spec("atheris") is None, reason="the optional package atheris isn't installed")
-@pytest.mark.parametrize(("target", "runs"), [("labels", 4000), ("manifest", 4000), ("known", 1000)])
+@pytest.mark.parametrize(
+    ("target", "runs"), [("labels", 4000), ("archives", 4000), ("manifest", 4000), ("known", 1000)]
+)
 def test_nothing_is_found_in_a_few_thousand_runs(target: str, runs: int, tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "tests.fuzz.readers", target, f"-runs={runs}", "-seed=1"],

@@ -54,4 +54,15 @@ def test_a_long_list_of_failures_is_cut(more: int) -> None:
     first, *listed = report.lines()
     assert first == f"{report.images} images failed:"
     assert listed[FAILURES_SHOWN - 1] == f"  image-{FAILURES_SHOWN - 1:02}: damaged"
-    assert listed[FAILURES_SHOWN:] == ([f"  and {more} more, each warned of above"] if more else [])
+    assert listed[FAILURES_SHOWN:] == ([f"  and {more} more; --json has them all"] if more else [])
+
+
+def test_a_million_images_that_are_not_there_bring_a_few_warnings(caplog: pytest.LogCaptureFixture) -> None:
+    report = MaskReport(Path("cache"), images=1000)
+    report.miss(f"image-{number:03}" for number in range(1000))
+    assert len(caplog.messages) == 21
+    assert caplog.messages[0] == "image-000: the labels name it, but there is no such image"
+    assert caplog.messages[-1] == "and 980 more images that the labels name aren't there"
+    assert len(report.failed) == 1000
+    assert len(set(map(id, report.failed.values()))) == 1, "one text for all"
+    assert "1000 images failed:" in report.lines()

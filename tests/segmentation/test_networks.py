@@ -157,7 +157,7 @@ def test_a_checkpoint_of_torch_may_hold_them_deeper(tmp_path: Path, key: str | N
         ("nowhere.pth", "don't exist; choose imagenet, coco, none"),
         ("other", "fit 0 of the"),
         ("pickle.pth", "can't be read as tensors"),
-        ("list.pth", "hold no tensors by name"),
+        ("list.pth", "read as tensors: they hold no tensors by name"),
     ],
 )
 def test_weights_that_cannot_be_used_are_named(tmp_path: Path, weights: str, message: str) -> None:

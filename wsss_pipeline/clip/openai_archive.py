@@ -10,10 +10,9 @@ from __future__ import annotations
 import io
 import math
 import pickle
-import warnings
 import zipfile
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,7 +20,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from wsss_pipeline.errors import WeightsError
+from wsss_pipeline.clip.sources import MOST_ARCHIVE_BYTES
+from wsss_pipeline.clip.tensor_files import DAMAGED, ROOM, RefusedError, check_unpacked, tensors_in
+from wsss_pipeline.errors import WeightsError, WsssError
+from wsss_pipeline.files import check_machine, check_plain
 
 DTYPES = {
     "FloatStorage": torch.float32,
@@ -32,8 +34,6 @@ DTYPES = {
     "IntStorage": torch.int32,
     "BoolStorage": torch.bool,
 }
-# what an archive may hold beyond its own size: its code is compressed, and layers share their mask
-ROOM = 2**24
 MAX_NAME = 1000
 
 
@@ -44,6 +44,7 @@ def read_openai_weights(file: Path) -> dict[str, Tensor]:
         WeightsError: not such a file, damaged, or with content that only running code could read.
     """
     with _explained(file):
+        check_plain(file, MOST_ARCHIVE_BYTES)
         if zipfile.is_zipfile(file):
             with zipfile.ZipFile(file) as archive:
                 if any(name.endswith("/constants.pkl") for name in archive.namelist()):
@@ -57,36 +58,24 @@ def read_state_dict(file: Path) -> dict[str, Tensor]:
     Raises:
         WeightsError: as ``read_openai_weights``.
     """
-    with _explained(file), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # about pickle protocols; what matters is raised
-        content = torch.load(file, map_location="cpu", weights_only=True)
-    if isinstance(content, Mapping) and isinstance(content.get("state_dict"), Mapping):
-        content = content["state_dict"]
-    if not isinstance(content, Mapping) or not all(isinstance(name, str) for name in content):
-        raise WeightsError(f"{file} holds no state dict; use OpenAI's .pt file or a Hugging Face folder")
-    return {
-        name.removeprefix("module."): value for name, value in content.items() if isinstance(value, Tensor)
-    }
-
-
-class _RefusedError(pickle.UnpicklingError):
-    """Content that weights never need; its message is fit for users."""
+    with _explained(file):
+        return {name.removeprefix("module."): value for name, value in tensors_in(file).items()}
 
 
 @contextmanager
 def _explained(file: Path) -> Iterator[None]:
-    """One line for what damaged files make zipfile, pickle and torch raise, which is nearly anything.
-
-    Torch's own words recommend to trust the file, which is no advice to pass on.
-    """
+    """One line for what damaged files make zipfile and pickle raise, which is nearly anything."""
     try:
         yield
+    except (WsssError, MemoryError):
+        raise
     except Exception as error:
+        check_machine(error)
         if isinstance(error, OSError) and error.strerror:
             raise WeightsError(f"{file} can't be read: {error.strerror}") from error
-        reason = f": {error}" if isinstance(error, _RefusedError) else ""
+        reason = f"{error}: " if isinstance(error, RefusedError) and str(error) != DAMAGED else ""
         raise WeightsError(
-            f"{file} can't be read as CLIP weights{reason}: damaged, or more than plain tensors; "
+            f"{file} can't be read as CLIP weights: {reason}{DAMAGED}; "
             "use the original .pt file, or a Hugging Face folder"
         ) from error
 
@@ -132,19 +121,17 @@ class _TreeUnpickler(pickle.Unpickler):
             return lambda items, *_: list(items)
         if module == "torch" and name in DTYPES:
             return DTYPES[name]
-        raise _RefusedError(f"it refers to {module}.{name}, which weights never need")
+        raise RefusedError(f"it refers to {module}.{name}, which weights never need")
 
     def persistent_load(self, pid: Any) -> _Storage:
         kind, dtype, key, _, count = pid
         if kind != "storage" or not isinstance(dtype, torch.dtype) or not str(key).isalnum():
-            raise _RefusedError("it has a storage of unknown kind")
+            raise RefusedError("it has a storage of unknown kind")
         return _Storage(str(key), dtype, count)
 
 
 def _read_torchscript(archive: zipfile.ZipFile, limit: int) -> dict[str, Tensor]:
-    # by the zip's directory, before anything is unpacked: zipfile reads no more than stands there
-    if sum(entry.file_size for entry in archive.infolist()) > limit:
-        raise _RefusedError("it would unpack to far more than its size")
+    check_unpacked(archive, limit)
     (index,) = [name for name in archive.namelist() if name.endswith("/data.pkl") and name.count("/") == 1]
     tree = _TreeUnpickler(io.BytesIO(archive.read(index))).load()
     tensors: dict[str, _StoredTensor] = {}
@@ -153,20 +140,20 @@ def _read_torchscript(archive: zipfile.ZipFile, limit: int) -> dict[str, Tensor]
     while waiting:
         prefix, value = waiting.pop()
         if len(prefix) > MAX_NAME:
-            raise _RefusedError("its modules are nested deeper than any CLIP's")
+            raise RefusedError("its modules are nested deeper than any CLIP's")
         if isinstance(value, _StoredTensor):
             tensors[prefix.removesuffix(".")] = value
         elif isinstance(value, _Inert) and id(value) not in entered:
             entered.add(id(value))
             waiting += [(f"{prefix}{name}.", item) for name, item in value.attributes.items()]
     if sum(math.prod(tensor.size) * tensor.storage.dtype.itemsize for tensor in tensors.values()) > limit:
-        raise _RefusedError("its tensors are larger than the file")
+        raise RefusedError("its tensors are larger than the file")
     storages: dict[_Storage, Tensor] = {}
     for storage in {tensor.storage for tensor in tensors.values()}:
         key, dtype, length = storage
         data = archive.read(f"{index.removesuffix('data.pkl')}data/{key}")
         if len(data) != length * dtype.itemsize:
-            raise _RefusedError(f"storage {key} has {len(data)} bytes, not those of {length} numbers")
+            raise RefusedError(f"storage {key} has {len(data)} bytes, not those of {length} numbers")
         empty = torch.empty(0, dtype=dtype)  # which frombuffer doesn't make
         storages[storage] = torch.frombuffer(bytearray(data), dtype=dtype) if data else empty
     # as_strided checks the bounds itself and raises

@@ -17,7 +17,14 @@ from typing import Any
 
 from wsss_pipeline.config import ClipConfig
 from wsss_pipeline.errors import WeightsError
+from wsss_pipeline.files import MIB, check_machine, check_plain, open_plain, read_json
+from wsss_pipeline.runtime.output import one_line
 
+MOST_CONFIG_BYTES = 16 * MIB
+MOST_TOKENIZER_BYTES = 256 * MIB
+MOST_WEIGHT_BYTES = 64 * 1024 * MIB
+MOST_LAYERS, MOST_PARAMETERS = 1000, 10**10  # the largest CLIP has 48, and 2.5 billion
+MOST_ARCHIVE_BYTES = 4 * 1024 * MIB  # of OpenAI's .pt files the largest has 1.3 GiB
 # all of OpenAI's models share one vocabulary
 OPENAI_TOKENIZER = "openai/clip-vit-base-patch16"
 # their vision transformers, by OpenAI's own names for them
@@ -29,6 +36,8 @@ OPENAI_MODELS = {
 }
 VOCABULARY_FILES = ("tokenizer.json", "vocab.json", "merges.txt", "added_tokens.json")
 TOKENIZER_FILES = (*VOCABULARY_FILES, "tokenizer_config.json", "special_tokens_map.json")
+# what the library also opens beside a vocabulary, where it is there
+ALSO_READ = ("config.json", "tokenizer.model", "chat_template.jinja", "chat_template.json")
 DEMO_CLIP = "demo"  # trained on the demo's drawn scenes, part of the package
 # read without running anything in them; the others only with torch's weights_only
 SAFE_WEIGHT_FILES = ("model.safetensors", "model-*-of-*.safetensors")
@@ -72,9 +81,11 @@ class ClipFiles:
             }
         vocabulary = [self.tokenizer / name for name in VOCABULARY_FILES]
         content = {
-            "weights": [_file_digest(path) for path in self.weights],
+            "weights": [_file_digest(path, MOST_WEIGHT_BYTES) for path in self.weights],
             "architecture": architecture,
-            "vocabulary": {path.name: _file_digest(path) for path in vocabulary if path.is_file()},
+            "vocabulary": {
+                path.name: _file_digest(path, MOST_TOKENIZER_BYTES) for path in vocabulary if path.is_file()
+            },
         }
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
@@ -99,7 +110,10 @@ def locate_clip(config: ClipConfig, offline: bool = False) -> ClipFiles:
             raise WeightsError(
                 f"CLIP weights {weights} are a file of a model; give its folder, {path.parent}"
             )
+        _check(path, MOST_ARCHIVE_BYTES)
         return ClipFiles(weights, (path,), None, _locate_tokenizer(config.tokenizer, path.parent, offline))
+    if path.exists() and not path.is_dir():
+        raise WeightsError(f"CLIP weights {weights} are neither a file nor a folder; give one of them")
     if not path.is_dir():
         if weights.endswith(".pt") or weights.count("/") > 1 or weights[:1] in (".", "/", "~"):
             raise WeightsError(
@@ -109,7 +123,7 @@ def locate_clip(config: ClipConfig, offline: bool = False) -> ClipFiles:
         path = _fetch(weights, offline, (*wanted, *SAFE_WEIGHT_FILES))
         if not _weight_files(path):  # as in older repositories
             path = _fetch(weights, offline, (*wanted, *WEIGHT_FILES))
-    if not (path / "config.json").is_file():
+    if not (path / "config.json").exists():
         raise WeightsError(f"{weights}: no config.json in {path}; give a Hugging Face folder of a CLIP model")
     values = read_config(path / "config.json")
     kind = values.get("model_type", "clip")
@@ -118,8 +132,43 @@ def locate_clip(config: ClipConfig, offline: bool = False) -> ClipFiles:
     files = _weight_files(path)
     if not files:
         raise WeightsError(f"{weights}: no model.safetensors in {path}; fetch the weights as well")
+    _check_sizes(files, values)
     tokenizer = _locate_tokenizer(config.tokenizer, path, offline)
     return ClipFiles(weights, files, path / "config.json", tokenizer)
+
+
+def _check(path: Path, at_most: int) -> None:
+    try:
+        check_plain(path, at_most)
+    except OSError as error:
+        raise _unreadable(path, error) from error
+
+
+def _unreadable(path: Path, error: Exception) -> WeightsError:
+    check_machine(error)
+    return WeightsError(f"{one_line(path, 200)} can't be read: {getattr(error, 'strerror', None) or error}")
+
+
+def _check_sizes(files: tuple[Path, ...], config: dict[str, Any]) -> None:
+    """Refuses weights far larger than their configuration says, and one of no CLIP's size, before any are read."""
+    parameters = 0
+    for tower in TOWERS:
+        sizes = {key: value for key, value in config[tower].items() if type(value) is int and value > 0}
+        width, inner = sizes.get("hidden_size", 1024), sizes.get("intermediate_size", 4096)
+        patches = (sizes.get("image_size", 336) // sizes.get("patch_size", 14)) ** 2
+        rows = sizes.get("vocab_size", 50_000) + sizes.get("max_position_embeddings", 77) + patches
+        if sizes.get("num_hidden_layers", 24) > MOST_LAYERS:
+            raise WeightsError(f"{one_line(files[0].parent, 200)}: no CLIP has over {MOST_LAYERS} layers")
+        parameters += sizes.get("num_hidden_layers", 24) * width * (4 * width + 2 * inner) + width * rows
+    if parameters > MOST_PARAMETERS:
+        raise WeightsError(
+            f"{one_line(files[0].parent, 200)}: its configuration calls for {parameters:,} parameters; "
+            "no CLIP has so many"
+        )
+    # as 64-bit numbers, twice over; what is small needs no check
+    at_most = min(MOST_WEIGHT_BYTES, 16 * parameters + 256 * MIB)
+    for path in files:
+        _check(path, at_most)
 
 
 def _local(text: str, option: str) -> Path:
@@ -159,15 +208,15 @@ def _weight_files(folder: Path) -> tuple[Path, ...]:
 
 def _locate_tokenizer(tokenizer: str | None, beside: Path, offline: bool) -> Path:
     if tokenizer is None and _has_vocabulary(beside):
-        return beside
+        return _checked(beside)
     wanted = tokenizer or OPENAI_TOKENIZER
     path = _local(wanted, "--tokenizer")
     if _has_vocabulary(path):
-        return path
+        return _checked(path)
     if tokenizer is not None and path.exists():
         raise WeightsError(f"--tokenizer {wanted} has neither tokenizer.json nor vocab.json with merges.txt")
     try:
-        return _fetch(wanted, offline, TOKENIZER_FILES)
+        return _checked(_fetch(wanted, offline, TOKENIZER_FILES))
     except WeightsError as error:
         raise WeightsError(
             f"no vocabulary (tokenizer.json, or vocab.json with merges.txt) beside the weights in {beside} "
@@ -176,8 +225,17 @@ def _locate_tokenizer(tokenizer: str | None, beside: Path, offline: bool) -> Pat
 
 
 def _has_vocabulary(folder: Path) -> bool:
-    pair = (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file()
-    return pair or (folder / "tokenizer.json").is_file()
+    pair = (folder / "vocab.json").exists() and (folder / "merges.txt").exists()
+    return pair or (folder / "tokenizer.json").exists()
+
+
+def _checked(tokenizer: Path) -> Path:
+    """The folder of a vocabulary, which a library is going to read."""
+    names = [*TOKENIZER_FILES, *ALSO_READ]
+    for path in [*map(tokenizer.joinpath, names), *tokenizer.glob("additional_chat_templates/*")]:
+        if path.exists():
+            _check(path, MOST_TOKENIZER_BYTES)
+    return tokenizer
 
 
 def _fetch(hub_id: str, offline: bool, patterns: tuple[str, ...]) -> Path:
@@ -202,17 +260,17 @@ def _fetch(hub_id: str, offline: bool, patterns: tuple[str, ...]) -> Path:
 def read_config(path: Path) -> dict[str, Any]:
     """The content of a config.json; a WeightsError where it can't be read, or holds something else."""
     try:
-        values = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise WeightsError(f"{path} can't be read: {error}") from error
+        values = read_json(path, MOST_CONFIG_BYTES)
+    except (OSError, ValueError) as error:
+        raise _unreadable(path, error) from error
     if not isinstance(values, dict):
         raise WeightsError(f"{path} holds no configuration; fetch it again")
     return values
 
 
-def _file_digest(path: Path) -> str:
+def _file_digest(path: Path, at_most: int) -> str:
     try:
-        with path.open("rb") as file:
+        with open_plain(path, at_most) as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
-        raise WeightsError(f"{path} can't be read: {error.strerror}") from error
+        raise _unreadable(path, error) from error

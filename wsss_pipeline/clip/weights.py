@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import logging as stdlib_logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from wsss_pipeline.clip.openai_archive import read_openai_weights, read_state_dict
+from wsss_pipeline.clip.openai_archive import read_openai_weights
 from wsss_pipeline.clip.openai_names import to_hugging_face
 from wsss_pipeline.clip.sources import ClipFiles, read_config
-from wsss_pipeline.errors import WeightsError
+from wsss_pipeline.clip.tensor_files import shapes_in, tensors_in
+from wsss_pipeline.errors import WeightsError, WsssError
+from wsss_pipeline.files import check_machine
+from wsss_pipeline.runtime.output import one_line
+
+Value = TypeVar("Value")
 
 
 @dataclass(frozen=True)
@@ -47,11 +52,13 @@ def load_clip(files: ClipFiles, device: torch.device) -> Clip:
 
     transformers: Any = library  # which knows the tokenizer's name only at run time
     with _loading(files.name):
+        tensors: dict[str, Tensor] = {}
         if files.config is None:
             values, tensors = to_hugging_face(read_openai_weights(files.weights[0]), files.name)
+            shapes = {name: tuple(value.shape) for name, value in tensors.items()}
         else:
-            values, tensors = read_config(files.config), _read_tensors(files.weights)
-        if "logit_scale" not in tensors:
+            values, shapes = read_config(files.config), _read(files.weights, shapes_in)
+        if shapes.get("logit_scale") not in ((), (1,)):
             raise WeightsError(f"{files.name} has no logit_scale; it isn't a whole CLIP model")
         config = transformers.CLIPConfig(**values)
         vision_config, text_config = config.vision_config, config.text_config
@@ -66,43 +73,56 @@ def load_clip(files: ClipFiles, device: torch.device) -> Clip:
         text_config.eos_token_id = end
         # configurations of converted OpenCLIP models give the width right for the whole, and wrong for the towers
         for tower, name in ((vision_config, "visual_projection"), (text_config, "text_projection")):
-            if f"{name}.weight" in tensors:
-                tower.projection_dim = len(tensors[f"{name}.weight"])
-        vision = _tower(transformers.CLIPVisionModelWithProjection, vision_config, tensors, files.name)
-        text = _tower(transformers.CLIPTextModelWithProjection, text_config, tensors, files.name)
+            if shapes.get(f"{name}.weight"):
+                tower.projection_dim = shapes[f"{name}.weight"][0]
+        towers = [
+            (transformers.CLIPVisionModelWithProjection, vision_config),
+            (transformers.CLIPTextModelWithProjection, text_config),
+        ]
+        # before any tensor is read: a file that takes no room on the disk may be larger than the memory
+        names = [_checked_names(*tower, shapes, files.name) for tower in towers]
+        tensors = tensors or _read(files.weights, tensors_in)
+        vision, text = (_tower(*tower, own, tensors) for tower, own in zip(towers, names, strict=True))
         scale = float(tensors["logit_scale"].float().exp())
         return Clip(vision.to(device), text.to(device), tokenizer, scale)
 
 
-def _read_tensors(files: tuple[Path, ...]) -> dict[str, Tensor]:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    tensors: dict[str, Tensor] = {}
+def _read(files: tuple[Path, ...], read: Callable[[Path], dict[str, Value]]) -> dict[str, Value]:
+    """What the files have by the tensors' names."""
+    found: dict[str, Value] = {}
     for path in files:
         try:
-            tensors |= load_file(path) if path.suffix == ".safetensors" else read_state_dict(path)
-        except (SafetensorError, OSError) as error:
-            raise WeightsError(f"{path} can't be read ({_one_line(error)}); fetch it again") from error
-    return tensors
+            found |= read(path)
+        except MemoryError:
+            raise
+        except Exception as error:  # what a damaged or hostile file raises is up to its format
+            check_machine(error)
+            reason = one_line(getattr(error, "strerror", None) or error, 200)
+            raise WeightsError(f"{path} can't be read ({reason}); fetch it again") from error
+    return found
 
 
-def _tower(kind: Any, config: Any, tensors: dict[str, Tensor], name: str) -> Any:
-    """A frozen tower in float32, whatever the configuration's own type, with its part of the tensors."""
+def _checked_names(kind: Any, config: Any, shapes: Mapping[str, tuple[int, ...]], name: str) -> list[str]:
+    """Names of a tower's tensors, all of which are there in the right shape."""
     with torch.device("meta"):  # names and shapes alone: no memory, no random numbers
-        shapes = {key: value.shape for key, value in kind(config).state_dict().items()}
-    if missing := sorted(shapes.keys() - tensors.keys()):
+        wanted = {key: tuple(value.shape) for key, value in kind(config).state_dict().items()}
+    if missing := sorted(wanted.keys() - shapes.keys()):
         raise WeightsError(
             f"{name} lacks {len(missing)} tensors, such as {missing[0]}; it isn't a whole CLIP model"
         )
-    for key, shape in shapes.items():
-        if tensors[key].shape != shape:
+    for key, shape in wanted.items():
+        if shapes[key] != shape:
             raise WeightsError(
-                f"{name}: {key} has shape {tuple(tensors[key].shape)} instead of {tuple(shape)}; "
+                f"{name}: {key} has shape {shapes[key]} instead of {shape}; "
                 "weights and configuration belong to different models"
             )
+    return list(wanted)
+
+
+def _tower(kind: Any, config: Any, names: list[str], tensors: Mapping[str, Tensor]) -> Any:
+    """A frozen tower in float32, whatever the configuration's own type, with its part of the tensors."""
     # copies: what was read may be the mapped file itself, which others can write to
-    own = {key: tensors[key].to(torch.float32, copy=True) for key in shapes}
+    own = {key: tensors[key].to(torch.float32, copy=True) for key in names}
     tower = kind.from_pretrained(None, config=config, state_dict=own, dtype=torch.float32)
     return tower.requires_grad_(False).eval()
 
@@ -120,15 +140,13 @@ def _loading(name: str) -> Iterator[None]:
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     try:
         yield
-    except WeightsError:
+    except (WsssError, MemoryError):
         raise
     except Exception as error:
-        raise WeightsError(f"CLIP {name} can't be loaded: {_one_line(error)}") from error
+        check_machine(error)
+        reason = one_line(error, 200) or type(error).__name__
+        raise WeightsError(f"CLIP {name} can't be loaded: {reason}") from error
     finally:
         logging.set_verbosity(verbosity)
         if bars:
             logging.enable_progress_bar()  # type: ignore[no-untyped-call]
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from wsss_pipeline.commands.options import PATH
+from wsss_pipeline.commands.options import PATH, say
 from wsss_pipeline.errors import ConfigError
 from wsss_pipeline.runtime.output import printable
 
@@ -41,16 +41,11 @@ def takes_mask_sets(command: Callable[..., None]) -> Callable[..., None]:
         for path in paths or (cache or Path("cache"),):
             mask_sets = list_mask_sets(path)
             if not mask_sets:
-                echo(f"no mask set in {path}", err=True)
+                say(f"no mask set in {path}", err=True)
             found |= dict.fromkeys(mask_sets)
         command(*arguments, mask_sets=list(found), **options)
 
     return with_mask_sets
-
-
-def echo(line: str, err: bool = False) -> None:
-    """Print a line that may hold others' names."""
-    click.echo(printable(line), err=err)
 
 
 @click.group("cache", short_help="Look after the pseudo-mask cache.")
@@ -105,14 +100,14 @@ def verify_sets(context: click.Context, mask_sets: list[Path]) -> None:
     for path in mask_sets:
         report = verify(path)
         for name, reason in (report.unreadable | report.damaged).items():
-            echo(f"{name}: {reason}", err=True)
-        echo(
+            say(f"{name}: {reason}", err=True)
+        say(
             f"{path}: {report.sound} images sound, {len(report.damaged)} damaged, "
             f"{len(report.unreadable)} shards unreadable"
         )
         damaged |= not report.ok
     if damaged:
-        click.echo("running the same generate-masks again makes the damaged masks anew", err=True)
+        say("running the same generate-masks again makes the damaged masks anew", err=True)
         context.exit(1)
 
 
@@ -131,12 +126,12 @@ def merge_sets(sources: tuple[Path, ...], destination: Path) -> None:
     from wsss_pipeline.cache import merge
 
     report = merge(sources, destination)
-    click.echo(
+    say(
         f"{report.copied} shards copied, {report.already_there} were there already, "
         f"{report.unreadable} shards unreadable; the mask set holds {report.images} images",
         err=True,
     )
-    echo(f"{report.path}")
+    say(f"{report.path}")
 
 
 @command.command("gc")
@@ -152,12 +147,12 @@ def collect_garbage(mask_sets: list[Path]) -> None:
 
     for path in mask_sets:
         report = gc(path)
-        echo(
+        say(
             f"{path}: {report.images} images kept, {report.superseded} replaced and {len(report.damaged)} damaged "
             f"records dropped, {report.salvaged} salvaged, {report.bytes_freed / 2**20:.1f} MiB freed"
         )
         for image_id in report.damaged:
-            echo(f"  {image_id}: its record was damaged; generate-masks makes it anew", err=True)
+            say(f"  {image_id}: its record was damaged; generate-masks makes it anew", err=True)
 
 
 def _show(mask_sets: list[Path], as_json: bool, lines: Callable[[MaskSetStatus], Iterable[str]]) -> None:
@@ -167,10 +162,10 @@ def _show(mask_sets: list[Path], as_json: bool, lines: Callable[[MaskSetStatus],
 
     found = [status(path) for path in mask_sets]
     if as_json:
-        click.echo(json.dumps(to_jsonable_python(found)))
+        say(json.dumps(to_jsonable_python(found)))
         return
     for line in itertools.chain.from_iterable(map(lines, found)):
-        echo(line)
+        say(printable(line))  # a line break in a foreign manifest makes no further line
 
 
 def _summary(item: MaskSetStatus) -> Iterable[str]:

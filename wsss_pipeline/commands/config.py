@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from wsss_pipeline.commands.options import given_paths, given_settings, layer_options, setting
+from wsss_pipeline.commands.options import given_paths, given_settings, layer_options, say, setting
 from wsss_pipeline.config import MaskConfig
 
 
@@ -47,4 +47,4 @@ def show(context: click.Context, train: bool, recipe: str | None) -> None:
         settings: Settings = load_train_config(recipe, config_file, overrides)
     else:
         settings = load_mask_config(preset, config_file, overrides, flags)
-    click.echo(to_yaml(settings, described=True), nl=False)
+    say(to_yaml(settings, described=True).removesuffix("\n"))

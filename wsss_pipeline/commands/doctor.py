@@ -8,7 +8,7 @@ from pathlib import Path
 
 import click
 
-from wsss_pipeline.commands.options import PATH, clip_options, given_settings, json_option
+from wsss_pipeline.commands.options import PATH, clip_options, given_settings, json_option, say
 
 
 @click.command("doctor", short_help="Say what is installed here and what is missing.")
@@ -26,13 +26,14 @@ def command(context: click.Context, /, cache: Path, as_json: bool) -> None:
       wsss doctor --cache cache
     """
     from wsss_pipeline.config import MaskConfig, resolve, user_layers
+    from wsss_pipeline.runtime.output import printable
     from wsss_pipeline.stages.doctor import doctor
 
     config = resolve(MaskConfig, user_layers(None, (), given_settings(context)))
     checks = doctor(cache, config.clip)
     if as_json:
-        click.echo(json.dumps([asdict(check) for check in checks]))
+        say(json.dumps([asdict(check) for check in checks]))
     else:
         for check in checks:
-            click.echo(f"{check.status:<5} {check.name:<10} {check.text}")
+            say(printable(f"{check.status:<5} {check.name:<10} {check.text}"))
     context.exit(1 if any(check.status == "fail" for check in checks) else 0)

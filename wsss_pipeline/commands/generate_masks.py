@@ -19,6 +19,7 @@ from wsss_pipeline.commands.options import (
     json_option,
     machine_options,
     method_options,
+    say,
     template_option,
 )
 
@@ -119,15 +120,15 @@ def command(
         check_bytes=check_bytes,
     )
     if dry_run:
-        click.echo("\n".join(describe_masks(job)))
+        say("\n".join(describe_masks(job)))
         return
     report = generate_masks(job)
-    click.echo("\n".join(report.lines()), err=True)
+    say("\n".join(report.lines()), err=True)
     if as_json:
-        click.echo(json.dumps(report.as_dict()))
+        say(json.dumps(report.as_dict()))
     if report.interrupted:
-        click.echo(f"interrupted; go on with: {shlex.join(['wsss', *sys.argv[1:]])}", err=True)
-    click.echo(report.path)
+        say(f"interrupted; go on with: {shlex.join(['wsss', *sys.argv[1:]])}", err=True)
+    say(report.path)
     # torchrun ends all other processes as soon as one ends with anything but 0
     some_failed = 0 if is_torchrun() else 1
     context.exit(130 if report.interrupted else some_failed if report.failed else 0)

@@ -16,6 +16,7 @@ from wsss_pipeline.commands.options import (
     input_options,
     json_option,
     machine_options,
+    say,
     template_option,
 )
 
@@ -56,19 +57,19 @@ def command(
 
     from wsss_pipeline.clip.text import built_in_templates
     from wsss_pipeline.pseudo_masks.job import MaskJob
-    from wsss_pipeline.runtime.output import write_file
+    from wsss_pipeline.runtime.output import printable, write_file
     from wsss_pipeline.stages.select_prompt import select_prompt
 
     job = MaskJob.read(given_settings(context), **given_paths(context))
     job = replace(job, limit=limit, device=device, offline=offline)
     ranking = select_prompt(job, templates or built_in_templates())
     if as_json:
-        click.echo(json.dumps({"ranked": ranking.ranked, "images": ranking.images, "failed": ranking.failed}))
+        say(json.dumps({"ranked": ranking.ranked, "images": ranking.images, "failed": ranking.failed}))
     else:
-        click.echo(f"sharpness   template ({len(ranking.ranked)} ranked on {ranking.images} images)")
+        say(f"sharpness   template ({len(ranking.ranked)} ranked on {ranking.images} images)")
         for template, value in ranking.ranked[:top]:
-            click.echo(f"{value:9.4f}   {template}")
+            say(printable(f"{value:9.4f}   {template}"))
     if out is not None:
         write_file(out, yaml.safe_dump({"templates": [ranking.ranked[0][0]]}, allow_unicode=True))
-        click.echo(f"the best one is in {out}", err=True)
+        say(f"the best one is in {out}", err=True)
     context.exit(1 if ranking.failed else 0)

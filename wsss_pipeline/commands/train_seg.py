@@ -9,7 +9,7 @@ from pathlib import Path
 
 import click
 
-from wsss_pipeline.commands.options import PATH, choice, device_option, given_settings, setting
+from wsss_pipeline.commands.options import PATH, choice, device_option, given_settings, say, setting
 from wsss_pipeline.config import Precision
 from wsss_pipeline.segmentation.train_config import Confidence, TrainConfig
 
@@ -127,10 +127,10 @@ def command(
     last = results[-1]
     if os.environ.get("RANK", "0") == "0":  # of the processes that torchrun started, one speaks
         if seeds > 1:
-            click.echo(spread(results), err=True)
+            say(spread(results), err=True)
         if last.miou is not None:
-            click.echo(f"best mIoU {100 * last.miou:.2f} %", err=True)
+            say(f"best mIoU {100 * last.miou:.2f} %", err=True)
         if last.interrupted:
-            click.echo(f"interrupted; go on with: {shlex.join(['wsss', *sys.argv[1:]])}", err=True)
-        click.echo(last.checkpoint)
+            say(f"interrupted; go on with: {shlex.join(['wsss', *sys.argv[1:]])}", err=True)
+        say(last.checkpoint)
     context.exit(130 if last.interrupted else 0)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import difflib
 import logging
 import re
+from collections import Counter
 from collections.abc import Mapping
 from functools import cache, cached_property
 from importlib import resources
@@ -18,13 +19,15 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import AfterValidator, BeforeValidator, Field
 
-from wsss_pipeline.config import Settings, resolve, yaml_mapping
+from wsss_pipeline.config import Settings, read_yaml, resolve, yaml_mapping
 from wsss_pipeline.errors import ClassSetError, ConfigError
 
 _logger = logging.getLogger("wsss_pipeline.data")
 
 DEFAULT_TEMPLATE = "a clean origami {}."  # the one that CLIP-ES selected (arXiv 2212.09506, section 3.3)
 MAX_CLASSES = 254  # mask values 0 and 255 mean something else
+MAX_LENGTH = 1000  # characters of a text
+MOST_TEXTS = 1000  # in a list of a class set; each is compared with all classes, and CLIP reads it
 NO_CLASSES = ("background", "_background_", "__ignore__")  # as label files of other tools call those two
 
 
@@ -33,6 +36,8 @@ def _text(value: object) -> str:
     if not isinstance(value, str):
         raise ValueError(f"{value!r:.60} isn't text; put it in quotes")
     text = value.strip()
+    if len(text) > MAX_LENGTH:
+        raise ValueError(f"{value!r:.60} has {len(text):,} characters; the most is {MAX_LENGTH:,}")
     if not text or not text.isprintable():
         raise ValueError(f"{value!r:.60} is empty or holds a control character; write plain text")
     return text
@@ -60,6 +65,8 @@ def _template(text: str) -> str:
 
 
 def _as_tuple(value: object) -> object:
+    if isinstance(value, list) and len(value) > MOST_TEXTS:
+        raise ValueError(f"{len(value):,} entries; the most is {MOST_TEXTS:,}")
     return tuple(value) if isinstance(value, list) else value
 
 
@@ -70,8 +77,8 @@ def _as_tuple_of_some(value: object) -> object:
 
 
 def _without_duplicates(texts: tuple[str, ...]) -> tuple[str, ...]:
-    for text in texts:
-        if texts.count(text) > 1:
+    for text, count in Counter(texts).items():
+        if count > 1:
             raise ValueError(f"{text!r:.60} occurs twice; keep one")
     return texts
 
@@ -106,9 +113,13 @@ class ClassEntry(Settings):
         return texts if self.fuse == "feature" else (",".join(texts),)
 
 
+def _too_many_classes(count: int) -> str:
+    return f"{count:,} classes; a mask holds {MAX_CLASSES} (0 is background, 255 ignore)"
+
+
 def _fit_into_a_mask(classes: tuple[ClassEntry, ...]) -> tuple[ClassEntry, ...]:
     if len(classes) > MAX_CLASSES:
-        raise ValueError(f"{len(classes)} classes; a mask holds {MAX_CLASSES} (0 is background, 255 ignore)")
+        raise ValueError(_too_many_classes(len(classes)))
     taken: dict[str | int | None, str] = {}
     for entry in classes:
         for key in (entry.name, *entry.aliases, entry.coco_id):
@@ -152,6 +163,10 @@ class ClassSet(Settings):
             raise ClassSetError(f"class set '{self.name}': {self.unknown(name)}")
         return self._values[name]
 
+    def canonical(self, name: str) -> str:
+        """The class's own name, of a name or alias; a ClassSetError where there is no such class."""
+        return self.classes[self.index(name) - 1].name
+
     def nearest(self, name: str) -> list[str]:
         """Up to three names of classes that look or are called like ``name``, the most similar first."""
         spellings = {known.casefold(): self.classes[value - 1].name for known, value in self._values.items()}
@@ -192,10 +207,9 @@ def load_class_set(text: str) -> ClassSet:
         return _built_in(text)
     if text.endswith((".yaml", ".yml")) or "/" in text or "\\" in text:
         try:
-            content = Path(text).read_text("utf-8-sig")
-        except (OSError, ValueError) as error:
-            reason = f"{getattr(error, 'strerror', None) or error}; {choices}"
-            raise ClassSetError(f"class set {text!r} can't be read as UTF-8 text: {reason}") from error
+            content = read_yaml(Path(text), f"class set {text!r:.200}")
+        except ConfigError as error:
+            raise ClassSetError(f"{error}; or {choices}") from error
         return _class_set(content, text, Path(text).stem)
     if close := difflib.get_close_matches(text, built_in, n=1, cutoff=0.7):
         raise ClassSetError(
@@ -225,6 +239,8 @@ def _class_set(content: str | list[str], origin: str, default_name: str) -> Clas
         if "background" not in values:
             values["background"] = _built_in("voc12").background
         if isinstance(values.get("classes"), list):
+            if len(values["classes"]) > MAX_CLASSES:
+                raise ClassSetError(f"{origin}: {_too_many_classes(len(values['classes']))}")
             # one by one, so that a message has the number and the name of the entry
             entries = []
             for number, item in enumerate(values["classes"], start=1):

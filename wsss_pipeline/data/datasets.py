@@ -38,7 +38,7 @@ def voc_inputs(root: Path, split: str, classes: ClassSet | None = None) -> Image
         files = find_images(root / "JPEGImages")
         images = {image_id: files.get(image_id, root / "JPEGImages" / f"{image_id}.jpg") for image_id in ids}
         annotations = {image_id: root / "Annotations" / f"{image_id}.xml" for image_id in ids}
-        if annotated := [(image_id, file) for image_id, file in annotations.items() if file.is_file()]:
+        if annotated := [(image_id, file) for image_id, file in annotations.items() if file.exists()]:
             table = LabelTable(images, classes)
             fill_from_voc_files(table, annotated)
             return images, table.labels()

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import errno
 import io
 from dataclasses import dataclass, replace
 from pathlib import Path
+
+from wsss_pipeline.files import open_plain
+
+MOST_ARCHIVE_BYTES = 2**50  # of an archive, of which little is read at a time
 
 # size in bytes; times of modification and of change in nanoseconds; of an archive's member also where it begins
 Status = tuple[int, ...]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)  # there may be millions
 class TarMember:
     """A file inside an uncompressed tar archive.
 
@@ -33,10 +38,10 @@ class TarMember:
 
     def read_bytes(self) -> bytes:
         """Its bytes; an OSError where the archive can't be read, or ends before the member does."""
-        with self.archive.open("rb") as file:
+        with open_plain(self.archive, MOST_ARCHIVE_BYTES) as file:
             # asked for before memory is: a damaged header may name any size
             if self.offset + self.size > file.seek(0, io.SEEK_END):
-                raise OSError(None, f"{self.archive} ends in the midst of it", str(self))
+                raise OSError(errno.EINVAL, f"{self.archive} ends in the midst of it", str(self))
             file.seek(self.offset)
             return file.read(self.size)
 

@@ -14,9 +14,12 @@ from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
 
+from wsss_pipeline.data.few_warnings import FewWarnings
 from wsss_pipeline.data.image_files import ImageFile, TarMember
 from wsss_pipeline.data.tar_images import is_tar_pattern, tar_images
 from wsss_pipeline.errors import ImageError, LabelError
+from wsss_pipeline.files import check_machine
+from wsss_pipeline.runtime.output import one_line
 
 logger = logging.getLogger(__name__)
 
@@ -39,6 +42,9 @@ _OBJECTIONS = {
 }
 
 
+_PLAIN = re.compile(r"[A-Za-z0-9_-]+(?:[./][A-Za-z0-9_-]+)*")  # what nearly all ids are, and has no objection
+
+
 def check_image_id(image_id: str, origin: str) -> str:
     """``image_id`` as it came, where it is safe to use below any folder.
 
@@ -59,6 +65,8 @@ def check_image_id(image_id: str, origin: str) -> str:
 
 
 def _objection(image_id: str) -> str | None:
+    if len(image_id) <= MAX_ID_LENGTH and _PLAIN.fullmatch(image_id):
+        return None
     return next((reason for pattern, reason in _OBJECTIONS.items() if pattern.search(image_id)), None)
 
 
@@ -78,24 +86,36 @@ def find_images(root: Path) -> dict[str, ImageFile]:
     over. Symbolic links are followed; a folder that several of them lead to is visited once, under its
     own path where it lies below ``root``. A link to a file that doesn't exist counts as an image, so
     that reading it fails and is reported instead of the image vanishing. A file whose name can't be an
-    id is left out with a warning.
+    id is left out with a warning, and so are those in archives that share one.
 
     Raises:
-        ImageError: a folder or an archive can't be read, or two images have the same id.
+        ImageError: a folder or an archive can't be read, two images of a folder have the same id, or all in
+            archives share theirs.
     """
     in_tar = is_tar_pattern(root)
     images: dict[str, ImageFile] = {}
-    for file in tar_images(root, IMAGE_SUFFIXES) if in_tar else _images_below(root):
-        name = file.name if isinstance(file, TarMember) else file.relative_to(root).as_posix()
-        image_id = without_image_suffix(name)
-        if reason := _objection(image_id):
-            logger.warning("%r is left out: its image id %s; rename the file", str(file), reason)
-        elif image_id in images:
-            raise ImageError(
-                f"{images[image_id]} and {file} have the same image id '{image_id}'; rename one of them"
-            )
-        else:
-            images[image_id] = file
+    shared: dict[str, ImageFile] = {}  # id of several in archives to the first of them
+    with (
+        FewWarnings(logger, "files whose image ids can't be used") as unfit,
+        FewWarnings(logger, "files that share an image id") as twins,
+    ):
+        for file in tar_images(root, IMAGE_SUFFIXES) if in_tar else _images_below(root):
+            name = file.name if isinstance(file, TarMember) else file.relative_to(root).as_posix()
+            image_id = without_image_suffix(name)
+            if reason := _objection(image_id):
+                unfit.warn("%r is left out: its image id %s; rename the file", one_line(file, 200), reason)
+            elif image_id in images or image_id in shared:
+                first = shared[image_id] if image_id in shared else images.pop(image_id)
+                pair = f"{one_line(first, 200)} and {one_line(file, 200)}"
+                same = f"have the same image id '{one_line(image_id, 200)}'"
+                if not in_tar:
+                    raise ImageError(f"{pair} {same}; rename one of them")
+                shared[image_id] = first
+                twins.warn("%s %s; both are left out", pair, same)
+            else:
+                images[image_id] = file
+    if shared and not images:
+        raise ImageError(f"no image is left: {pair} {same}, all others too; name each archive once")
     return images if in_tar else dict(sorted(images.items()))
 
 
@@ -125,7 +145,8 @@ def _images_below(root: Path) -> Iterator[Path]:
                 ):
                     yield path
     except OSError as error:
+        check_machine(error)
         raise ImageError(
-            f"image folder {str(error.filename or root)!r} can't be read: {error.strerror}; "
+            f"image folder {one_line(error.filename or root, 200)!r} can't be read: {error.strerror}; "
             "name a folder that holds images"
         ) from error

@@ -8,13 +8,14 @@ ignored. Of an animation or a file with several pages the first one counts.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import stat
 import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from io import BytesIO
+from io import BufferedReader, BytesIO
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,7 +26,9 @@ from PIL.TiffImagePlugin import TiffImageFile
 from PIL.WebPImagePlugin import WebPImageFile
 
 from wsss_pipeline.data.image_files import ImageFile, TarMember
-from wsss_pipeline.errors import ImageError
+from wsss_pipeline.errors import ImageError, WsssError
+from wsss_pipeline.files import check_machine, open_plain
+from wsss_pipeline.runtime.output import one_line
 
 # Nothing with more pixels is decoded; an RGB image of that size takes 400 MB. It lies under the number
 # at which Pillow itself refuses.
@@ -39,6 +42,16 @@ MAX_FILE_BYTES = 2**30 + 2**20
 _FORMATS = ("BMP", "GIF", "JPEG", "PNG", TiffImageFile.format, WebPImageFile.format)
 _ORIENTATION = 0x0112
 _INDICES = "(0 background, 1.. classes, 255 ignore)"
+_LONGEST_PATH = 200  # characters of one, in a message
+
+# where the file may be good, and the way to it isn't
+_REMEDIES = {
+    errno.EACCES: "have its permissions changed",
+    errno.EPERM: "have its permissions changed",
+    errno.EIO: "check the disk or the network that it lies on",
+    errno.ESTALE: "check the network that it lies on",
+    errno.ETIMEDOUT: "check the network that it lies on",
+}
 
 
 class StoredImage(NamedTuple):
@@ -97,7 +110,9 @@ def _rgb(image: Image.Image, path: ImageFile) -> NDArray[np.uint8]:
         levels = np.array(image, np.float64)
         low, high = np.min(levels), np.max(levels)
         if not (low >= 0 and high <= (255 if image.mode == "F" else 65535)):  # so written, NaN is refused too
-            raise ImageError(f"{path}: values run from {low:g} to {high:g}; save them as 8 or 16 bits")
+            raise ImageError(
+                f"{_shown(path)}: values run from {low:g} to {high:g}; save them as 8 or 16 bits"
+            )
         factor = 1 / 257 if image.mode != "F" else 255 if high <= 1 else 1
         return np.repeat(np.rint(levels * factor).astype(np.uint8)[..., None], 3, axis=2)
     # Pillow would look at the transparency on conversion and warn about some forms of it.
@@ -124,7 +139,7 @@ def as_pixels(image: AnyImage) -> NDArray[np.uint8]:
         given = Path("the image given")
         try:
             return _rgb(image.copy(), given)
-        except ImageError:
+        except (WsssError, MemoryError):
             raise
         except Exception as error:  # it may be read only now, and Pillow raises errors of many kinds
             raise _unusable(given, error) from error
@@ -146,16 +161,17 @@ def read_mask(path: ImageFile) -> NDArray[np.uint8]:
     """
     with _opened(path) as (image, _):
         if image.format in ("JPEG", "MPO"):
-            raise ImageError(f"{path}: JPEG changes the values of a mask; save it as an 8-bit PNG")
+            raise ImageError(f"{_shown(path)}: JPEG changes the values of a mask; save it as an 8-bit PNG")
         if image.mode not in ("1", "L", "P") and not image.mode.startswith("I"):
             raise ImageError(
-                f"{path}: a mask holds one class index a pixel, but this is a {image.mode} image, probably saved "
-                f"with the colours of the classes; save the indices {_INDICES} as an 8-bit PNG"
+                f"{_shown(path)}: a mask holds one class index a pixel, but this is a {image.mode} image, "
+                f"probably saved with the colours of the classes; save the indices {_INDICES} as an 8-bit PNG"
             )
         values = np.array(image)
         if values.dtype.itemsize > 1 and (values.min() < 0 or values.max() > 255):
             raise ImageError(
-                f"{path}: values run from {values.min()} to {values.max()}; a mask holds class indices {_INDICES}"
+                f"{_shown(path)}: values run from {values.min()} to {values.max()}; "
+                f"a mask holds class indices {_INDICES}"
             )
         return values.astype(np.uint8)
 
@@ -170,7 +186,7 @@ def file_digest(path: ImageFile) -> str:
     """SHA-256 of the file's bytes, 64 hexadecimal digits; an ImageError where it can't be read."""
     try:
         _check_file(path)
-        with path.open("rb") if isinstance(path, Path) else BytesIO(path.read_bytes()) as file:
+        with _source(path) as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except (OSError, ValueError) as error:
         raise _unusable(path, error) from error
@@ -184,11 +200,18 @@ def _check_file(file: ImageFile) -> None:
         status = file.stat()
         size = status.st_size
         if not stat.S_ISREG(status.st_mode):
-            raise ImageError(f"{file}: not a file; name an image file")
+            raise ImageError(f"{_shown(file)}: not a file; name an image file")
     if size == 0:
-        raise ImageError(f"{file}: the file is empty; replace or remove it")
+        raise ImageError(f"{_shown(file)}: the file is empty; replace or remove it")
     if size > MAX_FILE_BYTES:
-        raise ImageError(f"{file}: {size:,} bytes are too many for an image; scale it down or remove it")
+        raise ImageError(
+            f"{_shown(file)}: {size:,} bytes are too many for an image; scale it down or remove it"
+        )
+
+
+def _source(file: ImageFile) -> BufferedReader | BytesIO:
+    """The file, open; of an archive's member its bytes."""
+    return open_plain(file, MAX_FILE_BYTES) if isinstance(file, Path) else BytesIO(file.read_bytes())
 
 
 class _QuietPillow:
@@ -223,26 +246,26 @@ _quiet_pillow = _QuietPillow()
 def _opened(path: ImageFile, *, header: bool = False) -> Iterator[tuple[Image.Image, bytes]]:
     """The file's first image, header read and size checked, and its bytes, where not the header alone is wanted.
 
-    Whatever goes wrong is an ImageError.
+    Whatever is wrong with it is an ImageError. What is wrong with the machine isn't: a ResourceError, a MemoryError.
     """
     pixels = "too many pixels"  # where Pillow refuses before it tells how many
     try:
         _check_file(path)
-        content = b"" if header and isinstance(path, Path) else path.read_bytes()
-        source = BytesIO(content) if content or not isinstance(path, Path) else path
-        with _quiet_pillow, Image.open(source, formats=_FORMATS) as image:
-            width, height = image.size
-            pixels = f"{width} x {height} pixels"
-            if width < 1 or height < 1:
-                raise ImageError(f"{path}: its header says {pixels}; the file is damaged")
-            if width * height > MAX_DECODED_PIXELS:
-                raise Image.DecompressionBombError
-            yield image, content
-    except ImageError:
+        with _source(path) as file:
+            content = b"" if header else file.read()
+            with _quiet_pillow, Image.open(BytesIO(content) if content else file, formats=_FORMATS) as image:
+                width, height = image.size
+                pixels = f"{width} x {height} pixels"
+                if width < 1 or height < 1:
+                    raise ImageError(f"{_shown(path)}: its header says {pixels}; the file is damaged")
+                if width * height > MAX_DECODED_PIXELS:
+                    raise Image.DecompressionBombError
+                yield image, content
+    except (WsssError, MemoryError):
         raise
     except Image.DecompressionBombError as error:
         raise ImageError(
-            f"{path}: its header says {pixels}, the limit is {MAX_DECODED_PIXELS}; scale it down or remove it"
+            f"{_shown(path)}: its header says {pixels}, the limit is {MAX_DECODED_PIXELS}; scale it down or remove it"
         ) from error
     # Damaged files make Pillow raise OSError, SyntaxError, struct.error, zlib.error, TypeError and more.
     except Exception as error:
@@ -250,10 +273,17 @@ def _opened(path: ImageFile, *, header: bool = False) -> Iterator[tuple[Image.Im
 
 
 def _unusable(path: ImageFile, error: Exception) -> ImageError:
+    check_machine(error)
+    remedy = "replace or remove it"
     if isinstance(error, UnidentifiedImageError):
         reason = "not an image (JPEG, PNG, BMP, GIF, TIFF, WebP), or its header is damaged"
     elif isinstance(error, OSError) and error.strerror:
         reason = error.strerror
+        remedy = _REMEDIES.get(error.errno or 0, remedy)
     else:
-        reason = " ".join(str(error).split()) or type(error).__name__
-    return ImageError(f"{path}: can't be read: {reason}; replace or remove it")
+        reason = one_line(error, _LONGEST_PATH) or type(error).__name__
+    return ImageError(f"{_shown(path)}: can't be read: {reason}; {remedy}")
+
+
+def _shown(path: ImageFile) -> str:
+    return one_line(path, _LONGEST_PATH)

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from wsss_pipeline.data.classes import load_class_set
 from wsss_pipeline.evaluation.metrics import Scores
+from wsss_pipeline.runtime.output import printable
 
 RULE = (
     "one confusion matrix over all images, 255 in the ground truth left out, "
@@ -126,10 +127,12 @@ class Evaluation:
         corner, heads = "class", [" IoU %"]
         if is_network:
             corner, heads = "IoU %", [f"{name:>8}" for name in self.variants]
-        rows = [(name, [one.per_class_iou[name] for one in variants]) for name in scores.per_class_iou]
+        rows = [
+            (printable(name), [one.per_class_iou[name] for one in variants]) for name in scores.per_class_iou
+        ]
         if is_network:
             rows.append(("mIoU", [one.miou for one in variants]))
-        first = max(cell_len(name) for name in (corner, *scores.per_class_iou))
+        first = max(cell_len(name) for name in (corner, *(name for name, _ in rows)))
         table = [(corner, heads), ("-" * first, ["-" * len(head) for head in heads])]
         table += [(name, ["-" if iou is None else f"{100 * iou:.2f}" for iou in ious]) for name, ious in rows]
         lines = [
@@ -153,7 +156,7 @@ class Evaluation:
             if scores.ignored_predictions > 0:
                 share = f"{100 * scores.ignored_predictions:.2f} %"
                 lines.append(f"{share} of the pixels have no label; they count as misses")
-        return "\n".join([*lines, "", *self.origin_lines()])
+        return "\n".join(map(printable, [*lines, "", *self.origin_lines()]))
 
     def _scored(self, name: str) -> str:
         return f"{self.source} ({name})" if name else self.source

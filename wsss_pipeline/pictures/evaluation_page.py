@@ -17,6 +17,7 @@ from wsss_pipeline.data.masks import MaskSource
 from wsss_pipeline.evaluation.result import Evaluation
 from wsss_pipeline.pictures.overlays import Rgb, class_colour, encoded
 from wsss_pipeline.pictures.rows import Label, make_row
+from wsss_pipeline.runtime.output import printable
 
 SHOWN = 12  # images a section
 CELL = (320, 320)  # largest width and height of an image
@@ -130,12 +131,15 @@ def _page(
     sections: Mapping[str, Mapping[str, str]],
     **values: object,
 ) -> str:
-    """The template filled in; it escapes every bit of text. ``sections``: heading to image id to its note."""
+    """The template filled in; it escapes all text, for HTML and where it isn't printable.
+
+    ``sections``: heading to image id to its note.
+    """
     import yaml
     from jinja2 import Environment
 
     text = (resources.files("wsss_pipeline.pictures") / "report.html.j2").read_text("utf-8")
-    template = Environment(autoescape=True).from_string(text)
+    template = Environment(autoescape=True, finalize=_shown).from_string(text)
     versions = [("Python", platform.python_version()), ("wsss_pipeline", __version__)]
     versions += [(name, metadata.version(name)) for name in _LIBRARIES]
     rows = {
@@ -144,6 +148,13 @@ def _page(
     }
     shown = yaml.safe_dump(dict(settings), sort_keys=False, allow_unicode=True)
     return template.render(sections=rows, settings=shown, versions=versions, data_uri=_data_uri, **values)
+
+
+def _shown(value: object) -> object:
+    """Text without what would reorder or hide its neighbours; what the template made itself stays."""
+    if not isinstance(value, str) or hasattr(value, "__html__"):
+        return value
+    return "\n".join(map(printable, value.split("\n")))
 
 
 def _data_uri(pixels: Rgb) -> str:

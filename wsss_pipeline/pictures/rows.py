@@ -134,7 +134,8 @@ def make_row(
         cells.append(Cell("Confidence", shade, (label,), colour_map=CONFIDENCE_MAP))
         for name, cam in list(zip(labels, cams if cams is not None else (), strict=False))[:MOST_CAMS]:
             heat = heat_over_image(backdrop, _fitted(cam.astype(np.float32), box, Image.Resampling.BILINEAR))
-            about = (Label(name, class_colour(values[name])), Label(f"maximum {cam.max():.2f}"))
+            colour = class_colour(values[name]) if name in values else None
+            about = (Label(name, colour), Label(f"maximum {cam.max():.2f}"))
             cells.append(Cell("Class activation", heat, about, colour_map=HEAT_MAP))
     return Row(image_id, "; ".join(notes), tuple(cells))
 

@@ -199,7 +199,8 @@ class MaskGenerator:
 
     def prepare(self, pixels: NDArray[np.uint8], labels: Sequence[str]) -> LabelledImage:
         """An image, uint8 (H, W, 3) RGB, on its way into CLIP; ClassSetError where a label is unknown."""
-        names = tuple(labels)
+        # as the cache stores them, each once
+        names = tuple(dict.fromkeys(map(self.class_set.canonical, labels)))
         classes = [self.class_set.index(name) for name in names]
         return LabelledImage(pixels, names, classes, self.method.prepare(pixels))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal, TypedDict, Unpack
 
@@ -55,6 +56,7 @@ class MaskJob:
     Attributes:
         images: image id to file.
         labels: image id to class names in order of appearance; an empty tuple means that no class is present.
+            Aliases become the names of their classes.
         class_set: classes of the labels.
         config: settings that change the masks.
         cache_dir: folder that holds mask sets.
@@ -69,6 +71,9 @@ class MaskJob:
         check_bytes: choice to read every image whose mask is there, whatever its size and times say.
         offline: fetch nothing.
         engine: this machine, or a Ray cluster.
+
+    Raises:
+        ClassSetError: a label is the name or alias of no class.
     """
 
     images: Mapping[str, ImageFile]
@@ -86,6 +91,16 @@ class MaskJob:
     check_bytes: bool = False
     offline: bool = False
     engine: Engine = "local"
+
+    def __post_init__(self) -> None:
+        # the few names alone are looked at, for there may be a million images
+        given = set(chain.from_iterable(self.labels.values()))
+        own = {name: self.class_set.canonical(name) for name in sorted(given, key=str)}
+        if any(name != own[name] for name in given):
+            labels = {
+                i: tuple(dict.fromkeys(own[name] for name in names)) for i, names in self.labels.items()
+            }
+            object.__setattr__(self, "labels", labels)
 
     @classmethod
     def read(cls, settings: Mapping[str, Any] | None = None, **paths: Unpack[JobPaths]) -> MaskJob:

@@ -24,7 +24,7 @@ from wsss_pipeline.data.image_files import absolute
 from wsss_pipeline.errors import EngineError, MissingDependencyError, WsssError
 from wsss_pipeline.pseudo_masks.generator import MaskGenerator
 from wsss_pipeline.pseudo_masks.job import MaskJob, plan_masks
-from wsss_pipeline.pseudo_masks.report import MaskReport
+from wsss_pipeline.pseudo_masks.report import MISSING, MaskReport
 from wsss_pipeline.pseudo_masks.run import run_share
 from wsss_pipeline.runtime.interrupts import StopRequest
 from wsss_pipeline.runtime.progress import Progress
@@ -147,5 +147,7 @@ def _add(report: MaskReport, part: MaskReport) -> None:
     report.reused += part.reused
     report.without_labels += part.without_labels
     report.scaled += part.scaled
+    report.miss(image_id for image_id, reason in part.failed.items() if reason == MISSING)
     for image_id, reason in part.failed.items():
-        report.fail(image_id, reason)
+        if reason != MISSING:
+            report.fail(image_id, reason)

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from wsss_pipeline.data.few_warnings import FewWarnings
+
 logger = logging.getLogger(__name__)
 
 FAILURES_SHOWN = 20
+MISSING = "the labels name it, but there is no such image"
 
 
 @dataclass
@@ -53,6 +57,13 @@ class MaskReport:
         self.failed[image_id] = reason
         logger.warning("%s: %s", image_id, reason)
 
+    def miss(self, image_ids: Iterable[str]) -> None:
+        """Note images that the labels name and that aren't there, of which a label file may hold millions."""
+        with FewWarnings(logger, "images that the labels name aren't there") as missing:
+            for image_id in image_ids:
+                self.failed[image_id] = MISSING
+                missing.warn("%s: %s", image_id, MISSING)
+
     def as_dict(self) -> dict[str, Any]:
         """The report as JSON takes it."""
         return {**asdict(self), "path": str(self.path)}
@@ -85,7 +96,7 @@ class MaskReport:
             shown = list(self.failed.items())[:FAILURES_SHOWN]
             lines += [f"  {image_id}: {reason}" for image_id, reason in shown]
             if len(self.failed) > FAILURES_SHOWN:
-                lines.append(f"  and {len(self.failed) - FAILURES_SHOWN} more, each warned of above")
+                lines.append(f"  and {len(self.failed) - FAILURES_SHOWN} more; --json has them all")
         left = self.images - self.computed - self.reused - len(self.failed)
         if left:
             lines.append(f"{left} images are left to do")

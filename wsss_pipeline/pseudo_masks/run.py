@@ -22,11 +22,13 @@ from wsss_pipeline.data.image_files import Status, file_status
 from wsss_pipeline.data.images import read_stored_image
 from wsss_pipeline.data.masks import PseudoMask
 from wsss_pipeline.errors import ImageError, MaskError
+from wsss_pipeline.files import check_machine
 from wsss_pipeline.pseudo_masks.generator import LabelledImage, MaskGenerator
 from wsss_pipeline.pseudo_masks.job import MaskJob, MaskPlan, plan_masks
 from wsss_pipeline.pseudo_masks.report import MaskReport
 from wsss_pipeline.runtime.device import single_threaded_torch
 from wsss_pipeline.runtime.interrupts import StopRequest
+from wsss_pipeline.runtime.output import one_line
 from wsss_pipeline.runtime.progress import Progress
 
 Result = TypeVar("Result")
@@ -79,8 +81,7 @@ def run_share(job: MaskJob, generator: MaskGenerator | None = None, *, quiet: bo
     folder = open_mask_set(job.cache_dir, plan.generator.mask_set)
     report = MaskReport(folder, len(plan.image_ids) + len(plan.missing), plan.unlabelled)
     with MaskWriter(folder, job.share.index, job.share.count) as writer:
-        for image_id in plan.missing:
-            report.fail(image_id, "the labels name it, but there is no such image")
+        report.miss(plan.missing)
         todo = plan.image_ids
         if not job.overwrite:
             options = {"need_cams": job.store_cams, "check_bytes": job.check_bytes}
@@ -186,7 +187,11 @@ class _Run:
         try:
             status = file_status(file)
         except (OSError, ValueError) as error:
-            raise ImageError(f"{file}: can't be read: {error}; replace or remove it") from error
+            check_machine(error)
+            reason = getattr(error, "strerror", None) or error
+            raise ImageError(
+                f"{one_line(file, 200)}: can't be read: {reason}; replace or remove it"
+            ) from error
         stored = read_stored_image(file)
         if stored.has_rotation and not self._warned_of_rotation:
             self._warned_of_rotation = True

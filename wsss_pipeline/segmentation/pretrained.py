@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
-import torch
 from torch import Tensor, nn
 
+from wsss_pipeline.clip.tensor_files import shapes_in, tensors_in
 from wsss_pipeline.errors import NetworkError
+from wsss_pipeline.files import check_machine
 from wsss_pipeline.runtime.output import one_line
 from wsss_pipeline.segmentation.networks import DeepLabV2, SegFormer, SegmentationNetwork, mit_name
 from wsss_pipeline.segmentation.train_config import NetworkConfig
+
+Value = TypeVar("Value")
 
 _ADVICE = "give a file or folder with --weights, or train from scratch with --weights none"
 _LEAST_SHARE = 0.5  # of an encoder's tensors that a file must hold to be its weights
@@ -32,7 +35,8 @@ def load_pretrained(network: SegmentationNetwork, config: NetworkConfig, offline
     if weights == "none":
         return
     if path.exists():
-        state = _read(path)
+        path = _weight_file(path)
+        shapes = _read(path, shapes_in)
     elif weights not in ("imagenet", "coco"):
         raise NetworkError(
             f"weights '{weights}' don't exist; choose imagenet, coco, none, a file or a folder"
@@ -41,20 +45,28 @@ def load_pretrained(network: SegmentationNetwork, config: NetworkConfig, offline
         raise NetworkError(f"{weights} weights of {encoder} can't be fetched offline; {_ADVICE}")
     else:
         state = _fetch(network, config)
+        shapes = {name: tuple(value.shape) for name, value in state.items()}
     own = network.encoder().state_dict()
-    best: dict[str, Tensor] = {}
+    best: dict[str, str] = {}  # name in the encoder to name in the file
     # the encoder may itself be a wrapper around the model that the file is of
     for mine in ("", "model."):
         for theirs in _PREFIXES:
-            names = {mine + n.removeprefix(theirs): v for n, v in state.items() if n.startswith(theirs)}
-            fitting = {n: v for n, v in names.items() if n in own and own[n].shape == v.shape}
+            names = {mine + name.removeprefix(theirs): name for name in shapes if name.startswith(theirs)}
+            fitting = {
+                name: stored
+                for name, stored in names.items()
+                if name in own and tuple(own[name].shape) == shapes[stored]
+            }
             best = max(best, fitting, key=len)
     if len(best) < _LEAST_SHARE * len(own):
         raise NetworkError(
             f"weights {weights} fit {len(best)} of the {len(own)} tensors of {encoder}: they are another network's; "
             "give those of this encoder"
         )
-    network.encoder().load_state_dict(best, strict=False)
+    if path.exists():
+        # only now: a file that takes no room on the disk may be larger than the memory
+        state = _read(path, tensors_in)
+    network.encoder().load_state_dict({name: state[stored] for name, stored in best.items()}, strict=False)
 
 
 def _fetch(network: SegmentationNetwork, config: NetworkConfig) -> Mapping[str, Tensor]:
@@ -96,22 +108,22 @@ def _fetch(network: SegmentationNetwork, config: NetworkConfig) -> Mapping[str, 
         ) from error
 
 
-def _read(path: Path) -> Mapping[str, Tensor]:
-    if path.is_dir():
-        files = sorted(file for ending in ("safetensors", "pth", "bin") for file in path.glob(f"*.{ending}"))
-        if not files:
-            raise NetworkError(f"weights {path}: no .safetensors, .pth or .bin file in this folder")
-        path = files[0]
-    try:
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
+def _weight_file(path: Path) -> Path:
+    """The file itself, or the first of a folder."""
+    if not path.is_dir():
+        return path
+    files = sorted(file for ending in ("safetensors", "pth", "bin") for file in path.glob(f"*.{ending}"))
+    if not files:
+        raise NetworkError(f"weights {path}: no .safetensors, .pth or .bin file in this folder")
+    return files[0]
 
-            return load_file(path)
-        state: Any = torch.load(path, map_location="cpu", weights_only=True)
+
+def _read(path: Path, read: Callable[[Path], dict[str, Value]]) -> dict[str, Value]:
+    try:
+        return read(path)
+    except MemoryError:
+        raise
     except Exception as error:  # what a damaged or hostile file raises is up to its format
-        raise NetworkError(f"weights {path} can't be read as tensors: {one_line(error)[:200]}") from error
-    if isinstance(state, dict):
-        state = state.get("state_dict", state.get("model", state))
-    if not isinstance(state, dict):
-        raise NetworkError(f"weights {path} hold no tensors by name")
-    return {str(name): value for name, value in state.items() if isinstance(value, Tensor)}
+        check_machine(error)
+        reason = one_line(getattr(error, "strerror", None) or error, 200)
+        raise NetworkError(f"weights {path} can't be read as tensors: {reason}") from error

@@ -79,9 +79,9 @@ def select_prompt(job: MaskJob, templates: Sequence[str]) -> PromptRanking:
         for image_id in usable:
             try:
                 image = read_image(job.images[image_id])
-            except ImageError as error:
-                failed[image_id] = str(error)
-                logger.warning("%s", error)
+            except (ImageError, MemoryError) as error:
+                failed[image_id] = str(error) or "ran out of memory; make it smaller, or free some"
+                logger.warning("%s: %s", image_id, failed[image_id])
                 progress.advance(failed=1)
                 continue
             pixels = prepare_image(image, trunk.patch_size, job.config.max_pixels).pixels

@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from collections.abc import Container, Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+from wsss_pipeline import files
 from wsss_pipeline.data.classes import ClassEntry, ClassSet
 from wsss_pipeline.data.image_ids import check_image_id, without_image_suffix
 from wsss_pipeline.errors import LabelError
+from wsss_pipeline.files import MIB, check_machine
+from wsss_pipeline.runtime.output import one_line
+
+MOST_BYTES = 2048 * MIB  # of a label file: those of a million images take a twentieth
 
 
 class LabelTable:
@@ -28,18 +34,26 @@ class LabelTable:
         self.classes = classes
         self._images = images
         self._find = cache(classes.find)  # a file may name the same few classes a million times
-        self._labels: dict[str, dict[str, None]] = {}
+        self._labels: dict[str, tuple[str, ...]] = {}
+        self._shared: dict[
+            tuple[str, ...], tuple[str, ...]
+        ] = {}  # of a million images many have the same labels
 
     def add_image(self, text: str, where: str) -> str:
         """Makes an entry for an image, without labels so far, and gives its id; a LabelError if that is unsafe."""
         text = check_image_id(text, where)
-        image_id = text if text in self._images else check_image_id(without_image_suffix(text), where)
-        self._labels.setdefault(image_id, {})
+        image_id = text if text in self._images else without_image_suffix(text)
+        if image_id != text:
+            check_image_id(image_id, where)
+        self._labels.setdefault(image_id, ())
         return image_id
 
     def add_class(self, image_id: str, entry: ClassEntry) -> None:
         """Adds a class to an image that has an entry."""
-        self._labels[image_id].setdefault(entry.name)
+        names = self._labels[image_id]
+        if entry.name not in names:
+            names = (*names, entry.name)
+            self._labels[image_id] = self._shared.setdefault(names, names)
 
     def class_named(self, name: str, where: str, *, or_numbered: bool = False) -> ClassEntry:
         """The class of that name or alias; ``or_numbered``, without one, of that index, counted from 0.
@@ -64,7 +78,7 @@ class LabelTable:
 
     def labels(self) -> dict[str, tuple[str, ...]]:
         """Image id to class names."""
-        return {image_id: tuple(names) for image_id, names in self._labels.items()}
+        return self._labels
 
 
 @contextmanager
@@ -73,16 +87,17 @@ def reading(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
+        check_machine(error)
         raise LabelError(
-            f"{str(error.filename or path)!r} can't be read: {error.strerror or error}; check the path"
+            f"{one_line(error.filename or path, 200)!r} can't be read: {error.strerror or error}; check the path"
         ) from error
 
 
-def read_text(file: Path) -> str:
-    """The text of a label file; a LabelError: it can't be read, isn't UTF-8 or holds a NUL character."""
+def read_text(file: Path, at_most: int = MOST_BYTES) -> str:
+    """The text of a label file; a LabelError: unreadable, too large, not UTF-8, or with a NUL character."""
     try:
         with reading(file):
-            text = file.read_text("utf-8-sig")
+            text = files.read_text(file, at_most)
     except UnicodeDecodeError as error:
         raise LabelError(f"{file}: not UTF-8 text (byte {error.start}); save it as UTF-8") from error
     if "\0" in text:
@@ -97,13 +112,14 @@ def read_json(file: Path) -> Any:
     def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         values = dict(pairs)  # which silently keeps the last of two
         if len(values) < len(pairs):
-            keys = [key for key, _ in pairs]
-            twice = next(key for key in values if keys.count(key) > 1)
+            (twice, _), *_ = Counter(key for key, _ in pairs).most_common(1)
             raise LabelError(f"{file}: key {twice!r:.60} occurs twice in one object; merge the two entries")
         return values
 
     text = read_text(file)
     try:
         return json.loads(text, object_pairs_hook=unique_keys)
-    except (ValueError, RecursionError) as error:
+    except RecursionError as error:
+        raise LabelError(f"{file}: not valid JSON: nested too deep") from error
+    except ValueError as error:
         raise LabelError(f"{file}: not valid JSON: {error}") from error

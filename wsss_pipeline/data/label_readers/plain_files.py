@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import csv
-import io
+import re
 from pathlib import Path
 from typing import Any
 
 from wsss_pipeline.data.label_readers.label_table import LabelTable, read_text
 from wsss_pipeline.errors import LabelError
+
+_LINE = re.compile(r"[^\r\n]*(?:\r\n|\r|\n)|[^\r\n]+")
 
 
 def fill_from_json(table: LabelTable, content: Any, file: Path) -> None:
@@ -32,7 +34,9 @@ def fill_from_csv(table: LabelTable, file: Path) -> None:
 
     Rows of the same image add up. An empty cell adds no label. Further columns are passed over.
     """
-    rows = csv.reader(io.StringIO(read_text(file), newline=""), strict=True)
+    # line by line, for a copy of a large text takes as much memory again
+    lines = (line.group() for line in _LINE.finditer(read_text(file)))
+    rows = csv.reader(lines, strict=True)
     try:
         header = [cell.strip().lower() for cell in next(rows, [])]
         column = next((name for name in ("labels", "label") if name in header), None)

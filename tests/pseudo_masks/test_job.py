@@ -1,0 +1,56 @@
+"""A job as a user of the library makes it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.end_to_end.conftest import GOLDEN
+from wsss_pipeline import MaskGenerator
+from wsss_pipeline.cache import MaskCache
+from wsss_pipeline.config import MaskConfig
+from wsss_pipeline.data.classes import load_class_set
+from wsss_pipeline.data.image_ids import find_images
+from wsss_pipeline.errors import ClassSetError
+from wsss_pipeline.methods import load_mask_config
+from wsss_pipeline.pseudo_masks.job import MaskJob
+from wsss_pipeline.pseudo_masks.run import run_share
+
+VOC = load_class_set("voc12")
+IMAGES = find_images(GOLDEN / "images")
+
+
+def test_aliases_become_the_names_of_their_classes() -> None:
+    labels = {"a": ("tv", "cat", "tvmonitor"), "b": (), "c": ("cat",)}
+    job = MaskJob(IMAGES, labels, VOC, MaskConfig())
+    assert job.labels == {"a": ("tvmonitor", "cat"), "b": (), "c": ("cat",)}
+    assert replace(job, workers=3).labels == job.labels
+    own = {"a": ("cat",)}
+    assert MaskJob(IMAGES, own, VOC, MaskConfig()).labels is own, "nothing is copied where nothing changes"
+
+
+def test_a_label_that_is_no_class_is_refused_before_anything_is_read() -> None:
+    with pytest.raises(ClassSetError, match="unknown class 'catt'; did you mean 'cat'"):
+        MaskJob(IMAGES, {"cat": ("cat",), "x": ("catt",)}, VOC, MaskConfig())
+
+
+def test_the_cache_stores_the_names_of_classes(tmp_path: Path, clip: Path) -> None:
+    classes = load_class_set("voc12")
+    config = load_mask_config(None, flags={"clip.weights": str(clip), "templates": ["a {}."]})
+    job = MaskJob(
+        IMAGES, {"cat": ("tv", "cat")}, classes, config, tmp_path, device="cpu", offline=True, store_cams=True
+    )
+    with MaskCache.open(run_share(job, quiet=True).path) as cache:
+        assert cache["cat"].labels == ("tvmonitor", "cat")
+    assert run_share(job, quiet=True).reused == 1
+
+
+def test_a_generator_stores_the_names_of_classes_each_once(clip: Path) -> None:
+    generator = MaskGenerator("voc12", clip=str(clip), device="cpu", offline=True)
+    pixels = np.zeros((32, 32, 3), np.uint8)
+    prepared = generator.prepare(pixels, ["tv", "cat", "tvmonitor"])
+    assert prepared.labels == ("tvmonitor", "cat")
+    assert prepared.classes == [20, 8]
