@@ -6,6 +6,8 @@ import json
 import os
 import shutil
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -247,3 +249,32 @@ def test_a_planted_link_leads_nowhere(folder: Path, tmp_path: Path, name: str) -
     verify(folder)
     assert victim.read_bytes() == content
     assert set(MaskCache.open(folder)) >= {"a"}
+
+
+def test_few_file_handles_are_no_damage(folder: Path) -> None:
+    """A reader closes what it has open before it gives up, and what gives up says why."""
+    for name in IDS:
+        write_images(folder, [name])
+    code = f"""
+import os, resource
+from wsss_pipeline.cache import MaskCache
+from wsss_pipeline.errors import ResourceError
+cache = MaskCache.open({str(folder)!r})
+resource.setrlimit(resource.RLIMIT_NOFILE, (12, 12))
+for image_id in cache:
+    cache[image_id]
+cache.close()
+taken = []
+try:
+    while True:
+        taken.append(os.open("/dev/null", os.O_RDONLY))
+except OSError:
+    pass
+try:
+    cache["image-1"]
+except ResourceError as error:
+    print(error)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "ulimit -n" in done.stdout

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from tests.end_to_end.conftest import GOLDEN
 from wsss_pipeline import MaskGenerator
@@ -14,9 +15,9 @@ from wsss_pipeline.cache import MaskCache
 from wsss_pipeline.config import MaskConfig
 from wsss_pipeline.data.classes import load_class_set
 from wsss_pipeline.data.image_ids import find_images
-from wsss_pipeline.errors import ClassSetError
+from wsss_pipeline.errors import ClassSetError, ConfigError
 from wsss_pipeline.methods import load_mask_config
-from wsss_pipeline.pseudo_masks.job import MaskJob
+from wsss_pipeline.pseudo_masks.job import MaskJob, plan_masks
 from wsss_pipeline.pseudo_masks.run import run_share
 
 VOC = load_class_set("voc12")
@@ -54,3 +55,28 @@ def test_a_generator_stores_the_names_of_classes_each_once(clip: Path) -> None:
     prepared = generator.prepare(pixels, ["tv", "cat", "tvmonitor"])
     assert prepared.labels == ("tvmonitor", "cat")
     assert prepared.classes == [20, 8]
+
+
+def test_masks_do_not_go_into_an_input(tmp_path: Path) -> None:
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    Image.new("RGB", (32, 32)).save(photos / "a.png")
+    (tmp_path / "labels.csv").write_text("image,labels\na,ball\n")
+    for cache, fits in (
+        (photos, False),
+        (photos / "cache", False),
+        (tmp_path, True),
+        (tmp_path / "cache", True),
+    ):
+        job = MaskJob.read(
+            {"clip.weights": "demo"},
+            images=photos,
+            labels=tmp_path / "labels.csv",
+            classes="demo",
+            cache=cache,
+        )
+        if fits:
+            assert plan_masks(job).image_ids == ["a"]
+        else:
+            with pytest.raises(ConfigError, match=r"--cache .* lies in --images"):
+                plan_masks(job)

@@ -22,7 +22,7 @@ from wsss_pipeline.cache.records import RecordInfo
 from wsss_pipeline.data.image_files import ImageFile, Status, file_status
 from wsss_pipeline.data.images import file_digest
 from wsss_pipeline.errors import CacheFormatError, ImageError
-from wsss_pipeline.files import read_bytes
+from wsss_pipeline.files import check_machine, read_bytes
 from wsss_pipeline.runtime.output import write_file
 
 # A file may change twice within one tick of its clock: what was read so soon after a change isn't believed.
@@ -75,7 +75,8 @@ class FinishedImages:
             self._known = _Known.model_validate_json(content, strict=True).images
         except FileNotFoundError:
             pass
-        except (OSError, ValueError):
+        except (OSError, ValueError) as error:
+            check_machine(error)
             logger.warning("%s can't be read; the images are looked at again", self._path)
         self._noted: dict[str, Entry] = {}
         self._records: dict[str, dict[str, RecordInfo]] = {}

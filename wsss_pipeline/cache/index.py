@@ -28,7 +28,7 @@ from wsss_pipeline.cache.shards import (
     open_shard,
     shard_files,
 )
-from wsss_pipeline.files import open_plain, read_bytes
+from wsss_pipeline.files import check_machine, open_plain, read_bytes
 from wsss_pipeline.runtime.output import write_file, writing
 
 INDEX = "index.h5"
@@ -152,6 +152,7 @@ def open_checked(
     try:
         is_as_then = sound is not None and stamp(path) == sound.stamp and _digest(path) == sound.sha256
     except OSError as error:
+        check_machine(error)
         raise UnreadableShardError(f"{path} can't be opened ({error.strerror})", False) from error
     if not is_as_then:
         inspect(path, fingerprint, class_names, "records")
@@ -187,7 +188,8 @@ def _read_note(path: Path) -> dict[str, SoundShard]:
         return _NOTE.validate_json(read_bytes(path, MAX_NOTES_BYTES))
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError):
+    except (OSError, ValueError) as error:
+        check_machine(error)
         logger.warning("%s can't be read; what it stood for is checked again", path)
         return {}
 

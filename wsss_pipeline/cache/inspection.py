@@ -24,8 +24,8 @@ from typing import Any, Literal
 
 from wsss_pipeline.cache.records import RecordInfo, check_records, image_ids, read_texts
 from wsss_pipeline.cache.shards import IMAGES, MAX_SHARD_BYTES, UnreadableShardError, open_shard
-from wsss_pipeline.errors import CacheFormatError, CacheRecordError
-from wsss_pipeline.files import open_plain
+from wsss_pipeline.errors import CacheFormatError, CacheRecordError, ResourceError
+from wsss_pipeline.files import check_machine, open_plain
 
 Depth = Literal["ids", "digests", "infos", "records"]
 
@@ -94,7 +94,11 @@ class _Inspector:
         }
         with self._lock:
             if self._process is None:
-                self._process = _start()
+                try:
+                    self._process = _start()
+                except OSError as error:
+                    check_machine(error)
+                    raise ResourceError(f"no process can be started: {error.strerror}; try again") from error
             process = self._process
             assert process.stdin is not None
             assert process.stdout is not None

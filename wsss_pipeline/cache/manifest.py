@@ -21,7 +21,7 @@ from wsss_pipeline.cache.locks import set_lock
 from wsss_pipeline.cache.shards import FORMAT_VERSION
 from wsss_pipeline.data.classes import MAX_CLASSES
 from wsss_pipeline.errors import CacheError, CacheFormatError
-from wsss_pipeline.files import read_json
+from wsss_pipeline.files import check_machine, read_json
 from wsss_pipeline.runtime.output import one_line, write_file, writing
 
 MANIFEST = "manifest.json"
@@ -271,6 +271,7 @@ def read_manifest(folder: Path) -> Manifest:
         ):  # True is 1, too
             return Manifest.model_validate({**values, "mask_set": values})
     except (OSError, ValueError, LookupError, TypeError, RecursionError, CacheError) as error:
+        check_machine(error)
         reason = f"{type(error).__name__}: {one_line(error)[:200]}"
         if isinstance(error, ValidationError):
             first = error.errors(include_url=False)[0]

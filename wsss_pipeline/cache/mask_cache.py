@@ -15,7 +15,7 @@ from wsss_pipeline.cache.manifest import Manifest, only_mask_set, read_manifest
 from wsss_pipeline.cache.records import RecordInfo, read_info, read_record, read_texts
 from wsss_pipeline.cache.shards import IMAGES
 from wsss_pipeline.data.masks import PseudoMask
-from wsss_pipeline.errors import CacheFormatError, CacheRecordError
+from wsss_pipeline.errors import CacheFormatError, CacheRecordError, ResourceError
 from wsss_pipeline.runtime.output import one_line
 
 OPEN_SHARDS = 64  # file handles that one process keeps
@@ -145,6 +145,11 @@ class MaskCache:
             path, manifest = self.path / shard, self.manifest
             try:
                 file = open_checked(path, manifest.fingerprint, self.class_names, self._sound.get(shard))
+            except ResourceError:
+                if not self._open:
+                    raise
+                self.close()  # others of this process need files as well
+                continue
             except CacheFormatError as error:
                 if not path.exists():
                     self._follow_gc()

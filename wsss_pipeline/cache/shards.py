@@ -19,7 +19,7 @@ import numpy as np
 
 from wsss_pipeline.cache.records import escape_id, own_member
 from wsss_pipeline.errors import CacheFormatError
-from wsss_pipeline.files import check_plain
+from wsss_pipeline.files import check_machine, check_plain
 from wsss_pipeline.runtime.output import one_line
 
 FORMAT_VERSION = 1
@@ -144,6 +144,7 @@ def open_shard(path: Path, fingerprint: str) -> h5py.File:
 
     Raises:
         UnreadableShardError: the file is damaged, or belongs to another format version or mask set.
+        ResourceError: this process has too many files open.
     """
     file: h5py.File | None = None
     try:
@@ -157,6 +158,7 @@ def open_shard(path: Path, fingerprint: str) -> h5py.File:
     except Exception as error:  # a damaged file makes HDF5 raise almost anything
         if file is not None:
             file.close()
+        check_machine(error)
         # with a number it is the operating system that refuses
         is_damaged = not isinstance(error, OSError) or error.errno is None
         raise UnreadableShardError(

@@ -17,6 +17,7 @@ from wsss_pipeline.data.labels import read_labels
 from wsss_pipeline.errors import ConfigError
 from wsss_pipeline.methods import load_mask_config
 from wsss_pipeline.pseudo_masks.generator import MaskGenerator
+from wsss_pipeline.runtime.output import check_apart
 from wsss_pipeline.runtime.share import Share
 
 Engine = Literal["local", "ray"]
@@ -91,6 +92,7 @@ class MaskJob:
     check_bytes: bool = False
     offline: bool = False
     engine: Engine = "local"
+    inputs: Mapping[str, Path] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         # the few names alone are looked at, for there may be a million images
@@ -142,7 +144,9 @@ class MaskJob:
             files, names = voc_inputs(Path(voc), str(split), class_set)
         else:
             files, names = coco_inputs(Path(str(coco)), str(split), class_set)
-        return cls(files, names, class_set, config, Path(paths.get("cache") or "cache"))
+        given = {"--images": images, "--labels": labels, "--voc": voc, "--coco": coco}
+        inputs = {option: Path(path) for option, path in given.items() if path is not None}
+        return cls(files, names, class_set, config, Path(paths.get("cache") or "cache"), inputs=inputs)
 
 
 @dataclass(frozen=True)
@@ -173,7 +177,7 @@ def plan_masks(job: MaskJob, generator: MaskGenerator | None = None) -> MaskPlan
     """Resolve a job; ``generator`` is one that was made for the same classes and settings before.
 
     Raises:
-        ConfigError: no such device, settings that contradict each other.
+        ConfigError: no such device, settings that contradict each other, masks that would go into an input.
         WeightsError: CLIP can't be found.
         MissingDependencyError: the refiner isn't installed.
     """
@@ -184,6 +188,7 @@ def plan_masks(job: MaskJob, generator: MaskGenerator | None = None) -> MaskPlan
         offline=job.offline,
         elsewhere=job.engine == "ray",
     )
+    check_apart(job.cache_dir / generator.mask_set.folder_name, "--cache", job.inputs)
     share = job.share.select(job.labels)[: job.limit]
     there = {image_id for image_id in share if image_id in job.images and is_there(job.images[image_id])}
     return MaskPlan(

@@ -21,8 +21,10 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 from wsss_pipeline import __version__
+from wsss_pipeline.clip.sources import MOST_WEIGHT_BYTES
+from wsss_pipeline.clip.tensor_files import check_unpacked, shapes_in, tensors_in
 from wsss_pipeline.data.classes import MAX_CLASSES
-from wsss_pipeline.errors import CheckpointError, NetworkError, OutputError
+from wsss_pipeline.errors import CheckpointError, NetworkError, OutputError, ResourceError
 from wsss_pipeline.files import check_plain, read_json
 from wsss_pipeline.runtime.output import one_line, open_new, printable, writing
 from wsss_pipeline.segmentation.networks import SegmentationNetwork, build_network
@@ -35,7 +37,7 @@ KIND = "wsss-segmentation"
 _NETWORK, _AVERAGE = "network.safetensors", "average.safetensors"
 _OPTIMIZER, _PROGRESS = "optimizer.pt", "progress.json"
 _FILES = {CONFIG, WEIGHTS, _NETWORK, _AVERAGE, _OPTIMIZER, _PROGRESS}
-MAX_CONFIG_BYTES, MAX_WEIGHTS_BYTES = 2**24, 2**36
+MAX_CONFIG_BYTES = 2**24
 
 
 @dataclass(frozen=True)
@@ -218,6 +220,8 @@ def load_network(path: Path, device: torch.device | str = "cpu") -> LoadedNetwor
         _load_tensors(network, folder / WEIGHTS)
     except FileNotFoundError as error:
         raise CheckpointError(f"checkpoint {folder} lacks {WEIGHTS}") from error
+    except ResourceError:
+        raise
     except Exception as error:  # what a damaged file raises is up to its format
         reason = one_line(error)[:200]
         raise CheckpointError(
@@ -228,18 +232,13 @@ def load_network(path: Path, device: torch.device | str = "cpu") -> LoadedNetwor
 
 def _load_tensors(module: nn.Module, path: Path) -> None:
     """Gives a module the tensors of a safetensors file, of which none is read before all names and shapes fit."""
-    from safetensors import safe_open
-
-    check_plain(path, MAX_WEIGHTS_BYTES)
-    own = module.state_dict()
-    with safe_open(path, "pt") as file:
-        if odd := own.keys() ^ set(file.keys()):
-            raise ValueError(f"{len(odd)} tensors are missing or too many, such as {min(odd)}")
-        for name, tensor in own.items():
-            shape = tuple(file.get_slice(name).get_shape())
-            if shape != tensor.shape:
-                raise ValueError(f"{name} has shape {shape} instead of {tuple(tensor.shape)}")
-        module.load_state_dict({name: file.get_tensor(name) for name in own})
+    own, shapes = module.state_dict(), shapes_in(path)
+    if odd := own.keys() ^ shapes.keys():
+        raise ValueError(f"{len(odd)} tensors are missing or too many, such as {min(odd)}")
+    for name, tensor in own.items():
+        if shapes[name] != tensor.shape:
+            raise ValueError(f"{name} has shape {shapes[name]} instead of {tuple(tensor.shape)}")
+    module.load_state_dict(tensors_in(path))
 
 
 class _Progress(BaseModel):
@@ -316,6 +315,8 @@ class TrainingState:
             if torch.cuda.is_available() and "cuda_rng" in values:
                 torch.cuda.set_rng_state(values["cuda_rng"])
             self.step, self.best_miou = progress.step, progress.best_miou
+        except ResourceError:
+            raise
         except Exception as error:  # what a damaged file raises is up to its format
             raise CheckpointError(
                 f"training state {folder} can't be read ({one_line(error)[:200]}); start anew with --overwrite"
@@ -324,9 +325,8 @@ class TrainingState:
 
 def _read_optimizer(path: Path) -> dict[str, Any]:
     """What ``torch.save`` wrote, no larger than the file: torch inflates what is compressed in it."""
-    check_plain(path, MAX_WEIGHTS_BYTES)
+    check_plain(path, MOST_WEIGHT_BYTES)
     with zipfile.ZipFile(path) as archive:
-        if sum(entry.file_size for entry in archive.infolist()) > path.stat().st_size:
-            raise ValueError(f"{path.name} would unpack to more than its size")
+        check_unpacked(archive, path.stat().st_size)
     values: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
     return values
