@@ -74,6 +74,18 @@ def has_fast_bf16(device: torch.device) -> bool:
     return any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16"))
 
 
+# torch has no exception class of its own for memory that ran out on the CPU
+_OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether it says that memory ran out, the host's or a GPU's."""
+    text = str(error).lower()
+    return isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError) and any(part in text for part in _OUT_OF_MEMORY)
+    )
+
+
 MOST_IMAGES_AT_A_TIME = 8  # by default: each takes some 200 MB in CLIP ViT-B/16, a large one 1 GB
 
 
