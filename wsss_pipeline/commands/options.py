@@ -161,8 +161,13 @@ method_options = all_of(
 
 device_option = click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
 
-machine_options = all_of(
-    device_option, click.option("--offline", is_flag=True, help="Use only what is on this machine already.")
+offline_option = click.option("--offline", is_flag=True, help="Use only what is on this machine already.")
+
+machine_options = all_of(device_option, offline_option)
+
+# of commands that fetch nothing anyway: what is given is heard by the command group
+offline_guarantee = click.option(
+    "--offline", is_flag=True, expose_value=False, help="Fetch nothing; this command never does."
 )
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON for machines.")
