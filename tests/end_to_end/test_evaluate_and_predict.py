@@ -90,6 +90,33 @@ def test_evaluate_decodes_once_and_reuses_the_plain_pass(
     assert {name: count for name, count in decoded.items() if name in files} == dict.fromkeys(files, 1)
 
 
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("[enforce fail] can't allocate memory: 8 GB")])
+@pytest.mark.parametrize("command", ["predict", "evaluate"])
+def test_memory_that_ran_out_is_one_images_failure(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str, error: Exception
+) -> None:
+    images = iter(range(len(IDS)))
+    original = SegFormer.logits
+
+    def logits(self: SegFormer, images_seen: torch.Tensor) -> torch.Tensor:
+        if next(images) == 1:
+            raise error
+        return original(self, images_seen)
+
+    monkeypatch.setattr(SegFormer, "logits", logits)
+    if command == "predict":
+        done = predict(root, tmp_path / "out")
+        assert "2 masks written, 1 failed" in done.stderr
+    else:
+        network = ("--checkpoint", root / "run", "--images", root / "images", "--device", "cpu")
+        done = wsss("evaluate", *network, "--gt", root / "truth", "--json", "-")
+        assert list(json.loads(done.stdout)["skipped"]) == ["a/two"]
+    assert done.exit_code == 1, done.output
+    assert "a/two: " in done.stderr
+    assert "ran out of memory" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
 @pytest.mark.parametrize("command", ["predict", "evaluate"])
 def test_progress_shows_how_long_it_takes(
     root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str
