@@ -6,6 +6,7 @@ A help text takes default, range and description from the field of the configura
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext, suppress
 from functools import partial, reduce
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
@@ -84,8 +85,12 @@ _path = partial(_kept, _PATHS, None)
 
 
 def say(text: object, err: bool = False) -> None:
-    """Print text, a line or several, that may hold others' names: what isn't printable in a line is shown escaped."""
-    click.echo("\n".join(printable(line) for line in str(text).split("\n")), err=err)
+    """Print text, a line or several, that may hold others' names: what isn't printable in a line is shown escaped.
+
+    A stderr that can't be written, unlike stdout, is no error: nobody listens.
+    """
+    with suppress(OSError) if err else nullcontext():
+        click.echo("\n".join(printable(line) for line in str(text).split("\n")), err=err)
 
 
 def all_of(*options: Callable[[Command], Command]) -> Callable[[Command], Command]:
