@@ -28,6 +28,8 @@ COMMANDS = (
     *("generate-masks", "train-seg", "evaluate", "predict", "export-model", "export-masks", "preview"),
     *("cache", "select-prompt", "config", "doctor", "demo"),
 )
+# the only ones that ever fetch anything: weights, and only without --offline
+FETCHING = ("generate-masks", "train-seg", "select-prompt")
 
 
 class CommandGroup(click.Group):
@@ -55,10 +57,11 @@ class CommandGroup(click.Group):
     def resolve_command(
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
-        """The command that the arguments name; --offline among them holds for all that it imports."""
-        if "--offline" in args:
+        """The command that the arguments name; that it fetches nothing holds for all that it imports."""
+        name, command, rest = super().resolve_command(ctx, args)
+        if name not in FETCHING or "--offline" in rest:
             stay_offline()
-        return super().resolve_command(ctx, args)
+        return name, command, rest
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         """Command names in the order of work."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shlex
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -56,5 +58,7 @@ def command(
         f"{report.written} masks written, {report.unchanged} were there already, {len(report.failed)} failed",
         err=True,
     )
+    if report.interrupted:
+        say(f"interrupted; go on with: {shlex.join(['wsss', *sys.argv[1:]])}", err=True)
     say(out)
-    context.exit(1 if report.failed else 0)
+    context.exit(130 if report.interrupted else 1 if report.failed else 0)

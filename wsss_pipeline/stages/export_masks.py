@@ -19,6 +19,7 @@ from wsss_pipeline.data.image_ids import check_image_id
 from wsss_pipeline.data.masks import IGNORE, half_percent_threshold
 from wsss_pipeline.errors import ConfigError, LabelError, MaskError, MissingDependencyError
 from wsss_pipeline.pictures.overlays import index_png
+from wsss_pipeline.runtime.interrupts import StopRequest
 from wsss_pipeline.runtime.output import MARK, check_apart, check_replaceable, keep_file, writing
 from wsss_pipeline.runtime.progress import Progress
 
@@ -32,11 +33,15 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class ExportReport:
-    """What ``export_masks`` did: images written, there already and equal, and failed ones with the reason."""
+    """What ``export_masks`` did: images written, there already and equal, and failed ones with the reason.
+
+    ``interrupted``: a request to stop came, and some are left.
+    """
 
     written: int = 0
     unchanged: int = 0
     failed: dict[str, str] = field(default_factory=dict)
+    interrupted: bool = False
 
 
 def export_masks(
@@ -96,9 +101,12 @@ def export_masks(
     numbers = [category_ids.get(name, value) for value, name in enumerate(masks.class_names, start=1)]
     images: list[dict[str, Any]] = []
     annotations: list[dict[str, Any]] = []
-    with Progress(len(masks)) as progress:
+    with StopRequest() as stop, Progress(len(masks)) as progress:
         # what is there comes first, so that nothing is written where some of it holds something else
         for image_id in sorted(masks, key=lambda image_id: image_id not in there):
+            if stop.requested:
+                report.interrupted = True
+                return report
             try:
                 target = _target(masks, image_id, out_dir, suffix)
                 record = masks[image_id]
