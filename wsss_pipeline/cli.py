@@ -10,10 +10,12 @@ A closed stdout or stderr is nobody who listens, and no error.
 
 from __future__ import annotations
 
+import _thread
 import importlib
 import logging
 import os
 import sys
+import threading
 from contextlib import suppress
 from typing import Any, TextIO
 
@@ -38,6 +40,7 @@ class CommandGroup(click.Group):
     def main(self, *arguments: Any, **options: Any) -> Any:
         """As click does it, with standard streams to print on, and what is printed on its way before the end."""
         _open_standard_streams()
+        sys.unraisablehook, hook = _interrupt_again, sys.unraisablehook
         try:
             try:
                 return super().main(*arguments, **options)
@@ -49,10 +52,19 @@ class CommandGroup(click.Group):
             _complain(f"error: {_about_printing(error)}")
             sys.exit(2)
         finally:
+            sys.unraisablehook = hook
             try:
                 sys.stderr.flush()
             except OSError:
                 _give_up(sys.stderr)
+
+    def make_context(self, *arguments: Any, **options: Any) -> click.Context:
+        """As click does it; what it prints, such as the help, can be interrupted too."""
+        try:
+            return super().make_context(*arguments, **options)
+        except KeyboardInterrupt:
+            _complain("interrupted")
+            sys.exit(130)
 
     def resolve_command(
         self, ctx: click.Context, args: list[str]
@@ -113,6 +125,16 @@ def _reason(error: Exception) -> object:
 
 # as the dynamic linker puts it that a limit on memory leaves no room for a library
 _NO_ROOM_FOR_A_LIBRARY = ("failed to map segment", "annot allocate memory")
+
+
+def _interrupt_again(unraisable: Any) -> None:
+    """Ctrl-C comes a second time where the first fell into a destructor, whose errors Python prints and forgets."""
+    if isinstance(unraisable.exc_value, KeyboardInterrupt):
+        timer = threading.Timer(0.05, _thread.interrupt_main)
+        timer.daemon = True
+        timer.start()
+    else:
+        sys.__unraisablehook__(unraisable)
 
 
 def _complain(line: str) -> None:

@@ -6,6 +6,7 @@ import os
 import shlex
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -123,3 +124,29 @@ def test_a_small_limit_on_the_address_space_is_said_before_torch_ends_without_a_
     assert done.returncode == 2, done.stderr
     assert "Traceback" not in done.stderr
     assert done.stderr.splitlines()[-1].startswith("error: memory ran out")
+
+
+def test_the_help_can_be_interrupted_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*arguments: object, **options: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("click.Context.get_help", fail)
+    result = wsss("--help")
+    assert (result.exit_code, result.stderr) == (130, "interrupted\n")
+
+
+def test_an_interrupt_that_falls_into_a_destructor_is_not_forgotten(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Interrupted:
+        def __del__(self) -> None:
+            raise KeyboardInterrupt
+
+    def work(*arguments: object) -> None:
+        Interrupted()
+        time.sleep(10)
+
+    monkeypatch.setattr("wsss_pipeline.cache.MaskCache.open", work)
+    result = wsss("export-masks", "--cache", place / "cache", "--out", place / "new")
+    assert result.exit_code == 130
+    assert result.stderr.startswith("interrupted")

@@ -3,7 +3,7 @@
 What the work takes grows with the image, with the largest scale, with the number of classes and with that of the
 looks at it. An image for which it would be more than ``MOST_BYTES`` is worked on in tiles that overlap, each all
 the way to its labels; of the whole image only mask and confidence are kept. With 20 classes and one look this
-begins at 1.6 megapixels; below, tiles play no part.
+begins at 1.3 megapixels; below, tiles play no part.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from wsss_pipeline.segmentation.networks import SegmentationNetwork
 RAW, CRF = "raw", "+CRF"
 _PLAIN = (1.0, False)  # scale 1, not mirrored
 
-MOST_BYTES = 13 * 2**28  # with what the libraries take, a process stays at some 4 GiB
+MOST_BYTES = 11 * 2**28  # with what the libraries take, a process stays at some 4 GiB
 # a pixel that a network looks at, beside its logits: measured, SegFormer's larger heads, the hungriest; DeepLabV3+
 # with ResNet-50 takes a third
 NETWORK_BYTES = 1700
@@ -251,7 +251,7 @@ def _bytes_needed(
     padded = [
         max(network.smallest, math.ceil(side / network.multiple) * network.multiple) for side in looked_at
     ]
-    looks = len(config.scales) * (1 + config.flip) + raw
+    looks = len({*_looks(config), *([_PLAIN] if raw else [])})
     logits = 4 * outputs * (2 * math.prod(scaled) + (2 * looks + 2) * math.prod(size))
     return NETWORK_BYTES * math.prod(padded) + logits
 
@@ -269,7 +269,7 @@ def _probabilities(
     mean, std = (torch.tensor(row)[:, None, None] for row in (network.image_mean, network.image_std))
     values = torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1).float() / 255
     pixels = ((values - mean) / std)[None].to(device)
-    looks = [(scale, mirrored) for scale in config.scales for mirrored in (False, True)[: 1 + config.flip]]
+    looks = _looks(config)
     logits = {
         look: _upscaled(network, pixels, *look, config.window)
         for look in dict.fromkeys([*looks, *([_PLAIN] if raw else [])])
@@ -280,6 +280,11 @@ def _probabilities(
         combined = several.amax(0).softmax(0) if config.combine == "max" else several.softmax(1).mean(0)
         probabilities[config.name] = combined
     return probabilities
+
+
+def _looks(config: InferenceConfig) -> list[tuple[float, bool]]:
+    """Scale of each look at an image, and whether it is mirrored."""
+    return [(scale, mirrored) for scale in config.scales for mirrored in (False, True)[: 1 + config.flip]]
 
 
 def _upscaled(
