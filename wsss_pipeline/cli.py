@@ -2,17 +2,22 @@
 
 0    done
 1    done, but some images failed (they are listed)
-2    the command could not do its work: usage, bad input, a cache that can't be written
+2    the command could not do its work: usage, bad input, a cache that can't be written, a full disk behind stdout
 130  interrupted; the command that goes on is printed
+
+A closed stdout or stderr is nobody who listens, and no error.
 """
 
 from __future__ import annotations
 
+import _thread
 import importlib
 import logging
 import os
 import sys
-from typing import Any
+import threading
+from contextlib import suppress
+from typing import Any, TextIO
 
 import click
 
@@ -25,10 +30,50 @@ COMMANDS = (
     *("generate-masks", "train-seg", "evaluate", "predict", "export-model", "export-masks", "preview"),
     *("cache", "select-prompt", "config", "doctor", "demo"),
 )
+# the only ones that ever fetch anything: weights, and only without --offline
+FETCHING = ("generate-masks", "train-seg", "select-prompt")
 
 
 class CommandGroup(click.Group):
-    """Loads a command's module when it is asked for, and turns our errors into one line and exit code 2."""
+    """Loads a command's module when it is asked for, and turns errors into one line and an exit code."""
+
+    def main(self, *arguments: Any, **options: Any) -> Any:
+        """As click does it, with standard streams to print on, and what is printed on its way before the end."""
+        _open_standard_streams()
+        sys.unraisablehook, hook = _interrupt_again, sys.unraisablehook
+        try:
+            try:
+                return super().main(*arguments, **options)
+            finally:
+                sys.stdout.flush()
+        except OSError as error:
+            if not _is_about_printing(error):
+                raise
+            _complain(f"error: {_about_printing(error)}")
+            sys.exit(2)
+        finally:
+            sys.unraisablehook = hook
+            try:
+                sys.stderr.flush()
+            except OSError:
+                _give_up(sys.stderr)
+
+    def make_context(self, *arguments: Any, **options: Any) -> click.Context:
+        """As click does it; what it prints, such as the help, can be interrupted too."""
+        try:
+            return super().make_context(*arguments, **options)
+        except KeyboardInterrupt:
+            _complain("interrupted")
+            sys.exit(130)
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """The command that the arguments name; that it fetches nothing holds for all that it imports."""
+        name, command, rest = super().resolve_command(ctx, args)
+        if name not in FETCHING or "--offline" in rest:
+            stay_offline()
+        return name, command, rest
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         """Command names in the order of work."""
@@ -46,14 +91,106 @@ class CommandGroup(click.Group):
         """Run the command that was asked for."""
         try:
             return super().invoke(ctx)
-        except WsssError as error:
-            click.echo(f"error: {one_line(error)}", err=True)
-            ctx.exit(2)
         except KeyboardInterrupt:
-            click.echo(
-                "interrupted; what was finished is kept, the same command goes on from there", err=True
-            )
+            _complain("interrupted; what was finished is kept, the same command goes on from there")
             ctx.exit(130)
+        except Exception as error:
+            reason = _reason(error)
+            if reason is None:
+                raise
+            _complain(f"error: {one_line(reason)}")
+            ctx.exit(2)
+
+
+def _reason(error: Exception) -> object:
+    """What is to be said of an error that isn't a mistake of this program's; None where it may be one."""
+    if isinstance(error, WsssError):
+        return error
+    if isinstance(error, OSError) and _is_about_printing(error):
+        return _about_printing(error)
+    from wsss_pipeline.runtime.device import is_out_of_memory
+
+    text = str(error)
+    if is_out_of_memory(error) or (
+        isinstance(error, ImportError) and any(part in text for part in _NO_ROOM_FOR_A_LIBRARY)
+    ):
+        return (
+            f"memory ran out ({text or 'MemoryError'}); close other programs, raise the limit on memory (ulimit -v), "
+            "or give the command less to do at a time"
+        )
+    if isinstance(error, RecursionError):
+        return "something that was read is nested too deep; look for brackets in brackets without end"
+    return None
+
+
+# as the dynamic linker puts it that a limit on memory leaves no room for a library
+_NO_ROOM_FOR_A_LIBRARY = ("failed to map segment", "annot allocate memory")
+
+
+def _interrupt_again(unraisable: Any) -> None:
+    """Ctrl-C comes a second time where the first fell into a destructor, whose errors Python prints and forgets."""
+    if isinstance(unraisable.exc_value, KeyboardInterrupt):
+        timer = threading.Timer(0.05, _thread.interrupt_main)
+        timer.daemon = True
+        timer.start()
+    else:
+        sys.__unraisablehook__(unraisable)
+
+
+def _complain(line: str) -> None:
+    """A line on stderr, where somebody listens."""
+    with suppress(OSError):
+        click.echo(line, err=True)
+
+
+def _about_printing(error: OSError) -> str:
+    """What is wrong with stdout, which is given up."""
+    _give_up(sys.stdout)
+    return (
+        f"what is printed can't be written: {error.strerror}; print to another place and run the same command again: "
+        "what was finished is kept"
+    )
+
+
+def _give_up(stream: TextIO) -> None:
+    """Lead a stream nowhere: what is left in it would be an error again when the interpreter ends."""
+    with suppress(OSError, ValueError):
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, stream.fileno())
+        os.close(nowhere)
+
+
+def _is_about_printing(error: OSError) -> bool:
+    """Whether it was raised where click prints a text, or where ``main`` sends off what is left."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    return trace is not None and trace.tb_frame.f_globals.get("__name__") in ("click.utils", __name__)
+
+
+def _open_standard_streams() -> None:
+    """Lead closed ones of the three standard streams nowhere.
+
+    The first file that is opened would get its number else, and what a library prints there would get into the file.
+    """
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # which takes the lowest number that is free
+    # Python has None in the place of one that was closed when it began, and print takes that for stdout
+    if sys.stdout is None:
+        sys.stdout = os.fdopen(1, "w", encoding="utf-8", closefd=False)
+    if sys.stderr is None:
+        sys.stderr = os.fdopen(2, "w", encoding="utf-8", closefd=False)
+
+
+def stay_offline() -> None:
+    """Tell the libraries that fetch things to fetch nothing, those that are imported already too."""
+    os.environ["HF_HUB_OFFLINE"] = os.environ["TRANSFORMERS_OFFLINE"] = "1"
+    constants = sys.modules.get("huggingface_hub.constants")
+    if constants is not None:
+        constants.HF_HUB_OFFLINE = True  # type: ignore[attr-defined]
 
 
 @click.group(
@@ -87,4 +224,5 @@ class StderrHandler(logging.Handler):
         """``warning: text`` for warnings and worse, the text alone below."""
         text = one_line(record.getMessage())
         prefix = f"{record.levelname.lower()}: " if record.levelno >= logging.WARNING else ""
-        print(prefix + text, file=sys.stderr)
+        with suppress(OSError):  # nobody listens, and the work goes on
+            print(prefix + text, file=sys.stderr)

@@ -7,14 +7,26 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 from click.testing import CliRunner, Result
+from numpy.typing import NDArray
+from PIL import Image
 
 from tests.tiny_clip import write_golden_clip
+from wsss_pipeline.cache import MaskSet, MaskWriter, PseudoMask, open_mask_set
 from wsss_pipeline.cli import main
+from wsss_pipeline.segmentation.checkpoint import save_network
+from wsss_pipeline.segmentation.networks import build_network
+from wsss_pipeline.segmentation.train_config import NetworkConfig
 
 GOLDEN = Path(__file__).parent.parent / "golden"
 LABELS = {name: entry["labels"] for name, entry in json.loads((GOLDEN / "labels.json").read_text()).items()}
+
+# of ``write_scored_world``
+NAMES = ("cat", "dog")
+IDS = ("a/one", "a/two", "three")
 
 Run = Callable[..., Result]
 
@@ -64,3 +76,33 @@ def write_labels(world: Path, labels: dict[str, list[str]]) -> None:
 def mask_set(result: Result) -> Path:
     """The folder on the last line of stdout."""
     return Path(result.stdout.splitlines()[-1])
+
+
+def write_scored_world(folder: Path) -> Path:
+    """``images/``, ``truth/``, ``masks/`` (equal, but for 8 of 120 pixels of one), ``cache/`` and ``run/``."""
+    rng = np.random.default_rng(0)
+    mask_set = open_mask_set(
+        folder / "cache",
+        MaskSet(name="hand", determinants={"crf": {"backend": "lattice"}}, class_names=NAMES),
+    )
+    with MaskWriter(mask_set) as writer:
+        for image_id in IDS:
+            mask = np.zeros((40, 30), np.uint8)
+            mask[4:14, 2:14] = 1
+            confidence = np.where(mask == 1, 150, 200).astype(np.uint8)
+            writer.write(image_id, PseudoMask(mask, confidence, ("cat",)), image_digest="0" * 64, seconds=0.1)
+            save(folder / "truth" / f"{image_id}.png", mask)
+            if image_id == "three":
+                mask[4, 2:10] = 2
+            save(folder / "masks" / f"{image_id}.png", mask)
+            save(folder / "images" / f"{image_id}.png", rng.integers(0, 255, (40, 30, 3), dtype=np.uint8))
+        writer.finish(IDS)
+    config = NetworkConfig(name="segformer", encoder="tiny", weights="none")
+    torch.manual_seed(0)
+    save_network(build_network(config, 3), folder / "run" / "best", config, NAMES)
+    return folder
+
+
+def save(file: Path, pixels: NDArray[np.uint8]) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(pixels).save(file)

@@ -11,49 +11,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
-from tests.end_to_end.conftest import wsss
-from wsss_pipeline.cache import MaskSet, MaskWriter, PseudoMask, open_mask_set
+from tests.end_to_end.conftest import IDS, save, write_scored_world, wsss
 from wsss_pipeline.data import images
-from wsss_pipeline.segmentation.checkpoint import save_network
-from wsss_pipeline.segmentation.networks import SegFormer, build_network
-from wsss_pipeline.segmentation.train_config import NetworkConfig
-
-NAMES = ("cat", "dog")
-IDS = ("a/one", "a/two", "three")
+from wsss_pipeline.segmentation.networks import SegFormer
 
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """``images/``, ``truth/``, ``masks/`` (equal, but for 8 of 120 pixels of one), ``cache/`` and ``run/``."""
-    folder = tmp_path_factory.mktemp("root")
-    rng = np.random.default_rng(0)
-    mask_set = open_mask_set(
-        folder / "cache",
-        MaskSet(name="hand", determinants={"crf": {"backend": "lattice"}}, class_names=NAMES),
-    )
-    with MaskWriter(mask_set) as writer:
-        for image_id in IDS:
-            mask = np.zeros((40, 30), np.uint8)
-            mask[4:14, 2:14] = 1
-            confidence = np.where(mask == 1, 150, 200).astype(np.uint8)
-            writer.write(image_id, PseudoMask(mask, confidence, ("cat",)), image_digest="0" * 64, seconds=0.1)
-            save(folder / "truth" / f"{image_id}.png", mask)
-            if image_id == "three":
-                mask[4, 2:10] = 2
-            save(folder / "masks" / f"{image_id}.png", mask)
-            save(folder / "images" / f"{image_id}.png", rng.integers(0, 255, (40, 30, 3), dtype=np.uint8))
-        writer.finish(IDS)
-    config = NetworkConfig(name="segformer", encoder="tiny", weights="none")
-    torch.manual_seed(0)
-    save_network(build_network(config, 3), folder / "run" / "best", config, NAMES)
-    return folder
-
-
-def save(file: Path, pixels: np.ndarray[Any, np.dtype[np.uint8]]) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(pixels).save(file)
+    return write_scored_world(tmp_path_factory.mktemp("root"))
 
 
 @pytest.fixture
@@ -124,6 +90,33 @@ def test_evaluate_decodes_once_and_reuses_the_plain_pass(
     assert len(passes) == 4 * len(IDS)
     files = {str(root / kind / f"{image_id}.png") for kind in ("images", "truth") for image_id in IDS}
     assert {name: count for name, count in decoded.items() if name in files} == dict.fromkeys(files, 1)
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("[enforce fail] can't allocate memory: 8 GB")])
+@pytest.mark.parametrize("command", ["predict", "evaluate"])
+def test_memory_that_ran_out_is_one_images_failure(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str, error: Exception
+) -> None:
+    images = iter(range(len(IDS)))
+    original = SegFormer.logits
+
+    def logits(self: SegFormer, images_seen: torch.Tensor) -> torch.Tensor:
+        if next(images) == 1:
+            raise error
+        return original(self, images_seen)
+
+    monkeypatch.setattr(SegFormer, "logits", logits)
+    if command == "predict":
+        done = predict(root, tmp_path / "out")
+        assert "2 masks written, 1 failed" in done.stderr
+    else:
+        network = ("--checkpoint", root / "run", "--images", root / "images", "--device", "cpu")
+        done = wsss("evaluate", *network, "--gt", root / "truth", "--json", "-")
+        assert list(json.loads(done.stdout)["skipped"]) == ["a/two"]
+    assert done.exit_code == 1, done.output
+    assert "a/two: " in done.stderr
+    assert "ran out of memory" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 @pytest.mark.parametrize("command", ["predict", "evaluate"])
@@ -224,14 +217,14 @@ def test_a_report_shows_the_pseudo_masks_beside_a_networks(root: Path, tmp_path:
         (["--cache", "{root}/cache", "--gt", "{root}/truth", "--window", "64"], "--window goes with"),
         (["--cache", "{root}/cache", "--gt", "{root}/truth", "--scales", "1,30"], "between 0.05 and 20"),
         (["--cache", "{root}/cache", "--gt", "{root}/truth", "--min-confidence", "2"], "between 0 and 1"),
-        (["--cache", "{root}/cache", "--gt", "{root}/truth", "--json", "{root}/cache/hand/x"], "be written"),
+        (["--cache", "{root}/cache", "--gt", "{root}/truth", "--json", "{root}/file/x"], "be written"),
     ],
 )
 def test_bad_options_are_one_line(
     root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], message: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    (root / "cache" / "hand").touch()
+    (root / "file").touch()
     result = wsss("evaluate", *(argument.format(root=root) for argument in arguments))
     assert result.exit_code == 2
     (error,) = [line for line in result.stderr.splitlines() if line.startswith("error: ")]

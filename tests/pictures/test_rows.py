@@ -13,8 +13,9 @@ from PIL import Image, ImageDraw
 from wsss_pipeline.data.classes import voc_palette
 from wsss_pipeline.data.masks import PseudoMask
 from wsss_pipeline.errors import MaskError
+from wsss_pipeline.pictures import overlays
 from wsss_pipeline.pictures.contact_sheet import draw_sheet, draw_text, font_and_text
-from wsss_pipeline.pictures.overlays import index_png
+from wsss_pipeline.pictures.overlays import LONGEST_JPEG, encoded, index_png, mask_over_image
 from wsss_pipeline.pictures.rows import GROUND_TRUTH, PSEUDO_MASK, make_row
 
 BOX = (80, 60)
@@ -143,3 +144,21 @@ def test_mask_files_hold_class_indices(with_palette: bool) -> None:
         assert np.array_equal(np.array(file), mask)
         if with_palette:
             assert file.getpalette() == voc_palette().reshape(-1).tolist()
+
+
+def test_an_overlay_is_the_same_however_many_rows_are_worked_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    chance = np.random.default_rng(0)
+    image = chance.integers(0, 256, (23, 17, 3), dtype=np.uint8)
+    mask = chance.integers(0, 3, (23, 17), dtype=np.uint8)
+    expected = mask_over_image(image, mask)
+    for pixels in (1, 40):
+        monkeypatch.setattr(overlays, "_PIXELS_AT_A_TIME", pixels)
+        assert np.array_equal(mask_over_image(image, mask), expected)
+
+
+@pytest.mark.parametrize("size", [(120_000, 1), (1, 120_000)])
+def test_a_picture_too_long_for_a_jpeg_is_scaled_down(size: tuple[int, int]) -> None:
+    picture = Image.new("RGB", size)
+    with Image.open(io.BytesIO(encoded(picture, "JPEG"))) as read:
+        assert sorted(read.size) == [1, LONGEST_JPEG]
+    assert picture.size == size

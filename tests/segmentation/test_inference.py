@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from wsss_pipeline.config import CrfConfig, InferenceConfig
 from wsss_pipeline.data.masks import MaskSource
 from wsss_pipeline.errors import CheckpointError, ImageError, MaskError
+from wsss_pipeline.segmentation import inference
 from wsss_pipeline.segmentation.checkpoint import save_network
 from wsss_pipeline.segmentation.inference import NetworkMasks, Segmenter, predict_probabilities
 from wsss_pipeline.segmentation.networks import SegmentationNetwork, build_network
@@ -129,6 +130,72 @@ def test_every_look_at_an_image_is_taken_once(
     variants = segmenter.variants(image)
     assert network.looks == with_raw
     assert list(variants) == list(dict.fromkeys(["raw", config.name, "+CRF"]))
+
+
+@pytest.mark.parametrize(
+    "size", [(1, 1), (900, 1400), (4000, 3000), (11585, 11585), (1, 120_000), (120_000, 1)]
+)
+@pytest.mark.parametrize(
+    "config",
+    [
+        InferenceConfig(),
+        InferenceConfig(scales=(0.5, 1.0, 1.5, 2.0), flip=True),
+        InferenceConfig(scales=(20.0,)),
+        InferenceConfig(window=512),
+    ],
+    ids=lambda config: config.name,
+)
+def test_each_pixel_of_a_large_image_is_decided_on_once_and_far_from_where_its_tile_ends(
+    size: tuple[int, int], config: InferenceConfig
+) -> None:
+    network = build_network(NetworkConfig(name="segformer", encoder="tiny", weights="none"), 21).eval()
+    image = np.broadcast_to(np.uint8(0), (*size, 3))
+    tiles = list(inference._tiles(network, image, config, "cpu", raw=True))
+    shapes = {tuple(part.stop - part.start for part in tile.seen) for tile in tiles}
+    assert all(
+        inference._bytes_needed(network, shape, 21, config, raw=True) <= inference.MOST_BYTES
+        for shape in shapes
+    )
+    if size in ((1, 1), (900, 1400)) and max(config.scales) == 1:
+        assert tiles == [inference._Tile(*[tuple(slice(0, side) for side in size)] * 3)], "as it is"
+    decided = np.zeros(size, np.uint8)
+    for tile in tiles:
+        decided[tile.kept] += 1
+        for seen, kept, inner, side in zip(tile.seen, tile.kept, tile.inner, size, strict=True):
+            assert (kept.start, kept.stop) == (seen.start + inner.start, seen.start + inner.stop)
+            least = (seen.stop - seen.start) // (2 * inference.MARGIN_PART)
+            assert seen.start == 0 or kept.start - seen.start >= least
+            assert seen.stop == side or seen.stop - kept.stop >= least
+    assert (decided == 1).all()
+
+
+@pytest.mark.parametrize("size", [(200, 300), (1, 3000), (3000, 1)])
+@pytest.mark.parametrize("config", [InferenceConfig(flip=True), InferenceConfig(window=32)])
+def test_tiles_give_what_the_whole_image_gives(
+    monkeypatch: pytest.MonkeyPatch, size: tuple[int, int], config: InferenceConfig
+) -> None:
+    """By a network that looks at each pixel alone."""
+    image = np.random.default_rng(0).integers(0, 256, (*size, 3), dtype=np.uint8)
+    network = ByColour().eval()
+    segmenter = Segmenter(network, ["red"], inference=config)
+    expected, whole = segmenter(image), predict_probabilities(network, image, config)
+    network.looks = 0
+    monkeypatch.setattr(inference, "MOST_BYTES", 4_000_000)
+    found = segmenter(image)
+    assert network.looks > 2
+    assert np.array_equal(found.mask, expected.mask)
+    assert np.abs(found.confidence.astype(int) - expected.confidence).max() <= 1, "softmax rounds as it lies"
+    assert np.allclose(predict_probabilities(network, image, config), whole, atol=1e-6)
+
+
+def test_the_crf_refines_tile_by_tile(monkeypatch: pytest.MonkeyPatch, image: np.ndarray) -> None:  # type: ignore[type-arg]
+    image = np.tile(image, (4, 4, 1))
+    segmenter = Segmenter(ByColour().eval(), ["red"], crf=CrfConfig())
+    expected = segmenter(image)
+    monkeypatch.setattr(inference, "MOST_BYTES", 20_000_000)
+    found = segmenter(image)
+    assert (found.mask != expected.mask).mean() < 0.01
+    assert 0.05 < found.mask.mean() < 0.5
 
 
 def test_variants_are_what_the_single_ways_give(image: np.ndarray) -> None:  # type: ignore[type-arg]

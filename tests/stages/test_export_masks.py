@@ -50,10 +50,10 @@ def test_pngs_hold_indices(
 
 
 def test_npz_holds_everything_without_pickle(cache: MaskCache, tmp_path: Path) -> None:
-    export_masks(cache, tmp_path, "npz")
+    export_masks(cache, tmp_path / "out", "npz")
     for image_id in IDS:
         expected = make_mask(image_id, cams=True)
-        with np.load(tmp_path / f"{image_id}.npz", allow_pickle=False) as found:
+        with np.load(tmp_path / "out" / f"{image_id}.npz", allow_pickle=False) as found:
             np.testing.assert_array_equal(found["mask"], expected.mask)
             np.testing.assert_array_equal(found["confidence"], expected.confidence)
             np.testing.assert_array_equal(found["cams"], expected.cams)
@@ -105,10 +105,53 @@ def test_equal_files_are_left_alone(cache: MaskCache, tmp_path: Path, form: str)
     report = export_masks(cache, out, form)
     assert (report.written, report.unchanged) == (0, 4)
     assert {path: path.stat().st_mtime_ns for path in out.rglob("*.*")} == before
+
+
+@pytest.mark.parametrize("form", ["png", "voc", "npz", "coco"])
+def test_other_files_are_replaced_on_demand_and_only_those_of_an_export(
+    cache: MaskCache, tmp_path: Path, form: str
+) -> None:
+    out, suffix = tmp_path / "out", "npz" if form == "npz" else "png"
+    export_masks(cache, out, form, 0.6)
+    before = {path: path.read_bytes() for path in out.rglob("*.*")}
+    missing = out / ("annotations.json" if form == "coco" else f"e.{suffix}")
     if form != "coco":
-        (out / f"e.{'npz' if form == 'npz' else 'png'}").write_bytes(b"something else")
-        report = export_masks(cache, out, form)
-        assert (report.written, report.unchanged) == (1, 3)
+        missing.unlink()
+        del before[missing]
+    with pytest.raises(OutputError, match="holds something else; replace it with --overwrite"):
+        export_masks(cache, out, form)
+    assert {path: path.read_bytes() for path in out.rglob("*.*")} == before, "nothing was written"
+    assert export_masks(cache, out, form, overwrite=True).written == 4
+    foreign = missing
+    foreign.write_bytes(b"a picture of somebody's")
+    before = {path: path.read_bytes() for path in out.rglob("*.*")}
+    for overwrite in (False, True):
+        with pytest.raises(OutputError, match="this program didn't write it"):
+            export_masks(cache, out, form, 0.9, overwrite)
+    assert {path: path.read_bytes() for path in out.rglob("*.*")} == before
+
+
+def test_nothing_is_written_through_links(cache: MaskCache, tmp_path: Path) -> None:
+    victim, out = tmp_path / "victim", tmp_path / "out"
+    victim.mkdir()
+    (victim / "file").write_text("precious")
+    out.mkdir()
+    (out / "a").symlink_to(victim)
+    with pytest.raises(OutputError, match="links aren't followed"):
+        export_masks(cache, out, "png", overwrite=True)
+    (out / "a").unlink()
+    (out / "e.png").symlink_to(victim / "file")
+    with pytest.raises(OutputError, match="didn't write it"):
+        export_masks(cache, out, "png", overwrite=True)
+    assert [(path.name, path.read_text()) for path in victim.iterdir()] == [("file", "precious")]
+
+
+@pytest.mark.parametrize("where", [".", "cache/{name}", "cache/{name}/deeper"])
+def test_the_mask_set_is_only_read(cache: MaskCache, tmp_path: Path, where: str) -> None:
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(ConfigError, match=r"--cache .* which is only read"):
+        export_masks(cache, tmp_path / where.format(name=cache.path.name), "png", overwrite=True)
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 def test_bad_records_and_unsafe_ids_are_skipped_and_reported(
@@ -146,7 +189,7 @@ def test_progress_is_shown(
 ) -> None:
     monkeypatch.setattr("wsss_pipeline.runtime.progress.SECONDS_BETWEEN_LINES", 0.0)
     with caplog.at_level("INFO"):
-        export_masks(cache, tmp_path, "png")
+        export_masks(cache, tmp_path / "out", "png")
     assert [line.split(",")[0] for line in capsys.readouterr().err.splitlines()] == [
         f"{done}/4 images" for done in (1, 2, 3, 4)
     ]
@@ -186,4 +229,4 @@ def test_reasons_and_folders(folder: Path, tmp_path: Path) -> None:
     )
     assert {item["iscrowd"] for item in document["annotations"]} == {0}
     assert all(len(item["bbox"]) == 4 for item in document["annotations"])
-    assert document["info"] == {"description": "pseudo masks", "fingerprint": MASK_SET.fingerprint}
+    assert document["info"]["fingerprint"] == MASK_SET.fingerprint

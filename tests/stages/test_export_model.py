@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import errno
+import json
+import os
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -9,8 +12,8 @@ import numpy as np
 import pytest
 import torch
 
-from wsss_pipeline.errors import CheckpointError
-from wsss_pipeline.segmentation.checkpoint import save_network
+from wsss_pipeline.errors import CheckpointError, OutputError
+from wsss_pipeline.segmentation.checkpoint import load_network, save_network
 from wsss_pipeline.segmentation.networks import build_network
 from wsss_pipeline.segmentation.train_config import NetworkConfig
 from wsss_pipeline.stages.export_model import export_model
@@ -40,3 +43,51 @@ def test_a_form_that_computes_something_else_is_not_written(
     with pytest.raises(CheckpointError, match="nothing was written"):
         export_model(tmp_path / "run", tmp_path / "net.onnx", "onnx")
     assert not (tmp_path / "net.onnx").exists()
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    config = NetworkConfig(name="segformer", encoder="tiny", weights="none")
+    save_network(build_network(config, 3), tmp_path / "run" / "best", config, ["cat", "dög"])
+    return tmp_path / "run"
+
+
+def test_transformers_reads_the_folder(run: Path, tmp_path: Path) -> None:
+    from transformers import AutoImageProcessor, SegformerForSemanticSegmentation
+
+    out = export_model(run, tmp_path / "hf", "huggingface")
+    assert export_model(run, out, "huggingface") == out, "what it wrote itself is replaced"
+    model = SegformerForSemanticSegmentation.from_pretrained(out).eval()
+    assert model.config.id2label == {0: "background", 1: "cat", 2: "dög"}
+    assert model.config.architectures == ["SegformerForSemanticSegmentation"]
+    processor = AutoImageProcessor.from_pretrained(out)
+    assert processor.do_resize is False
+    image = np.random.default_rng(0).integers(0, 256, (48, 64, 3), dtype=np.uint8)
+    pixels = processor(image, return_tensors="pt")["pixel_values"]
+    network = load_network(run).network
+    with torch.no_grad():
+        assert torch.equal(model(pixel_values=pixels).logits, network.logits(pixels))
+
+
+def test_a_full_disk_is_one_line(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OutputError, match="No space left on device"):
+        export_model(run, tmp_path / "hf", "huggingface")
+    assert not list((tmp_path / "hf").iterdir())
+
+
+def test_an_onnx_file_carries_the_mark_however_many_classes_it_has(run: Path, tmp_path: Path) -> None:
+    onnx = pytest.importorskip("onnx")
+    pytest.importorskip("onnxscript")
+    config = NetworkConfig(name="segformer", encoder="tiny", weights="none")
+    names = [f"a class with a long name, number {number}" for number in range(200)]
+    save_network(build_network(config, 201), run / "best", config, names)
+    out = export_model(run, tmp_path / "net.onnx", "onnx")
+    assert export_model(run, out, "onnx") == out
+    model = onnx.load(out)
+    assert model.producer_name == "wsss-pipeline"
+    values = {entry.key: entry.value for entry in model.metadata_props}
+    assert json.loads(values["id2label"])["200"] == names[-1]

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from wsss_pipeline.commands.options import PATH
+from wsss_pipeline.commands.options import PATH, say
 
 
 @click.command("demo", short_help="Run everything on drawn scenes with the embedded CLIP, offline.")
@@ -35,4 +35,4 @@ def command(out: Path, seed: int, recipe: str, upper_bound: bool) -> None:
     """
     from wsss_pipeline.stages.demo import run_demo
 
-    click.echo("\n".join(run_demo(out, seed, recipe, upper_bound=upper_bound).lines()))
+    say("\n".join(run_demo(out, seed, recipe, upper_bound=upper_bound).lines()))

@@ -7,10 +7,17 @@ from pathlib import Path
 
 import click
 
-from wsss_pipeline.commands.options import PATH, given_settings, inference_config, inference_options
+from wsss_pipeline.commands.options import (
+    PATH,
+    given_settings,
+    inference_config,
+    inference_options,
+    offline_guarantee,
+    say,
+)
 from wsss_pipeline.config import CrfConfig
 from wsss_pipeline.errors import ConfigError
-from wsss_pipeline.runtime.output import write_file
+from wsss_pipeline.runtime.output import check_apart, check_replaceable, write_file
 
 
 @click.command("evaluate", short_help="Score masks against ground truth (mIoU).")
@@ -29,6 +36,7 @@ from wsss_pipeline.runtime.output import write_file
 @click.option("--allow-missing", is_flag=True, help="Score the rest where images of the split have no mask.")
 @inference_options
 @click.option("--device", default="auto", show_default=True, help="Network: auto, cpu, cuda or cuda:N.")
+@offline_guarantee
 @click.option(
     "--json", "json_file", metavar="FILE", help="Write the scores as JSON; - for stdout, without the table."
 )
@@ -55,7 +63,8 @@ def command(
 
     One confusion matrix over all images, 255 in the ground truth left out, mean over the classes that occur
     in the ground truth. Exit code 1 where images couldn't be scored. Without --gt, --report shows the least
-    certain pseudo masks of --cache, and with --checkpoint or --predictions the largest disagreement.
+    certain pseudo masks of --cache, and with --checkpoint or --predictions the largest disagreement. Files of
+    --json and --report are replaced only where this program wrote them.
 
     \b
     Examples:
@@ -82,8 +91,20 @@ def command(
 
     from wsss_pipeline.data.classes import load_class_set
     from wsss_pipeline.data.image_ids import find_images
+    from wsss_pipeline.segmentation.checkpoint import find_checkpoint
     from wsss_pipeline.stages.evaluate import evaluate, open_masks, report_without_ground_truth
 
+    inputs = {"--gt": ground_truth, "--cache": cache, "--predictions": predictions, "--images": images}
+    inputs |= {"--split": split, "--checkpoint": find_checkpoint(checkpoint) if checkpoint else None}
+    scores = Path(json_file) if json_file not in (None, "-") else None
+    for option, file in (("--json", scores), ("--report", report)):
+        if file is not None:
+            check_apart(file, option, inputs)
+            check_replaceable(file)
+    if scores is not None and report is not None and scores.resolve() == report.resolve():
+        raise ConfigError(
+            f"--json and --report are both to be written to {report}; give each a file of its own"
+        )
     settings: dict[str, object] = {
         name: str(value)
         for name, value in context.params.items()
@@ -113,8 +134,8 @@ def command(
         assert report is not None
         assert pseudo_masks is not None
         count = report_without_ground_truth(report, files, pseudo_masks, source, settings)
-        click.echo(f"{count} images looked at, none scored: there is no ground truth", err=True)
-        click.echo(report)
+        say(f"{count} images looked at, none scored: there is no ground truth", err=True)
+        say(report)
         return
     assert source is not None
     result = evaluate(
@@ -128,15 +149,14 @@ def command(
         pseudo_masks=pseudo_masks,
         settings=settings,
     )
-    text = json.dumps(result.as_json(), indent=2, ensure_ascii=False)
     if json_file == "-":
-        click.echo(text)
+        click.echo(json.dumps(result.as_json(), indent=2))
     else:
-        click.echo(result.as_text())
-        if json_file:
-            write_file(Path(json_file), text + "\n")
+        say(result.as_text())
+        if scores is not None:
+            write_file(scores, json.dumps(result.as_json(), indent=2, ensure_ascii=False) + "\n")
     for warning in result.warnings:
-        click.echo(f"warning: {warning}", err=True)
+        say(f"warning: {warning}", err=True)
     if report is not None:
-        click.echo(f"report: {report}", err=True)
+        say(f"report: {report}", err=True)
     context.exit(1 if result.skipped else 0)

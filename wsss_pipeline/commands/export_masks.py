@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import shlex
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
-from wsss_pipeline.commands.options import PATH
-from wsss_pipeline.runtime.output import printable
+from wsss_pipeline.commands.options import PATH, say
 
 if TYPE_CHECKING:
     from wsss_pipeline.stages.export_masks import ExportFormat
@@ -27,11 +28,20 @@ if TYPE_CHECKING:
     "npz: mask, confidence, labels and CAMs.",
 )
 @click.option("--min-confidence", type=float, help="Pixels below it become 255, ignored; the paper has 0.95.")
+@click.option("--overwrite", is_flag=True, help="Replace what an earlier export wrote.")
 @click.pass_context
 def command(
-    context: click.Context, cache: Path, out: Path, kind: ExportFormat, min_confidence: float | None
+    context: click.Context,
+    cache: Path,
+    out: Path,
+    kind: ExportFormat,
+    min_confidence: float | None,
+    overwrite: bool,
 ) -> None:
     """Write masks out of the cache as files that other tools read.
+
+    Files that hold the same already are left alone. Others are replaced with --overwrite only, and those that
+    another program wrote never.
 
     \b
     Example:
@@ -41,12 +51,14 @@ def command(
     from wsss_pipeline.stages.export_masks import export_masks
 
     with MaskCache.open(cache) as masks:
-        report = export_masks(masks, out, kind, min_confidence)
+        report = export_masks(masks, out, kind, min_confidence, overwrite)
     for image_id, reason in report.failed.items():
-        click.echo(printable(f"{image_id}: {reason}"), err=True)
-    click.echo(
+        say(f"{image_id}: {reason}", err=True)
+    say(
         f"{report.written} masks written, {report.unchanged} were there already, {len(report.failed)} failed",
         err=True,
     )
-    click.echo(printable(str(out)))
-    context.exit(1 if report.failed else 0)
+    if report.interrupted:
+        say(f"interrupted; go on with: {shlex.join(['wsss', *sys.argv[1:]])}", err=True)
+    say(out)
+    context.exit(130 if report.interrupted else 1 if report.failed else 0)

@@ -7,7 +7,7 @@ from typing import Literal
 
 import click
 
-from wsss_pipeline.commands.options import PATH
+from wsss_pipeline.commands.options import PATH, offline_guarantee, say
 
 
 @click.command("export-model", short_help="A trained network as ONNX or Hugging Face folder.")
@@ -21,11 +21,12 @@ from wsss_pipeline.commands.options import PATH
     show_default=True,
     help="huggingface is for SegFormer alone.",
 )
+@offline_guarantee
 def command(checkpoint: Path, out: Path, kind: Literal["onnx", "huggingface"]) -> None:
     """Export a trained network for other programs.
 
     ONNX takes any batch and image size, and is checked against torch before the file gets its name. The last
-    line on stdout is what was written.
+    line on stdout is what was written. Files are replaced only where an earlier export wrote them.
 
     \b
     Example:
@@ -33,4 +34,4 @@ def command(checkpoint: Path, out: Path, kind: Literal["onnx", "huggingface"]) -
     """
     from wsss_pipeline.stages.export_model import export_model
 
-    click.echo(export_model(checkpoint, out, kind))
+    say(export_model(checkpoint, out, kind))

@@ -6,6 +6,7 @@ A help text takes default, range and description from the field of the configura
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext, suppress
 from functools import partial, reduce
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
@@ -84,8 +85,12 @@ _path = partial(_kept, _PATHS, None)
 
 
 def say(text: object, err: bool = False) -> None:
-    """Print text, a line or several, that may hold others' names: what isn't printable in a line is shown escaped."""
-    click.echo("\n".join(printable(line) for line in str(text).split("\n")), err=err)
+    """Print text, a line or several, that may hold others' names: what isn't printable in a line is shown escaped.
+
+    A stderr that can't be written, unlike stdout, is no error: nobody listens.
+    """
+    with suppress(OSError) if err else nullcontext():
+        click.echo("\n".join(printable(line) for line in str(text).split("\n")), err=err)
 
 
 def all_of(*options: Callable[[Command], Command]) -> Callable[[Command], Command]:
@@ -161,8 +166,13 @@ method_options = all_of(
 
 device_option = click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
 
-machine_options = all_of(
-    device_option, click.option("--offline", is_flag=True, help="Use only what is on this machine already.")
+offline_option = click.option("--offline", is_flag=True, help="Use only what is on this machine already.")
+
+machine_options = all_of(device_option, offline_option)
+
+# of commands that fetch nothing anyway: what is given is heard by the command group
+offline_guarantee = click.option(
+    "--offline", is_flag=True, expose_value=False, help="Fetch nothing; this command never does."
 )
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON for machines.")

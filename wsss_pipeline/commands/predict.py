@@ -8,7 +8,14 @@ from pathlib import Path
 
 import click
 
-from wsss_pipeline.commands.options import PATH, device_option, inference_config, inference_options
+from wsss_pipeline.commands.options import (
+    PATH,
+    device_option,
+    inference_config,
+    inference_options,
+    offline_guarantee,
+    say,
+)
 from wsss_pipeline.config import CrfConfig
 
 
@@ -20,7 +27,8 @@ from wsss_pipeline.config import CrfConfig
 @click.option("--overlays", is_flag=True, help="Also write each mask over its image.")
 @click.option("--confidence", is_flag=True, help="Also write the label's probability, in half percents.")
 @device_option
-@click.option("--overwrite", is_flag=True, help="Predict again what is there already.")
+@offline_guarantee
+@click.option("--overwrite", is_flag=True, help="Predict again what an earlier run of this command wrote.")
 @click.pass_context
 def command(
     context: click.Context,
@@ -37,7 +45,8 @@ def command(
     """Segment every image of a folder with a trained network.
 
     Masks are palette PNGs: 0 background, then the classes in the order of the network's config.json. The last
-    line on stdout is their folder. Exit code 1 where images couldn't be read.
+    line on stdout is their folder. Exit code 1 where images couldn't be read. Files that another program wrote
+    are never replaced.
 
     \b
     Example:
@@ -57,8 +66,8 @@ def command(
         overwrite=overwrite,
     )
     kept = f", {report.kept} were there already" if report.kept else ""
-    click.echo(f"{report.written} masks written{kept}, {len(report.failed)} failed", err=True)
+    say(f"{report.written} masks written{kept}, {len(report.failed)} failed", err=True)
     if report.interrupted:
-        click.echo(f"interrupted; go on with: {shlex.join(['wsss', *sys.argv[1:]])}", err=True)
-    click.echo(out / MASKS)
+        say(f"interrupted; go on with: {shlex.join(['wsss', *sys.argv[1:]])}", err=True)
+    say(out / MASKS)
     context.exit(130 if report.interrupted else 1 if report.failed else 0)

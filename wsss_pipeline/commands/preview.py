@@ -6,7 +6,8 @@ from pathlib import Path
 
 import click
 
-from wsss_pipeline.commands.options import PATH
+from wsss_pipeline.commands.options import PATH, say
+from wsss_pipeline.runtime.output import check_apart
 
 
 @click.command("preview", short_help="Draw images, masks and confidence on a contact sheet.")
@@ -20,7 +21,8 @@ from wsss_pipeline.commands.options import PATH
 def command(cache: Path, images: Path, out: Path, image_ids: tuple[str, ...], limit: int) -> None:
     """Draw images, pseudo masks, confidence and (where stored) CAMs side by side on a contact sheet.
 
-    Without --id, images are taken evenly from the whole cache.
+    Without --id, images are taken evenly from the whole cache. A file that is there is replaced only where this
+    program wrote it.
 
     \b
     Example:
@@ -29,4 +31,5 @@ def command(cache: Path, images: Path, out: Path, image_ids: tuple[str, ...], li
     from wsss_pipeline.data.image_ids import find_images
     from wsss_pipeline.stages.preview import preview
 
-    click.echo(preview(cache, find_images(images), out, image_ids, limit))
+    check_apart(out, "--out", {"--cache": cache, "--images": images})
+    say(preview(cache, find_images(images), out, image_ids, limit))

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from wsss_pipeline.data.classes import load_class_set
 from wsss_pipeline.evaluation.metrics import Scores
-from wsss_pipeline.runtime.output import printable
+from wsss_pipeline.runtime.output import MARK, printable
 
 RULE = (
     "one confusion matrix over all images, 255 in the ground truth left out, "
@@ -98,7 +98,8 @@ class Evaluation:
     def as_json(self) -> dict[str, Any]:
         """Plain values for ``json.dumps``, the last variant's scores at the top level, as fractions of 1.
 
-        Of a network, all of its variants are under ``variants``, and ``variant`` names the last one.
+        Of a network, all of its variants are under ``variants``, and ``variant`` names the last one. ``program``
+        comes first: by it a file of these values is known as this program's own.
         """
         shared = {
             "images": self.images,
@@ -116,7 +117,11 @@ class Evaluation:
             for name, variant in self.variants.items()
         }
         last = list(variants)[-1]
-        return {**variants[last], **({"variant": last, "variants": variants} if last else {})}
+        return {
+            "program": MARK,
+            **variants[last],
+            **({"variant": last, "variants": variants} if last else {}),
+        }
 
     def as_text(self) -> str:
         """Table of per-class IoU in percent, a column a variant, the means, then what was measured on what."""

@@ -17,7 +17,7 @@ from wsss_pipeline.data.masks import MaskSource
 from wsss_pipeline.evaluation.result import Evaluation
 from wsss_pipeline.pictures.overlays import Rgb, class_colour, encoded
 from wsss_pipeline.pictures.rows import Label, make_row
-from wsss_pipeline.runtime.output import printable
+from wsss_pipeline.runtime.output import MARK, printable
 
 SHOWN = 12  # images a section
 CELL = (320, 320)  # largest width and height of an image
@@ -147,7 +147,8 @@ def _page(
         for heading, notes in sections.items()
     }
     shown = yaml.safe_dump(dict(settings), sort_keys=False, allow_unicode=True)
-    return template.render(sections=rows, settings=shown, versions=versions, data_uri=_data_uri, **values)
+    shared = {"settings": shown, "versions": versions, "generator": MARK}
+    return template.render(sections=rows, data_uri=_data_uri, **shared, **values)
 
 
 def _shown(value: object) -> object:

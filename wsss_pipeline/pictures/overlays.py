@@ -8,8 +8,10 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from wsss_pipeline.data.classes import voc_palette
+from wsss_pipeline.runtime.output import MARK
 
 Rgb = NDArray[np.uint8]
 Colour = tuple[int, int, int]
@@ -19,6 +21,8 @@ BACKGROUND_DIMMING = 0.55  # how much of the image stays where the mask says bac
 CAM_OPACITY = 0.55
 HEAT_MAP = cv2.COLORMAP_TURBO
 CONFIDENCE_MAP = cv2.COLORMAP_VIRIDIS
+LONGEST_JPEG = 65_500  # pixels of a side, by libjpeg
+_PIXELS_AT_A_TIME = 2**20  # in floating point, some 150 bytes each
 
 
 def class_colour(value: int) -> Colour:
@@ -34,14 +38,18 @@ def mask_over_image(image: Rgb, mask: NDArray[np.uint8]) -> Rgb:
         image: uint8 (H, W, 3) RGB.
         mask: uint8 (H, W) class indices, 0 background; background stays image, but dimmed.
     """
-    grey = image.mean(axis=2, keepdims=True)
-    background = BACKGROUND_DIMMING * (0.5 * image + 0.5 * grey)
-    foreground = (1 - MASK_OPACITY) * image + MASK_OPACITY * voc_palette()[mask]
-    blended = np.where(mask[..., None] == 0, background, foreground)
+    result = np.empty_like(image)
+    rows = max(1, _PIXELS_AT_A_TIME // image.shape[1])
+    for part in (slice(top, top + rows) for top in range(0, len(image), rows)):
+        pixels, values = image[part], mask[part]
+        grey = pixels.mean(axis=2, keepdims=True)
+        background = BACKGROUND_DIMMING * (0.5 * pixels + 0.5 * grey)
+        foreground = (1 - MASK_OPACITY) * pixels + MASK_OPACITY * voc_palette()[values]
+        result[part] = np.rint(np.where(values[..., None] == 0, background, foreground))
     # the last pixel of a region before the next one, to the right or below
-    blended[:, :-1][mask[:, :-1] != mask[:, 1:]] = 255
-    blended[:-1][mask[:-1] != mask[1:]] = 255
-    return np.rint(blended).astype(np.uint8)
+    result[:, :-1][mask[:, :-1] != mask[:, 1:]] = 255
+    result[:-1][mask[:-1] != mask[1:]] = 255
+    return result
 
 
 def heat_over_image(image: Rgb, cam: NDArray[np.floating]) -> Rgb:
@@ -65,7 +73,14 @@ def index_png(mask: NDArray[np.uint8], with_palette: bool) -> bytes:
 
 
 def encoded(image: Image.Image, kind: str, **options: int) -> bytes:
-    """The bytes of a file of that kind, ``PNG`` or ``JPEG``; options such as ``quality`` are Pillow's."""
-    buffer = io.BytesIO()
-    image.save(buffer, kind, **options)
+    """The bytes of a file of that kind, ``PNG`` or ``JPEG``, with the program's mark; options are Pillow's.
+
+    A picture that is too long for a JPEG file is scaled down.
+    """
+    buffer, marked = io.BytesIO(), PngInfo()
+    if kind == "JPEG" and max(image.size) > LONGEST_JPEG:
+        image = image.copy()
+        image.thumbnail((LONGEST_JPEG, LONGEST_JPEG))
+    marked.add_text("Software", MARK)
+    image.save(buffer, kind, pnginfo=marked, comment=MARK, **options)  # each kind takes its own
     return buffer.getvalue()

@@ -26,7 +26,7 @@ from wsss_pipeline.files import check_machine
 from wsss_pipeline.pseudo_masks.generator import LabelledImage, MaskGenerator
 from wsss_pipeline.pseudo_masks.job import MaskJob, MaskPlan, plan_masks
 from wsss_pipeline.pseudo_masks.report import MaskReport
-from wsss_pipeline.runtime.device import single_threaded_torch
+from wsss_pipeline.runtime.device import is_out_of_memory, single_threaded_torch
 from wsss_pipeline.runtime.interrupts import StopRequest
 from wsss_pipeline.runtime.output import one_line
 from wsss_pipeline.runtime.progress import Progress
@@ -36,9 +36,6 @@ Result = TypeVar("Result")
 logger = logging.getLogger(__name__)
 
 LOOK_AHEAD = 4  # batches that are looked through for images of one size
-
-# torch has no exception class of its own for memory that ran out on the CPU
-OUT_OF_MEMORY_TEXTS = ("out of memory", "can't allocate memory", "not enough memory")
 
 
 @dataclass(frozen=True)
@@ -230,8 +227,7 @@ class _Run:
         except (ImageError, MaskError) as error:
             reason = str(error)
         except (MemoryError, RuntimeError) as error:
-            text = str(error).lower()
-            if isinstance(error, RuntimeError) and not any(part in text for part in OUT_OF_MEMORY_TEXTS):
+            if not is_out_of_memory(error):
                 raise
             reason = "ran out of memory; lower --max-pixels, --workers or --batch-size"
         self._report.fail(image_id, reason)

@@ -13,11 +13,17 @@ the first one's message is what is left: half the work where there is one class 
 from __future__ import annotations
 
 import math
+import os
+import stat
+import tempfile
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
+import numba
 import numpy as np
 from numba import njit
 from numpy.typing import NDArray
@@ -25,18 +31,59 @@ from numpy.typing import NDArray
 from wsss_pipeline.config import CrfConfig
 from wsss_pipeline.errors import ConfigError
 from wsss_pipeline.refine.dense_crf_torch import POINTS_AT_A_TIME
+from wsss_pipeline.runtime.output import MARK
 
 _FIRST_TABLE = 1 << 14
 MOST_COLUMNS = 4  # that are filtered at a time; for each number of columns there is machine code of its own
 _ONE = np.float32(1)
+_NUMBA: Any = numba.config
+_OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
 
 
 def compiled(function: Callable[..., Any]) -> Any:
-    """Compiles at the first call, and keeps the machine code on disk where some folder can be written."""
+    """Compiles at the first call, and keeps the machine code on disk, see ``folder_for_code``."""
+    before, folder = _NUMBA.CACHE_DIR, folder_for_code()
+    if folder is None:
+        return njit(nogil=True)(function)
+    _NUMBA.CACHE_DIR = folder  # which numba looks at now, not when it compiles
     try:
         return njit(cache=True, nogil=True)(function)
-    except RuntimeError:  # numba found no folder: neither the package's, nor the user's
+    except RuntimeError:  # it can't be written after all
         return njit(nogil=True)(function)
+    finally:
+        _NUMBA.CACHE_DIR = before
+
+
+def folder_for_code() -> str | None:
+    """Where machine code is kept: what is in that folder is run.
+
+    That of ``NUMBA_CACHE_DIR``; without it, empty for numba's own choice where the package's folder can be written;
+    else a folder that this user alone can write, in the user's cache or, where there is none, among the temporary
+    files. None where there isn't any.
+    """
+    package = Path(__file__).parent
+    kept = package / "__pycache__"
+    if _NUMBA.CACHE_DIR or os.access(kept if kept.exists() else package, os.W_OK):
+        return str(_NUMBA.CACHE_DIR)
+    if not hasattr(os, "getuid"):
+        return ""  # Windows gives each user folders of their own
+    cache = os.environ.get("XDG_CACHE_HOME", "")
+    users = Path(cache if Path(cache).is_absolute() else "~/.cache", MARK)
+    for path in (users, Path(tempfile.gettempdir(), f"{MARK}-{os.getuid()}")):
+        with suppress(OSError, RuntimeError):  # a user may have no home
+            folder = path.expanduser()
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            if _is_private(folder):
+                return str(folder)
+    return None
+
+
+def _is_private(folder: Path) -> bool:
+    """Whether only this user can put something into a folder, or another folder in its place."""
+    own, above = folder.lstat(), folder.parent.stat()
+    is_own = stat.S_ISDIR(own.st_mode) and own.st_uid == os.getuid() and not own.st_mode & _OTHERS_WRITE
+    is_kept = above.st_mode & stat.S_ISVTX or not above.st_mode & _OTHERS_WRITE
+    return bool(is_own and is_kept and os.access(folder, os.W_OK))
 
 
 def infer(image: NDArray[np.uint8], unary: NDArray[np.float32], parameters: CrfConfig) -> NDArray[np.float32]:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from wsss_pipeline.config import Precision, ResolvedPrecision
@@ -13,6 +15,12 @@ from wsss_pipeline.errors import ConfigError
 
 if TYPE_CHECKING:
     import torch
+
+logger = logging.getLogger(__name__)
+
+LEAST_ADDRESS_SPACE = (
+    8 * 2**30
+)  # torch with CUDA maps 3.3 GiB; an image in each of 8 threads 1 GiB, and their stacks
 
 
 def resolve_device(requested: str, elsewhere: bool = False) -> torch.device:
@@ -24,6 +32,7 @@ def resolve_device(requested: str, elsewhere: bool = False) -> torch.device:
     Raises:
         ConfigError: a CUDA device was asked for and isn't there.
     """
+    _warn_of_a_small_limit()
     import torch
 
     if requested == "auto":
@@ -45,6 +54,23 @@ def resolve_device(requested: str, elsewhere: bool = False) -> torch.device:
             "use --device cpu, or mend the driver (see `wsss doctor`)"
         )
     return device
+
+
+@lru_cache(maxsize=1)
+def _warn_of_a_small_limit() -> None:
+    """A line where a limit on the address space may end the process inside a library, without a word."""
+    try:
+        import resource
+    except ImportError:  # Windows has none
+        return
+    limit, _ = resource.getrlimit(resource.RLIMIT_AS)
+    if limit != resource.RLIM_INFINITY and limit < LEAST_ADDRESS_SPACE:
+        logger.warning(
+            "the address space is limited to %.1f GiB (ulimit -v): torch, which maps more than it uses, may end "
+            "without a word; raise the limit to %d GiB or more",
+            limit / 2**30,
+            LEAST_ADDRESS_SPACE // 2**30,
+        )
 
 
 def resolve_precision(requested: Precision, device: torch.device) -> ResolvedPrecision:
@@ -72,6 +98,18 @@ def has_fast_bf16(device: torch.device) -> bool:
     tell: Callable[[], Mapping[str, Any]] = getattr(torch.cpu, "get_capabilities", dict)
     capabilities = tell()  # an older torch has no such function
     return any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16"))
+
+
+# torch has no exception class of its own for memory that ran out on the CPU
+_OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether it says that memory ran out, the host's or a GPU's."""
+    text = str(error).lower()
+    return isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError) and any(part in text for part in _OUT_OF_MEMORY)
+    )
 
 
 MOST_IMAGES_AT_A_TIME = 8  # by default: each takes some 200 MB in CLIP ViT-B/16, a large one 1 GB

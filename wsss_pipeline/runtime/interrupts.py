@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import sys
+from contextlib import suppress
 from types import FrameType
 from typing import Any
 
@@ -39,4 +40,8 @@ class StopRequest:
             raise KeyboardInterrupt
         self.requested = True
         name = signal.Signals(number).name
-        print(f"{name}: finishing the image at hand, then stopping; once more stops at once", file=sys.stderr)
+        with suppress(OSError):  # nobody listens, and the request stands
+            print(
+                f"{name}: finishing the image at hand, then stopping; once more stops at once",
+                file=sys.stderr,
+            )

@@ -62,6 +62,47 @@ def write_file(path: Path, content: bytes | str, *, durable: bool = True, below:
         file.write(content)
 
 
+def keep_file(
+    path: Path,
+    content: bytes,
+    below: Path,
+    *,
+    overwrite: bool = False,
+    remedy: str = "choose another folder, or move it away",
+) -> bool:
+    """Write a file that isn't there yet, as ``replacing`` does but without waiting for the disk.
+
+    Args:
+        path: the file; one that holds ``content`` already is left alone.
+        content: all of it.
+        below: folder that the user named, as for ``replacing``.
+        overwrite: choice to replace a file with the program's mark that holds something else.
+        remedy: advice where there is such a file and it isn't replaced.
+
+    Returns:
+        False where it was left alone.
+
+    Raises:
+        OutputError: it holds something else, or can't be written.
+    """
+    with writing(path):
+        refuse_links(path.parent, below)
+        try:
+            status = path.lstat()
+        except FileNotFoundError:
+            is_there = False
+        else:
+            is_there, is_plain = True, stat.S_ISREG(status.st_mode)
+            if is_plain and status.st_size == len(content) and path.read_bytes() == content:
+                return False
+    if is_there:
+        check_replaceable(path)
+        if not overwrite:
+            raise OutputError(f"{path} is there already and holds something else; {remedy}")
+    write_file(path, content, durable=False, below=below)
+    return True
+
+
 @contextmanager
 def replacing(path: Path, *, durable: bool = True, below: Path | None = None) -> Iterator[BinaryIO]:
     """A new file that takes the place of ``path`` once it is whole; its folder is made where it isn't there.

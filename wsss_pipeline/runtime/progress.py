@@ -6,6 +6,7 @@ import logging
 import sys
 import time
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from datetime import timedelta
 from typing import Any, TextIO, TypeVar
 
@@ -50,7 +51,9 @@ class Progress:
 
     def __enter__(self) -> Progress:
         self._began = self._last_line = time.monotonic()
-        if self._is_shown and self._stream.isatty():
+        if self._stream is None:  # Python's own, where stderr was closed when it began
+            self._is_shown = False
+        elif self._is_shown and self._stream.isatty():
             from rich.console import Console
             from rich.progress import BarColumn, TextColumn
             from rich.progress import Progress as Bar
@@ -86,7 +89,8 @@ class Progress:
             self._bar.update(self._task, completed=self.done, description=self.line(note))
         elif self._is_shown and (show or now - self._last_line >= SECONDS_BETWEEN_LINES):
             self._last_line = now
-            print(self.line(note), file=self._stream, flush=True)
+            with suppress(OSError):  # nobody listens, and the work goes on
+                print(self.line(note), file=self._stream, flush=True)
 
     def over(self, items: Iterable[Item]) -> Iterator[Item]:
         """The items, each counted as soon as the next one is asked for."""

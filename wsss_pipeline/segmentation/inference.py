@@ -1,10 +1,19 @@
-"""A trained network on one image of any size: whole or in windows, at several scales, mirrored, refined."""
+"""A trained network on one image of any size: whole or in windows, at several scales, mirrored, refined.
+
+What the work takes grows with the image, with the largest scale, with the number of classes and with that of the
+looks at it. An image for which it would be more than ``MOST_BYTES`` is worked on in tiles that overlap, each all
+the way to its labels; of the whole image only mask and confidence are kept. With 20 classes and one look this
+begins at 1.3 megapixels; below, tiles play no part.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +34,13 @@ from wsss_pipeline.segmentation.networks import SegmentationNetwork
 
 RAW, CRF = "raw", "+CRF"
 _PLAIN = (1.0, False)  # scale 1, not mirrored
+
+MOST_BYTES = 11 * 2**28  # with what the libraries take, a process stays at some 4 GiB
+# a pixel that a network looks at, beside its logits: measured, SegFormer's larger heads, the hungriest; DeepLabV3+
+# with ResNet-50 takes a third
+NETWORK_BYTES = 1700
+MARGIN_PART = 8  # an eighth of a tile on each side is left to the tile beside it
+_MOST_CLASSES = 256  # with the background: an index of a mask is a byte
 
 
 class Segmenter:
@@ -104,14 +120,19 @@ class Segmenter:
             image: uint8 (H, W, 3) RGB.
             raw: give the mask of the image as it is too, where scales or flip say otherwise.
         """
-        posteriors = _probabilities(self.network, image, self.inference, self.device, raw=raw)
-        if self.crf is not None:
-            (posteriors[CRF],) = self.crf([image], [posteriors[self.inference.name]])
-        masks = {}
-        for name, posterior in posteriors.items():
-            mask, confidence = label(posterior, range(1, len(posterior)), image.shape[:2])
-            masks[name] = PseudoMask(mask.cpu().numpy(), confidence.cpu().numpy())
-        return masks
+        found: dict[str, tuple[NDArray[np.uint8], NDArray[np.uint8]]] = {}
+        for tile in _tiles(self.network, image, self.inference, self.device, raw=raw):
+            part = image[tile.seen]
+            posteriors = _probabilities(self.network, part, self.inference, self.device, raw=raw)
+            if self.crf is not None:
+                (posteriors[CRF],) = self.crf([part], [posteriors[self.inference.name]])
+            for name, posterior in posteriors.items():
+                arrays = label(posterior, range(1, len(posterior)), part.shape[:2])
+                size = image.shape[:2]
+                whole = found.setdefault(name, (np.empty(size, np.uint8), np.empty(size, np.uint8)))
+                for target, values in zip(whole, arrays, strict=True):
+                    target[tile.kept] = values[tile.inner].cpu().numpy()
+        return {name: PseudoMask(*arrays) for name, arrays in found.items()}
 
 
 class NetworkMasks:
@@ -151,8 +172,88 @@ def predict_probabilities(
     config: InferenceConfig,
     device: torch.device | str = "cpu",
 ) -> NDArray[np.float32]:
-    """Probabilities float32 (1+C, H, W), background first, summing to 1; arguments as for ``Segmenter``."""
-    return _probabilities(network, image, config, device, raw=False)[config.name].cpu().numpy()
+    """Probabilities float32 (1+C, H, W), background first, summing to 1; arguments as for ``Segmenter``.
+
+    They take 4 (1+C) bytes a pixel: a ``Segmenter`` gives the mask of a large image without them.
+    """
+    whole: NDArray[np.float32] | None = None
+    for tile in _tiles(network, image, config, device, raw=False):
+        posterior = _probabilities(network, image[tile.seen], config, device, raw=False)[config.name]
+        if whole is None:
+            whole = np.empty((len(posterior), *image.shape[:2]), np.float32)
+        whole[:, *tile.kept] = posterior[:, *tile.inner].cpu().numpy()
+    assert whole is not None
+    return whole
+
+
+Box = tuple[slice, slice]
+
+
+@dataclass(frozen=True)
+class _Tile:
+    """Rows and columns of an image that are looked at together.
+
+    Attributes:
+        seen: all of them.
+        kept: those that it decides on.
+        inner: the same, counted from the corner of ``seen``.
+    """
+
+    seen: Box
+    kept: Box
+    inner: Box
+
+
+def _tiles(
+    network: SegmentationNetwork,
+    image: NDArray[np.uint8],
+    config: InferenceConfig,
+    device: torch.device | str,
+    *,
+    raw: bool,
+) -> Iterator[_Tile]:
+    """One tile for an image that fits into ``MOST_BYTES``, else as many as it takes, of one size."""
+    sides = height, width = image.shape[:2]
+    if _bytes_needed(network, sides, _MOST_CLASSES, config, raw) > MOST_BYTES:
+        with torch.no_grad():
+            outputs = network(torch.zeros(1, 3, 1, 1, device=device)).shape[1]
+        while max(height, width) > 2 * MARGIN_PART and (
+            _bytes_needed(network, (height, width), outputs, config, raw) > MOST_BYTES
+        ):
+            height, width = (side if side < max(height, width) else side * 7 // 8 for side in (height, width))
+    for seen_rows, kept_rows, inner_rows in _stretches(sides[0], height):
+        for seen_columns, kept_columns, inner_columns in _stretches(sides[1], width):
+            yield _Tile((seen_rows, seen_columns), (kept_rows, kept_columns), (inner_rows, inner_columns))
+
+
+def _stretches(side: int, at_most: int) -> Iterator[tuple[slice, slice, slice]]:
+    """``seen``, ``kept`` and ``inner`` of each tile along a side, see ``_Tile``."""
+    margin = at_most // MARGIN_PART
+    count = 1 if side <= at_most else math.ceil((side - 2 * margin) / (at_most - 2 * margin))
+    length = math.ceil((side + 2 * margin * (count - 1)) / count)
+    starts = [(side - length) * number // max(1, count - 1) for number in range(count)]
+    middles = [(start + length + following) // 2 for start, following in pairwise(starts)]
+    for start, low, high in zip(starts, [0, *middles], [*middles, side], strict=True):
+        yield slice(start, start + length), slice(low, high), slice(low - start, high - start)
+
+
+def _bytes_needed(
+    network: SegmentationNetwork,
+    size: tuple[int, int],
+    outputs: int,
+    config: InferenceConfig,
+    raw: bool,
+) -> float:
+    """Of memory, to get from a part of an image, (H, W), to its probabilities."""
+    scale = max((*config.scales, _PLAIN[0]) if raw else config.scales)
+    scaled = [max(1, round(side * scale)) for side in size]
+    looked_at = scaled if config.window is None else [min(side, config.window) for side in scaled]
+    padded = [
+        max(network.smallest, math.ceil(side / network.multiple) * network.multiple) for side in looked_at
+    ]
+    looks = len({*_looks(config), *([_PLAIN] if raw else [])})
+    logits = 4 * outputs * (2 * math.prod(scaled) + (2 * looks + 2) * math.prod(size))
+    return NETWORK_BYTES * math.prod(padded) + logits
 
 
 @torch.no_grad()
@@ -168,7 +269,7 @@ def _probabilities(
     mean, std = (torch.tensor(row)[:, None, None] for row in (network.image_mean, network.image_std))
     values = torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1).float() / 255
     pixels = ((values - mean) / std)[None].to(device)
-    looks = [(scale, mirrored) for scale in config.scales for mirrored in (False, True)[: 1 + config.flip]]
+    looks = _looks(config)
     logits = {
         look: _upscaled(network, pixels, *look, config.window)
         for look in dict.fromkeys([*looks, *([_PLAIN] if raw else [])])
@@ -179,6 +280,11 @@ def _probabilities(
         combined = several.amax(0).softmax(0) if config.combine == "max" else several.softmax(1).mean(0)
         probabilities[config.name] = combined
     return probabilities
+
+
+def _looks(config: InferenceConfig) -> list[tuple[float, bool]]:
+    """Scale of each look at an image, and whether it is mirrored."""
+    return [(scale, mirrored) for scale in config.scales for mirrored in (False, True)[: 1 + config.flip]]
 
 
 def _upscaled(

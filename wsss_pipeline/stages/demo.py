@@ -14,6 +14,7 @@ from wsss_pipeline.demo.voc_folder import write_voc_folder
 from wsss_pipeline.evaluation.result import Evaluation
 from wsss_pipeline.pseudo_masks.job import MaskJob
 from wsss_pipeline.runtime.device import images_at_a_time
+from wsss_pipeline.runtime.output import check_replaceable
 from wsss_pipeline.segmentation.train_config import load_train_config
 from wsss_pipeline.stages.evaluate import evaluate, open_masks
 from wsss_pipeline.stages.generate_masks import generate_masks
@@ -23,6 +24,7 @@ from wsss_pipeline.stages.train_seg import TrainJob, train_seg
 logger = logging.getLogger(__name__)
 
 TRAIN, VAL = "train", "val"
+PREVIEW, REPORT = "preview.png", "report.html"
 RECIPE = "demo/deeplabv3plus"
 # what the table calls it -> settings that leave out what comes after
 STEPS: dict[str, tuple[str, ...]] = {
@@ -82,10 +84,12 @@ def run_demo(
         overrides: ``key=value`` settings over those of the recipe.
 
     Raises:
-        OutputError: ``out`` can't be written.
+        OutputError: ``out`` can't be written, or holds others' files under the demo's names.
         TrainingError: ``out`` holds a demo with other settings.
         KeyboardInterrupt: a request to stop came; what was finished is kept.
     """
+    for name in (PREVIEW, REPORT):
+        check_replaceable(out / name)
     data = out / "data"
     truth = data / "SegmentationClass"
     splits = {name: data / "ImageSets/Segmentation" / f"{name}.txt" for name in (TRAIN, VAL)}
@@ -109,7 +113,7 @@ def run_demo(
         pseudo_masks = MaskCache.open(made.path)
         report.scores[f"pseudo masks: {step}"] = evaluate(pseudo_masks, truth, split=splits[TRAIN])
     report.folders["pseudo masks"] = made.path
-    report.folders["preview"] = preview(made.path, images, out / "preview.png")
+    report.folders["preview"] = preview(made.path, images, out / PREVIEW)
     sources: dict[str, MaskSource] = {"network": pseudo_masks}
     if upper_bound:
         sources["network-on-ground-truth"] = MaskFolder(truth, pseudo_masks.class_names, "ground truth")
@@ -123,7 +127,7 @@ def run_demo(
         report.folders[name] = trained.checkpoint
         page = None
         if source is pseudo_masks:
-            page = report.folders["report"] = out / "report.html"
+            page = report.folders["report"] = out / REPORT
         report.scores[f"{name}, unseen images"] = evaluate(
             open_masks(checkpoint=trained.checkpoint, images=images),
             truth,

@@ -21,7 +21,8 @@ from wsss_pipeline.evaluation.metrics import Scores, check_sizes, confusion_matr
 from wsss_pipeline.evaluation.result import Evaluation, Variant
 from wsss_pipeline.pictures.evaluation_page import confidence_page, evaluation_page
 from wsss_pipeline.pictures.rows import GROUND_TRUTH, PREDICTION, PSEUDO_MASK
-from wsss_pipeline.runtime.output import write_file
+from wsss_pipeline.runtime.device import is_out_of_memory
+from wsss_pipeline.runtime.output import check_replaceable, write_file
 from wsss_pipeline.runtime.progress import Progress
 from wsss_pipeline.segmentation.inference import CRF, NetworkMasks, Segmenter
 
@@ -106,7 +107,7 @@ def evaluate(
             that contradict each other.
         ImageError, LabelError: a folder or the split can't be read.
         ConfigError: ``min_confidence`` isn't between 0 and 1, or a report without images.
-        OutputError: ``report`` can't be written.
+        OutputError: ``report`` can't be written, or is a file that this program didn't write.
     """
     if min_confidence is not None and isinstance(source, MaskFolder):
         raise EvaluationError(
@@ -114,6 +115,8 @@ def evaluate(
         )
     if report is not None and images is None:
         raise ConfigError("a report shows images; give their folder (--images)")
+    if report is not None:
+        check_replaceable(report)
     truth_files = find_images(ground_truth)
     wanted = read_split(split) if split is not None else list(truth_files)
     if not wanted:
@@ -150,18 +153,23 @@ def evaluate(
             try:
                 truth = read_mask(truth_files[image_id])
                 records = {"": source[image_id]} if network is None else network.variants(image_id)
-                check_sizes(list(records.values())[-1].mask, truth, image_id)
-            except (EvaluationError, ImageError, MaskError) as error:
-                logger.warning("%s: left out: %s", image_id, error)
-                skipped[image_id] = str(error)
+                try:
+                    check_sizes(list(records.values())[-1].mask, truth, image_id)
+                except EvaluationError as error:
+                    raise MaskError(str(error)) from error
+                counts = {}
+                for name, record in records.items():
+                    mask = record.mask if min_confidence is None else record.with_ignore(min_confidence)
+                    # Values that fit no class end the run: they say that the class set is wrong, not the image.
+                    counts[name] = confusion_matrix(mask, truth, len(names), str(truth_files[image_id]))
+            except (ImageError, MaskError, MemoryError, RuntimeError) as error:
+                skipped[image_id] = _reason(error)
+                logger.warning("%s: left out: %s", image_id, skipped[image_id])
                 progress.advance(failed=1)
                 continue
-            # Values that fit no class end the run: they say that the class set is wrong, not the image.
-            for name, record in records.items():
-                mask = record.mask if min_confidence is None else record.with_ignore(min_confidence)
-                counts = confusion_matrix(mask, truth, len(names), str(truth_files[image_id]))
-                matrices[name] = matrices.get(name, 0) + counts
-            image_miou[image_id] = Scores.from_matrix(counts, names).miou if counts.any() else None
+            for name, matrix in counts.items():
+                matrices[name] = matrices.get(name, 0) + matrix
+            image_miou[image_id] = Scores.from_matrix(matrix, names).miou if matrix.any() else None
             any_ignored = any_ignored or bool((truth == IGNORE).any())
             progress.advance()
     if not matrices:
@@ -196,6 +204,15 @@ def evaluate(
     return evaluation
 
 
+def _reason(error: Exception) -> str:
+    """Why an image is left out; what is no image's fault is raised again."""
+    if is_out_of_memory(error):
+        return "ran out of memory; give --window, fewer --scales, or a smaller image"
+    if isinstance(error, RuntimeError):
+        raise error
+    return str(error)
+
+
 def _crf(source: MaskSource, variant: str) -> dict[str, str] | None:
     """Backend and image of the dense CRF that the masks went through; None where not known."""
     if isinstance(source, MaskCache):
@@ -227,8 +244,9 @@ def report_without_ground_truth(
 
     Raises:
         EvaluationError: no image has a pseudo mask.
-        OutputError: the file can't be written.
+        OutputError: the file can't be written, or is there and this program didn't write it.
     """
+    check_replaceable(report)
     confidence: dict[str, float] = {}
     agreement: dict[str, float] = {}
     image_ids = [image_id for image_id in images if image_id in pseudo_masks]
@@ -241,8 +259,8 @@ def report_without_ground_truth(
                     mask = predictions[image_id].mask
                     if mask.shape == record.mask.shape:
                         agreement[image_id] = 100 * float((mask == record.mask).mean())
-            except (ImageError, MaskError) as error:
-                logger.warning("%s: left out: %s", image_id, error)
+            except (ImageError, MaskError, MemoryError, RuntimeError) as error:
+                logger.warning("%s: left out: %s", image_id, _reason(error))
     if not confidence:
         raise EvaluationError(
             "no image of the folder has a pseudo mask in the cache: do they belong together?"

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from wsss_pipeline.errors import CheckpointError, ConfigError, MissingDependencyError
-from wsss_pipeline.runtime.output import write_file, writing
-from wsss_pipeline.segmentation.checkpoint import LoadedNetwork, load_network
+from wsss_pipeline.runtime.output import MARK, check_apart, check_replaceable, write_file
+from wsss_pipeline.segmentation.checkpoint import LoadedNetwork, find_checkpoint, load_network
 from wsss_pipeline.segmentation.networks import SegFormer, SegmentationNetwork
 
 logger = logging.getLogger(__name__)
@@ -24,6 +24,8 @@ ExportFormat = Literal["onnx", "huggingface"]
 # a batch and a size other than those traced, and one that no stride divides
 CHECKED_SHAPES = ((1, 3, 96, 128), (3, 3, 67, 49))
 TRACED_SHAPE = (2, 3, 128, 96)
+# of a Hugging Face folder, as transformers looks for them
+CONFIG, WEIGHTS, PROCESSOR = "config.json", "model.safetensors", "preprocessor_config.json"
 LARGEST_DIFFERENCE = 1e-3  # of a logit, relative to the largest one
 
 
@@ -36,13 +38,18 @@ def export_model(checkpoint: Path, out: Path, kind: ExportFormat) -> Path:
 
     Raises:
         CheckpointError: no network there, or what was exported doesn't compute the same.
-        ConfigError: the format doesn't fit the network, or the name doesn't fit the format.
-        OutputError: ``out`` can't be written.
+        ConfigError: the format doesn't fit the network, the name doesn't fit the format, or ``out`` and the
+            checkpoint lie in each other.
+        OutputError: ``out`` can't be written, or there is something at it that no earlier export wrote.
         MissingDependencyError: onnx, onnxscript or onnxruntime isn't installed.
     """
+    check_apart(out, "--out", {"--checkpoint": find_checkpoint(checkpoint)})
+    for file in [out] if kind == "onnx" else [out / name for name in (CONFIG, WEIGHTS, PROCESSOR)]:
+        check_replaceable(file)
     loaded = load_network(checkpoint)
     if kind == "huggingface":
-        _save_huggingface(loaded, out)
+        for name, content in _huggingface_files(loaded).items():
+            write_file(out / name, content, below=out)
         return out
     for package in ("onnx", "onnxscript", "onnxruntime"):
         if importlib.util.find_spec(package) is None:
@@ -61,7 +68,9 @@ def export_model(checkpoint: Path, out: Path, kind: ExportFormat) -> Path:
     )
     assert program is not None
     program.model.metadata_props["id2label"] = json.dumps(loaded.config["id2label"])
-    content = program.model_proto.SerializeToString()
+    model = program.model_proto
+    model.producer_name = MARK
+    content = model.SerializeToString()
     difference = _largest_difference(loaded.network, content)
     if not difference <= LARGEST_DIFFERENCE:
         raise CheckpointError(
@@ -91,22 +100,31 @@ def _largest_difference(network: SegmentationNetwork, content: bytes) -> float:
     return float(np.max(differences))  # NaN where one is
 
 
-def _save_huggingface(loaded: LoadedNetwork, out: Path) -> None:
+def _huggingface_files(loaded: LoadedNetwork) -> dict[str, bytes]:
+    """What ``save_pretrained`` would write, by file name; on a full disk it raises errors of its own kinds."""
     if not isinstance(loaded.network, SegFormer):
         name = loaded.config["network"]["name"]
         raise ConfigError(f"transformers has no {name} to load a folder of it with; export it as onnx")
+    from safetensors.torch import save
     from transformers import SegformerImageProcessor
 
     model: Any = loaded.network.model
     model.config.id2label = {int(key): name for key, name in loaded.config["id2label"].items()}
     model.config.label2id = loaded.config["label2id"]
+    model.config.architectures, model.config.dtype = [type(model).__name__], model.dtype
     processor = SegformerImageProcessor(
         do_resize=False,  # the network takes any size
         image_mean=list(loaded.network.image_mean),
         image_std=list(loaded.network.image_std),
         do_reduce_labels=False,
     )
-    with writing(out):
-        out.mkdir(parents=True, exist_ok=True)  # where there is a file, save_pretrained does nothing
-        model.save_pretrained(out)
-        processor.save_pretrained(out)
+    weights = {name: value.contiguous() for name, value in model.state_dict().items()}
+    texts = {CONFIG: model.config.to_json_string(), PROCESSOR: processor.to_json_string()}
+    # further keys are kept, and nothing is made of them
+    marked = {
+        name: json.dumps({"generator": MARK, **json.loads(text)}, indent=2) for name, text in texts.items()
+    }
+    return {
+        WEIGHTS: save(weights, metadata={"format": "pt", "generator": MARK}),
+        **{name: f"{text}\n".encode() for name, text in marked.items()},
+    }

@@ -11,11 +11,14 @@ from PIL import Image
 from wsss_pipeline.config import CrfConfig, InferenceConfig
 from wsss_pipeline.data.image_ids import find_images
 from wsss_pipeline.data.images import read_image
+from wsss_pipeline.data.masks import PseudoMask
 from wsss_pipeline.errors import ImageError, MaskError
-from wsss_pipeline.pictures.overlays import encoded, index_png, mask_over_image
+from wsss_pipeline.pictures.overlays import Rgb, encoded, index_png, mask_over_image
+from wsss_pipeline.runtime.device import is_out_of_memory
 from wsss_pipeline.runtime.interrupts import StopRequest
-from wsss_pipeline.runtime.output import write_file
+from wsss_pipeline.runtime.output import check_apart, check_replaceable, write_file
 from wsss_pipeline.runtime.progress import Progress
+from wsss_pipeline.segmentation.checkpoint import find_checkpoint
 from wsss_pipeline.segmentation.inference import Segmenter
 
 logger = logging.getLogger(__name__)
@@ -55,44 +58,60 @@ def predict(
         confidence: choice to write ``out/confidence/ID.png``, uint8, the label's probability in half percents.
         overwrite: choice to predict again what is there.
 
-    An image that can't be read is reported, skipped and counted.
+    An image that can't be read, or for which memory ran out, is reported, skipped and counted.
 
     Raises:
-        CheckpointError, ConfigError, ImageError: no network, no such device, no folder.
-        OutputError: ``out`` can't be written.
+        CheckpointError, ConfigError, ImageError: no network, no such device, no folder, or an output in an input.
+        OutputError: ``out`` can't be written, or a file to be replaced isn't this program's.
     """
-    segmenter = Segmenter.load(checkpoint, device, inference, crf)
-    files = find_images(images)
     # the mask last: a run that was killed before it does the image again
     kinds = {CONFIDENCE: "png"} if confidence else {}
     kinds |= ({OVERLAYS: "jpg"} if overlays else {}) | {MASKS: "png"}
+    inputs = {"--images": images, "--checkpoint": find_checkpoint(checkpoint)}
+    for kind in kinds:
+        check_apart(out / kind, "--out", inputs)
+    files = find_images(images)
+    targets = {i: {kind: out / kind / f"{i}.{suffix}" for kind, suffix in kinds.items()} for i in files}
+    kept = set() if overwrite else {i for i in files if all(map(Path.exists, targets[i].values()))}
+    for target in (target for i in files if i not in kept for target in targets[i].values()):
+        check_replaceable(target)
+    segmenter = Segmenter.load(checkpoint, device, inference, crf)
     report = PredictReport()
     with StopRequest() as stop, Progress(len(files)) as progress:
         for image_id, file in files.items():
             if stop.requested:
                 report.interrupted = True
                 break
-            targets = {kind: out / kind / f"{image_id}.{suffix}" for kind, suffix in kinds.items()}
-            if not overwrite and all(target.exists() for target in targets.values()):
+            if image_id in kept:
                 report.kept += 1
                 progress.advance()
                 continue
             try:
                 image = read_image(file)
                 record = segmenter(image)
-            except (ImageError, MaskError) as error:
-                report.failed[image_id] = str(error)
-                logger.warning("%s: %s", image_id, error)
+                contents = [_content(kind, image, record) for kind in kinds]
+            except (ImageError, MaskError, MemoryError, RuntimeError) as error:
+                if is_out_of_memory(error):
+                    reason = "ran out of memory; give --window, fewer --scales, or a smaller image"
+                elif isinstance(error, RuntimeError):
+                    raise
+                else:
+                    reason = str(error)
+                report.failed[image_id] = reason
+                logger.warning("%s: %s", image_id, reason)
                 progress.advance(failed=1)
                 continue
-            for kind, target in targets.items():
-                if kind == OVERLAYS:
-                    content = encoded(Image.fromarray(mask_over_image(image, record.mask)), "JPEG")
-                elif kind == CONFIDENCE:
-                    content = index_png(record.confidence, with_palette=False)
-                else:
-                    content = index_png(record.mask, with_palette=True)
-                write_file(target, content, durable=False)
+            for target, content in zip(targets[image_id].values(), contents, strict=True):
+                write_file(target, content, durable=False, below=out)
             report.written += 1
             progress.advance()
     return report
+
+
+def _content(kind: str, image: Rgb, record: PseudoMask) -> bytes:
+    """The file of that kind: the mask's, or what shows it."""
+    if kind == OVERLAYS:
+        return encoded(Image.fromarray(mask_over_image(image, record.mask)), "JPEG")
+    if kind == CONFIDENCE:
+        return index_png(record.confidence, with_palette=False)
+    return index_png(record.mask, with_palette=True)

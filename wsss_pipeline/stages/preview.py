@@ -13,7 +13,7 @@ from wsss_pipeline.errors import CacheRecordError, ConfigError
 from wsss_pipeline.pictures.contact_sheet import CELL_HEIGHT, CELL_WIDTH, draw_sheet
 from wsss_pipeline.pictures.overlays import encoded
 from wsss_pipeline.pictures.rows import PSEUDO_MASK, make_row
-from wsss_pipeline.runtime.output import write_file
+from wsss_pipeline.runtime.output import check_replaceable, write_file
 
 
 def preview(
@@ -33,10 +33,11 @@ def preview(
     Raises:
         CacheError: the cache can't be read, holds nothing, or lacks one of ``ids``.
         ConfigError: ``out`` isn't a PNG file.
-        OutputError: it can't be written.
+        OutputError: it can't be written, or there is a file that this program didn't write.
     """
     if out.suffix.lower() != ".png":
         raise ConfigError(f"the contact sheet is a PNG file: end its name in .png, not '{out.name}'")
+    check_replaceable(out)
     masks = MaskCache.open(cache)
     for image_id in ids:
         if image_id not in masks:
