@@ -57,11 +57,14 @@ def command(
 
     from wsss_pipeline.clip.text import built_in_templates
     from wsss_pipeline.pseudo_masks.job import MaskJob
-    from wsss_pipeline.runtime.output import printable, write_file
+    from wsss_pipeline.runtime.output import MARK, check_apart, check_replaceable, printable, write_file
     from wsss_pipeline.stages.select_prompt import select_prompt
 
     job = MaskJob.read(given_settings(context), **given_paths(context))
     job = replace(job, limit=limit, device=device, offline=offline)
+    if out is not None:
+        check_apart(out, "--out", job.inputs)
+        check_replaceable(out)
     ranking = select_prompt(job, templates or built_in_templates())
     if as_json:
         say(json.dumps({"ranked": ranking.ranked, "images": ranking.images, "failed": ranking.failed}))
@@ -70,6 +73,7 @@ def command(
         for template, value in ranking.ranked[:top]:
             say(printable(f"{value:9.4f}   {template}"))
     if out is not None:
-        write_file(out, yaml.safe_dump({"templates": [ranking.ranked[0][0]]}, allow_unicode=True))
+        best = yaml.safe_dump({"templates": [ranking.ranked[0][0]]}, allow_unicode=True)
+        write_file(out, f"# {MARK}: the sharpest of {len(ranking.ranked)} templates\n{best}")
         say(f"the best one is in {out}", err=True)
     context.exit(1 if ranking.failed else 0)

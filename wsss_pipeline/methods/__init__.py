@@ -83,10 +83,11 @@ def load_method(name: str) -> type[Method]:
     Raises:
         ConfigError: there is none.
     """
-    own = name in method_names()
+    if name in method_names():  # what fails in ours is no wrong name
+        found: type[Method] = importlib.import_module(f"{__name__}.{name.replace('-', '_')}").METHOD
+        return found
     try:
-        module = importlib.import_module(f"{__name__}.{name.replace('-', '_')}" if own else name)
-        method: type[Method] = module.METHOD
+        method: type[Method] = importlib.import_module(name).METHOD
     except Exception as error:  # a module of the user's own may fail in any way
         close = difflib.get_close_matches(name, method_names(), n=1)
         hint = f"did you mean '{close[0]}'?" if close else f"known: {', '.join(method_names())}"

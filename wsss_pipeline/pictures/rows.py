@@ -25,6 +25,7 @@ from wsss_pipeline.pictures.overlays import (
     heat_over_image,
     mask_over_image,
 )
+from wsss_pipeline.runtime.device import is_out_of_memory
 
 logger = logging.getLogger(__name__)
 
@@ -97,8 +98,8 @@ def make_row(
             raise ImageError("no image with this id in the images folder")
         image = read_image(image_file)
         cells.append(Cell("Image", _fitted(image, box, Image.Resampling.LANCZOS), (Label(_size(image)),)))
-    except ImageError as error:
-        mark("Image", str(error))
+    except (ImageError, MemoryError) as error:
+        mark("Image", str(error) or "this machine has too little memory for it")
     for title, source in masks.items():
         if image_id not in source:
             continue
@@ -106,6 +107,11 @@ def make_row(
             record = source[image_id]
         except (ImageError, MaskError) as error:
             mark(title, str(error))
+            continue
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+            mark(title, "this machine has too little memory for it")
             continue
         mask, labels, cams = record.mask, record.labels, record.cams
         if image is not None and mask.shape != image.shape[:2]:

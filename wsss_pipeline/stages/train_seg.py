@@ -16,7 +16,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 
-from wsss_pipeline.config import InferenceConfig, differing_keys, to_yaml
+from wsss_pipeline.config import differing_keys, to_yaml
 from wsss_pipeline.data.datasets import read_split
 from wsss_pipeline.data.image_files import ImageFile
 from wsss_pipeline.data.image_ids import find_images
@@ -34,13 +34,13 @@ from wsss_pipeline.errors import (
 from wsss_pipeline.evaluation.metrics import Scores, check_sizes, confusion_matrix
 from wsss_pipeline.evaluation.result import id_digest
 from wsss_pipeline.files import read_bytes, read_json
-from wsss_pipeline.runtime.device import resolve_device, resolve_precision
+from wsss_pipeline.runtime.device import is_out_of_memory, resolve_device, resolve_precision
 from wsss_pipeline.runtime.locks import ProcessLock
 from wsss_pipeline.runtime.output import MARK, check_apart, is_temporary, one_line, write_file, writing
 from wsss_pipeline.segmentation.augmentation import Augmentation
 from wsss_pipeline.segmentation.checkpoint import BEST, LAST, remove_checkpoint, settle
 from wsss_pipeline.segmentation.dataset import SegmentationDataset, usable_ids
-from wsss_pipeline.segmentation.inference import predict_probabilities
+from wsss_pipeline.segmentation.inference import Segmenter
 from wsss_pipeline.segmentation.networks import SegmentationNetwork, build_network
 from wsss_pipeline.segmentation.pretrained import load_pretrained
 from wsss_pipeline.segmentation.train_config import TrainConfig, load_train_config
@@ -320,16 +320,21 @@ def _validation(
     names = ("background", *job.masks.class_names)
 
     def validate(network: SegmentationNetwork) -> float:
+        segmenter = Segmenter(network, names[1:], accelerator.device)
         matrix = np.zeros((len(names), len(names) + 1), np.int64)
         for image_id in ids[accelerator.process_index :: accelerator.num_processes]:
             try:
                 labels, image = truth[image_id].mask, read_image(images[image_id])
                 check_sizes(image[..., 0], labels, image_id)
+                prediction = segmenter(image).mask
             except (EvaluationError, ImageError, MaskError) as error:
                 logger.warning("%s: left out of the validation: %s", image_id, error)
                 continue
-            probabilities = predict_probabilities(network, image, InferenceConfig(), accelerator.device)
-            prediction = probabilities.argmax(axis=0).astype(np.uint8)
+            except (MemoryError, RuntimeError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                logger.warning("%s: left out of the validation: too little memory for it", image_id)
+                continue
             matrix += confusion_matrix(prediction, labels, len(names), image_id)
         total: torch.Tensor = accelerator.reduce(torch.from_numpy(matrix).to(accelerator.device), "sum")
         if not total.any():
