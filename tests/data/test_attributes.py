@@ -11,7 +11,7 @@ import pytest
 
 from wsss_pipeline.data.classes import load_class_set
 
-SENTENCES = {"voc12": 20, "demo": 12}
+SENTENCES = {"voc12": 20, "coco14": 20, "demo": 12}
 
 
 def read(name: str) -> str:
