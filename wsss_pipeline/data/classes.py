@@ -101,6 +101,7 @@ class ClassEntry(Settings):
         "sentence", description="Synonyms: all in one sentence, as CLIP-ES does; or the mean feature of each."
     )
     aliases: _SomeTexts = Field((), description="Other names that labels may use; CLIP doesn't see them.")
+    attributes: _SomeTexts = Field((), description="Sentences of what one sees of it, for methods that ask.")
     coco_id: int | None = Field(None, ge=1, le=90, description="Category id of the class in MS COCO.")
 
     def texts(self) -> tuple[str, ...]:

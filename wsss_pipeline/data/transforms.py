@@ -27,6 +27,9 @@ class PixelStatistics(NamedTuple):
 # Radford et al., "Learning Transferable Visual Models From Natural Language Supervision", released code.
 CLIP_STATISTICS = PixelStatistics((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
 
+# of the images that segmentation networks are pre-trained on
+IMAGENET_STATISTICS = PixelStatistics((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+
 
 class ClipInputSize(NamedTuple):
     """Size of CLIP's input, multiples of the patch size, and by how much the image was scaled down.

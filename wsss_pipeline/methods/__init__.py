@@ -52,7 +52,11 @@ class Method(Protocol):
 
     @classmethod
     def determinants(cls, config: Any) -> Mapping[str, Any]:
-        """The part of the fingerprint that is its own; settings of what is switched off are left out."""
+        """The part of the fingerprint that is its own; settings of what is switched off are left out.
+
+        A method that takes more from a class set than names, prompts and background words also has a class method
+        ``class_determinants(config, class_set)``, with what enters the fingerprint of that.
+        """
 
     def prepare(self, image: NDArray[np.uint8]) -> Prepared:
         """An image, uint8 (H, W, 3) RGB, at the size and with the pixel statistics that the method wants."""

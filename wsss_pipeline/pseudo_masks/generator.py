@@ -148,6 +148,7 @@ class MaskGenerator:
     def mask_set(self) -> MaskSet:
         """What the masks are and all that determines them; reads the weights for their digest."""
         classes = self.class_set.classes
+        of_classes = getattr(self._method_type, "class_determinants", lambda *_: {})
         category_ids = {entry.name: entry.coco_id for entry in classes if entry.coco_id is not None}
         return MaskSet(
             name=self.class_set.name,
@@ -163,6 +164,7 @@ class MaskGenerator:
                 "templates": list(self.config.templates),
                 "max_pixels": self.config.max_pixels,
                 **self._method_type.determinants(self.config),
+                **of_classes(self.config, self.class_set),
                 **self.refiner.determinants(),
             },
             class_names=self.class_set.names,

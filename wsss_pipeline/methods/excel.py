@@ -1,0 +1,176 @@
+"""ExCEL (Yang et al., "Exploring CLIP's Dense Knowledge for Weakly Supervised Semantic Segmentation", CVPR 2025).
+
+The part without training: calibrated patches compared with class texts that attributes enrich, class-aware attention
+affinity, PAR.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from pydantic import Field
+from torch import Tensor
+
+from wsss_pipeline.cam.affinity import refine_cams
+from wsss_pipeline.cam.patch_text import patch_text_cams
+from wsss_pipeline.clip.attributes import attribute_bank, enriched, load_attributes
+from wsss_pipeline.clip.text import TextEncoder, class_embeddings
+from wsss_pipeline.clip.trunk import Trunk
+from wsss_pipeline.clip.weights import Clip
+from wsss_pipeline.config import MaskConfig, RefinerName, ResolvedPrecision, Settings
+from wsss_pipeline.data.classes import ClassSet
+from wsss_pipeline.data.transforms import IMAGENET_STATISTICS, Prepared, clip_input_size, normalise
+from wsss_pipeline.errors import ImageError
+
+
+class ExcelSettings(Settings):
+    """Patch-text CAMs and class-aware attention affinity (ExCEL, section 3)."""
+
+    size: Literal["square", "native"] = Field(
+        "square", description="CLIP sees each image squashed to a square, as published, or at its own size."
+    )
+    side: int = Field(
+        320, ge=32, le=4096, description="Of the square, pixels; multiples of the patch are best."
+    )
+    calibrated_blocks: int = Field(
+        5, ge=0, le=1000, description="Last blocks with q-q, k-k, v-v attention; 0 for CLIP's own patches."
+    )
+    attributes: str = Field(
+        "", description="JSON of sentences by class; empty for those of the class set, none for plain texts."
+    )
+    clusters: int = Field(112, ge=1, le=100_000, description="Of the sentences; for COCO 224.")
+    affinity: bool = Field(True, description="Spread the CAMs along CLIP's own attention.")
+    affinity_layers: int = Field(6, ge=1, le=1000, description="How many last layers' attention is averaged.")
+    affinity_iterations: int = Field(
+        2, ge=1, le=100, description="How often CAMs are spread; 1 where an object is few patches wide."
+    )
+    sinkhorn_rounds: int = Field(
+        3, ge=0, le=1000, description="Rounds that make the attention doubly stochastic."
+    )
+    threshold: float = Field(
+        0.79, ge=0, le=1, description="Of the box mask, relative to the map's largest value; for COCO 0.88."
+    )
+
+
+class ExcelConfig(MaskConfig):
+    """Settings of ExCEL."""
+
+    excel: ExcelSettings = ExcelSettings()
+
+
+class Excel:
+    """CAMs of the classes that are present, out of maps of all classes and background words.
+
+    Args:
+        config: its settings.
+        clip: the frozen CLIP, on the device to use.
+        class_set: classes, background words, templates, attributes.
+        precision: type of CLIP's matrix products.
+    """
+
+    name = "excel"
+    version = 1
+    refiner: ClassVar[RefinerName] = "crf"
+    background_power = 1.0
+    Config = ExcelConfig
+    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+        # numbers of the published code
+        "voc12": {"classes": "voc12"},
+        "coco14": {"classes": "coco14", "excel": {"threshold": 0.88, "clusters": 224}},
+        "demo": {"classes": "demo", "excel": {"size": "native", "affinity_iterations": 1}},
+    }
+
+    def __init__(
+        self, config: ExcelConfig, clip: Clip, class_set: ClassSet, precision: ResolvedPrecision
+    ) -> None:
+        self._config = config
+        self._trunk = Trunk(clip.vision, precision)
+        self._heads = int(clip.vision.config.num_attention_heads)
+        encode = TextEncoder(clip.text, clip.tokenizer).encode
+        rows = class_embeddings(class_set, config.templates, encode)
+        foreground, settings = rows.foreground, config.excel
+        attributes = load_attributes(settings.attributes, class_set)
+        if attributes:
+            bank = attribute_bank(attributes, class_set, config.templates[0], encode, settings.clusters)
+            foreground = enriched(foreground, bank)
+        self._texts = torch.cat([foreground, rows.background]).to(self._trunk.device)
+
+    @classmethod
+    def determinants(cls, config: ExcelConfig) -> Mapping[str, Any]:
+        """See ``Method``; attributes are told by their text, and not by where they lie."""
+        dropped = {"attributes", "clusters"} | ({"side"} if config.excel.size == "native" else set())
+        if not config.excel.affinity:
+            dropped |= {"affinity_layers", "affinity_iterations", "sinkhorn_rounds", "threshold"}
+        return {"excel": config.excel.model_dump(exclude=dropped)}
+
+    @classmethod
+    def class_determinants(cls, config: ExcelConfig, class_set: ClassSet) -> Mapping[str, Any]:
+        """See ``Method``."""
+        attributes = load_attributes(config.excel.attributes, class_set)
+        if not attributes:
+            return {"attributes": None}
+        text = json.dumps([list(sentences) for sentences in attributes.values()])
+        digest = hashlib.sha256(text.encode()).hexdigest()
+        return {"attributes": {"sentences": digest, "clusters": config.excel.clusters}}
+
+    def prepare(self, image: NDArray[np.uint8]) -> Prepared:
+        """See ``Method``: bilinear without antialiasing, ImageNet's statistics."""
+        patch, settings = self._trunk.patch_size, self._config.excel
+        size = clip_input_size(image.shape[1], image.shape[0], patch, self._config.max_pixels)
+        height, width = size.height, size.width
+        if settings.size == "square":
+            height = width = patch * max(1, round(settings.side / patch))
+        pixels = normalise(image, IMAGENET_STATISTICS)
+        if pixels.shape[1:] != (height, width):
+            pixels = F.interpolate(pixels[None], size=(height, width), mode="bilinear", align_corners=False)[
+                0
+            ]
+        return Prepared(pixels, size.scale)
+
+    def scores(self, batch: Tensor, present: Sequence[Sequence[int]]) -> list[Tensor]:
+        """See ``Method``: patch-text CAMs, or with affinity the refined ones, which aren't normalised."""
+        settings = self._config.excel
+        features = self._trunk.encode(
+            batch,
+            attention="layers",
+            last_layers=settings.affinity_layers if settings.affinity else 1,
+            calibrated_blocks=settings.calibrated_blocks,
+        )
+        assert features.calibrated is not None
+        maps = patch_text_cams(features.calibrated, self._texts)
+        attention = self._affinity(features.attention)
+        cams = []
+        for own, weights, values in zip(maps, attention, present, strict=True):
+            chosen = own[[value - 1 for value in values]].view(-1, *features.grid)
+            if settings.affinity:
+                chosen = refine_cams(
+                    chosen,
+                    weights,
+                    settings.threshold,
+                    settings.affinity_iterations,
+                    settings.sinkhorn_rounds,
+                )
+            cams.append(chosen)
+        # one answer for all: each waits for the device
+        if not bool(torch.stack([torch.isfinite(maps).all() for maps in cams]).all()):
+            raise ImageError(
+                "CLIP's class activation isn't finite; try --precision fp32, or check the weights"
+            )
+        return cams
+
+    def _affinity(self, attention: Tensor) -> Tensor:
+        """Mean over layers (L, B, hw, hw) -> (B, hw, hw), as published: of calibrated blocks the heads are summed."""
+        summed = torch.ones(len(attention), device=attention.device)
+        calibrated = min(self._config.excel.calibrated_blocks, len(attention))
+        summed[len(attention) - calibrated :] = self._heads
+        return torch.einsum("l,lbij->bij", summed / len(attention), attention)
+
+
+METHOD = Excel
