@@ -29,7 +29,7 @@ _MOST_DIGITS = 100  # of a number
 
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 ResolvedPrecision = Literal["fp32", "bf16", "fp16"]
-RefinerName = Literal["auto", "crf", "none"]
+RefinerName = Literal["auto", "crf", "par", "none"]
 CrfBackend = Literal["auto", "pydensecrf", "lattice", "none"]
 CrfImage = Literal["bgr", "reference"]
 
@@ -85,6 +85,26 @@ class CrfConfig(Settings):
     bilateral_weight: float = Field(4.0, ge=0, le=10_000, description="Weight of the bilateral kernel.")
 
 
+class ParConfig(Settings):
+    """Pixel-adaptive refinement (Ru et al., CVPR 2022, section 3.3) with the constants of WeCLIP and ExCEL."""
+
+    iterations: int = Field(20, ge=0, le=1000, description="How often scores go to the neighbours.")
+    dilations: tuple[Annotated[int, Field(ge=1, le=256)], ...] = Field(
+        (1, 2, 4, 8, 12, 24),
+        min_length=1,
+        max_length=16,
+        strict=False,
+        description="Distances of the neighbours, eight at each, pixels.",
+    )
+    width: float = Field(
+        0.3,
+        ge=0.01,
+        le=100,
+        description="Of the kernels in colour and in distance, in deviations among the neighbours.",
+    )
+    distance_weight: float = Field(0.01, ge=0, le=100, description="Weight of the kernel in distance.")
+
+
 SCALES = (0.05, 20.0)  # of an image's sides at inference, smallest and largest
 
 
@@ -121,6 +141,7 @@ class MaskConfig(Settings):
     clip: ClipConfig = ClipConfig()
     refine: RefinerName = Field("auto", description="From scores to masks; auto is what the method has.")
     crf: CrfConfig = CrfConfig()
+    par: ParConfig = ParConfig()
     max_pixels: int = Field(
         1_048_576,
         ge=4_096,

@@ -113,6 +113,7 @@ def of_class(name: str, /, **keys: Any) -> Callable[[Path], str]:
 
 
 CRF = {"refine": "crf", "crf.backend": "lattice"}
+PAR = {"refine": "par"}
 UNREFINED = {"refine": "none"}
 
 # settings that every method has
@@ -123,18 +124,32 @@ COMMON: dict[str, list[Row]] = {
     "clip.weights": [Row(clip_folder(other_weights), CHANGES), Row(clip_folder(nothing), SAME)],
     "clip.tokenizer": [Row(clip_folder(other_vocabulary), CHANGES), Row(clip_folder(nothing), SAME)],
     "clip.precision": [Row("bf16", CHANGES)],
-    "refine": [Row("none", CHANGES, CRF), Row("crf", CHANGES, UNREFINED)],
+    "refine": [
+        Row("none", CHANGES, CRF),
+        Row("crf", CHANGES, UNREFINED),
+        Row("par", CHANGES, UNREFINED),
+        Row("par", CHANGES, CRF),
+    ],
     "crf.backend": [
         Row("auto", SAME, CRF),
         Row("pydensecrf", ROUNDING, CRF),
+        Row("none", SAME, PAR),
     ],
     "crf.image": [Row("reference", CHANGES, CRF), Row("reference", SAME, UNREFINED)],
-    "crf.iterations": [Row(2, CHANGES, CRF), Row(2, SAME, UNREFINED)],
+    "crf.iterations": [Row(2, CHANGES, CRF), Row(2, SAME, UNREFINED), Row(2, SAME, PAR)],
     "crf.gaussian_sxy": [Row(3.0, CHANGES, CRF), Row(1, SAME, CRF), Row(3.0, SAME, UNREFINED)],
     "crf.gaussian_weight": [Row(6.0, CHANGES, CRF), Row(6.0, SAME, UNREFINED)],
     "crf.bilateral_sxy": [Row(20.0, CHANGES, CRF), Row(20.0, SAME, UNREFINED)],
     "crf.bilateral_srgb": [Row(9.0, CHANGES, CRF), Row(9.0, SAME, UNREFINED)],
     "crf.bilateral_weight": [Row(8.0, CHANGES, CRF), Row(8.0, SAME, UNREFINED)],
+    "par.iterations": [Row(2, CHANGES, PAR), Row(2, SAME, CRF), Row(2, SAME, UNREFINED)],
+    "par.dilations": [
+        Row((1, 2, 4), CHANGES, PAR),
+        Row([1, 2, 4, 8, 12, 24], SAME, PAR),
+        Row((1, 2, 4), SAME, CRF),
+    ],
+    "par.width": [Row(0.6, CHANGES, PAR), Row(0.6, SAME, CRF)],
+    "par.distance_weight": [Row(0.5, CHANGES, PAR), Row(0.5, SAME, CRF)],
     "max_pixels": [Row(5000, CHANGES)],
 }
 

@@ -1,6 +1,7 @@
 """From scores to a posterior that follows the image's edges, and from there to labels."""
 
 from wsss_pipeline.refine.dense_crf import DenseCrf
+from wsss_pipeline.refine.par import Par
 from wsss_pipeline.refine.refiner import Refiner, Unrefined, label, load_refiner
 
-__all__ = ["DenseCrf", "Refiner", "Unrefined", "label", "load_refiner"]
+__all__ = ["DenseCrf", "Par", "Refiner", "Unrefined", "label", "load_refiner"]

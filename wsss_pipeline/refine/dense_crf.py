@@ -59,16 +59,7 @@ class DenseCrf:
             ImageError: image and scores don't fit together.
             ConfigError: the kernels are too narrow for the lattice.
         """
-        for image, score in zip(images, scores, strict=True):
-            if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or image.size == 0:
-                raise ImageError(
-                    f"the dense CRF takes a uint8 image (H, W, 3), not {image.dtype} {image.shape}"
-                )
-            if score.ndim != 3 or score.shape[1:] != image.shape[:2] or len(score) == 0:
-                raise ImageError(
-                    f"the dense CRF takes scores (L, {image.shape[0]}, {image.shape[1]}) for this image, "
-                    f"not {tuple(score.shape)}"
-                )
+        check_arrays(images, scores, "the dense CRF")
         seen = [crf_image(image, self.config.image) for image in images]
         unaries = [unary_from_scores(score) for score in scores]
         if scores[0].device.type != "cpu" and self.config.backend == "lattice":
@@ -80,6 +71,18 @@ class DenseCrf:
             torch.from_numpy(on_host(image, unary.cpu().numpy(), self.config)).to(unary.device)
             for image, unary in zip(seen, unaries, strict=True)
         ]
+
+
+def check_arrays(images: Sequence[NDArray[np.uint8]], scores: Sequence[Tensor], refiner: str) -> None:
+    """Refuses images that aren't uint8 (H, W, 3), and scores that aren't (L, H, W) for them, as ImageError."""
+    for image, score in zip(images, scores, strict=True):
+        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or image.size == 0:
+            raise ImageError(f"{refiner} takes a uint8 image (H, W, 3), not {image.dtype} {image.shape}")
+        if score.ndim != 3 or score.shape[1:] != image.shape[:2] or len(score) == 0:
+            raise ImageError(
+                f"{refiner} takes scores (L, {image.shape[0]}, {image.shape[1]}) for this image, "
+                f"not {tuple(score.shape)}"
+            )
 
 
 def unary_from_scores(scores: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from wsss_pipeline.config import MaskConfig, RefinerName
 from wsss_pipeline.data.masks import CERTAIN
 from wsss_pipeline.errors import ConfigError
 from wsss_pipeline.refine.dense_crf import DenseCrf
+from wsss_pipeline.refine.par import Par
 
 
 class Refiner(Protocol):
@@ -56,7 +57,7 @@ class Unrefined:
 
 
 def load_refiner(config: MaskConfig, default: RefinerName) -> Refiner:
-    """The refiner that a configuration names; ``auto`` is ``default``, or none where ``crf.backend`` is none.
+    """The refiner that a configuration names; ``auto`` is ``default``, and a CRF whose backend is none is none.
 
     Raises:
         ConfigError: settings that contradict each other.
@@ -67,7 +68,7 @@ def load_refiner(config: MaskConfig, default: RefinerName) -> Refiner:
     name = default if config.refine == "auto" else config.refine
     if name == "none" or (name == "crf" and config.crf.backend == "none"):
         return Unrefined()
-    return DenseCrf(config.crf)
+    return Par(config.par) if name == "par" else DenseCrf(config.crf)
 
 
 def label(posterior: Tensor, classes: Sequence[int], size: tuple[int, int]) -> tuple[Tensor, Tensor]:

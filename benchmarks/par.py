@@ -1,0 +1,100 @@
+"""Speed of pixel-adaptive refinement (PAR) beside the same written plainly in torch.
+
+    OMP_WAIT_POLICY=PASSIVE python benchmarks/par.py [--threads 2] [--repeats 5] [--labels 3]
+
+One synthetic 500x375 image (that of dense_crf.py), 20 iterations. *Plain* is the published way: 48 neighbours by
+padding and slicing, the scores of all labels held once for each neighbour. It has the threads of torch; the compiled
+form works on as many copies of the image at a time, each in a thread, as stage one does. The ways take turns within
+one run, so what else the machine does hits all alike; seconds an image: median, and the range, which is the noise.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import statistics
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from dense_crf import HEIGHT, WIDTH, synthetic_image, synthetic_scores
+from torch import Tensor
+
+from wsss_pipeline.config import ParConfig
+from wsss_pipeline.refine.par import propagate, propagate_in_torch
+
+DILATIONS, ITERATIONS = (1, 2, 4, 8, 12, 24), 20
+
+
+def plain(images: Tensor, scores: Tensor) -> Tensor:
+    """PAR by the book: images (B, 3, H, W) and scores (B, L, H, W), float32, to refined scores."""
+    around = neighbours(images)
+    deviation = around.std(dim=2, keepdim=True)
+    colour = -(((around - images[:, :, None]).abs() / (deviation + 1e-8) / 0.3) ** 2)
+    weights = torch.softmax(colour.mean(dim=1, keepdim=True), dim=2)
+    distances = torch.tensor([by * way for by in DILATIONS for way in (1, math.sqrt(2))]).repeat_interleave(4)
+    distances = distances.view(-1, 8)[:, [4, 0, 5, 1, 2, 6, 3, 7]].reshape(1, 1, -1, 1, 1)
+    nearness = torch.softmax(-((distances / (distances.std() + 1e-8) / 0.3) ** 2), dim=2)
+    weights = weights + 0.01 * nearness
+    for _ in range(ITERATIONS):
+        scores = (neighbours(scores) * weights).sum(dim=2)
+    return scores
+
+
+def neighbours(values: Tensor) -> Tensor:
+    """(B, C, H, W) to (B, C, 48, H, W)."""
+    height, width = values.shape[2:]
+    found = []
+    for by in DILATIONS:
+        padded = F.pad(values, (by,) * 4, mode="replicate")
+        for down in (0, by, 2 * by):
+            for right in (0, by, 2 * by):
+                if (down, right) != (by, by):
+                    found.append(padded[:, :, down : down + height, right : right + width])
+    return torch.stack(found, dim=2)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--labels", type=int, default=3, help="background included")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    generator = np.random.default_rng(options.labels)
+    image = torch.from_numpy(synthetic_image(generator).transpose(2, 0, 1)).float()[None]
+    scores, parameters = synthetic_scores(options.labels, generator)[None], ParConfig()
+    pool, copies = ThreadPoolExecutor(options.threads), [image] * options.threads
+
+    def compiled() -> Tensor:
+        *_, last = pool.map(lambda one: propagate(one, scores, parameters), copies)
+        return last
+
+    ways = {
+        "plain": (lambda: plain(image, scores), 1),
+        "in torch": (lambda: propagate_in_torch(image, scores, parameters), 1),
+        "compiled": (compiled, len(copies)),
+    }
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    expected = plain(image, scores)
+    for repeat in range(options.repeats + 1):
+        for name, (run, images) in ways.items():
+            start = time.perf_counter()
+            found = run()
+            if repeat:  # the first call of each also loads and warms up
+                seconds[name].append((time.perf_counter() - start) / images)
+            assert (found - expected).abs().max() < 1e-5
+    print(f"{options.threads} threads; {options.labels} labels, {WIDTH}x{HEIGHT}; seconds an image")
+    print(f"{'way':<9} {'median':>8} {'least':>8} {'most':>8} {'times as fast':>14}")
+    for name, times in seconds.items():
+        middle = statistics.median(times)
+        ratio = statistics.median(seconds["plain"]) / middle
+        print(f"{name:<9} {middle:>8.3f} {min(times):>8.3f} {max(times):>8.3f} {ratio:>14.1f}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,141 @@
+"""Pixel-adaptive refinement, PAR (Ru et al., "Learning Affinity from Attention", CVPR 2022, section 3.3).
+
+Each pixel's scores become a weighted sum of those of its neighbours, several times over. Neighbours are weighted by
+how alike their colour is, measured in the deviation among the neighbours, and a little by how near they are. Unlike a
+CRF it has no term that holds on to the scores it began with.
+
+Numbers and details are those of the code published with WeCLIP (CVPR 2024) and ExCEL (CVPR 2025).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor
+
+from wsss_pipeline.config import ParConfig
+from wsss_pipeline.refine.dense_crf import check_arrays
+from wsss_pipeline.refine.par_cpu import propagate_compiled
+
+_TINY = 1e-8
+_AROUND = [(down, right) for down in (-1, 0, 1) for right in (-1, 0, 1) if down or right]
+
+
+class Par:
+    """A ``Refiner``: scores after PAR, divided by their sum.
+
+    All labels of a pixel are filtered with the same weights, so their sum is the filtered sum of the scores, and
+    dividing by it gives each label's share of what the pixel received: a mean of its neighbours' shares, in [0, 1],
+    with the arg max that was published. The factor by which PAR's weights exceed 1 cancels out.
+
+    Args:
+        config: constants and iterations.
+    """
+
+    def __init__(self, config: ParConfig) -> None:
+        self.config = config
+        self.description = f"PAR: {config.iterations} iterations"
+
+    def determinants(self) -> Mapping[str, Any]:
+        """All settings."""
+        return {"par": self.config.model_dump(mode="json")}
+
+    def __call__(self, images: Sequence[NDArray[np.uint8]], scores: Sequence[Tensor]) -> list[Tensor]:
+        """See ``Refiner``.
+
+        Raises:
+            ImageError: image and scores don't fit together.
+        """
+        check_arrays(images, scores, "PAR")
+        found = []
+        for image, score in zip(images, scores, strict=True):
+            # in the bytes' own units: a channel's scale and offset cancel out
+            seen = torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1)))
+            seen = seen.to(score.device, non_blocking=True).float()
+            refined = propagate(seen[None], score[None], self.config)[0]
+            found.append(refined / refined.sum(dim=0))
+        return found
+
+
+@torch.no_grad()
+def propagate(images: Tensor, scores: Tensor, parameters: ParConfig) -> Tensor:
+    """PAR as published, compiled on a CPU and in torch elsewhere.
+
+    Args:
+        images: (B, 3, H, W), any real dtype and range: a channel's scale and offset don't matter. Resized to the
+            scores' size, bilinear with aligned corners, where theirs differs.
+        scores: (B, L, h, w), any real dtype.
+        parameters: constants and iterations.
+
+    Returns:
+        float32 (B, L, h, w) on the device of the scores. The weights of a pixel's neighbours sum to 1 and
+        ``distance_weight``; each iteration multiplies constant scores by this sum.
+    """
+    size, images, scores = scores.shape[2:], images.detach().float(), scores.detach().float()
+    if images.shape[2:] != size:
+        images = F.interpolate(images, size, mode="bilinear", align_corners=True)
+    if scores.device.type != "cpu":
+        return propagate_in_torch(images, scores, parameters)
+    steps = np.array(_steps(parameters), np.int64)
+    added = _distance_weights(parameters).numpy()
+    return torch.stack(
+        [
+            torch.from_numpy(propagate_compiled(image.numpy(), score.numpy(), steps, added, parameters))
+            for image, score in zip(images, scores, strict=True)
+        ]
+    )
+
+
+def propagate_in_torch(images: Tensor, scores: Tensor, parameters: ParConfig) -> Tensor:
+    """As ``propagate``, on any device, of float32 images and scores of one size.
+
+    Holds one weight for each neighbour and pixel, and no copy of the neighbours' scores.
+    """
+    weights = _weights(images, parameters)
+    for _ in range(parameters.iterations):
+        result = torch.zeros_like(scores)
+        for k, neighbour in enumerate(_neighbours(scores, parameters)):
+            result.addcmul_(weights[:, k, None], neighbour)
+        scores = result
+    return scores
+
+
+def _weights(images: Tensor, parameters: ParConfig) -> Tensor:
+    """float32 (B, n, H, W): how much each of the n neighbours of a pixel gives to it."""
+    count = len(_steps(parameters))
+    logits = images.new_zeros(len(images), count, *images.shape[2:])
+    for index in range(images.shape[1]):  # one channel at a time takes a third of the memory
+        channel = images[:, index, None]
+        around = torch.cat(_neighbours(channel, parameters), dim=1)
+        # over the neighbours, without the pixel itself
+        deviation = around.std(dim=1, keepdim=True)
+        logits -= around.sub_(channel).div_((deviation + _TINY) * parameters.width).square_()
+    added = _distance_weights(parameters).to(images.device)
+    return (logits / images.shape[1]).softmax(dim=1).add_(added[:, None, None])
+
+
+def _neighbours(values: Tensor, parameters: ParConfig) -> list[Tensor]:
+    """Per step the neighbours' values: views like (B, C, H, W); beyond the border lies the pixel nearest to it."""
+    reach, (height, width) = max(parameters.dilations), values.shape[2:]
+    padded = F.pad(values, (reach,) * 4, mode="replicate")
+    return [
+        padded[:, :, reach + down : reach + down + height, reach + right : reach + right + width]
+        for down, right in _steps(parameters)
+    ]
+
+
+def _steps(parameters: ParConfig) -> list[tuple[int, int]]:
+    """Rows down and columns right from a pixel to each of its neighbours."""
+    return [(down * by, right * by) for by in parameters.dilations for down, right in _AROUND]
+
+
+def _distance_weights(parameters: ParConfig) -> Tensor:
+    """float32 (n,): the part of the neighbours' weights that is the same for all pixels."""
+    distances = torch.tensor(_steps(parameters), dtype=torch.float32).square().sum(dim=1).sqrt()
+    scaled = distances / ((distances.std() + _TINY) * parameters.width)
+    return parameters.distance_weight * (-scaled.square()).softmax(dim=0)
