@@ -7,7 +7,7 @@ DEMO := demo-out
 # libgomp's default spinning costs a time slice per parallel region as soon as cores are shared
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: help demo test lint format types pytest coverage faults attack fuzz mutants browser clean
+.PHONY: help demo test lint format types pytest slow coverage faults attack fuzz mutants browser clean
 .DEFAULT_GOAL := help
 
 help:  ## list what can be made
@@ -27,6 +27,9 @@ types: $(VENV)/installed-dev  ## mypy, strict, on the package
 
 pytest: $(VENV)/installed-dev  ## all tests, in two processes
 	$(BIN)/python -m pytest -n 2 --dist worksteal
+
+slow: $(VENV)/installed-dev  ## the tests that take minutes each
+	$(BIN)/python -m pytest -m slow
 
 coverage: $(VENV)/installed-dev  ## all tests, and which lines and branches they reach
 	$(BIN)/python -m pytest -n 2 --dist worksteal --cov --cov-report=term:skip-covered --cov-report=html

@@ -75,7 +75,7 @@ def test_an_output_in_an_input_is_refused(place: Path, arguments: tuple[str, ...
     result = wsss(*(argument.format(name=mask_set.name) for argument in arguments))
     assert result.exit_code == 2, result.output
     (error,) = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
-    assert "which is only read" in error or "give each a file of its own" in error
+    assert "that is only read" in error or "give each a file of its own" in error
     assert content(place) == before
 
 

@@ -20,6 +20,7 @@ from tests.end_to_end.conftest import wsss
 from wsss_pipeline.cache import MaskCache, MaskSet, MaskWriter, PseudoMask, open_mask_set
 from wsss_pipeline.data.images import read_mask
 from wsss_pipeline.demo.voc_folder import write_voc_folder
+from wsss_pipeline.runtime.output import check_replaceable
 from wsss_pipeline.segmentation.checkpoint import load_network
 
 TINY = ("--network", "segformer", "--encoder", "tiny", "--weights", "none", "--crop", 64, "--batch-size", 2)
@@ -249,6 +250,9 @@ def test_export_to_onnx_and_to_hugging_face(root: Path, run: Path, tmp_path: Pat
     result = wsss("export-model", "--checkpoint", run, "--out", tmp_path / "net.onnx")
     assert result.exit_code == 0, result.output
     assert "checked against torch on 2 shapes" in result.stderr
+    check_replaceable(tmp_path / "net.onnx")  # as this program's own
+    # the producer stands at the beginning, however long the names of the classes behind it are
+    assert b"wsss-pipeline" in (tmp_path / "net.onnx").read_bytes()[:100]
     images = torch.randn(2, 3, 50, 81)
     session = onnxruntime.InferenceSession(str(tmp_path / "net.onnx"), providers=["CPUExecutionProvider"])
     (logits,) = session.run(None, {"images": images.numpy()})

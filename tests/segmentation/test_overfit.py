@@ -24,7 +24,7 @@ from wsss_pipeline.stages.train_seg import TrainJob, train_seg
 CASES = [
     ("deeplabv3plus", "resnet18", 2e-3, 60, 96, 8),
     ("segformer", "tiny", 3e-3, 160, 96, 8),
-    ("deeplabv2", "resnet10t", 2e-3, 180, 208, 2),
+    pytest.param("deeplabv2", "resnet10t", 2e-3, 180, 208, 2, marks=pytest.mark.slow),
 ]
 
 

@@ -149,7 +149,7 @@ def test_nothing_is_written_through_links(cache: MaskCache, tmp_path: Path) -> N
 @pytest.mark.parametrize("where", [".", "cache/{name}", "cache/{name}/deeper"])
 def test_the_mask_set_is_only_read(cache: MaskCache, tmp_path: Path, where: str) -> None:
     before = sorted(tmp_path.rglob("*"))
-    with pytest.raises(ConfigError, match=r"--cache .* which is only read"):
+    with pytest.raises(ConfigError, match=r"--cache .* that is only read"):
         export_masks(cache, tmp_path / where.format(name=cache.path.name), "png", overwrite=True)
     assert sorted(tmp_path.rglob("*")) == before
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import json
 import os
 from pathlib import Path
 from types import SimpleNamespace
@@ -77,17 +76,3 @@ def test_a_full_disk_is_one_line(run: Path, tmp_path: Path, monkeypatch: pytest.
     with pytest.raises(OutputError, match="No space left on device"):
         export_model(run, tmp_path / "hf", "huggingface")
     assert not list((tmp_path / "hf").iterdir())
-
-
-def test_an_onnx_file_carries_the_mark_however_many_classes_it_has(run: Path, tmp_path: Path) -> None:
-    onnx = pytest.importorskip("onnx")
-    pytest.importorskip("onnxscript")
-    config = NetworkConfig(name="segformer", encoder="tiny", weights="none")
-    names = [f"a class with a long name, number {number}" for number in range(200)]
-    save_network(build_network(config, 201), run / "best", config, names)
-    out = export_model(run, tmp_path / "net.onnx", "onnx")
-    assert export_model(run, out, "onnx") == out
-    model = onnx.load(out)
-    assert model.producer_name == "wsss-pipeline"
-    values = {entry.key: entry.value for entry in model.metadata_props}
-    assert json.loads(values["id2label"])["200"] == names[-1]

@@ -144,8 +144,16 @@ class MaskJob:
             files, names = voc_inputs(Path(voc), str(split), class_set)
         else:
             files, names = coco_inputs(Path(str(coco)), str(split), class_set)
-        given = {"--images": images, "--labels": labels, "--voc": voc, "--coco": coco}
+        given = {"--images": images, "--labels": labels}
         inputs = {option: Path(path) for option, path in given.items() if path is not None}
+        if voc is not None:
+            inputs |= {
+                f"--voc's {name}": Path(voc) / name for name in ("JPEGImages", "Annotations", "ImageSets")
+            }
+        elif coco is not None:
+            inputs |= {
+                f"--coco's {name}": Path(coco) / name for name in ("images", str(split), "annotations")
+            }
         return cls(files, names, class_set, config, Path(paths.get("cache") or "cache"), inputs=inputs)
 
 
