@@ -51,10 +51,13 @@ class Prepared:
     Attributes:
         pixels: float32 (3, h, w), normalised.
         scale: factor of each side at which the refiner sees the image; 1.0 where it fits as it is.
+        seen: what the refiner sees in place of the image, uint8 of the image's shape times ``scale``; None for the
+            image itself.
     """
 
     pixels: Tensor
     scale: float = 1.0
+    seen: NDArray[np.uint8] | None = None
 
 
 def prepare_image(

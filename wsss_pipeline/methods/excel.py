@@ -39,6 +39,10 @@ class ExcelSettings(Settings):
     side: int = Field(
         320, ge=32, le=4096, description="Of the square, pixels; multiples of the patch are best."
     )
+    refine_on: Literal["square", "image"] = Field(
+        "square",
+        description="What the refiner sees: the square scaled back to the image's size, or the image.",
+    )
     calibrated_blocks: int = Field(
         5, ge=0, le=1000, description="Last blocks with q-q, k-k, v-v attention; 0 for CLIP's own patches."
     )
@@ -77,7 +81,7 @@ class Excel:
 
     name = "excel"
     version = 1
-    refiner: ClassVar[RefinerName] = "crf"
+    refiner: ClassVar[RefinerName] = "par"
     background_power = 1.0
     Config = ExcelConfig
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
@@ -105,7 +109,8 @@ class Excel:
     @classmethod
     def determinants(cls, config: ExcelConfig) -> Mapping[str, Any]:
         """See ``Method``; attributes are told by their text, and not by where they lie."""
-        dropped = {"attributes", "clusters"} | ({"side"} if config.excel.size == "native" else set())
+        dropped = {"attributes", "clusters"}
+        dropped |= {"side", "refine_on"} if config.excel.size == "native" else set()
         if not config.excel.affinity:
             dropped |= {"affinity_layers", "affinity_iterations", "sinkhorn_rounds", "threshold"}
         return {"excel": config.excel.model_dump(exclude=dropped)}
@@ -124,15 +129,18 @@ class Excel:
         """See ``Method``: bilinear without antialiasing, ImageNet's statistics."""
         patch, settings = self._trunk.patch_size, self._config.excel
         size = clip_input_size(image.shape[1], image.shape[0], patch, self._config.max_pixels)
-        height, width = size.height, size.width
-        if settings.size == "square":
-            height = width = patch * max(1, round(settings.side / patch))
-        pixels = normalise(image, IMAGENET_STATISTICS)
-        if pixels.shape[1:] != (height, width):
-            pixels = F.interpolate(pixels[None], size=(height, width), mode="bilinear", align_corners=False)[
-                0
-            ]
-        return Prepared(pixels, size.scale)
+        if settings.size == "native":
+            return Prepared(
+                _resized(normalise(image, IMAGENET_STATISTICS), (size.height, size.width)), size.scale
+            )
+        side = patch * max(1, round(settings.side / patch))
+        pixels, seen = _resized(normalise(image, IMAGENET_STATISTICS), (side, side)), None
+        if settings.refine_on == "square":
+            height, width = (max(1, round(end * size.scale)) for end in image.shape[:2])
+            mean, deviation = (torch.tensor(row)[:, None, None] for row in IMAGENET_STATISTICS)
+            levels = _resized(255 * (pixels * deviation + mean), (height, width), align_corners=True)
+            seen = levels.round().clamp(0, 255).to(torch.uint8).permute(1, 2, 0).contiguous().numpy()
+        return Prepared(pixels, size.scale, seen)
 
     def scores(self, batch: Tensor, present: Sequence[Sequence[int]]) -> list[Tensor]:
         """See ``Method``: patch-text CAMs, or with affinity the refined ones, which aren't normalised."""
@@ -171,6 +179,13 @@ class Excel:
         calibrated = min(self._config.excel.calibrated_blocks, len(attention))
         summed[len(attention) - calibrated :] = self._heads
         return torch.einsum("l,lbij->bij", summed / len(attention), attention)
+
+
+def _resized(image: Tensor, size: tuple[int, int], *, align_corners: bool = False) -> Tensor:
+    """(3, H, W) at another size, bilinear without antialiasing."""
+    if image.shape[1:] == size:
+        return image
+    return F.interpolate(image[None], size=size, mode="bilinear", align_corners=align_corners)[0]
 
 
 METHOD = Excel

@@ -148,7 +148,7 @@ class MaskGenerator:
     def mask_set(self) -> MaskSet:
         """What the masks are and all that determines them; reads the weights for their digest."""
         classes = self.class_set.classes
-        of_classes = getattr(self._method_type, "class_determinants", lambda *_: {})
+        of_classes: Any = getattr(self._method_type, "class_determinants", lambda *_: {})
         category_ids = {entry.name: entry.coco_id for entry in classes if entry.coco_id is not None}
         return MaskSet(
             name=self.class_set.name,
@@ -228,7 +228,8 @@ class MaskGenerator:
         seen, scores = [], []
         for image, cams in zip(batch, maps, strict=True):
             height, width = (max(1, round(side * image.prepared.scale)) for side in image.pixels.shape[:2])
-            seen.append(resize(image.pixels, width, height))
+            own = image.prepared.seen
+            seen.append(resize(image.pixels, width, height) if own is None else own)
             # half precision is what the cache stores and what the published CRF reads
             scores.append(assemble(upscale_cams(cams, (height, width)).half(), power))
         posteriors = self.refiner(seen, scores)
