@@ -112,9 +112,25 @@ def of_class(name: str, /, **keys: Any) -> Callable[[Path], str]:
     )
 
 
+def attribute_file(change: Callable[[list[str]], list[str]]) -> Callable[[Path], str]:
+    """The demo's sentences in a file of their own, changed."""
+
+    def make(folder: Path) -> str:
+        own = resources.files("wsss_pipeline.data") / "attributes" / "demo.json"
+        content = {name: change(sentences) for name, sentences in json.loads(own.read_text("utf-8")).items()}
+        (folder / "attributes.json").write_text(json.dumps(content))
+        return str(folder / "attributes.json")
+
+    return make
+
+
 CRF = {"refine": "crf", "crf.backend": "lattice"}
 PAR = {"refine": "par"}
 UNREFINED = {"refine": "none"}
+
+PATCHES = {"excel.affinity": False}
+# 320 pixels are many of the demo CLIP's patches
+SMALL: dict[str, dict[str, Any]] = {"excel": {"excel.side": 128}}
 
 # settings that every method has
 COMMON: dict[str, list[Row]] = {
@@ -163,6 +179,24 @@ OWN: dict[str, dict[str, list[Row]]] = {
         "cam.sinkhorn_rounds": [Row(1, CHANGES), Row(1, SAME, {"cam.affinity": False})],
         "cam.threshold": [Row(0.8, CHANGES), Row(0.8, SAME, {"cam.affinity": False})],
     },
+    "excel": {
+        "crf.backend": [Row("none", SAME)],
+        "excel.size": [Row("native", CHANGES)],
+        "excel.side": [Row(96, CHANGES), Row(96, SAME, {"excel.size": "native"})],
+        "excel.refine_on": [Row("image", CHANGES), Row("image", SAME, {"excel.size": "native"})],
+        "excel.calibrated_blocks": [Row(1, CHANGES), Row(0, CHANGES)],
+        "excel.attributes": [
+            Row("none", CHANGES),
+            Row(attribute_file(lambda sentences: sentences), SAME),
+            Row(attribute_file(lambda sentences: sentences[::2]), CHANGES),
+        ],
+        "excel.clusters": [Row(5, CHANGES), Row(5, SAME, {"excel.attributes": "none"})],
+        "excel.affinity": [Row(False, CHANGES)],
+        "excel.affinity_layers": [Row(2, CHANGES), Row(2, SAME, PATCHES)],
+        "excel.affinity_iterations": [Row(3, CHANGES), Row(3, SAME, PATCHES)],
+        "excel.sinkhorn_rounds": [Row(1, CHANGES), Row(1, SAME, PATCHES)],
+        "excel.threshold": [Row(0.2, CHANGES), Row(0.2, SAME, PATCHES)],
+    },
     TOY: {"crf.backend": [Row("none", SAME)], "sharpness": [Row(10.0, CHANGES)]},
 }
 
@@ -180,6 +214,7 @@ CLASS_SETS: dict[str, list[Row]] = {
     "classes.synonyms": [Row(of_class("ball", synonyms=["red"]), CHANGES)],
     "classes.fuse": [Row(of_class("mushroom", synonyms=["cup"], fuse="feature"), CHANGES)],
     "classes.aliases": [Row(of_class("ball", aliases=["sphere"]), SAME)],
+    "classes.attributes": [Row(of_class("ball", attributes=["It is round."]), SAME)],
     "classes.coco_id": [Row(of_class("ball", coco_id=37), SAME)],
 }
 
@@ -198,6 +233,7 @@ def loaded(files: ClipFiles) -> Clip:
 def made(method: str, settings: Mapping[str, Any]) -> tuple[str, str]:
     """Fingerprint of the mask set, and digest of what the scene's mask holds."""
     base = {"clip.weights": "demo", "clip.precision": "fp32", "classes": DEMO, "method": method}
+    base |= SMALL.get(method, {})
     generator = MaskGenerator(settings={**base, **settings}, device="cpu", offline=True)
     found = generator(IMAGE, LABELS)
     assert found.cams is not None

@@ -50,11 +50,10 @@ def load_attributes(text: str, class_set: ClassSet) -> Attributes:
         built_in = resources.files("wsss_pipeline.data") / "attributes" / f"{class_set.name}.json"
         if not built_in.is_file():
             return {}
-        # a set of the user's own may have such a name
         content = json.loads(built_in.read_text("utf-8"))
-        if tuple(content) != class_set.names:
+        if content.keys() != set(class_set.names):  # a set of the user's own that has such a name
             return {}
-        return {name: tuple(sentences) for name, sentences in content.items()}
+        return {name: tuple(content[name]) for name in class_set.names}
     try:
         content = read_json(Path(text), MOST_FILE_BYTES)
     except (OSError, ValueError) as error:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
@@ -28,6 +29,8 @@ from wsss_pipeline.config import MaskConfig, RefinerName, ResolvedPrecision, Set
 from wsss_pipeline.data.classes import ClassSet
 from wsss_pipeline.data.transforms import IMAGENET_STATISTICS, Prepared, clip_input_size, normalise
 from wsss_pipeline.errors import ImageError
+
+logger = logging.getLogger(__name__)
 
 
 class ExcelSettings(Settings):
@@ -104,6 +107,12 @@ class Excel:
         if attributes:
             bank = attribute_bank(attributes, class_set, config.templates[0], encode, settings.clusters)
             foreground = enriched(foreground, bank)
+            count = sum(map(len, attributes.values()))
+            logger.info(
+                "attributes: %d sentences of %d classes in %d centres", count, len(attributes), len(bank)
+            )
+        else:
+            logger.info("attributes: none, the classes' texts stay as they are")
         self._texts = torch.cat([foreground, rows.background]).to(self._trunk.device)
 
     @classmethod
