@@ -1,8 +1,8 @@
 """ExCEL against the published code's own numbers, stage by stage, and through the engine.
 
 The files under tests/golden/excel hold what the published code computes on CPU in float32 for two small pictures
-with a seeded vision tower, texts and bank. Tolerances are those that its accuracy allows; one picture's input was stored
-in half precision.
+with a seeded vision tower, texts and bank. Tolerances are those that its accuracy allows; one picture's input is in
+half precision.
 """
 
 from __future__ import annotations

@@ -233,7 +233,7 @@ def loaded(files: ClipFiles) -> Clip:
 def made(method: str, settings: Mapping[str, Any]) -> tuple[str, str]:
     """Fingerprint of the mask set, and digest of what the scene's mask holds."""
     base = {"clip.weights": "demo", "clip.precision": "fp32", "classes": DEMO, "method": method}
-    base |= SMALL.get(method, {})
+    base |= SMALL.get(settings.get("method", method), {})
     generator = MaskGenerator(settings={**base, **settings}, device="cpu", offline=True)
     found = generator(IMAGE, LABELS)
     assert found.cams is not None
