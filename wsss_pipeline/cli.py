@@ -28,10 +28,10 @@ from wsss_pipeline.runtime.output import one_line
 # each is a module of wsss_pipeline.commands, written with underscores, that holds a command called ``command``
 COMMANDS = (
     *("generate-masks", "train-seg", "evaluate", "predict", "export-model", "export-masks", "preview"),
-    *("cache", "select-prompt", "config", "doctor", "demo"),
+    *("cache", "select-prompt", "attributes", "config", "doctor", "demo"),
 )
 # the only ones that ever fetch anything: weights, and only without --offline
-FETCHING = ("generate-masks", "train-seg", "select-prompt")
+FETCHING = ("generate-masks", "train-seg", "select-prompt", "attributes")
 
 
 class CommandGroup(click.Group):

@@ -31,6 +31,7 @@ NETWORK = (
 # every command in the order of work, for each reads what one before it wrote
 LINES: list[tuple[str, ...]] = [
     ("generate-masks", *DATA, *CLIP, "--workers", "0"),
+    ("attributes", "check", "--classes", "demo", *CLIP),
     ("select-prompt", *DATA, *CLIP, "--template", "a {}.", "--limit", "4"),
     ("cache", "ls"),
     ("cache", "status"),

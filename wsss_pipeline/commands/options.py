@@ -157,8 +157,19 @@ template_option = click.option(
     help="Prompt template with one {}; repeated ones are averaged.  [default: that of the class set]",
 )
 
+# of one method, whose own settings would need torch to be imported for a help text
+attributes_option = _kept(
+    _SETTINGS,
+    "excel.attributes",
+    "--attributes",
+    metavar="FILE",
+    default=None,
+    help="Method excel: JSON of sentences by class, or none.  [default: those of the class set]",
+)
+
 method_options = all_of(
     setting(MaskConfig, "method", "--method", metavar="NAME"),
+    attributes_option,
     setting(MaskConfig, "refine", "--refine", type=choice(RefinerName)),
     setting(MaskConfig, "crf.backend", "--crf", type=choice(CrfBackend)),
     setting(MaskConfig, "crf.image", "--crf-image", type=choice(CrfImage)),
