@@ -265,6 +265,16 @@ def test_arguments_stay_as_they_were_and_need_not_be_contiguous(form: Any) -> No
     assert torch.equal(scores, kept[1])
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
+def test_cuda_gives_what_the_cpu_gives() -> None:
+    images, scores = drawn(3, 60, 80, batch=2)
+    found = propagate(images.cuda(), scores.cuda(), ParConfig())
+    assert found.is_cuda
+    assert (found.cpu() - propagate(images, scores, ParConfig())).abs().max() < 1e-5
+    (posterior,) = Par(ParConfig())([np.zeros((60, 80, 3), np.uint8)], [scores[0].cuda()])
+    assert posterior.is_cuda
+
+
 def test_no_gradient_is_kept() -> None:
     images, scores = drawn(2, 5, 6)
     assert not propagate(images, scores.requires_grad_(), ParConfig()).requires_grad

@@ -43,8 +43,9 @@ def propagate_compiled(
 
 
 def _padded(maps: NDArray[np.float32], reach: int) -> NDArray[np.float32]:
-    """Maps (C, H, W) row by row, (H, C, reach + W + reach): a copy, each row's ends repeated."""
+    """Maps (C, H, W) row by row, (H, C, reach + W + reach), each row's ends repeated; a copy."""
     ends = ((0, 0), (0, 0), (reach, reach))
+    # for each order in memory there would be machine code of its own
     return np.ascontiguousarray(np.pad(maps.transpose(1, 0, 2), ends, mode="edge"))
 
 
