@@ -55,7 +55,8 @@ def by_definition(image: np.ndarray, scores: np.ndarray, parameters: ParConfig) 
     _, height, width = image.shape
     steps = [(a * by, b * by) for by in parameters.dilations for a, b in AROUND]
     near = np.array([by * (1 if 0 in way else math.sqrt(2)) for by in parameters.dilations for way in AROUND])
-    nearness = np.exp(-((near / near.std(ddof=1) / parameters.width) ** 2))
+    scaled = (near / near.std(ddof=1) / parameters.width) ** 2
+    nearness = np.exp(scaled.min() - scaled)
     nearness *= parameters.distance_weight / nearness.sum()
     weights = {}
     for y, x in np.ndindex(height, width):
@@ -245,6 +246,24 @@ def test_what_is_no_number_spreads_to_what_it_reaches_and_to_its_label_alone(for
     places = {(4 + 2 * down, 20 + 2 * right) for down, right in AROUND}
     assert {tuple(place) for place in found[0, 1].isnan().nonzero().tolist()} == places
     assert not found[0, 0].isnan().any()
+
+
+@both_forms
+def test_a_colour_that_is_no_number_spoils_the_pixels_that_see_it(form: Any) -> None:
+    images, scores = drawn(1, 9, 40)
+    images[0, 1, 4, 20] = torch.nan
+    found = form(images, scores, ParConfig(iterations=1, dilations=(2,)))
+    places = {(4 + 2 * down, 20 + 2 * right) for down, right in [*AROUND, (0, 0)]}
+    assert {tuple(place) for place in found[0, 0].isnan().nonzero().tolist()} == places
+
+
+@both_forms
+@pytest.mark.parametrize("width", [0.01, 0.1, 100.0])
+def test_weights_of_any_size_are_what_the_definition_says(width: float, form: Any) -> None:
+    parameters = ParConfig(iterations=1, dilations=(1, 4), width=width, distance_weight=0.0)
+    images, scores = drawn(2, 12, 9)
+    expected = by_definition(images[0].numpy(), scores[0].numpy(), parameters)
+    assert np.abs(form(images, scores, parameters)[0].numpy() - expected).max() < 1e-4
 
 
 def test_a_posterior_that_is_no_number_is_marked_and_so_refused() -> None:
