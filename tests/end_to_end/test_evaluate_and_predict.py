@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 import torch
 
-from tests.end_to_end.conftest import IDS, save, write_scored_world, wsss
+from tests.end_to_end.conftest import IDS, NAMES, save, write_scored_world, wsss
+from wsss_pipeline.cache import MaskSet, MaskWriter, PseudoMask, open_mask_set
 from wsss_pipeline.data import images
 from wsss_pipeline.segmentation.networks import SegFormer
 
@@ -138,6 +139,17 @@ def test_a_folder_of_masks_is_scored(root: Path) -> None:
     assert values["images"] == 3
     assert values["crf"] is None
     assert "variant" not in values
+
+
+def test_a_mask_set_of_another_refiner_went_through_no_crf(root: Path, tmp_path: Path) -> None:
+    by_par = MaskSet(name="hand", determinants={"par": {"iterations": 20}}, class_names=NAMES)
+    with MaskWriter(open_mask_set(tmp_path, by_par)) as writer:
+        for image_id in IDS:
+            mask = PseudoMask(np.zeros((40, 30), np.uint8), np.full((40, 30), 200, np.uint8), ())
+            writer.write(image_id, mask, image_digest="0" * 64, seconds=0.1)
+        writer.finish(IDS)
+    done = wsss("evaluate", "--cache", tmp_path, "--gt", root / "truth", "--json", "-")
+    assert json.loads(done.stdout)["crf"] == {"backend": "none"}
 
 
 def test_confidence_counts_for_a_mask_set_and_a_network_but_not_for_a_folder(root: Path) -> None:

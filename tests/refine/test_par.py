@@ -55,7 +55,8 @@ def by_definition(image: np.ndarray, scores: np.ndarray, parameters: ParConfig) 
     _, height, width = image.shape
     steps = [(a * by, b * by) for by in parameters.dilations for a, b in AROUND]
     near = np.array([by * (1 if 0 in way else math.sqrt(2)) for by in parameters.dilations for way in AROUND])
-    nearness = np.exp(-((near / near.std(ddof=1) / parameters.width) ** 2))
+    scaled = (near / near.std(ddof=1) / parameters.width) ** 2
+    nearness = np.exp(scaled.min() - scaled)
     nearness *= parameters.distance_weight / nearness.sum()
     weights = {}
     for y, x in np.ndindex(height, width):
@@ -247,6 +248,24 @@ def test_what_is_no_number_spreads_to_what_it_reaches_and_to_its_label_alone(for
     assert not found[0, 0].isnan().any()
 
 
+@both_forms
+def test_a_colour_that_is_no_number_spoils_the_pixels_that_see_it(form: Any) -> None:
+    images, scores = drawn(1, 9, 40)
+    images[0, 1, 4, 20] = torch.nan
+    found = form(images, scores, ParConfig(iterations=1, dilations=(2,)))
+    places = {(4 + 2 * down, 20 + 2 * right) for down, right in [*AROUND, (0, 0)]}
+    assert {tuple(place) for place in found[0, 0].isnan().nonzero().tolist()} == places
+
+
+@both_forms
+@pytest.mark.parametrize("width", [0.01, 0.1, 100.0])
+def test_weights_of_any_size_are_what_the_definition_says(width: float, form: Any) -> None:
+    parameters = ParConfig(iterations=1, dilations=(1, 4), width=width, distance_weight=0.0)
+    images, scores = drawn(2, 12, 9)
+    expected = by_definition(images[0].numpy(), scores[0].numpy(), parameters)
+    assert np.abs(form(images, scores, parameters)[0].numpy() - expected).max() < 1e-4
+
+
 def test_a_posterior_that_is_no_number_is_marked_and_so_refused() -> None:
     scores = torch.full((2, 6, 6), 0.5)
     scores[0, 3, 3] = torch.nan
@@ -263,6 +282,16 @@ def test_arguments_stay_as_they_were_and_need_not_be_contiguous(form: Any) -> No
     assert torch.equal(form(*across, ParConfig()), expected)
     assert torch.equal(images, kept[0])
     assert torch.equal(scores, kept[1])
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
+def test_cuda_gives_what_the_cpu_gives() -> None:
+    images, scores = drawn(3, 60, 80, batch=2)
+    found = propagate(images.cuda(), scores.cuda(), ParConfig())
+    assert found.is_cuda
+    assert (found.cpu() - propagate(images, scores, ParConfig())).abs().max() < 1e-5
+    (posterior,) = Par(ParConfig())([np.zeros((60, 80, 3), np.uint8)], [scores[0].cuda()])
+    assert posterior.is_cuda
 
 
 def test_no_gradient_is_kept() -> None:

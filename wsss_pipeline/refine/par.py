@@ -76,7 +76,7 @@ def propagate(images: Tensor, scores: Tensor, parameters: ParConfig) -> Tensor:
         float32 (B, L, h, w) on the device of the scores. The weights of a pixel's neighbours sum to 1 and
         ``distance_weight``; each iteration multiplies constant scores by this sum.
     """
-    size, images, scores = scores.shape[2:], images.detach().float(), scores.detach().float()
+    size, images, scores = scores.shape[2:], images.float(), scores.float()
     if images.shape[2:] != size:
         images = F.interpolate(images, size, mode="bilinear", align_corners=True)
     if scores.device.type != "cpu":

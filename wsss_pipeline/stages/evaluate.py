@@ -216,7 +216,7 @@ def _reason(error: Exception) -> str:
 def _crf(source: MaskSource, variant: str) -> dict[str, str] | None:
     """Backend and image of the dense CRF that the masks went through; None where not known."""
     if isinstance(source, MaskCache):
-        parameters = source.manifest.mask_set.determinants.get("crf", {})
+        parameters = source.manifest.mask_set.determinants.get("crf", {"backend": "none"})
     elif isinstance(source, NetworkMasks):
         crf = source.segmenter.crf
         parameters = crf.config.model_dump() if crf and variant == CRF else {"backend": "none"}
