@@ -138,6 +138,9 @@ HOSTILE: dict[str, Callable[[dict[str, Any]], object]] = {
         name="deeplabv2", encoder="/etc/passwd"
     ),
     "a hub's id for the encoder": lambda values: values["network"].update(encoder="owner/model"),
+    "a long encoder": lambda values: values["network"].update(encoder="x" * 3000),
+    "a long encoder of another": lambda values: values["network"].update(name="unet", encoder="x" * 3000),
+    "a long network": lambda values: values["network"].update(name="x" * 3000),
     "a number for the network": lambda values: values["network"].update(name=3),
     "a network that isn't": lambda values: values["network"].update(name="__class__"),
     "a key too many": lambda values: values["network"].update(auto_map="x"),

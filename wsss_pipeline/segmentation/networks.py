@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from contextlib import suppress
 from functools import partial
 from itertools import accumulate
 from operator import mul
@@ -171,10 +172,13 @@ class SegFormer(SegmentationNetwork):
         from transformers import SegformerConfig, SegformerForSemanticSegmentation
 
         name = mit_name(encoder)
-        if name not in MIT_ENCODERS and not (Path(encoder) / "config.json").is_file():
+        is_folder = False
+        with suppress(OSError):  # a name that is too long for any file
+            is_folder = (Path(encoder) / "config.json").is_file()
+        if name not in MIT_ENCODERS and not is_folder:
             raise NetworkError(
-                f"network segformer has no encoder '{encoder}'; choose one of {', '.join(MIT_ENCODERS)}, or a folder "
-                "with a SegFormer's config.json"
+                f"network segformer has no encoder '{encoder:.200}'; choose one of {', '.join(MIT_ENCODERS)}, or a "
+                "folder with a SegFormer's config.json"
             )
         try:
             if name in MIT_ENCODERS:
@@ -191,7 +195,7 @@ class SegFormer(SegmentationNetwork):
             self.model = SegformerForSemanticSegmentation(config)
         except Exception as error:  # what a damaged file raises is up to transformers
             raise NetworkError(
-                f"{encoder}/config.json makes no SegFormer: {one_line(error)[:200]}"
+                f"{encoder:.200}/config.json makes no SegFormer: {one_line(error)[:200]}"
             ) from error
         # each stage's keys are shrunk by a convolution that must fit into its features
         strides = accumulate(config.strides, mul)
