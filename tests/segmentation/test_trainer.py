@@ -370,6 +370,32 @@ def test_a_training_that_sees_too_little_stops(make: Make) -> None:
             train_seg(half(make(f"d{iterations}", config=config), *"01234567"))
 
 
+class Vague(MaskFolder):
+    """Ground truth, certain of the background alone."""
+
+    def __getitem__(self, image_id: str) -> PseudoMask:
+        mask = super().__getitem__(image_id).mask
+        return PseudoMask(mask, np.where(mask == 0, np.uint8(200), np.uint8(120)))
+
+
+def test_a_threshold_that_leaves_no_objects_is_warned_of(
+    make: Make, caplog: pytest.LogCaptureFixture
+) -> None:
+    job = make(config=changed(CONFIG, optimisation__iterations=1))
+    with caplog.at_level("INFO"):
+        train_seg(job)
+        assert "100% of the background and 100% of the objects' pixels count" in caplog.text
+        assert "lower --min-confidence" not in caplog.text
+        vague = Vague(job.masks.path, job.masks.class_names)  # type: ignore[attr-defined]
+        train_seg(replace(job, masks=vague, out=job.out.with_name("vague")))
+    assert "100% of the background and 0% of the objects' pixels count" in caplog.text
+    assert "lower --min-confidence" in caplog.text
+    caplog.clear()
+    lower = changed(job.config, loss__min_confidence=0.6)
+    train_seg(replace(job, masks=vague, config=lower, out=job.out.with_name("lower")))
+    assert "lower --min-confidence" not in caplog.text
+
+
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_a_sample_that_cannot_be_used_changes_nothing_else(
     make: Make, precision: str, monkeypatch: pytest.MonkeyPatch

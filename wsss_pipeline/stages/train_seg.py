@@ -6,7 +6,7 @@ import json
 import logging
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from wsss_pipeline.data.datasets import read_split
 from wsss_pipeline.data.image_files import ImageFile
 from wsss_pipeline.data.image_ids import find_images
 from wsss_pipeline.data.images import read_image
-from wsss_pipeline.data.masks import MaskFolder, MaskSource
+from wsss_pipeline.data.masks import IGNORE, MaskFolder, MaskSource, half_percent_threshold
 from wsss_pipeline.errors import (
     CheckpointError,
     ConfigError,
@@ -48,6 +48,8 @@ from wsss_pipeline.segmentation.trainer import LOG, NAN, STATE, Trainer
 
 logger = logging.getLogger(__name__)
 
+MASKS_LOOKED_AT = 32  # for what a confidence threshold leaves of them
+LEAST_COUNTED = 0.05  # of the objects' pixels; with less a network learns the background
 CONFIG, DATA, LOCK = "config.yaml", "data.json", "run.lock"
 MAX_FILE_BYTES = 2**32  # of a log; the others are small
 # with what each of a run's files begins, in this version and in earlier ones
@@ -158,7 +160,15 @@ def _train(
             f"network: {chosen.name}, {chosen.encoder}, {millions:.1f} M parameters, weights {chosen.weights}"
         )
         logger.info(f"masks: {masks.description}, {len(ids):,} images (ids {id_digest(ids)})")
-        logger.info(f"loss: {loss.confidence} confidence from {loss.min_confidence:g}{balanced}")
+        background, foreground = _counted(masks, ids, loss.min_confidence)
+        counted = f"{background:.0%} of the background and {foreground:.0%} of the objects' pixels count"
+        logger.info(f"loss: {loss.confidence} confidence from {loss.min_confidence:g}{balanced}; {counted}")
+        if foreground < LEAST_COUNTED:
+            logger.warning(
+                "of the objects' pixels %.1f %% are certain enough to count: lower --min-confidence, or refine the masks "
+                "otherwise (PAR is far less sure of its labels than the CRF)",
+                100 * foreground,
+            )
         logger.info(
             f"training: {optimisation.iterations:,} updates of {optimisation.batch * optimisation.accumulate} images "
             f"a process, seed {config.seed}, on {accelerator.device} in {precision}"
@@ -170,6 +180,19 @@ def _train(
         tracker.finish()
     name = BEST if state.best_miou is not None else LAST
     return TrainResult(out / name, state.best_miou, state.step, not ended)
+
+
+def _counted(masks: MaskSource, ids: Sequence[str], min_confidence: float) -> tuple[float, float]:
+    """Shares of background and foreground pixels that are certain enough, over some of the masks."""
+    pixels, counted, least = [0, 0], [0, 0], half_percent_threshold(min_confidence)
+    for image_id in ids[:: max(1, len(ids) // MASKS_LOOKED_AT)]:
+        with suppress(MaskError, ImageError):  # as it comes up, it is warned of
+            record = masks[image_id]
+            for number, part in enumerate((record.mask == 0, (record.mask != 0) & (record.mask != IGNORE))):
+                pixels[number] += int(part.sum())
+                counted[number] += int((record.confidence[part] >= least).sum())
+    background, foreground = (part / max(1, whole) for part, whole in zip(counted, pixels, strict=True))
+    return background if pixels[0] else 1.0, foreground if pixels[1] else 1.0
 
 
 def train_seeds(job: TrainJob, seeds: int) -> list[TrainResult]:
