@@ -165,8 +165,8 @@ def _train(
         logger.info(f"loss: {loss.confidence} confidence from {loss.min_confidence:g}{balanced}; {counted}")
         if foreground < LEAST_COUNTED:
             logger.warning(
-                "of the objects' pixels %.1f %% are certain enough to count: lower --min-confidence, or refine the masks "
-                "otherwise (PAR is far less sure of its labels than the CRF)",
+                "of the objects' pixels %.1f %% are certain enough to count: lower --min-confidence, or refine the "
+                "masks otherwise (PAR is far less sure of its labels than the CRF)",
                 100 * foreground,
             )
         logger.info(
