@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shlex
+import signal
 import subprocess
 import sys
 import time
@@ -148,6 +149,11 @@ def test_an_interrupt_that_falls_into_a_destructor_is_not_forgotten(
         time.sleep(10)
 
     monkeypatch.setattr("wsss_pipeline.cache.MaskCache.open", work)
-    result = wsss("export-masks", "--cache", place / "cache", "--out", place / "new")
+    # tests that a shell started in the background have it ignored
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        result = wsss("export-masks", "--cache", place / "cache", "--out", place / "new")
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert result.exit_code == 130
     assert result.stderr.startswith("interrupted")
