@@ -98,9 +98,7 @@ class Ways:
     seconds: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
     busy: Counter[str] = field(default_factory=Counter)
     masks: dict[str, dict[str, NDArray[np.uint8]]] = field(default_factory=dict)
-    refined: list[tuple[Tensor, Tensor, Tensor]] = field(
-        default_factory=list
-    )  # image, scores, after plain PAR
+    after_par: list[tuple[Tensor, Tensor, Tensor]] = field(default_factory=list)  # image, scores, refined
 
     def __post_init__(self) -> None:
         self.classes = load_class_set(CLASSES)
@@ -136,7 +134,7 @@ class Ways:
             started = time.perf_counter()
             after = plain_excel.refined(square, scores)
             self.seconds[PLAIN_PAR] += time.perf_counter() - started
-            self.refined.append((square, scores, after))
+            self.after_par.append((square, scores, after))
             return plain_excel.labels(after, rows)
 
         return mask
@@ -157,11 +155,11 @@ class Ways:
 
         started = time.perf_counter()
         with ThreadPoolExecutor(self.workers) as pool:
-            found = list(pool.map(ours, *zip(*[case[:2] for case in self.refined], strict=True)))
+            found = list(pool.map(ours, *zip(*[case[:2] for case in self.after_par], strict=True)))
         self.seconds[PAR] += time.perf_counter() - started
-        for after, (_, _, expected) in zip(found, self.refined, strict=True):
+        for after, (_, _, expected) in zip(found, self.after_par, strict=True):
             assert (after - expected).abs().max() < 1e-4
-        self.refined.clear()
+        self.after_par.clear()
 
     def command(self, ids: list[str], precision: str) -> None:
         report = self._generate(ids, precision)
@@ -227,7 +225,7 @@ def compare(options: argparse.Namespace, work: Path) -> None:
     ways.plain(ids[:1])  # the first calls warm up
     for precision in (FP32, BF16):
         ways.command(ids[:1], precision)
-    if ways.refined:
+    if ways.after_par:
         ways.par()
     ways.seconds.clear()
     ways.busy.clear()
@@ -236,7 +234,7 @@ def compare(options: argparse.Namespace, work: Path) -> None:
         ways.plain(turn)
         for precision in (FP32, BF16):
             ways.command([*turn], precision)
-        if ways.refined:
+        if ways.after_par:
             ways.par()
     at_a_time = f"{options.workers} images at a time"
     print(f"{len(ids)} images, {options.device}, {torch.get_num_threads()} threads, {at_a_time}\n")
