@@ -11,49 +11,18 @@ one run, so what else the machine does hits all alike; seconds an image: median,
 from __future__ import annotations
 
 import argparse
-import math
 import statistics
 import time
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from dense_crf import HEIGHT, WIDTH, synthetic_image, synthetic_scores
+from plain_excel import par as plain
 from torch import Tensor
 
 from wsss_pipeline.config import ParConfig
 from wsss_pipeline.refine.par import propagate, propagate_in_torch
-
-DILATIONS, ITERATIONS = (1, 2, 4, 8, 12, 24), 20
-
-
-def plain(images: Tensor, scores: Tensor) -> Tensor:
-    """PAR by the book: images (B, 3, H, W) and scores (B, L, H, W), float32, to refined scores."""
-    around = neighbours(images)
-    deviation = around.std(dim=2, keepdim=True)
-    colour = -(((around - images[:, :, None]).abs() / (deviation + 1e-8) / 0.3) ** 2)
-    weights = torch.softmax(colour.mean(dim=1, keepdim=True), dim=2)
-    distances = torch.tensor([by * way for by in DILATIONS for way in (1, math.sqrt(2))]).repeat_interleave(4)
-    distances = distances.view(-1, 8)[:, [4, 0, 5, 1, 2, 6, 3, 7]].reshape(1, 1, -1, 1, 1)
-    nearness = torch.softmax(-((distances / (distances.std() + 1e-8) / 0.3) ** 2), dim=2)
-    weights = weights + 0.01 * nearness
-    for _ in range(ITERATIONS):
-        scores = (neighbours(scores) * weights).sum(dim=2)
-    return scores
-
-
-def neighbours(values: Tensor) -> Tensor:
-    """(B, C, H, W) to (B, C, 48, H, W)."""
-    height, width = values.shape[2:]
-    found = []
-    for by in DILATIONS:
-        padded = F.pad(values, (by,) * 4, mode="replicate")
-        for down in (0, by, 2 * by):
-            for right in (0, by, 2 * by):
-                if (down, right) != (by, by):
-                    found.append(padded[:, :, down : down + height, right : right + width])
-    return torch.stack(found, dim=2)
 
 
 def main() -> None:

@@ -89,6 +89,20 @@ def test_patches_are_the_librarys_own_projected(
         torch.testing.assert_close(last.pooled, features.patches[image].mean(dim=0), rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("last_layers", [1, 3])
+def test_a_tap_of_the_last_block_changes_nothing_in_the_calibrated_stream(
+    vision: CLIPVisionModelWithProjection, images: torch.Tensor, last_layers: int
+) -> None:
+    trunk = Trunk(vision)
+    without = trunk.encode(images, (), "layers", last_layers, 2)
+    tapped = trunk.encode(images, (-1,), "layers", last_layers, 2)
+    plain = trunk.encode(images, (-1,), "layers", last_layers, 0)
+    assert without.calibrated is not None
+    torch.testing.assert_close(without.calibrated, tapped.calibrated)
+    torch.testing.assert_close(without.attention, tapped.attention)
+    torch.testing.assert_close(tapped.taps[-1], plain.taps[-1])
+
+
 def test_images_of_a_batch_do_not_touch_each_other(
     vision: CLIPVisionModelWithProjection, images: torch.Tensor
 ) -> None:

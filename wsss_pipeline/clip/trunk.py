@@ -22,6 +22,8 @@ from wsss_pipeline.config import ResolvedPrecision
 
 DTYPES: dict[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
+QUICK = 1.702  # of QuickGELU
+
 
 @dataclass(frozen=True)
 class Features:
@@ -130,9 +132,12 @@ class Trunk:
             number = index - (depth - count)  # among those whose attention is wanted
             total = None if number < 0 else maps[number if attention == "layers" else 0]
             is_calibrated = index >= first_calibrated
-            hidden, alike = self._block(layer, hidden, total, is_calibrated)
+            own = [tap for tap in taps if tap % depth == index]
+            # beside the calibrated stream nothing but the class token is read of the last block
+            goes_on = 1 if is_calibrated and index == depth - 1 and not own else cells + 1
+            hidden, alike = self._block(layer, hidden, total, is_calibrated, goes_on)
             stream = hidden if alike is None else stream + alike
-            tapped |= {tap: hidden for tap in taps if tap % depth == index}
+            tapped |= dict.fromkeys(own, hidden)
         if not is_plain:
             if attention == "mean":
                 maps.div_(count)
@@ -158,9 +163,10 @@ class Trunk:
         return embedded
 
     def _block(
-        self, layer: Any, hidden: Tensor, total: Tensor | None, is_calibrated: bool
+        self, layer: Any, hidden: Tensor, total: Tensor | None, is_calibrated: bool, goes_on: int
     ) -> tuple[Tensor, Tensor | None]:
-        """A block's output (B, 1+hw, D), and what it adds to the calibrated stream; None where that isn't wanted.
+        """A block's output for the first ``goes_on`` tokens (B, goes_on, D), and what all (B, 1+hw, D) add to the
+        calibrated stream; None where that isn't wanted.
 
         Its attention (B, hw, hw), the mean over heads, is added to ``total``.
         """
@@ -172,24 +178,32 @@ class Trunk:
         )
         scale = query.shape[-1] ** -0.5
         if total is None:
-            mixed = F.scaled_dot_product_attention(query, key, value)
+            mixed = F.scaled_dot_product_attention(query[:, :, :goes_on], key, value)
         else:
-            mixed = torch.empty_like(value)
+            mixed = torch.empty_like(value[:, :, :goes_on])
             for head in range(heads):  # one after the other: a map of each at a time is too much memory
                 scores = query[:, head] * scale @ key[:, head].transpose(-2, -1)
                 probabilities = torch.softmax(scores.float(), dim=-1)
                 total.add_(probabilities[:, 1:, 1:], alpha=1 / heads)
-                torch.matmul(probabilities.to(self._dtype), value[:, head], out=mixed[:, head])
+                torch.matmul(probabilities[:, :goes_on].to(self._dtype), value[:, head], out=mixed[:, head])
         alike = None
         if is_calibrated:
             likeness = hidden.new_zeros(batch, length, length)
             for head in range(heads):
                 for part in (query[:, head], key[:, head], value[:, head]):
                     likeness += torch.softmax((part * scale @ part.transpose(-2, -1)).float(), dim=-1)
-            gathered = (likeness / 3).to(self._dtype)[:, None] @ value
-            alike = layer.self_attn.out_proj(gathered.transpose(1, 2).flatten(2)).float()
-        hidden = hidden + layer.self_attn.out_proj(mixed.transpose(1, 2).flatten(2))
-        return hidden + layer.mlp(layer.layer_norm2(hidden).to(self._dtype)), alike
+            gathered = (likeness / 3).to(self._dtype) @ value.transpose(1, 2).flatten(2)
+            alike = layer.self_attn.out_proj(gathered).float()
+        hidden = hidden[:, :goes_on] + layer.self_attn.out_proj(mixed.transpose(1, 2).flatten(2))
+        return hidden + _mlp(layer.mlp, layer.layer_norm2(hidden).to(self._dtype)), alike
+
+
+def _mlp(module: Any, tokens: Tensor) -> Tensor:
+    """A block's MLP, QuickGELU in float32 as silu(1.702 x) / 1.702 in place: several times as fast."""
+    if module.config.hidden_act != "quick_gelu" or tokens.dtype != torch.float32:
+        return module(tokens)  # type: ignore[no-any-return]
+    inner = F.silu(module.fc1(tokens).mul_(QUICK), inplace=True).div_(QUICK)
+    return module.fc2(inner)  # type: ignore[no-any-return]
 
 
 def resize_position_table(table: Tensor, grid: tuple[int, int], *, rounded: bool = True) -> Tensor:
