@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
 import tarfile
@@ -14,6 +15,7 @@ from tests.faults.kills import State, masks
 from wsss_pipeline.data.classes import load_class_set
 from wsss_pipeline.data.labels import read_labels
 from wsss_pipeline.demo.voc_folder import write_voc_folder
+from wsss_pipeline.methods import method_names
 from wsss_pipeline.refine.dense_crf import has_pydensecrf
 
 SCENES = 12
@@ -43,34 +45,46 @@ def generate(root: Path, cache: Path, *further: object) -> None:
     assert mask_set(result).parent == cache
 
 
-@pytest.fixture(scope="module", params=["fp32", "bf16"])
-def expected(request: pytest.FixtureRequest, root: Path) -> tuple[str, State]:
-    """Precision, and what a plain run makes with it."""
-    cache = root / f"expected-{request.param}"
-    generate(root, cache, "--precision", request.param)
+Options = tuple[str, ...]
+
+
+@pytest.fixture(
+    scope="module",
+    params=itertools.product(method_names(), ("fp32", "bf16")),
+    ids=lambda of_method: " ".join(of_method),
+)
+def expected(request: pytest.FixtureRequest, root: Path) -> tuple[Options, State]:
+    """Method and precision as options, and what a plain run makes with them."""
+    method, precision = request.param
+    options, cache = ("--method", method, "--precision", precision), root / f"{method} {precision}"
+    generate(root, cache, *options)
     found = masks(cache)
     assert len(found) == SCENES
-    return request.param, found
+    return options, found
 
 
 @pytest.mark.parametrize("way", WAYS)
 def test_workers_and_batches_change_nothing(
-    root: Path, tmp_path: Path, expected: tuple[str, State], way: str
+    root: Path, tmp_path: Path, expected: tuple[Options, State], way: str
 ) -> None:
-    precision, state = expected
-    generate(root, tmp_path, "--precision", precision, *WAYS[way])
+    options, state = expected
+    generate(root, tmp_path, *options, *WAYS[way])
     assert masks(tmp_path) == state
 
 
-def test_shares_and_resuming_change_nothing(root: Path, tmp_path: Path, expected: tuple[str, State]) -> None:
-    precision, state = expected
+def test_shares_and_resuming_change_nothing(
+    root: Path, tmp_path: Path, expected: tuple[Options, State]
+) -> None:
+    options, state = expected
     for further in (("--limit", 3), ("--shard", "1/3"), ("--limit", 5), ("--shard", "0/2"), ()):
-        generate(root, tmp_path, "--precision", precision, *further)
+        generate(root, tmp_path, *options, *further)
     assert masks(tmp_path) == state
 
 
-def test_the_order_of_input_changes_nothing(root: Path, tmp_path: Path, expected: tuple[str, State]) -> None:
-    precision, state = expected
+def test_the_order_of_input_changes_nothing(
+    root: Path, tmp_path: Path, expected: tuple[Options, State]
+) -> None:
+    options, state = expected
     labels = read_labels(root / "voc" / "Annotations", {}, load_class_set("demo"))
     (tmp_path / "labels.json").write_text(json.dumps(dict(reversed(labels.items()))))
     images = tmp_path / "images"
@@ -80,19 +94,19 @@ def test_the_order_of_input_changes_nothing(root: Path, tmp_path: Path, expected
             tar.add(file, file.name)
     for number, source in enumerate((images, tmp_path / "images.tar")):
         cache = tmp_path / f"cache-{number}"
-        further = ("--images", source, "--labels", tmp_path / "labels.json", "--precision", precision)
+        further = ("--images", source, "--labels", tmp_path / "labels.json", *options)
         generate(root, cache, *further)
         assert masks(cache) == state
 
 
 @pytest.mark.skipif(not has_pydensecrf(), reason="the optional package pydensecrf isn't installed")
 def test_batches_before_pydensecrf_change_nothing(
-    root: Path, tmp_path: Path, expected: tuple[str, State]
+    root: Path, tmp_path: Path, expected: tuple[Options, State]
 ) -> None:
-    precision, _ = expected
+    options, _ = expected
     found = []
     for size in (1, 3, 5):
         cache = tmp_path / str(size)
-        generate(root, cache, "--precision", precision, "--crf", "pydensecrf", "--batch-size", size)
+        generate(root, cache, *options, "--crf", "pydensecrf", "--batch-size", size)
         found.append(masks(cache))
     assert found[0] == found[1] == found[2]

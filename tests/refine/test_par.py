@@ -325,7 +325,7 @@ def test_labels_follow_the_edge_of_the_image() -> None:
 @pytest.mark.parametrize(
     ("image", "shape"),
     [
-        (np.zeros((4, 5, 3), np.float32), (2, 4, 5)),
+        (np.zeros((4, 5, 3), np.float64), (2, 4, 5)),
         (np.zeros((0, 5, 3), np.uint8), (2, 0, 5)),
         (np.zeros((4, 5, 3), np.uint8), (2, 5, 4)),
         (np.zeros((4, 5, 3), np.uint8), (0, 4, 5)),

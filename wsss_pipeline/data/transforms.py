@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -51,13 +51,13 @@ class Prepared:
     Attributes:
         pixels: float32 (3, h, w), normalised.
         scale: factor of each side at which the refiner sees the image; 1.0 where it fits as it is.
-        seen: what the refiner sees in place of the image, uint8 of the image's shape times ``scale``; None for the
-            image itself.
+        seen: what the refiner sees in place of the image, of the image's shape times ``scale``: uint8, or float32 in
+            0..255 where the refiner takes that; None for the image itself.
     """
 
     pixels: Tensor
     scale: float = 1.0
-    seen: NDArray[np.uint8] | None = None
+    seen: NDArray[Any] | None = None
 
 
 def prepare_image(

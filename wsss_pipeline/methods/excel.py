@@ -150,7 +150,10 @@ class Excel:
             height, width = (max(1, round(end * size.scale)) for end in image.shape[:2])
             mean, deviation = (torch.tensor(row)[:, None, None] for row in IMAGENET_STATISTICS)
             levels = _resized(255 * (pixels * deviation + mean), (height, width), align_corners=True)
-            seen = levels.round().clamp(0, 255).to(torch.uint8).permute(1, 2, 0).contiguous().numpy()
+            levels = levels.permute(1, 2, 0).contiguous()
+            # rounding would move a thousandth of the pixels; but the CRF takes bytes
+            takes_floats = self._config.refine in ("auto", "par")
+            seen = (levels if takes_floats else levels.round().clamp(0, 255).to(torch.uint8)).numpy()
         return Prepared(pixels, size.scale, seen)
 
     def scores(self, batch: Tensor, present: Sequence[Sequence[int]]) -> list[Tensor]:

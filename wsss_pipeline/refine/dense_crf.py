@@ -73,10 +73,18 @@ class DenseCrf:
         ]
 
 
-def check_arrays(images: Sequence[NDArray[np.uint8]], scores: Sequence[Tensor], refiner: str) -> None:
-    """Refuses images that aren't uint8 (H, W, 3), and scores that aren't (L, H, W) for them, as ImageError."""
+def check_arrays(
+    images: Sequence[NDArray[Any]],
+    scores: Sequence[Tensor],
+    refiner: str,
+    kinds: tuple[Any, ...] = (np.uint8,),
+) -> None:
+    """Refuses images that aren't uint8 (H, W, 3), and scores that aren't (L, H, W) for them, as ImageError.
+
+    ``kinds``: types of images that the refiner takes.
+    """
     for image, score in zip(images, scores, strict=True):
-        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or image.size == 0:
+        if image.dtype not in kinds or image.ndim != 3 or image.shape[2] != 3 or image.size == 0:
             raise ImageError(f"{refiner} takes a uint8 image (H, W, 3), not {image.dtype} {image.shape}")
         if score.ndim != 3 or score.shape[1:] != image.shape[:2] or len(score) == 0:
             raise ImageError(

@@ -46,12 +46,12 @@ class Par:
         return {"par": self.config.model_dump(mode="json")}
 
     def __call__(self, images: Sequence[NDArray[np.uint8]], scores: Sequence[Tensor]) -> list[Tensor]:
-        """See ``Refiner``.
+        """See ``Refiner``; an image may be float32 in 0..255 as well, between the bytes' values.
 
         Raises:
             ImageError: image and scores don't fit together.
         """
-        check_arrays(images, scores, "PAR")
+        check_arrays(images, scores, "PAR", (np.uint8, np.float32))
         found = []
         for image, score in zip(images, scores, strict=True):
             # in the bytes' own units: a channel's scale and offset cancel out
