@@ -30,7 +30,8 @@ from wsss_pipeline.demo.voc_folder import write_voc_folder
 from wsss_pipeline.segmentation.augmentation import Augmentation
 from wsss_pipeline.segmentation.dataset import Sample, SegmentationDataset, sample_order
 from wsss_pipeline.segmentation.losses import confidence_weights, segmentation_loss
-from wsss_pipeline.segmentation.networks import IMAGE_MEAN, IMAGE_STD, build_network
+from wsss_pipeline.segmentation.network import IMAGE_MEAN, IMAGE_STD
+from wsss_pipeline.segmentation.networks import build_network
 from wsss_pipeline.segmentation.train_config import AugmentationConfig, NetworkConfig
 
 PICTURES, WIDTH, HEIGHT = 48, 500, 375

@@ -53,7 +53,7 @@ def texts() -> torch.Tensor:
 
 
 def features(vision: Any, pixels: torch.Tensor) -> Features:
-    return Trunk(vision).encode(pixels[None].float(), (), "layers", LAYERS, BLOCKS)
+    return Trunk(vision, rounded_positions=False).encode(pixels[None].float(), (), "layers", LAYERS, BLOCKS)
 
 
 def largest(found: torch.Tensor, expected: torch.Tensor, relative: bool = False) -> float:
@@ -100,7 +100,9 @@ def test_another_number_of_calibrated_blocks_is_told_apart(
     vision: Any, texts: torch.Tensor, blocks: int
 ) -> None:
     expected = golden("motorcycle_voc")
-    found = Trunk(vision).encode(expected["input"][None].float(), (), "layers", LAYERS, blocks)
+    found = Trunk(vision, rounded_positions=False).encode(
+        expected["input"][None].float(), (), "layers", LAYERS, blocks
+    )
     assert found.calibrated is not None
     assert largest(patch_text_cams(found.calibrated, texts)[0, :20].T, expected["cam_raw"]) > 0.05
 

@@ -30,11 +30,11 @@ ORDER = [
     "cache",
     "regions",
     "refine",
-    "methods",
+    "segmentation",
 ]
 ORDER += [
+    "methods",
     "pseudo_masks",
-    "segmentation",
     "evaluation",
     "pictures",
     "demo",

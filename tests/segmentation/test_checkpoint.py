@@ -18,7 +18,8 @@ from transformers import SegformerConfig
 
 from wsss_pipeline.errors import CheckpointError, OutputError
 from wsss_pipeline.segmentation.checkpoint import TrainingState, find_checkpoint, load_network, save_network
-from wsss_pipeline.segmentation.networks import SegmentationNetwork, build_network
+from wsss_pipeline.segmentation.network import SegmentationNetwork
+from wsss_pipeline.segmentation.networks import build_network
 from wsss_pipeline.segmentation.train_config import NetworkConfig
 
 CONFIG = NetworkConfig(name="segformer", encoder="tiny", weights="imagenet")

@@ -17,7 +17,8 @@ from wsss_pipeline.errors import CheckpointError, ImageError, MaskError
 from wsss_pipeline.segmentation import inference
 from wsss_pipeline.segmentation.checkpoint import save_network
 from wsss_pipeline.segmentation.inference import NetworkMasks, Segmenter, predict_probabilities
-from wsss_pipeline.segmentation.networks import SegmentationNetwork, build_network
+from wsss_pipeline.segmentation.network import SegmentationNetwork
+from wsss_pipeline.segmentation.networks import build_network
 from wsss_pipeline.segmentation.train_config import NetworkConfig
 
 

@@ -10,7 +10,8 @@ from safetensors.torch import save_file
 from torch import nn
 
 from wsss_pipeline.errors import NetworkError
-from wsss_pipeline.segmentation.networks import DeepLabV2, SegmentationNetwork, build_network
+from wsss_pipeline.segmentation.network import SegmentationNetwork
+from wsss_pipeline.segmentation.networks import DeepLabV2, build_network
 from wsss_pipeline.segmentation.pretrained import load_pretrained
 from wsss_pipeline.segmentation.train_config import NetworkConfig
 

@@ -24,7 +24,8 @@ from wsss_pipeline.errors import ConfigError
 from wsss_pipeline.segmentation.augmentation import Augmentation
 from wsss_pipeline.segmentation.checkpoint import TrainingState
 from wsss_pipeline.segmentation.dataset import SegmentationDataset
-from wsss_pipeline.segmentation.networks import SegmentationNetwork, build_network
+from wsss_pipeline.segmentation.network import SegmentationNetwork
+from wsss_pipeline.segmentation.networks import build_network
 from wsss_pipeline.segmentation.train_config import TrainConfig, load_train_config
 from wsss_pipeline.segmentation.trainer import Trainer
 from wsss_pipeline.stages.train_seg import TrainJob, train_seg

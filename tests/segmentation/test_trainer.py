@@ -31,7 +31,7 @@ from wsss_pipeline.evaluation.metrics import Scores, confusion_matrix
 from wsss_pipeline.segmentation import trainer as trainer_module
 from wsss_pipeline.segmentation.checkpoint import TrainingState, load_network
 from wsss_pipeline.segmentation.inference import InferenceConfig, predict_probabilities
-from wsss_pipeline.segmentation.networks import SegmentationNetwork
+from wsss_pipeline.segmentation.network import SegmentationNetwork
 from wsss_pipeline.segmentation.train_config import NetworkConfig, OptimisationConfig
 from wsss_pipeline.segmentation.trainer import schedule
 from wsss_pipeline.stages import train_seg as stage

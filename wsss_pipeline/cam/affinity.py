@@ -1,7 +1,8 @@
 """Class-aware attention-based affinity (CAA): CAMs spread along CLIP's own attention.
 
 Source: CLIP-ES (arXiv 2212.09506), section 3.4, as its published code computes it: three Sinkhorn rounds,
-symmetrised, squared, and the class's box mask on the source cells.
+symmetrised, squared, and the class's box mask on the source cells. With a gate, as WeCLIP (CVPR 2024) and ExCEL
+(CVPR 2025) train with.
 """
 
 from __future__ import annotations
@@ -13,7 +14,12 @@ from torch import Tensor
 
 
 def refine_cams(
-    cams: Tensor, attention: Tensor, threshold: float, iterations: int = 2, rounds: int = 3
+    cams: Tensor,
+    attention: Tensor,
+    threshold: float | None,
+    iterations: int = 2,
+    rounds: int = 3,
+    prior: Tensor | None = None,
 ) -> Tensor:
     """CAMs after affinity: ``S^t (box * cam)`` with S the symmetrised Sinkhorn matrix.
 
@@ -23,21 +29,46 @@ def refine_cams(
     Args:
         cams: float32 (K, h, w) in [0, 1].
         attention: float32 (hw, hw), at least 0.
-        threshold: bound of the box mask, see ``box_masks``.
+        threshold: bound of the box mask, see ``box_masks``; None for no mask.
         iterations: t, how often the CAM is spread; at least 1.
         rounds: number of rounds of Sinkhorn normalisation.
+        prior: float32 (K, h, w), at least 0, a factor on each map before it is spread (WeCLIP+: the probability that
+            a network gives the class). The box mask doesn't look at it.
 
     Returns:
         float32 (K, h, w), at least 0, not normalised; all 0 where the box mask is empty.
     """
     rows, columns = sinkhorn_scaling(attention, rounds)
     rows, columns = rows[:, None], columns[:, None]
-    spread = (cams * box_masks(cams, threshold)).flatten(1).T
+    source = cams if threshold is None else cams * box_masks(cams, threshold)
+    if prior is not None:
+        source = source * prior
+    spread = source.flatten(1).T
     for _ in range(iterations):
         forward = rows * (attention @ (columns * spread))
         backward = columns * (attention.T @ (rows * spread))
         spread = (forward + backward) / 2
     return spread.T.reshape(cams.shape)
+
+
+def gated_attention(attention: Tensor, gate: Tensor) -> Tensor:
+    """Mean attention of the layers that look at patches most, times what a decoder finds alike.
+
+    WeCLIP (CVPR 2024) keeps the layers whose difference to the gate is at most the mean. Its published code sums the
+    difference with its sign, so that the gate cancels out: a layer is kept where at least as much of its attention as
+    in the mean of the layers goes to patches, and the less to the class token.
+
+    Args:
+        attention: float32 (L, hw, hw), at least 0, without the class token.
+        gate: float32 (hw, hw) in [0, 1].
+
+    Returns:
+        float32 (hw, hw).
+    """
+    # in float64, and with a little to spare: where layers are alike, rounding would choose
+    looks = attention.sum(dim=(1, 2), dtype=torch.float64)
+    kept = (looks >= looks.mean() * (1 - 1e-9)).to(attention.dtype)
+    return torch.einsum("l,lij->ij", kept, attention) / (kept.sum() + 1e-5) * gate
 
 
 def sinkhorn_scaling(attention: Tensor, rounds: int) -> tuple[Tensor, Tensor]:

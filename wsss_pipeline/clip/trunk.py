@@ -10,7 +10,7 @@ Source: CLIP-ES (arXiv 2212.09506), sections 3.2 and 3.4, as its published code 
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -30,17 +30,26 @@ class Features:
     Attributes:
         grid: (h, w).
         attention: softmax attention over heads' mean, class-token row and column dropped without renormalising:
-            float32 (B, hw, hw), the mean over the last layers, or (L, B, hw, hw), one for each of them.
+            float32 (B, hw, hw), the mean over the last layers, or (L, B, hw, hw), one for each of them, L = 0 where
+            nobody asked for it.
         taps: number of a block (negative ones count from the end) to its output, float32 (B, 1+hw, D).
-        last: per image, the pass through the last block, which Grad-CAM asks for gradients; none with calibration.
-        calibrated: float32 (B, 1+hw, P), tokens in the space of the texts, not normalised, class token first; its
-            patches went through the calibrated stream. None without one.
+        last: per image, the pass through the last block, which Grad-CAM asks for gradients; none with calibration or
+            without attention.
+        middle: number of a block to the residual stream between its attention and its MLP, float32 (B, 1+hw, D).
+        stream: float32 (B, 1+hw, D), patches after the calibrated stream, class token of the plain one first. None
+            without calibration.
+        values: float32 (B, hw, D), sum over the calibrated blocks of the patches' values after the output projection,
+            without its bias: what a map of patches and patches, added to the calibrated one, multiplies.
+        calibrated: float32 (B, 1+hw, P), ``stream`` in the space of the texts, not normalised.
     """
 
     grid: tuple[int, int]
     attention: Tensor
     taps: Mapping[int, Tensor]
     last: list[LastBlockPass]
+    middle: Mapping[int, Tensor] = field(default_factory=dict)
+    stream: Tensor | None = None
+    values: Tensor | None = None
     calibrated: Tensor | None = None
 
     @property
@@ -57,10 +66,14 @@ class Trunk:
             With a precision under fp32 its blocks' linear layers are cast in place.
         precision: type of the blocks' matrix products. Residual stream, normalisation and softmax stay in
             float32, and so does what leads from the tokens to the class activation maps.
+        rounded_positions: choice to round the position table to half precision, as CLIP-ES's results were made.
     """
 
-    def __init__(self, vision: Any, precision: ResolvedPrecision = "fp32") -> None:
+    def __init__(
+        self, vision: Any, precision: ResolvedPrecision = "fp32", *, rounded_positions: bool = True
+    ) -> None:
         model = vision.vision_model
+        self._rounded_positions = rounded_positions
         self.patch_size = int(vision.config.patch_size)
         self._embeddings = model.embeddings
         self._pre_norm = model.pre_layrnorm
@@ -83,13 +96,21 @@ class Trunk:
         """Where images must lie."""
         return self._embeddings.class_embedding.device  # type: ignore[no-any-return]
 
+    @property
+    def depth(self) -> int:
+        """Number of blocks."""
+        return len(self._layers)
+
     def encode(
         self,
         images: Tensor,
         taps: Collection[int] = (),
-        attention: Literal["mean", "layers"] = "mean",
+        attention: Literal["mean", "layers", "none"] = "mean",
         last_layers: int = 8,
         calibrated_blocks: int | None = None,
+        *,
+        middle: Collection[int] = (),
+        left_out: int = 0,
     ) -> Features:
         """Dense features of a batch. Gradients are the caller's business: the weights ask for none.
 
@@ -102,10 +123,14 @@ class Trunk:
             images: float32 (B, 3, H, W), normalised with the method's mean and standard deviation; H and W
                 multiples of ``patch_size``.
             taps: blocks whose output is wanted as well, from 0, negative ones from the end.
-            attention: weights of the last layers, their mean or each on its own.
+            attention: weights of the last layers, their mean or each on its own; ``none`` where taps or the
+                calibrated stream are all that is wanted: nothing else is then computed.
             last_layers: number of them (CLIP-ES: 8); a shallower model gives all that it has.
             calibrated_blocks: number of last blocks with the calibrated stream (ExCEL: 5; 0: the plain stream's
                 patches), in a shallower model all but the first; None where nobody asks for ``calibrated``.
+            middle: blocks, from 0, of which the stream before the MLP is wanted.
+            left_out: number of blocks that what goes into the last block hasn't been through (WeCLIP+: 1). Its
+                attention is then that of this way; all else is as ever.
 
         Raises:
             ValueError: H or W isn't a multiple of the patch size, or there is no such block.
@@ -115,58 +140,100 @@ class Trunk:
             raise ValueError(
                 f"image of {height} x {width} isn't a multiple of the patch size {self.patch_size}"
             )
-        depth = len(self._layers)
-        if any(not -depth <= tap < depth for tap in taps):
-            raise ValueError(f"taps {sorted(taps)}: this CLIP has the blocks 0 to {depth - 1}")
+        depth, batch = self.depth, len(images)
+        if any(not -depth <= block < depth for block in (*taps, *middle)):
+            wanted = sorted((*taps, *middle))
+            raise ValueError(f"taps {wanted}: this CLIP has the blocks 0 to {depth - 1}")
         grid = (height // self.patch_size, width // self.patch_size)
-        cells, count = grid[0] * grid[1], min(last_layers, depth)
-        hidden = self._embedded(images, grid, rounded=calibrated_blocks is None)
-        maps = hidden.new_zeros(count if attention == "layers" else 1, len(images), cells, cells)
+        cells = grid[0] * grid[1]
+        hidden = self._embedded(images, grid)
+        count = 0 if attention == "none" else min(last_layers, depth)
+        maps = hidden.new_zeros(count if attention == "layers" else min(1, count), batch, cells, cells)
         tapped: dict[int, Tensor] = {}
+        between: dict[int, Tensor] = {}
         is_plain = calibrated_blocks is None
+        needs_passes = is_plain and attention != "none"
+        deepest = max((block % depth for block in (*taps, *middle)), default=-1)
+        blocks = self._layers[: depth - 1 if needs_passes else deepest + 1] if is_plain else self._layers
         first_calibrated = depth - min(calibrated_blocks or 0, depth - 1)
-        stream = hidden
-        for index, layer in enumerate(self._layers[:-1] if is_plain else self._layers):
+        stream, before_last = hidden, hidden
+        values = None if is_plain else hidden.new_zeros(batch, cells, hidden.shape[-1])
+        for index, layer in enumerate(blocks):
             number = index - (depth - count)  # among those whose attention is wanted
             total = None if number < 0 else maps[number if attention == "layers" else 0]
             is_calibrated = index >= first_calibrated
             own = [tap for tap in taps if tap % depth == index]
             # beside the calibrated stream nothing but the class token is read of the last block
-            goes_on = 1 if is_calibrated and index == depth - 1 and not own else cells + 1
-            hidden, alike = self._block(layer, hidden, total, is_calibrated, goes_on)
+            goes_on = 1 if is_calibrated and index == depth - 1 and not own and index not in middle else None
+            hidden, inside, alike = self._block(
+                layer, hidden, total, values if is_calibrated else None, goes_on
+            )
             stream = hidden if alike is None else stream + alike
             tapped |= dict.fromkeys(own, hidden)
+            if index in middle:
+                between[index] = inside
+            if index == depth - 2 - left_out:
+                before_last = hidden
         if not is_plain:
             if attention == "mean":
                 maps.div_(count)
             tokens = torch.cat([hidden[:, :1], stream[:, 1:]], dim=1)
-            projected = self._last.post_norm(tokens) @ self._last.projection.T
-            return Features(grid, maps if attention == "layers" else maps[0], tapped, [], projected)
-        passes = [self._last.forward(image) for image in hidden]
-        for total, last in zip(maps[-1], passes, strict=True):
-            total.add_(last.probabilities[:, 1:, 1:].mean(dim=0))
-            if attention == "mean":
-                total.div_(count)
-        if any(tap % depth == depth - 1 for tap in taps):
+            features = maps if attention != "mean" else maps[0]
+            return Features(grid, features, tapped, [], between, tokens, values, self._projected(tokens))
+        passes: list[LastBlockPass] = []
+        if needs_passes:
+            passes = [self._last.forward(image) for image in before_last]
+            for total, last in zip(maps[-1], passes, strict=True):
+                total.add_(last.probabilities[:, 1:, 1:].mean(dim=0))
+                if attention == "mean":
+                    total.div_(count)
+        if needs_passes and any(tap % depth == depth - 1 for tap in taps):
             output = torch.stack([last.output for last in passes])
             tapped |= {tap: output for tap in taps if tap % depth == depth - 1}
-        return Features(grid, maps if attention == "layers" else maps[0], tapped, passes)
+        return Features(grid, maps[0] if attention == "mean" else maps, tapped, passes, between)
 
-    def _embedded(self, images: Tensor, grid: tuple[int, int], *, rounded: bool) -> Tensor:
+    def guided(self, features: Features, guide: Tensor) -> Tensor:
+        """Calibrated tokens as they would be, had a map been added to each head's calibrated one (ExCEL).
+
+        The same map is added in all calibrated blocks and for all heads, and the values don't depend on it; so
+        what it adds is one product.
+
+        Args:
+            features: features with a calibrated stream.
+            guide: float32 (B, hw, hw), row-stochastic.
+
+        Returns:
+            float32 (B, 1+hw, P), as ``Features.calibrated``.
+        """
+        assert features.stream is not None
+        assert features.values is not None
+        heads = int(self._layers[-1].self_attn.num_heads)
+        tokens = features.stream.clone()
+        tokens[:, 1:] += heads * guide @ features.values
+        return self._projected(tokens)
+
+    def _projected(self, tokens: Tensor) -> Tensor:
+        """Tokens (B, N, D) in the space of the texts, (B, N, P)."""
+        projected: Tensor = self._last.post_norm(tokens) @ self._last.projection.T
+        return projected
+
+    def _embedded(self, images: Tensor, grid: tuple[int, int]) -> Tensor:
         """What goes into the first block, float32 (B, 1+hw, D)."""
         patches = self._embeddings.patch_embedding(images).flatten(2).transpose(1, 2)
         class_token = self._embeddings.class_embedding.expand(len(images), 1, -1)
-        table = resize_position_table(self._embeddings.position_embedding.weight, grid, rounded=rounded)
+        weights = self._embeddings.position_embedding.weight
+        table = resize_position_table(weights, grid, rounded=self._rounded_positions)
         embedded: Tensor = self._pre_norm(torch.cat([class_token, patches], dim=1) + table)
         return embedded
 
     def _block(
-        self, layer: Any, hidden: Tensor, total: Tensor | None, is_calibrated: bool, goes_on: int
-    ) -> tuple[Tensor, Tensor | None]:
-        """A block's output for the first ``goes_on`` tokens (B, goes_on, D), and what all (B, 1+hw, D) add to the
-        calibrated stream; None where that isn't wanted.
+        self, layer: Any, hidden: Tensor, total: Tensor | None, values: Tensor | None, goes_on: int | None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """A block's output for the first ``goes_on`` tokens, for all where None (B, n, D); the same before its MLP;
+        and what all tokens (B, 1+hw, D) add to the calibrated stream, None where that isn't wanted.
 
-        Its attention (B, hw, hw), the mean over heads, is added to ``total``.
+        Its attention (B, hw, hw), the mean over heads, is added to ``total``; what the patches' values become by the
+        output projection (B, hw, D) to ``values``, which says that the block is calibrated.
         """
         heads, (batch, length, _) = layer.self_attn.num_heads, hidden.shape
         normed = layer.layer_norm1(hidden).to(self._dtype)
@@ -185,15 +252,17 @@ class Trunk:
                 total.add_(probabilities[:, 1:, 1:], alpha=1 / heads)
                 torch.matmul(probabilities[:, :goes_on].to(self._dtype), value[:, head], out=mixed[:, head])
         alike = None
-        if is_calibrated:
+        if values is not None:
             likeness = hidden.new_zeros(batch, length, length)
             for head in range(heads):
                 for part in (query[:, head], key[:, head], value[:, head]):
                     likeness += torch.softmax((part * scale @ part.transpose(-2, -1)).float(), dim=-1)
-            gathered = (likeness / 3).to(self._dtype) @ value.transpose(1, 2).flatten(2)
-            alike = layer.self_attn.out_proj(gathered).float()
-        hidden = hidden[:, :goes_on] + layer.self_attn.out_proj(mixed.transpose(1, 2).flatten(2))
-        return hidden + layer.mlp(layer.layer_norm2(hidden).to(self._dtype)), alike
+            # one map for all heads: the order of it and the projection doesn't matter
+            projected = F.linear(value.transpose(1, 2).flatten(2), layer.self_attn.out_proj.weight)
+            values += projected[:, 1:]
+            alike = ((likeness / 3).to(self._dtype) @ projected).float() + layer.self_attn.out_proj.bias
+        inside = hidden[:, :goes_on] + layer.self_attn.out_proj(mixed.transpose(1, 2).flatten(2))
+        return inside + layer.mlp(layer.layer_norm2(inside).to(self._dtype)), inside, alike
 
 
 def resize_position_table(table: Tensor, grid: tuple[int, int], *, rounded: bool = True) -> Tensor:

@@ -31,12 +31,14 @@ class Clip:
         vision, text: the towers of ``transformers`` with their projections.
         tokenizer: tokenizer of the text tower.
         logit_scale: factor on the cosine, already exponentiated.
+        files: origin of it all; None where it didn't come from files.
     """
 
     vision: Any
     text: Any
     tokenizer: Any
     logit_scale: float
+    files: ClipFiles | None = None
 
 
 def load_clip(files: ClipFiles, device: torch.device) -> Clip:
@@ -84,7 +86,7 @@ def load_clip(files: ClipFiles, device: torch.device) -> Clip:
         tensors = tensors or _read(files.weights, tensors_in)
         vision, text = (_tower(*tower, own, tensors) for tower, own in zip(towers, names, strict=True))
         scale = float(tensors["logit_scale"].float().exp())
-        return Clip(vision.to(device), text.to(device), tokenizer, scale)
+        return Clip(vision.to(device), text.to(device), tokenizer, scale, files)
 
 
 def _read(files: tuple[Path, ...], read: Callable[[Path], dict[str, Value]]) -> dict[str, Value]:

@@ -1,7 +1,8 @@
 """ExCEL (Yang et al., "Exploring CLIP's Dense Knowledge for Weakly Supervised Semantic Segmentation", CVPR 2025).
 
-The part without training: calibrated patches compared with class texts that attributes enrich, class-aware attention
-affinity, PAR.
+Calibrated patches compared with class texts that attributes enrich, class-aware attention affinity, PAR. That takes
+no training. With a network that was trained on such masks, its similarity of patches guides the calibrated attention
+and gates the affinity.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -19,16 +21,17 @@ from numpy.typing import NDArray
 from pydantic import Field
 from torch import Tensor
 
-from wsss_pipeline.cam.affinity import refine_cams
+from wsss_pipeline.cam.affinity import gated_attention, refine_cams
 from wsss_pipeline.cam.patch_text import patch_text_cams
 from wsss_pipeline.clip.attributes import attribute_bank, enriched, load_attributes
 from wsss_pipeline.clip.text import TextEncoder, class_embeddings
-from wsss_pipeline.clip.trunk import Trunk
+from wsss_pipeline.clip.trunk import Features, Trunk
 from wsss_pipeline.clip.weights import Clip
 from wsss_pipeline.config import MaskConfig, RefinerName, ResolvedPrecision, Settings
 from wsss_pipeline.data.classes import ClassSet
 from wsss_pipeline.data.transforms import IMAGENET_STATISTICS, Prepared, clip_input_size, normalise
 from wsss_pipeline.errors import ImageError
+from wsss_pipeline.segmentation.checkpoint import load_frozen_clip, network_digest
 
 logger = logging.getLogger(__name__)
 
@@ -64,6 +67,10 @@ class ExcelSettings(Settings):
     threshold: float = Field(
         0.79, ge=0, le=1, description="Of the box mask, relative to the map's largest value; for COCO 0.88."
     )
+    checkpoint: str = Field(
+        "", description="Run of a frozen-clip network that guides and gates attention; empty for none."
+    )
+    mirrored: bool = Field(True, description="With a checkpoint, see the mirrored image too.")
 
 
 class ExcelConfig(MaskConfig):
@@ -100,8 +107,11 @@ class Excel:
         self, config: ExcelConfig, clip: Clip, class_set: ClassSet, precision: ResolvedPrecision
     ) -> None:
         self._config = config
-        self._trunk = Trunk(clip.vision, precision)
+        self._trunk = Trunk(clip.vision, precision, rounded_positions=False)
         self._heads = int(clip.vision.config.num_attention_heads)
+        self._network = None
+        if config.excel.checkpoint:
+            self._network = load_frozen_clip(Path(config.excel.checkpoint), clip, precision, class_set.names)
         encode = TextEncoder(clip.text, clip.tokenizer).encode
         rows = class_embeddings(class_set, config.templates, encode)
         foreground, settings = rows.foreground, config.excel
@@ -120,11 +130,14 @@ class Excel:
     @classmethod
     def determinants(cls, config: ExcelConfig) -> Mapping[str, Any]:
         """See ``Method``; attributes are told by their text, and not by where they lie."""
-        dropped = {"attributes", "clusters"}
+        dropped = {"attributes", "clusters", "checkpoint"}
+        network = network_digest(Path(config.excel.checkpoint)) if config.excel.checkpoint else None
+        dropped |= set() if network else {"mirrored"}
         dropped |= {"side", "refine_on"} if config.excel.size == "native" else set()
         if not config.excel.affinity:
             dropped |= {"affinity_layers", "affinity_iterations", "sinkhorn_rounds", "threshold"}
-        return {"excel": config.excel.model_dump(exclude=dropped)}
+        found = {"excel": config.excel.model_dump(exclude=dropped)}
+        return found if network is None else {**found, "network": network}
 
     @classmethod
     def class_determinants(cls, config: ExcelConfig, class_set: ClassSet) -> Mapping[str, Any]:
@@ -156,30 +169,32 @@ class Excel:
             seen = (levels if takes_floats else levels.round().clamp(0, 255).to(torch.uint8)).numpy()
         return Prepared(pixels, size.scale, seen)
 
+    @property
+    def encoding(self) -> Mapping[str, Any]:
+        """See ``OnlineMethod``."""
+        settings = self._config.excel
+        return {
+            "attention": "layers",
+            "last_layers": settings.affinity_layers if settings.affinity else 1,
+            "calibrated_blocks": settings.calibrated_blocks,
+        }
+
     def scores(self, batch: Tensor, present: Sequence[Sequence[int]]) -> list[Tensor]:
         """See ``Method``: patch-text CAMs, or with affinity the refined ones, which aren't normalised."""
-        settings = self._config.excel
-        features = self._trunk.encode(
-            batch,
-            attention="layers",
-            last_layers=settings.affinity_layers if settings.affinity else 1,
-            calibrated_blocks=settings.calibrated_blocks,
-        )
-        assert features.calibrated is not None
-        maps = patch_text_cams(features.calibrated, self._texts)
-        attention = self._affinity(features.attention)
-        cams = []
-        for own, weights, values in zip(maps, attention, present, strict=True):
-            chosen = own[[value - 1 for value in values]].view(-1, *features.grid)
-            if settings.affinity:
-                chosen = refine_cams(
-                    chosen,
-                    weights,
-                    settings.threshold,
-                    settings.affinity_iterations,
-                    settings.sinkhorn_rounds,
-                )
-            cams.append(chosen)
+        if self._network is None:
+            cams = self.cams(self._trunk.encode(batch, **self.encoding), present)
+        else:
+            seen = torch.cat([batch, batch.flip(-1)]) if self._config.excel.mirrored else batch
+            encoded = self._network.encode(seen, **self.encoding)
+            similarity = self._network.decode(encoded)["similarity"]
+            maps = self._maps(encoded.features, similarity)
+            if self._config.excel.mirrored:
+                grid = encoded.features.grid
+                own, mirrored = maps.chunk(2)
+                maps = own.maximum(mirrored.reshape(*own.shape[:2], *grid).flip(-1).flatten(2))
+                maps = maps - maps.amin(dim=2, keepdim=True)
+                maps = maps / (maps.amax(dim=2, keepdim=True) + 1e-5)
+            cams = self._spread(maps, encoded.features, present, similarity.sigmoid())
         # one answer for all: each waits for the device
         if not bool(torch.stack([torch.isfinite(maps).all() for maps in cams]).all()):
             raise ImageError(
@@ -187,12 +202,57 @@ class Excel:
             )
         return cams
 
-    def _affinity(self, attention: Tensor) -> Tensor:
-        """Mean over layers (L, B, hw, hw) -> (B, hw, hw), as published: of calibrated blocks the heads are summed."""
-        summed = torch.ones(len(attention), device=attention.device)
-        calibrated = min(self._config.excel.calibrated_blocks, len(attention))
-        summed[len(attention) - calibrated :] = self._heads
-        return torch.einsum("l,lbij->bij", summed / len(attention), attention)
+    def cams(
+        self,
+        features: Features,
+        present: Sequence[Sequence[int]],
+        *,
+        gate: Tensor | None = None,
+        guide: Tensor | None = None,
+        prior: Tensor | None = None,
+    ) -> list[Tensor]:
+        """See ``OnlineMethod``; a prior isn't looked at."""
+        return self._spread(self._maps(features, guide), features, present, gate)
+
+    def _maps(self, features: Features, similarity: Tensor | None) -> Tensor:
+        """Patch-text maps of all texts (B, T, hw), of the calibrated stream that similar patches guide."""
+        calibrated = features.calibrated
+        if similarity is not None:
+            # patches that are less alike than the mean aren't looked at; a patch always sees itself
+            unlike = (similarity < 0) & ~torch.eye(
+                len(similarity[0]), dtype=torch.bool, device=similarity.device
+            )
+            calibrated = self._trunk.guided(
+                features, similarity.masked_fill(unlike, -torch.inf).softmax(dim=-1)
+            )
+        assert calibrated is not None
+        return patch_text_cams(calibrated, self._texts)
+
+    def _spread(
+        self, maps: Tensor, features: Features, present: Sequence[Sequence[int]], gate: Tensor | None
+    ) -> list[Tensor]:
+        """The present classes' maps (K, h, w) of each image, along the attention where affinity is on."""
+        settings, cams = self._config.excel, []
+        # as published: of calibrated blocks the heads are summed, of others averaged
+        summed = torch.ones(len(features.attention), device=maps.device)
+        summed[len(summed) - min(settings.calibrated_blocks, len(summed)) :] = self._heads
+        for number, (own, values) in enumerate(zip(maps, present, strict=True)):
+            chosen = own[[value - 1 for value in values]].reshape(len(values), *features.grid)
+            if settings.affinity and values:
+                attention = features.attention[:, number]
+                if gate is None:
+                    attention = torch.einsum("l,lij->ij", summed / len(summed), attention)
+                else:
+                    attention = gated_attention(summed[:, None, None] * attention, gate[number])
+                chosen = refine_cams(
+                    chosen,
+                    attention,
+                    settings.threshold,
+                    settings.affinity_iterations,
+                    settings.sinkhorn_rounds,
+                )
+            cams.append(chosen)
+        return cams
 
 
 def _resized(image: Tensor, size: tuple[int, int], *, align_corners: bool = False) -> Tensor:

@@ -6,6 +6,7 @@ config.json; nothing is read that could run code.
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import os
@@ -23,11 +24,15 @@ from torch.optim.swa_utils import AveragedModel
 from wsss_pipeline import __version__
 from wsss_pipeline.clip.sources import MOST_WEIGHT_BYTES
 from wsss_pipeline.clip.tensor_files import check_unpacked, shapes_in, tensors_in
+from wsss_pipeline.clip.weights import Clip
+from wsss_pipeline.config import ResolvedPrecision
 from wsss_pipeline.data.classes import MAX_CLASSES
-from wsss_pipeline.errors import CheckpointError, NetworkError, OutputError, ResourceError
-from wsss_pipeline.files import check_plain, read_json
+from wsss_pipeline.errors import CheckpointError, NetworkError, OutputError, ResourceError, WeightsError
+from wsss_pipeline.files import check_plain, open_plain, read_json
 from wsss_pipeline.runtime.output import one_line, open_new, printable, writing
-from wsss_pipeline.segmentation.networks import SegmentationNetwork, build_network
+from wsss_pipeline.segmentation.frozen_clip import FrozenClip
+from wsss_pipeline.segmentation.network import SegmentationNetwork
+from wsss_pipeline.segmentation.networks import build_network
 from wsss_pipeline.segmentation.train_config import NetworkConfig
 
 LAST, BEST = "last", "best"  # folders of a run that hold a network each
@@ -69,6 +74,7 @@ def save_network(
         OutputError: the folder can't be written; what it held before is still there.
     """
     names = dict(enumerate(("background", *class_names)))
+    frozen = {"frozen": network.frozen_digests()} if isinstance(network, FrozenClip) else {}
     values = {
         "model_type": KIND,
         "network": config.model_dump(),
@@ -76,6 +82,7 @@ def save_network(
         "label2id": {name: index for index, name in names.items()},
         "image_mean": network.image_mean,
         "image_std": network.image_std,
+        **frozen,
         "wsss_pipeline_version": __version__,
         **(extra or {}),
     }
@@ -174,6 +181,7 @@ class _Config(BaseModel):
     model_config = ConfigDict(strict=True, allow_inf_nan=False)
 
     network: NetworkConfig
+    frozen: dict[str, str | None] = Field(default={}, max_length=2)
     id2label: dict[str, str] = Field(min_length=1, max_length=MAX_CLASSES + 1)
     label2id: dict[str, int] = Field(default={}, max_length=MAX_CLASSES + 1)
     image_mean: tuple[float, float, float] = Field(strict=False)
@@ -192,11 +200,22 @@ class _Config(BaseModel):
         return self
 
 
-def load_network(path: Path, device: torch.device | str = "cpu") -> LoadedNetwork:
+def load_network(
+    path: Path,
+    device: torch.device | str = "cpu",
+    clip: Clip | None = None,
+    precision: ResolvedPrecision = "fp32",
+) -> LoadedNetwork:
     """The network of a checkpoint or training run, in evaluation mode. Nothing is fetched, no pickle read.
 
+    Args:
+        path: folder of the checkpoint or the run.
+        device: where to put it.
+        clip: CLIP of a network on a frozen one, in place of that which the checkpoint names; it has to be the same.
+        precision: type of the frozen encoders' matrix products.
+
     Raises:
-        CheckpointError: there is none, it is damaged, or another program's.
+        CheckpointError: there is none, it is damaged, or another program's; or its CLIP isn't here, or is another.
     """
     folder = find_checkpoint(path)
     try:
@@ -208,7 +227,7 @@ def load_network(path: Path, device: torch.device | str = "cpu") -> LoadedNetwor
         raise CheckpointError(f"checkpoint {folder} isn't one of this package: no model_type {KIND}")
     try:
         config = _Config.model_validate(content)
-        network = build_network(config.network, len(config.names))
+        network = build_network(config.network, len(config.names), clip=clip, precision=precision)
         network.image_mean, network.image_std = config.image_mean, tuple(config.image_std)
     except (ValueError, NetworkError) as error:
         reason = one_line(error)
@@ -216,6 +235,17 @@ def load_network(path: Path, device: torch.device | str = "cpu") -> LoadedNetwor
             first = error.errors(include_url=False)[0]
             reason = one_line(f"{'.'.join(map(str, first['loc']))}: {first['msg']}")
         raise CheckpointError(f"checkpoint {folder}: {CONFIG} isn't whole: {reason[:300]}") from error
+    except WeightsError as error:
+        raise CheckpointError(
+            f"checkpoint {folder} needs its frozen encoder, which can't be had: {one_line(error)[:300]}"
+        ) from error
+    if isinstance(network, FrozenClip) and (found := network.frozen_digests()) != config.frozen:
+        other = next(name for name in found if found[name] != config.frozen.get(name))
+        raise CheckpointError(
+            f"checkpoint {folder} was trained on another {other.upper()} than "
+            f"{clip.files.name if clip and clip.files else config.network.encoder}; give the one it was "
+            "trained on"
+        )
     try:
         _load_tensors(network, folder / WEIGHTS)
     except FileNotFoundError as error:
@@ -228,6 +258,40 @@ def load_network(path: Path, device: torch.device | str = "cpu") -> LoadedNetwor
             f"checkpoint {folder}: {WEIGHTS} doesn't fit or is damaged: {reason}"
         ) from error
     return LoadedNetwork(network.to(device).eval(), tuple(config.names[1:]), content)
+
+
+def load_frozen_clip(
+    path: Path, clip: Clip, precision: ResolvedPrecision, class_names: Sequence[str]
+) -> FrozenClip:
+    """The decoder of a checkpoint on the CLIP that is given, for these classes.
+
+    Raises:
+        CheckpointError: see ``load_network``; or it holds another network, or other classes.
+    """
+    loaded = load_network(path, clip.vision.device, clip, precision)
+    if not isinstance(loaded.network, FrozenClip):
+        raise CheckpointError(
+            f"{path} holds a {loaded.config['network']['name']}; give a run of --network frozen-clip"
+        )
+    if loaded.class_names != tuple(class_names):
+        raise CheckpointError(f"{path} knows other classes than those that masks are to be made of")
+    return loaded.network
+
+
+def network_digest(path: Path) -> str:
+    """SHA-256 (hexadecimal) of a checkpoint's tensors and of what they are built into.
+
+    Raises:
+        CheckpointError: there is no checkpoint, or it can't be read.
+    """
+    folder = find_checkpoint(path)
+    try:
+        network = json.dumps(read_json(folder / CONFIG, MAX_CONFIG_BYTES)["network"], sort_keys=True)
+        with open_plain(folder / WEIGHTS, MOST_WEIGHT_BYTES) as file:
+            weights = hashlib.file_digest(file, "sha256").hexdigest()
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"checkpoint {folder} can't be read: {one_line(error)[:200]}") from error
+    return hashlib.sha256(f"{network} {weights}".encode()).hexdigest()
 
 
 def _load_tensors(module: nn.Module, path: Path) -> None:

@@ -30,7 +30,7 @@ from wsss_pipeline.errors import MaskError
 from wsss_pipeline.refine import DenseCrf, label
 from wsss_pipeline.runtime.device import resolve_device
 from wsss_pipeline.segmentation.checkpoint import find_checkpoint, load_network
-from wsss_pipeline.segmentation.networks import SegmentationNetwork
+from wsss_pipeline.segmentation.network import SegmentationNetwork
 
 RAW, CRF = "raw", "+CRF"
 _PLAIN = (1.0, False)  # scale 1, not mirrored

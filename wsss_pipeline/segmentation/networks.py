@@ -4,23 +4,25 @@ from __future__ import annotations
 
 import re
 from contextlib import suppress
-from functools import partial
 from itertools import accumulate
 from operator import mul
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from wsss_pipeline.clip.sources import locate_clip
+from wsss_pipeline.clip.weights import Clip, load_clip
+from wsss_pipeline.config import ClipConfig, ResolvedPrecision
 from wsss_pipeline.errors import NetworkError
 from wsss_pipeline.files import read_json
 from wsss_pipeline.runtime.output import one_line
+from wsss_pipeline.segmentation.dino import load_dino
+from wsss_pipeline.segmentation.frozen_clip import FrozenClip
+from wsss_pipeline.segmentation.network import BatchNorm, SegmentationNetwork, resized
 from wsss_pipeline.segmentation.train_config import NetworkConfig
 
-IMAGE_MEAN = (0.485, 0.456, 0.406)  # of ImageNet, RGB, for values in [0, 1]
-IMAGE_STD = (0.229, 0.224, 0.225)
 # name -> hidden sizes, depths, decoder's hidden size (Xie et al., "SegFormer", NeurIPS 2021, table 6)
 MIT_ENCODERS = {
     "tiny": ((16, 32, 64, 96), (1, 1, 2, 1), 64),
@@ -46,80 +48,6 @@ LARGEST = {
 }
 # what timm would ask a hub for, or look for on the disk
 _ELSEWHERE = re.compile("[:/\\\\]")
-_BatchNorm = nn.modules.batchnorm._BatchNorm
-_resized = partial(F.interpolate, mode="bilinear", align_corners=False)
-
-
-class SegmentationNetwork(nn.Module):
-    """Images (B, 3, H, W), normalised with the network's mean and standard deviation, to logits (B, 1+C, H, W).
-
-    H and W may be anything: the model sees the images padded with the mean colour.
-
-    Attributes:
-        model: module that makes the logits.
-        encoder_name: name of the model's part that comes with pre-trained weights.
-        multiple: number of pixels that the sides of the model's input must be multiples of.
-        smallest: smallest sides of its input, pixels.
-        image_mean: mean of its training images, RGB, for values in [0, 1].
-        image_std: their standard deviation.
-    """
-
-    model: nn.Module
-    encoder_name: str = ""
-    multiple: int = 1
-    smallest: int = 1
-    image_mean: tuple[float, ...] = IMAGE_MEAN
-    image_std: tuple[float, ...] = IMAGE_STD
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Logits at the size of the input."""
-        height, width = images.shape[-2:]
-        # not max: an exported network would be left with a condition on the size
-        below: Any = torch.sym_max(-height % self.multiple, self.smallest - height)
-        right: Any = torch.sym_max(-width % self.multiple, self.smallest - width)
-        logits = self.logits(F.pad(images, (0, right, 0, below)))
-        size = (height + below, width + right)
-        if logits.shape[-2:] != size:
-            logits = _resized(logits, size=size)
-        return logits[..., :height, :width]
-
-    def logits(self, images: Tensor) -> Tensor:
-        """Logits of images that need no padding, at whatever size the model has them."""
-        output: Tensor = self.model(images)
-        return output
-
-    def training_outputs(self, images: Tensor) -> dict[str, Tensor]:
-        """What the loss is made of, by name: ``logits`` (B, 1+C, H, W)."""
-        return {"logits": self(images)}
-
-    def encoder(self) -> nn.Module:
-        """What comes with pre-trained weights."""
-        return self.model.get_submodule(self.encoder_name)
-
-    def parameter_groups(self, lr: float, weight_decay: float, head_factor: float) -> list[dict[str, Any]]:
-        """Groups for the optimiser: encoder at ``lr``, the rest at ``head_factor`` times it.
-
-        Biases and norms have no weight decay.
-        """
-        plain = {
-            id(parameter)
-            for module in self.modules()
-            for name, parameter in module.named_parameters(recurse=False)
-            if isinstance(module, (_BatchNorm, nn.LayerNorm, nn.GroupNorm)) or name == "bias"
-        }
-        inside = {id(parameter) for parameter in self.encoder().parameters()}
-        groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
-        for parameter in self.parameters():
-            if parameter.requires_grad:
-                groups.setdefault((id(parameter) in inside, id(parameter) in plain), []).append(parameter)
-        return [
-            {
-                "params": parameters,
-                "lr": lr if in_encoder else lr * head_factor,
-                "weight_decay": 0.0 if is_plain else weight_decay,
-            }
-            for (in_encoder, is_plain), parameters in groups.items()
-        ]
 
 
 class DecoderNetwork(SegmentationNetwork):
@@ -269,7 +197,7 @@ class DeepLabV2(SegmentationNetwork):
         """As usual, but batch norm keeps the statistics and the weights that it came with."""
         super().train(mode)
         for module in self.modules():
-            if isinstance(module, _BatchNorm):
+            if isinstance(module, BatchNorm):
                 module.eval().requires_grad_(False)
         return self
 
@@ -278,16 +206,16 @@ class DeepLabV2(SegmentationNetwork):
         logits: Tensor = self.model["head"](self.model["backbone"](images)[0])
         return logits
 
-    def training_outputs(self, images: Tensor) -> dict[str, Tensor]:
+    def training_outputs(self, images: Tensor, **wanted: Any) -> dict[str, Any]:
         """``logits``, ``logits_0.75`` and ``logits_0.5`` at the sizes the network has them, and ``logits_max``.
 
         The last is the largest of the three at each place, at the size of ``logits``.
         """
         full = self.logits(images)
         smaller = {
-            f"logits_{scale:g}": self.logits(_resized(images, scale_factor=scale)) for scale in (0.75, 0.5)
+            f"logits_{scale:g}": self.logits(resized(images, scale_factor=scale)) for scale in (0.75, 0.5)
         }
-        alike = [full, *(_resized(logits, size=full.shape[-2:]) for logits in smaller.values())]
+        alike = [full, *(resized(logits, size=full.shape[-2:]) for logits in smaller.values())]
         return {"logits": full, **smaller, "logits_max": torch.stack(alike).amax(dim=0)}
 
     def parameter_groups(self, lr: float, weight_decay: float, head_factor: float) -> list[dict[str, Any]]:
@@ -302,16 +230,32 @@ class DeepLabV2(SegmentationNetwork):
         ]
 
 
-def build_network(config: NetworkConfig, num_classes: int) -> SegmentationNetwork:
+def build_network(
+    config: NetworkConfig,
+    num_classes: int,
+    *,
+    clip: Clip | None = None,
+    precision: ResolvedPrecision = "fp32",
+    offline: bool = True,
+) -> SegmentationNetwork:
     """A network with fresh weights; ``pretrained.load_pretrained`` gives the encoder its own.
 
     Args:
         config: ``weights`` isn't looked at here.
         num_classes: number of classes with the background.
+        clip: frozen CLIP of ``frozen-clip``, in place of the one that ``config.encoder`` names.
+        precision: type of the matrix products of what is frozen.
+        offline: choice to fetch no frozen encoder.
 
     Raises:
         NetworkError: no such network or encoder, or one that is described elsewhere.
+        WeightsError: a frozen encoder can't be found or loaded.
     """
+    if config.name == "frozen-clip":
+        if clip is None:
+            clip = load_clip(locate_clip(ClipConfig(weights=config.encoder), offline), torch.device("cpu"))
+        dino = load_dino(config.frozen.dino, offline) if config.frozen.dino else None
+        return FrozenClip(config.frozen, num_classes, clip, precision, dino)
     if config.name != "segformer" and _ELSEWHERE.search(config.encoder):
         raise NetworkError(
             f"network {config.name} can't have the encoder '{config.encoder:.100}': a network is built from what is "

@@ -12,7 +12,8 @@ from wsss_pipeline.clip.tensor_files import shapes_in, tensors_in
 from wsss_pipeline.errors import NetworkError
 from wsss_pipeline.files import check_machine
 from wsss_pipeline.runtime.output import one_line
-from wsss_pipeline.segmentation.networks import DeepLabV2, SegFormer, SegmentationNetwork, mit_name
+from wsss_pipeline.segmentation.network import SegmentationNetwork
+from wsss_pipeline.segmentation.networks import DeepLabV2, SegFormer, mit_name
 from wsss_pipeline.segmentation.train_config import NetworkConfig
 
 Value = TypeVar("Value")

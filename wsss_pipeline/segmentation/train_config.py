@@ -16,21 +16,56 @@ from wsss_pipeline.config import Precision, Settings, recipe, resolve, user_laye
 Confidence = Literal["hard", "soft"]
 
 
+class FrozenClipConfig(Settings):
+    """The decoder of ``frozen-clip`` (WeCLIP, CVPR 2024; ExCEL, CVPR 2025; WeCLIP+, TPAMI 2025)."""
+
+    first_block: int = Field(
+        0,
+        ge=-1000,
+        le=1000,
+        description="First of the blocks whose outputs are fused; from the end if negative.",
+    )
+    last_block: int = Field(-2, ge=-1000, le=1000, description="Last of them.")
+    in_place: bool = Field(
+        False,
+        description="Fuse what ExCEL's published code does, whose sums in place change the blocks' outputs.",
+    )
+    calibrated_blocks: int = Field(
+        5, ge=1, le=1000, description="With in_place, last blocks with q-q, k-k, v-v attention."
+    )
+    width: int = Field(256, ge=8, le=8192, description="Of the decoder.")
+    heads: int = Field(8, ge=1, le=256, description="Of its attention.")
+    depth: int = Field(3, ge=1, le=100, description="Number of its blocks.")
+    dropout: float = Field(0.1, ge=0, le=0.99, description="Of fused channels, in training.")
+    affinity: Literal["raw", "centred"] = Field(
+        "raw",
+        description="Similarity of patches: product of features (WeCLIP), or cosine less its mean (ExCEL).",
+    )
+    affinity_mean: Literal["batch", "image"] = Field(
+        "batch", description="Which mean that is, in training; elsewhere it is the image's."
+    )
+    dino: str = Field(
+        "", description="Hub id or folder of a frozen DINOv2 beside CLIP (WeCLIP+); empty for none."
+    )
+
+
 class NetworkConfig(Settings):
     """A segmentation network."""
 
     name: str = Field(
         "deeplabv3plus",
-        description="deeplabv2, segformer, or a decoder of segmentation-models-pytorch: deeplabv3plus, unet, ...",
+        description="deeplabv2, segformer, frozen-clip, or a decoder of segmentation-models-pytorch: deeplabv3plus, "
+        "unet, ...",
     )
     encoder: str = Field(
         "resnet50",
         description="A ResNet of timm for deeplabv2; tiny, mit-b0 to mit-b5, their hub id or a folder for segformer; "
-        "else an encoder of segmentation-models-pytorch.",
+        "for frozen-clip a CLIP, as --clip takes it; else an encoder of segmentation-models-pytorch.",
     )
     weights: str = Field(
         "imagenet", description="What training starts from: imagenet, coco, none, or a file or folder."
     )
+    frozen: FrozenClipConfig = FrozenClipConfig()
 
 
 class LossConfig(Settings):

@@ -24,7 +24,7 @@ from wsss_pipeline.runtime.progress import Progress
 from wsss_pipeline.segmentation.checkpoint import BEST, LAST, TrainingState, save_network
 from wsss_pipeline.segmentation.dataset import SegmentationDataset, sample_order
 from wsss_pipeline.segmentation.losses import confidence_weights, segmentation_loss
-from wsss_pipeline.segmentation.networks import SegmentationNetwork
+from wsss_pipeline.segmentation.network import SegmentationNetwork
 from wsss_pipeline.segmentation.train_config import OptimisationConfig, TrainConfig
 
 SAMPLES_TO_JUDGE = 100  # before the share of those that can't be used is held against its bound

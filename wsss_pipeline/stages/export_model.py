@@ -15,7 +15,8 @@ from torch import Tensor
 from wsss_pipeline.errors import CheckpointError, ConfigError, MissingDependencyError
 from wsss_pipeline.runtime.output import MARK, check_apart, check_replaceable, write_file
 from wsss_pipeline.segmentation.checkpoint import LoadedNetwork, find_checkpoint, load_network
-from wsss_pipeline.segmentation.networks import SegFormer, SegmentationNetwork
+from wsss_pipeline.segmentation.network import SegmentationNetwork
+from wsss_pipeline.segmentation.networks import SegFormer
 
 logger = logging.getLogger(__name__)
 

@@ -41,7 +41,8 @@ from wsss_pipeline.segmentation.augmentation import Augmentation
 from wsss_pipeline.segmentation.checkpoint import BEST, LAST, remove_checkpoint, settle
 from wsss_pipeline.segmentation.dataset import SegmentationDataset, usable_ids
 from wsss_pipeline.segmentation.inference import Segmenter
-from wsss_pipeline.segmentation.networks import SegmentationNetwork, build_network
+from wsss_pipeline.segmentation.network import SegmentationNetwork
+from wsss_pipeline.segmentation.networks import build_network
 from wsss_pipeline.segmentation.pretrained import load_pretrained
 from wsss_pipeline.segmentation.train_config import TrainConfig, load_train_config
 from wsss_pipeline.segmentation.trainer import LOG, NAN, STATE, Trainer
