@@ -17,7 +17,13 @@ from wsss_pipeline.segmentation.train_config import Confidence, TrainConfig
 @click.command("train-seg", short_help="Train a segmentation network on cached masks.")
 @click.option("--cache", type=PATH, help="Mask set, or a cache folder that holds one.")
 @click.option("--gt-masks", type=PATH, help="Ground-truth index masks instead: the fully supervised bound.")
-@click.option("--classes", help="With --gt-masks: voc12, coco14, demo, a YAML file, or names.")
+@setting(TrainConfig, "online.method", "--online", metavar="METHOD")
+@click.option(
+    "--labels",
+    type=PATH,
+    help="With --online: image-level labels, as generate-masks takes them.  [default: one folder per class]",
+)
+@click.option("--classes", help="With --online or --gt-masks: voc12, coco14, demo, a YAML file, or names.")
 @click.option("--images", type=PATH, required=True, help="Folder of the images.")
 @click.option("--split", type=PATH, help="Text file of image ids to train on.  [default: all images]")
 @click.option("--out", type=PATH, required=True, help="Folder of the run; the same one goes on.")
@@ -57,6 +63,7 @@ def command(
     /,
     cache: Path | None,
     gt_masks: Path | None,
+    labels: Path | None,
     classes: str | None,
     images: Path,
     split: Path | None,
@@ -75,7 +82,7 @@ def command(
     config_file: Path | None,
     overrides: tuple[str, ...],
 ) -> None:
-    """Train a segmentation network on the masks of a cache.
+    """Train a segmentation network on the masks of a cache, or on masks made as it learns.
 
     The last line on stdout is the checkpoint: the best network where --val-gt is given, else the last. Run the
     same command again to go on after an interruption. Under torchrun or `accelerate launch`, use
@@ -85,6 +92,7 @@ def command(
     Examples:
       wsss train-seg --cache cache --images photos --out run --recipe voc12/segformer-b2
       wsss train-seg --cache cache --images photos --out run --network deeplabv3plus --weights none
+      wsss train-seg --online weclip --labels labels.json --classes voc12 --images photos --out run
     """
     import torch
 
@@ -92,24 +100,36 @@ def command(
     from wsss_pipeline.data.classes import load_class_set
     from wsss_pipeline.data.masks import MaskFolder, MaskSource
     from wsss_pipeline.errors import ConfigError
-    from wsss_pipeline.segmentation.train_config import load_train_config
+    from wsss_pipeline.segmentation.train_config import load_train_config, online_recipe
     from wsss_pipeline.stages.train_seg import TrainJob, spread, train_seeds, train_seg
 
-    masks: MaskSource
-    if cache is not None and gt_masks is None:
+    flags = given_settings(context)
+    if recipe is None and flags["online.method"] is not None:
+        recipe = online_recipe(flags["online.method"], classes)
+    config = load_train_config(recipe, config_file, overrides, flags)
+    masks: MaskSource | None
+    if [cache is not None, gt_masks is not None, bool(config.online.method)].count(True) != 1:
+        raise ConfigError(
+            "give the masks once: --cache DIR, --online METHOD to make them in training, or --gt-masks DIR for "
+            "ground truth"
+        )
+    if labels is not None and not config.online.method:
+        raise ConfigError("--labels is for --online METHOD; the masks of a cache hold their labels")
+    if cache is not None:
         masks = MaskCache.open(cache)
-    elif cache is not None or gt_masks is None:
-        raise ConfigError("give the masks once: --cache DIR, or --gt-masks DIR for ground truth")
+    elif gt_masks is None:
+        masks = None
     elif classes is None:
         raise ConfigError("--gt-masks needs --classes: a folder of masks doesn't know its class names")
     else:
         masks = MaskFolder(gt_masks, load_class_set(classes).names, "ground truth")
-    config = load_train_config(recipe, config_file, overrides, given_settings(context))
     job = TrainJob(
         images,
         masks,
         out,
         config,
+        labels=labels,
+        classes=classes,
         split=split,
         val_gt=val_gt,
         val_images=val_images,

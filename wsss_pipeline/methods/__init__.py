@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import Tensor
 
-    from wsss_pipeline.clip.trunk import Features
     from wsss_pipeline.clip.weights import Clip
     from wsss_pipeline.data.classes import ClassSet
     from wsss_pipeline.data.transforms import Prepared
@@ -74,33 +73,6 @@ class Method(Protocol):
 
         Raises:
             ImageError: the maps aren't finite.
-        """
-
-
-class OnlineMethod(Method, Protocol):
-    """A method whose CAMs a network on the same frozen CLIP can learn from while it is trained."""
-
-    @property
-    def encoding(self) -> Mapping[str, Any]:
-        """Arguments of ``Trunk.encode`` that its CAMs need."""
-
-    def cams(
-        self,
-        features: Features,
-        present: Sequence[Sequence[int]],
-        *,
-        gate: Tensor | None = None,
-        guide: Tensor | None = None,
-        prior: Tensor | None = None,
-    ) -> list[Tensor]:
-        """CAMs as ``scores`` gives them, with what a network says of the same images.
-
-        Args:
-            features: result of ``Trunk.encode`` with ``encoding``.
-            present: see ``scores``; none gives no map.
-            gate: float32 (B, hw, hw) in [0, 1], factor on the attention along which CAMs are spread.
-            guide: float32 (B, hw, hw), similarity of patches, at least 0 for those that attention is led to.
-            prior: float32 (B, 1+C, h, w), probabilities of the classes.
         """
 
 

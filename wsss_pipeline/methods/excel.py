@@ -171,7 +171,7 @@ class Excel:
 
     @property
     def encoding(self) -> Mapping[str, Any]:
-        """See ``OnlineMethod``."""
+        """See ``targets.OnlineMethod``."""
         settings = self._config.excel
         return {
             "attention": "layers",
@@ -211,7 +211,7 @@ class Excel:
         guide: Tensor | None = None,
         prior: Tensor | None = None,
     ) -> list[Tensor]:
-        """See ``OnlineMethod``; a prior isn't looked at."""
+        """See ``targets.OnlineMethod``; a prior isn't looked at."""
         return self._spread(self._maps(features, guide), features, present, gate)
 
     def _maps(self, features: Features, similarity: Tensor | None) -> Tensor:

@@ -123,7 +123,7 @@ class WeClip:
 
     @property
     def encoding(self) -> Mapping[str, Any]:
-        """See ``OnlineMethod``."""
+        """See ``targets.OnlineMethod``."""
         settings = self._config.weclip
         return {
             "attention": "layers",
@@ -156,7 +156,7 @@ class WeClip:
         guide: Tensor | None = None,
         prior: Tensor | None = None,
     ) -> list[Tensor]:
-        """See ``OnlineMethod``; a guide isn't looked at."""
+        """See ``targets.OnlineMethod``; a guide isn't looked at."""
         settings = self._config.weclip
         texts = [
             torch.cat([self._foreground[[value - 1 for value in values]], self._background])

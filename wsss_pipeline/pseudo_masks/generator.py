@@ -15,7 +15,7 @@ from torch import Tensor
 from wsss_pipeline.cache import MaskSet
 from wsss_pipeline.cam.scores import assemble, upscale_cams
 from wsss_pipeline.clip.sources import locate_clip
-from wsss_pipeline.clip.weights import load_clip
+from wsss_pipeline.clip.weights import Clip, load_clip
 from wsss_pipeline.config import MaskConfig
 from wsss_pipeline.data.classes import ClassSet, check_template, load_class_set
 from wsss_pipeline.data.images import AnyImage, as_pixels
@@ -135,14 +135,14 @@ class MaskGenerator:
         self.clip = locate_clip(config.clip, offline=offline)
 
     @cached_property
-    def method(self) -> Method:
-        """The method with CLIP loaded and the classes embedded.
+    def loaded_clip(self) -> Clip:
+        """CLIP on the device; WeightsError where it can't be loaded."""
+        return load_clip(self.clip, self.device)
 
-        Raises:
-            WeightsError: CLIP can't be loaded.
-        """
-        clip = load_clip(self.clip, self.device)
-        return self._method_type(self.config, clip, self.class_set, self.precision)
+    @cached_property
+    def method(self) -> Method:
+        """The method with CLIP loaded and the classes embedded; errors as of ``loaded_clip``."""
+        return self._method_type(self.config, self.loaded_clip, self.class_set, self.precision)
 
     @cached_property
     def mask_set(self) -> MaskSet:

@@ -31,6 +31,8 @@ class Sample(TypedDict):
         image: float32 (3, S, S), normalised.
         mask: int64 (S, S), 255 where there is no label.
         confidence: uint8 (S, S), half percents.
+        present: bool (1+C,), classes of the whole image, where image-level labels are all that is known; else all
+            False, and the mask says it.
         image_id: id of the image.
         damaged: True where image or mask couldn't be used; every pixel is then 255.
     """
@@ -38,8 +40,29 @@ class Sample(TypedDict):
     image: Tensor
     mask: Tensor
     confidence: Tensor
+    present: Tensor
     image_id: str
     damaged: bool
+
+
+@dataclass(frozen=True)
+class ImageLabels:
+    """Image-level labels, for targets that are made in training.
+
+    Attributes:
+        class_names: names of mask values 1..C.
+        present: image id to mask values of the classes that are in the image.
+        identity: text that tells these labels, and how targets are made of them, from others.
+        description: origin of the labels, for people.
+    """
+
+    class_names: tuple[str, ...]
+    present: Mapping[str, tuple[int, ...]]
+    identity: str
+    description: str
+
+    def __contains__(self, image_id: object) -> bool:
+        return image_id in self.present
 
 
 @dataclass
@@ -50,14 +73,14 @@ class SegmentationDataset(Dataset[Sample]):
 
     Args:
         images: image id to file.
-        masks: masks of these images.
+        masks: masks of these images; or their labels, which give a mask of 0 inside the image.
         image_ids: ids to train on; a position is one in this list.
         augmentation: random changes, see ``Augmentation``.
         seed: seed of all random numbers.
     """
 
     images: Mapping[str, ImageFile]
-    masks: MaskSource
+    masks: MaskSource | ImageLabels
     image_ids: Sequence[str]
     augmentation: Augmentation
     seed: int
@@ -69,9 +92,15 @@ class SegmentationDataset(Dataset[Sample]):
     def __getitem__(self, key: tuple[int, int]) -> Sample:
         epoch, position = key
         image_id = self.image_ids[position]
+        present = torch.zeros(1 + len(self.masks.class_names), dtype=torch.bool)
         try:
-            image, labelled = torch.tensor(read_image(self.images[image_id])), self.masks[image_id]
-            mask, confidence = torch.tensor(labelled.mask), torch.tensor(labelled.confidence)
+            image = torch.tensor(read_image(self.images[image_id]))
+            if isinstance(self.masks, ImageLabels):
+                mask = confidence = torch.zeros(image.shape[:2], dtype=torch.uint8)
+                present[list(self.masks.present[image_id])] = True
+            else:
+                labelled = self.masks[image_id]
+                mask, confidence = torch.tensor(labelled.mask), torch.tensor(labelled.confidence)
             if image.shape[:2] != mask.shape:
                 raise ImageError(
                     f"the image is {image.shape[1]}x{image.shape[0]}, its mask {mask.shape[1]}x{mask.shape[0]}: "
@@ -93,7 +122,12 @@ class SegmentationDataset(Dataset[Sample]):
                 torch.manual_seed(_seed(self.seed, epoch, position))
                 pixels, labels, certainty = self.augmentation(image.permute(2, 0, 1), mask, confidence)
         return Sample(
-            image=pixels, mask=labels.long(), confidence=certainty, image_id=image_id, damaged=damaged
+            image=pixels,
+            mask=labels.long(),
+            confidence=certainty,
+            present=present,
+            image_id=image_id,
+            damaged=damaged,
         )
 
 
@@ -128,7 +162,7 @@ def _seed(*numbers: int) -> int:
 
 def usable_ids(
     images: Mapping[str, ImageFile],
-    masks: MaskSource,
+    masks: MaskSource | ImageLabels,
     split: Sequence[str] | None = None,
     allow_missing: bool = False,
 ) -> list[str]:
@@ -138,9 +172,13 @@ def usable_ids(
         TrainingError: some lack one of the two and ``allow_missing`` is false, or none is left.
     """
     wanted = ids = list(images if split is None else split)
+    is_labelled = isinstance(masks, ImageLabels)
+    remedy_of_masks, what_else = (
+        ("label them", "labels") if is_labelled else ("make their masks first", "a mask")
+    )
     for source, what, remedy in (
         (images, "have no image file", "give the folder that the list belongs to"),
-        (masks, f"aren't in the {masks.description}", "make their masks first"),
+        (masks, f"aren't in the {masks.description}", remedy_of_masks),
     ):
         missing = [image_id for image_id in ids if image_id not in source]
         if missing and not allow_missing:
@@ -153,5 +191,5 @@ def usable_ids(
             logger.warning("%d of the %d images %s; they are left out", len(missing), len(wanted), what)
         ids = [image_id for image_id in ids if image_id in source]
     if not ids:
-        raise TrainingError(f"no image to work on: none of {len(wanted):,} has an image file and a mask")
+        raise TrainingError(f"no image to work on: none of {len(wanted):,} has an image file and {what_else}")
     return ids

@@ -243,7 +243,8 @@ class FrozenClip(SegmentationNetwork):
         if with_similarity:
             if batch_mean is None:
                 batch_mean = self.training and self.config.affinity_mean == "batch"
-            outputs["similarity"] = self._similarity(outputs["fused"].flatten(2).float(), batch_mean)
+            with torch.autocast(fused.device.type, enabled=False):
+                outputs["similarity"] = self._similarity(outputs["fused"].flatten(2).float(), batch_mean)
         return outputs
 
     def _similarity(self, features: Tensor, batch_mean: bool) -> Tensor:
@@ -265,7 +266,7 @@ class FrozenClip(SegmentationNetwork):
         return self.decode(self.encode(images), with_similarity=False)["logits"]
 
     def training_outputs(self, images: Tensor, **wanted: Any) -> dict[str, Any]:
-        """Results of ``decode``, those named logits at the size of the images, and ``encoded``.
+        """Results of ``decode``, logits at the size of the images; ``grid_logits`` at their own; and ``encoded``.
 
         Args:
             images: float32 (B, 3, H, W), H and W multiples of CLIP's patch.
@@ -273,9 +274,10 @@ class FrozenClip(SegmentationNetwork):
         """
         encoded = self.encode(images, **wanted)
         outputs: dict[str, Any] = self.decode(encoded)
+        grid_logits = outputs["logits"]
         for name in ("logits", "clip_logits", "dino_logits"):
             if name in outputs:
                 outputs[name] = F.interpolate(
                     outputs[name], images.shape[2:], mode="bilinear", align_corners=False
                 )
-        return {**outputs, "encoded": encoded}
+        return {**outputs, "grid_logits": grid_logits, "encoded": encoded}

@@ -12,6 +12,7 @@ from wsss_pipeline.clip.tensor_files import shapes_in, tensors_in
 from wsss_pipeline.errors import NetworkError
 from wsss_pipeline.files import check_machine
 from wsss_pipeline.runtime.output import one_line
+from wsss_pipeline.segmentation.frozen_clip import FrozenClip
 from wsss_pipeline.segmentation.network import SegmentationNetwork
 from wsss_pipeline.segmentation.networks import DeepLabV2, SegFormer, mit_name
 from wsss_pipeline.segmentation.train_config import NetworkConfig
@@ -33,8 +34,8 @@ def load_pretrained(network: SegmentationNetwork, config: NetworkConfig, offline
     """
     weights, encoder = config.weights, config.encoder
     path = Path(weights).expanduser()
-    if weights == "none":
-        return
+    if weights == "none" or (isinstance(network, FrozenClip) and weights == "imagenet"):
+        return  # CLIP came with its own
     if path.exists():
         path = _weight_file(path)
         shapes = _read(path, shapes_in)

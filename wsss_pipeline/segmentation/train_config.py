@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from wsss_pipeline.config import Precision, Settings, recipe, resolve, user_layers
+from wsss_pipeline.config import Precision, Settings, recipe, recipe_names, resolve, user_layers
 
 Confidence = Literal["hard", "soft"]
 
@@ -80,6 +80,49 @@ class LossConfig(Settings):
         False,
         description="Background and foreground count half each; DeepLabV2 from ImageNet weights may diverge without.",
     )
+    affinity: float = Field(
+        0.0, ge=0, le=1000, description="Weight of the affinity loss of frozen-clip (WeCLIP, ExCEL: 0.1)."
+    )
+    affinity_radius: int = Field(
+        8, ge=1, le=1000, description="Largest distance of the patches that it compares, patches."
+    )
+    dice: float = Field(0.0, ge=0, le=1000, description="Weight of the Dice loss (WeCLIP+: 1).")
+    cross: float = Field(
+        0.0,
+        ge=0,
+        le=1000,
+        description="Weight of what CLIP's and DINOv2's branch learn from each other (WeCLIP+: 0.1).",
+    )
+
+
+class OnlineConfig(Settings):
+    """Targets made of the training images themselves, update by update (WeCLIP; WeCLIP+; ExCEL); for frozen-clip.
+
+    Updates count from 1, and 0 is never.
+    """
+
+    method: str = Field(
+        "", description="Method that makes them, or METHOD/PRESET, such as weclip; empty for a cache's masks."
+    )
+    settings: tuple[str, ...] = Field(
+        (), strict=False, description="Of the method, such as [weclip.threshold=0.5]."
+    )
+    gate_from: int = Field(
+        0, ge=0, le=10**9, description="Update from which the network's affinity gates that of the CAMs."
+    )
+    guide_from: int = Field(
+        0, ge=0, le=10**9, description="Update from which it guides the calibrated attention (ExCEL)."
+    )
+    self_affinity_from: int = Field(
+        0, ge=0, le=10**9, description="Update from which the affinity loss learns from the network's labels."
+    )
+    override_from: int = Field(
+        0,
+        ge=0,
+        le=10**9,
+        description="Update from which the network's sure labels replace the target's (WeCLIP+).",
+    )
+    override_above: float = Field(0.75, ge=0, le=1, description="Probability from which it is sure.")
 
 
 class AugmentationConfig(Settings):
@@ -121,6 +164,7 @@ class TrainConfig(Settings):
 
     version: int = Field(1, description="Of the recipe.")
     network: NetworkConfig = NetworkConfig()
+    online: OnlineConfig = OnlineConfig()
     loss: LossConfig = LossConfig()
     augmentation: AugmentationConfig = AugmentationConfig()
     optimisation: OptimisationConfig = OptimisationConfig()
@@ -137,6 +181,17 @@ class TrainConfig(Settings):
     validate_every: int = Field(1000, ge=1, le=10**9, description="Updates between validations.")
     save_every: int = Field(500, ge=1, le=10**9, description="Updates between checkpoints.")
 
+    @model_validator(mode="after")
+    def _what_belongs_together(self) -> TrainConfig:
+        needs = {"online.method": bool(self.online.method), "loss.affinity": self.loss.affinity > 0}
+        needs["loss.cross"] = self.loss.cross > 0
+        for key, is_set in needs.items():
+            if is_set and self.network.name != "frozen-clip":
+                raise ValueError(f"{key} needs --network frozen-clip, not {self.network.name}")
+        if self.loss.cross > 0 and not self.network.frozen.dino:
+            raise ValueError("loss.cross needs two branches: give network.frozen.dino, or set it to 0")
+        return self
+
 
 def load_train_config(
     recipe_name: str | None = None,
@@ -151,3 +206,15 @@ def load_train_config(
     """
     layers = [recipe(recipe_name)] if recipe_name is not None else []
     return resolve(TrainConfig, [*layers, *user_layers(file, overrides, flags)])
+
+
+def online_recipe(method: str, classes: str | None) -> str | None:
+    """The recipe that belongs to a method of online targets: that of the class set's name, else that of VOC.
+
+    Args:
+        method: METHOD or METHOD/PRESET.
+        classes: as ``--classes`` has it.
+    """
+    name, _, preset = method.partition("/")
+    wanted = [f"{name}/{known}" for known in (preset, classes, "voc12") if known]
+    return next((known for known in wanted if known in recipe_names()), None)

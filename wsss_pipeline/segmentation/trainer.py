@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -17,14 +17,16 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader
 
+from wsss_pipeline.data.masks import IGNORE
 from wsss_pipeline.errors import CheckpointError, TrainingError, WsssError
 from wsss_pipeline.runtime.interrupts import StopRequest
 from wsss_pipeline.runtime.output import append_line, one_line
 from wsss_pipeline.runtime.progress import Progress
 from wsss_pipeline.segmentation.checkpoint import BEST, LAST, TrainingState, save_network
 from wsss_pipeline.segmentation.dataset import SegmentationDataset, sample_order
-from wsss_pipeline.segmentation.losses import confidence_weights, segmentation_loss
 from wsss_pipeline.segmentation.network import SegmentationNetwork
+from wsss_pipeline.segmentation.objectives import weighted_losses
+from wsss_pipeline.segmentation.targets import OnlineTarget
 from wsss_pipeline.segmentation.train_config import OptimisationConfig, TrainConfig
 
 SAMPLES_TO_JUDGE = 100  # before the share of those that can't be used is held against its bound
@@ -35,12 +37,12 @@ STATE, NAN, LOG = "state", "nan", "log.jsonl"
 class _TrainingForward(nn.Module):
     """Distributed training sees ``forward`` alone, so the training outputs have to be it."""
 
-    def __init__(self, network: SegmentationNetwork) -> None:
+    def __init__(self, network: SegmentationNetwork, wanted: Mapping[str, Any]) -> None:
         super().__init__()
-        self.network = network
+        self.network, self.wanted = network, wanted
 
-    def forward(self, images: Tensor) -> dict[str, Tensor]:
-        return self.network.training_outputs(images)
+    def forward(self, images: Tensor) -> dict[str, Any]:
+        return self.network.training_outputs(images, **self.wanted)
 
 
 class Trainer:
@@ -53,6 +55,7 @@ class Trainer:
         dataset: samples to train on.
         out: folder of the run.
         workers: number of processes that load samples.
+        online: maker of the targets, where the samples have image-level labels alone.
 
     Attributes:
         state: progress of the run, with all that it goes on with.
@@ -66,7 +69,9 @@ class Trainer:
         dataset: SegmentationDataset,
         out: Path,
         workers: int = 0,
+        online: OnlineTarget | None = None,
     ) -> None:
+        self._online = online
         self._accelerator = accelerator
         self._config = config
         self._network = network.to(accelerator.device).train()
@@ -98,7 +103,8 @@ class Trainer:
             raise CheckpointError(
                 f"{out} lacks its best network, which {STATE} speaks of; start anew with --overwrite"
             )
-        self._forward, self._optimizer = accelerator.prepare(_TrainingForward(network), optimizer)
+        forward = _TrainingForward(network, {} if online is None else online.method.encoding)
+        self._forward, self._optimizer = accelerator.prepare(forward, optimizer)
 
     def run(self, validate: Callable[[SegmentationNetwork], float] | None = None) -> bool:
         """Trains to the end, or to the update in which any of the processes was asked to stop.
@@ -133,11 +139,14 @@ class Trainer:
         with StopRequest() as stop, progress if accelerator.is_main_process else nullcontext():
             while state.step < updates:
                 started = time.monotonic()
-                loss, damaged, is_stopped = self._update(batches, stop.requested)
+                losses, damaged, is_stopped = self._update(batches, stop.requested)
                 state.step += 1
+                loss = sum(losses.values())
+                parts = {f"loss_{name}": value for name, value in losses.items()} if len(losses) > 1 else {}
                 numbers = {
                     "step": state.step,
                     "loss": loss,
+                    **parts,
                     "lr": self._optimizer.param_groups[0]["lr"],
                     "seconds": time.monotonic() - started,
                     "images": self._images_per_update,
@@ -165,30 +174,36 @@ class Trainer:
                     break
         return state.step == updates
 
-    def _update(self, batches: Iterator[Any], stop: bool) -> tuple[float, int, bool]:
+    def _update(self, batches: Iterator[Any], stop: bool) -> tuple[dict[str, float], int, bool]:
         """One update out of ``accumulate`` batches of this process, which was asked to ``stop`` or not.
 
         Returns:
-            Mean loss, number of samples that couldn't be used, and whether to stop, of all processes together.
+            Mean losses by name, number of samples that couldn't be used, and whether to stop, of all processes
+            together.
         """
         accelerator, chosen = self._accelerator, self._config.optimisation
         for group in self._optimizer.param_groups:
             group["lr"] = group["peak"] * schedule(self.state.step, chosen)
-        sums = torch.zeros(3, dtype=torch.float64, device=accelerator.device)
+        # of samples that can't be used, of requests to stop, of each loss
+        sums = torch.zeros(2, dtype=torch.float64, device=accelerator.device)
         seen: list[str] = []
         for part in range(chosen.accumulate):
             batch = _next(batches)
             seen += batch["image_id"]
             is_last = part == chosen.accumulate - 1
             with nullcontext() if is_last else accelerator.no_sync(self._forward):
-                loss = self._loss(batch) / chosen.accumulate
+                losses = self._losses(batch)
+                loss = torch.stack(list(losses.values())).sum() / chosen.accumulate
                 # distributed training takes the mean of the processes' gradients
                 accelerator.backward(loss * accelerator.num_processes)
-            sums[0] += loss.detach()
-            sums[1] += int(batch["damaged"].sum())
-        sums[2] = float(stop)
+            if not part:
+                sums = torch.cat([sums, sums.new_zeros(len(losses))])
+            sums[0] += int(batch["damaged"].sum())
+            sums[2:] += torch.stack(list(losses.values())).detach() / chosen.accumulate
+        sums[1] = float(stop)
         # a signal may reach one process alone, but they have to stop at the same update
-        total, damaged, stops = accelerator.reduce(sums, "sum").tolist()
+        damaged, stops, *values = accelerator.reduce(sums, "sum").tolist()
+        total = sum(values)
         if not math.isfinite(total):
             self._save_network(NAN, image_ids=seen)
             raise TrainingError(
@@ -202,11 +217,11 @@ class Trainer:
         self._optimizer.zero_grad()
         if self.state.average is not None:
             self.state.average.update_parameters(self._network)
-        return total, int(damaged), stops > 0
+        return dict(zip(losses, values, strict=True)), int(damaged), stops > 0
 
-    def _loss(self, batch: Any) -> Tensor:
-        """This process's part of the mean over all processes' pixels."""
-        accelerator, chosen = self._accelerator, self._config.loss
+    def _losses(self, batch: Any) -> dict[str, Tensor]:
+        """This process's part of each mean over all processes' pixels."""
+        accelerator, update = self._accelerator, self.state.step + 1
         images, target, confidence = (
             batch[name].to(accelerator.device, non_blocking=True) for name in ("image", "mask", "confidence")
         )
@@ -216,8 +231,10 @@ class Trainer:
             images = images[[place if place in usable else usable[0] for place in range(len(images))]]
         with accelerator.autocast():
             outputs = self._forward(images)
-        weights = confidence_weights(confidence, chosen.confidence, chosen.min_confidence)
-        return segmentation_loss(outputs, target, weights, balanced=chosen.balanced, total=accelerator.reduce)
+        if self._online is not None:
+            present = [torch.nonzero(row)[:, 0].tolist() for row in batch["present"]]
+            target, confidence = self._online(images, outputs, present, target == IGNORE, update)
+        return weighted_losses(outputs, target, confidence, self._config, update, accelerator.reduce)
 
     def _validate(self, validate: Callable[[SegmentationNetwork], float]) -> float:
         network, state = self._kept(), self.state

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import statistics
@@ -21,6 +22,7 @@ from wsss_pipeline.data.datasets import read_split
 from wsss_pipeline.data.image_files import ImageFile
 from wsss_pipeline.data.image_ids import find_images
 from wsss_pipeline.data.images import read_image
+from wsss_pipeline.data.labels import read_labels
 from wsss_pipeline.data.masks import IGNORE, MaskFolder, MaskSource, half_percent_threshold
 from wsss_pipeline.errors import (
     CheckpointError,
@@ -34,17 +36,21 @@ from wsss_pipeline.errors import (
 from wsss_pipeline.evaluation.metrics import Scores, check_sizes, confusion_matrix
 from wsss_pipeline.evaluation.result import id_digest
 from wsss_pipeline.files import read_bytes, read_json
+from wsss_pipeline.methods import load_mask_config, load_method, method_names
+from wsss_pipeline.pseudo_masks.generator import MaskGenerator
 from wsss_pipeline.runtime.device import is_out_of_memory, resolve_device, resolve_precision
 from wsss_pipeline.runtime.locks import ProcessLock
 from wsss_pipeline.runtime.output import MARK, check_apart, is_temporary, one_line, write_file, writing
 from wsss_pipeline.segmentation.augmentation import Augmentation
 from wsss_pipeline.segmentation.checkpoint import BEST, LAST, remove_checkpoint, settle
-from wsss_pipeline.segmentation.dataset import SegmentationDataset, usable_ids
+from wsss_pipeline.segmentation.dataset import ImageLabels, SegmentationDataset, usable_ids
+from wsss_pipeline.segmentation.frozen_clip import FrozenClip
 from wsss_pipeline.segmentation.inference import Segmenter
 from wsss_pipeline.segmentation.network import SegmentationNetwork
 from wsss_pipeline.segmentation.networks import build_network
 from wsss_pipeline.segmentation.pretrained import load_pretrained
-from wsss_pipeline.segmentation.train_config import TrainConfig, load_train_config
+from wsss_pipeline.segmentation.targets import OnlineTarget
+from wsss_pipeline.segmentation.train_config import OnlineConfig, TrainConfig, load_train_config
 from wsss_pipeline.segmentation.trainer import LOG, NAN, STATE, Trainer
 
 logger = logging.getLogger(__name__)
@@ -67,9 +73,12 @@ class TrainJob:
 
     Attributes:
         images: folder of the images.
-        masks: masks of these images, a mask set, or a folder of ground truth.
+        masks: masks of these images, a mask set, or a folder of ground truth; None where the settings name a method
+            that makes them in training.
         out: folder of the run; one that holds the same run goes on.
         config: settings, see ``TrainConfig``.
+        labels: image-level labels, see ``read_labels``, for targets that are made in training.
+        classes: class set of such targets, as ``--classes`` has it; None for that of the method's preset.
         split: text file of the ids to train on; None for all images.
         val_gt: folder of ground-truth index masks to validate on; None for no validation.
         val_images: folder of their images; None for ``images``.
@@ -83,9 +92,11 @@ class TrainJob:
     """
 
     images: Path
-    masks: MaskSource
+    masks: MaskSource | None
     out: Path
     config: TrainConfig = field(default_factory=TrainConfig)
+    labels: Path | None = None
+    classes: str | None = None
     split: Path | None = None
     val_gt: Path | None = None
     val_images: Path | None = None
@@ -121,36 +132,82 @@ def train_seg(job: TrainJob) -> TrainResult:
     Raises:
         WsssError: nothing can be trained: masks missing, weights not there, another run in the folder, NaN.
     """
-    inputs = {"--images": job.images, "--split": job.split, "--val-gt": job.val_gt}
+    inputs = {"--images": job.images, "--split": job.split, "--val-gt": job.val_gt, "--labels": job.labels}
     inputs |= {"--val-images": job.val_images, "--val-split": job.val_split}
     check_apart(job.out, "--out", {**inputs, "the masks": getattr(job.masks, "path", None)})
-    masks = job.masks
     images = find_images(job.images)
-    ids = usable_ids(images, masks, read_split(job.split) if job.split else None, job.allow_missing)
     accelerator = _accelerator(job)
-    validate = _validation(job, job.val_gt, accelerator) if job.val_gt else None
-    with _run_folder(job, ids, accelerator) if accelerator.is_main_process else nullcontext():
+    generator = _generator(job, accelerator.device) if job.config.online.method else None
+    if generator is not None:
+        masks: MaskSource | ImageLabels = _image_labels(job, images, generator)
+    elif job.masks is not None:
+        masks = job.masks
+    else:
+        raise ConfigError("no masks to train on, and no online.method that makes them")
+    ids = usable_ids(images, masks, read_split(job.split) if job.split else None, job.allow_missing)
+    validate = _validation(job, job.val_gt, masks.class_names, accelerator) if job.val_gt else None
+    with _run_folder(job, masks, ids, accelerator) if accelerator.is_main_process else nullcontext():
         accelerator.wait_for_everyone()
-        return _train(job, images, ids, accelerator, validate)
+        return _train(job, images, masks, ids, generator, accelerator, validate)
+
+
+def _generator(job: TrainJob, device: torch.device) -> MaskGenerator:
+    """What makes the targets; CLIP isn't loaded yet.
+
+    Raises:
+        ConfigError: the method can't make any in training.
+    """
+    config = job.config
+    name, _, preset = config.online.method.partition("/")
+    flags = {"method": name, "classes": job.classes, "clip.weights": config.network.encoder}
+    flags["clip.precision"] = config.precision
+    settings = load_mask_config(config.online.method if preset else None, None, config.online.settings, flags)
+    if not hasattr(load_method(name), "cams"):
+        able = ", ".join(known for known in method_names() if hasattr(load_method(known), "cams"))
+        raise ConfigError(
+            f"method {name} makes no targets in training; choose one of {able}, or make masks first"
+        )
+    return MaskGenerator(config=settings, device=str(device), offline=job.offline)
+
+
+def _image_labels(job: TrainJob, images: Mapping[str, ImageFile], generator: MaskGenerator) -> ImageLabels:
+    """The labels that targets are made of, and what tells them, with how it is done, from others."""
+    class_set, mask_set = generator.class_set, generator.mask_set
+    present = {
+        image_id: tuple(sorted(map(class_set.index, names)))
+        for image_id, names in read_labels(job.labels, images, class_set).items()
+    }
+    digest = hashlib.sha256(json.dumps(sorted(present.items())).encode()).hexdigest()[:12]
+    identity = f"online {mask_set.fingerprint[:12]}, labels {digest}"
+    return ImageLabels(class_set.names, present, identity, f"labels {job.labels or job.images}")
 
 
 def _train(
     job: TrainJob,
     images: Mapping[str, ImageFile],
+    masks: MaskSource | ImageLabels,
     ids: list[str],
+    generator: MaskGenerator | None,
     accelerator: Accelerator,
     validate: Callable[[SegmentationNetwork], float] | None,
 ) -> TrainResult:
-    config, masks, out = job.config, job.masks, job.out
+    config, out = job.config, job.out
     if job.track:
         accelerator.init_trackers("wsss")
     torch.manual_seed(config.seed)
-    network = build_network(config.network, 1 + len(masks.class_names))
+    network = build_network(
+        config.network,
+        1 + len(masks.class_names),
+        clip=None if generator is None else generator.loaded_clip,
+        precision=resolve_precision(config.precision, accelerator.device),
+        offline=job.offline,
+    )
     if not (out / STATE).exists():
         load_pretrained(network, config.network, job.offline)
     augmentation = Augmentation(config.augmentation, network.image_mean, network.image_std)
     dataset = SegmentationDataset(images, masks, ids, augmentation, config.seed)
-    trainer = Trainer(accelerator, config, network, dataset, out, job.workers)
+    online = None if generator is None else _online_target(config, network, generator)
+    trainer = Trainer(accelerator, config, network, dataset, out, job.workers, online)
     state = trainer.state
     if accelerator.is_main_process:
         millions = sum(parameter.numel() for parameter in network.parameters()) / 1e6
@@ -161,9 +218,22 @@ def _train(
             f"network: {chosen.name}, {chosen.encoder}, {millions:.1f} M parameters, weights {chosen.weights}"
         )
         logger.info(f"masks: {masks.description}, {len(ids):,} images (ids {id_digest(ids)})")
-        background, foreground = _counted(masks, ids, loss.min_confidence)
-        counted = f"{background:.0%} of the background and {foreground:.0%} of the objects' pixels count"
-        logger.info(f"loss: {loss.confidence} confidence from {loss.min_confidence:g}{balanced}; {counted}")
+        counted, foreground = "", 1.0
+        if isinstance(masks, ImageLabels):
+            logger.info(f"targets: {_told(config.online)}")
+        else:
+            background, foreground = _counted(masks, ids, loss.min_confidence)
+            counted = (
+                f"; {background:.0%} of the background and {foreground:.0%} of the objects' pixels count"
+            )
+        further = "".join(
+            f", {name} {weight:g}"
+            for name, weight in (("affinity", loss.affinity), ("Dice", loss.dice), ("cross", loss.cross))
+            if weight
+        )
+        logger.info(
+            f"loss: {loss.confidence} confidence from {loss.min_confidence:g}{balanced}{further}{counted}"
+        )
         if foreground < LEAST_COUNTED:
             logger.warning(
                 "of the objects' pixels %.1f %% are certain enough to count: lower --min-confidence, or refine the "
@@ -181,6 +251,38 @@ def _train(
         tracker.finish()
     name = BEST if state.best_miou is not None else LAST
     return TrainResult(out / name, state.best_miou, state.step, not ended)
+
+
+def _online_target(
+    config: TrainConfig, network: SegmentationNetwork, generator: MaskGenerator
+) -> OnlineTarget:
+    """What makes the targets of a batch; ConfigError where method, network and crop don't fit together."""
+    assert isinstance(network, FrozenClip)
+    method: Any = generator.method
+    if config.augmentation.crop % network.multiple:
+        raise ConfigError(
+            f"--crop {config.augmentation.crop} isn't a multiple of {network.multiple}, the patch of this CLIP"
+        )
+    calibrated = method.encoding.get("calibrated_blocks")
+    if config.network.frozen.in_place and calibrated != config.network.frozen.calibrated_blocks:
+        raise ConfigError(
+            f"network.frozen.in_place needs a method with {config.network.frozen.calibrated_blocks} calibrated blocks, "
+            f"as excel has; {generator.config.method} has {calibrated or 'none'}"
+        )
+    statistics = network.image_mean, network.image_std
+    return OnlineTarget(method, generator.refiner, config.online, *statistics)
+
+
+def _told(online: OnlineConfig) -> str:
+    """How targets are made in training, as a person reads it."""
+    starts = {
+        "gated": online.gate_from,
+        "guided": online.guide_from,
+        "own affinity": online.self_affinity_from,
+        "own sure labels": online.override_from,
+    }
+    later = ", ".join(f"{name} from update {start:,}" for name, start in starts.items() if start)
+    return f"{online.method}, made of each batch's crops" + (f"; {later}" if later else "")
 
 
 def _counted(masks: MaskSource, ids: Sequence[str], min_confidence: float) -> tuple[float, float]:
@@ -251,7 +353,9 @@ def _accelerator(job: TrainJob) -> Accelerator:
 
 
 @contextmanager
-def _run_folder(job: TrainJob, ids: Sequence[str], accelerator: Accelerator) -> Iterator[None]:
+def _run_folder(
+    job: TrainJob, masks: MaskSource | ImageLabels, ids: Sequence[str], accelerator: Accelerator
+) -> Iterator[None]:
     """The run's folder, this process's alone, with what the run is written into it.
 
     Raises:
@@ -260,8 +364,8 @@ def _run_folder(job: TrainJob, ids: Sequence[str], accelerator: Accelerator) -> 
     """
     out = job.out
     data = {
-        "masks": job.masks.identity,
-        "classes": list(job.masks.class_names),
+        "masks": masks.identity,
+        "classes": list(masks.class_names),
         "images": len(ids),
         "ids": id_digest(ids),
         "processes": accelerator.num_processes,
@@ -334,14 +438,14 @@ def _check_same(out: Path, config: TrainConfig, data: Mapping[str, Any]) -> None
 
 
 def _validation(
-    job: TrainJob, ground_truth: Path, accelerator: Accelerator
+    job: TrainJob, ground_truth: Path, class_names: Sequence[str], accelerator: Accelerator
 ) -> Callable[[SegmentationNetwork], float]:
     """The function that gives a network's mIoU: each process scores its share of the images, each image once."""
     images = find_images(job.val_images or job.images)
-    truth = MaskFolder(ground_truth, job.masks.class_names, "ground truth")
+    truth = MaskFolder(ground_truth, class_names, "ground truth")
     split = read_split(job.val_split) if job.val_split else list(truth.files)
     ids = usable_ids(images, truth, split, job.allow_missing or job.val_split is None)
-    names = ("background", *job.masks.class_names)
+    names = ("background", *class_names)
 
     def validate(network: SegmentationNetwork) -> float:
         segmenter = Segmenter(network, names[1:], accelerator.device)

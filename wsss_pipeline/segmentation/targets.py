@@ -1,0 +1,119 @@
+"""Targets that are made while a network learns: pseudo masks of a batch's own crops, out of the pass of CLIP from
+which the network's features come.
+
+Source: WeCLIP (CVPR 2024), ExCEL (CVPR 2025), WeCLIP+ (TPAMI 2025), as their published code does it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from wsss_pipeline.cam.scores import assemble, upscale_cams
+from wsss_pipeline.clip.trunk import Features
+from wsss_pipeline.data.masks import CERTAIN, IGNORE
+from wsss_pipeline.refine import Refiner, label
+from wsss_pipeline.segmentation.train_config import OnlineConfig
+
+
+class OnlineMethod(Protocol):
+    """A method whose CAMs a network on the same frozen CLIP can learn from while it is trained."""
+
+    background_power: float
+
+    @property
+    def encoding(self) -> Mapping[str, Any]:
+        """Arguments of ``Trunk.encode`` that its CAMs need."""
+
+    def cams(
+        self,
+        features: Features,
+        present: Sequence[Sequence[int]],
+        *,
+        gate: Tensor | None = None,
+        guide: Tensor | None = None,
+        prior: Tensor | None = None,
+    ) -> list[Tensor]:
+        """CAMs of each image, affinity done, with what a network says of the same images.
+
+        Args:
+            features: result of ``Trunk.encode`` with ``encoding``.
+            present: per image its present classes as mask values 1..C; none gives no map.
+            gate: float32 (B, hw, hw) in [0, 1], factor on the attention along which CAMs are spread.
+            guide: float32 (B, hw, hw), similarity of patches, at least 0 for those that attention is led to.
+            prior: float32 (B, 1+C, h, w), probabilities of the classes.
+
+        Returns:
+            Per image float32 (K, h, w) at least 0.
+        """
+
+
+class OnlineTarget:
+    """Pseudo masks of crops, with the network's help from the updates on that the settings name.
+
+    Args:
+        method: maker of the CAMs.
+        refiner: from scores to a posterior.
+        config: settings.
+        mean, std: RGB, for values in [0, 1], with which the crops are normalised.
+    """
+
+    def __init__(
+        self,
+        method: OnlineMethod,
+        refiner: Refiner,
+        config: OnlineConfig,
+        mean: tuple[float, ...],
+        std: tuple[float, ...],
+    ) -> None:
+        self.method, self._refiner, self._config = method, refiner, config
+        self._mean, self._std = (torch.tensor(row)[:, None, None] for row in (mean, std))
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        images: Tensor,
+        outputs: Mapping[str, Any],
+        present: Sequence[Sequence[int]],
+        beyond: Tensor,
+        update: int,
+    ) -> tuple[Tensor, Tensor]:
+        """Target of a batch.
+
+        A crop keeps all labels of its image, though it may not show them all. One without any is background.
+
+        Args:
+            images: float32 (B, 3, S, S), normalised.
+            outputs: what the network made of them, see ``FrozenClip.training_outputs``.
+            present: per crop the classes of its image as mask values 1..C.
+            beyond: bool (B, S, S), True beyond the image's edge.
+            update: number of the update, from 1.
+
+        Returns:
+            int64 (B, S, S), 255 beyond the edge, and its confidence in half percents, uint8 (B, S, S).
+        """
+        config, (side, width) = self._config, images.shape[2:]
+        similarity = outputs["similarity"].detach()
+        is_gated, is_guided = (0 < start <= update for start in (config.gate_from, config.guide_from))
+        maps = self.method.cams(
+            outputs["encoded"].features,
+            present,
+            gate=similarity.sigmoid() if is_gated else None,
+            guide=similarity if is_guided else None,
+            prior=outputs["grid_logits"].detach().float().softmax(dim=1),
+        )
+        labelled = [number for number, values in enumerate(present) if values]
+        levels = 255 * (images[labelled].float().cpu() * self._std + self._mean)
+        seen = list(levels.round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).contiguous().numpy())
+        scores = [
+            assemble(upscale_cams(maps[number], (side, width)), self.method.background_power)
+            for number in labelled
+        ]
+        mask = torch.zeros_like(beyond, dtype=torch.uint8)
+        confidence = torch.full_like(mask, CERTAIN)
+        for number, posterior in zip(labelled, self._refiner(seen, scores), strict=True):
+            mask[number], confidence[number] = label(posterior, present[number], (side, width))
+        return mask.masked_fill_(beyond, IGNORE).long(), confidence.masked_fill_(beyond, 0)
