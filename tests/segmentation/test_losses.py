@@ -35,6 +35,13 @@ def test_the_mean_is_weighted() -> None:
     assert twice.item() == pytest.approx(2 * expected)
 
 
+def test_outputs_that_are_no_logits_take_no_part() -> None:
+    logits, target, weights = torch.randn(1, 2, 3, 3), torch.randint(0, 2, (1, 3, 3)), torch.ones(1, 3, 3)
+    alone = segmentation_loss({"logits": logits}, target, weights)
+    others = {"affinity": torch.rand(1, 9, 9), "logits": logits}
+    assert segmentation_loss(others, target, weights) == alone
+
+
 def test_balanced_gives_background_and_foreground_a_half_each() -> None:
     logits = logits_for(0.5, 0.5, 0.5, 0.25)
     target = torch.tensor([[[0, 0, 0, 1]]])
