@@ -149,7 +149,10 @@ class OptimisationConfig(Settings):
     momentum: float = Field(0.9, ge=0, le=1, description="Of sgd.")
     weight_decay: float = Field(5e-4, ge=0, le=10, description="Of all but biases and norms.")
     head_lr_factor: float = Field(10.0, ge=0, le=1000, description="Times lr, for all but the encoder.")
-    schedule: Literal["poly", "cosine"] = Field("poly", description="How the rate falls after the warm-up.")
+    schedule: Literal["poly", "cosine", "poly-total"] = Field(
+        "poly",
+        description="How the rate falls after the warm-up; with poly-total its updates count too (WeCLIP, ExCEL).",
+    )
     power: float = Field(0.9, ge=0, le=10, description="Of the poly schedule.")
     warm_up: int = Field(0, ge=0, le=10**9, description="Updates in which the rate rises.")
     iterations: int = Field(20_000, ge=1, le=10**9, description="Updates.")

@@ -301,8 +301,14 @@ def _next(batches: Iterator[Any]) -> Any:
 def schedule(step: int, config: OptimisationConfig) -> float:
     """Share of the peak learning rate at update ``step``, counted from 0.
 
-    Linear warm-up; then ``poly``: (1 - done)^power (Chen et al., "DeepLab", section 4.1), or ``cosine``.
+    Linear warm-up; then ``poly``: (1 - done)^power (Chen et al., "DeepLab", section 4.1), or ``cosine``. With
+    ``poly-total``, as the published code of WeCLIP and ExCEL has it, the first update's rate is a millionth, and the
+    warm-up's updates count among those over which it falls.
     """
+    if config.schedule == "poly-total":
+        if step < config.warm_up:
+            return 1 - (1 - step / config.warm_up) * (1 - 1e-6)
+        return float((1 - step / config.iterations) ** config.power)
     if step < config.warm_up:
         return (step + 1) / config.warm_up
     done = (step - config.warm_up) / max(1, config.iterations - config.warm_up)

@@ -265,9 +265,10 @@ def _online_target(
         )
     calibrated = method.encoding.get("calibrated_blocks")
     if config.network.frozen.in_place and calibrated != config.network.frozen.calibrated_blocks:
+        wanted = config.network.frozen.calibrated_blocks
         raise ConfigError(
-            f"network.frozen.in_place needs a method with {config.network.frozen.calibrated_blocks} calibrated blocks, "
-            f"as excel has; {generator.config.method} has {calibrated or 'none'}"
+            f"network.frozen.in_place needs a method with {wanted} calibrated blocks, as excel has; "
+            f"{generator.config.method} has {calibrated or 'none'}"
         )
     statistics = network.image_mean, network.image_std
     return OnlineTarget(method, generator.refiner, config.online, *statistics)
