@@ -189,11 +189,7 @@ class Excel:
             similarity = self._network.decode(encoded)["similarity"]
             maps = self._maps(encoded.features, similarity)
             if self._config.excel.mirrored:
-                grid = encoded.features.grid
-                own, mirrored = maps.chunk(2)
-                maps = own.maximum(mirrored.reshape(*own.shape[:2], *grid).flip(-1).flatten(2))
-                maps = maps - maps.amin(dim=2, keepdim=True)
-                maps = maps / (maps.amax(dim=2, keepdim=True) + 1e-5)
+                maps = self.mirrored_maps(maps, encoded.features.grid)
             cams = self._spread(maps, encoded.features, present, similarity.sigmoid())
         # one answer for all: each waits for the device
         if not bool(torch.stack([torch.isfinite(maps).all() for maps in cams]).all()):
@@ -213,6 +209,13 @@ class Excel:
     ) -> list[Tensor]:
         """See ``targets.OnlineMethod``; a prior isn't looked at."""
         return self._spread(self._maps(features, guide), features, present, gate)
+
+    def mirrored_maps(self, maps: Tensor, grid: tuple[int, int]) -> Tensor:
+        """The larger of each image's maps and its mirror image's (2B, T, hw), in 0..1 again, (B, T, hw)."""
+        own, mirrored = maps.chunk(2)
+        maps = own.maximum(mirrored.reshape(*own.shape[:2], *grid).flip(-1).flatten(2))
+        maps = maps - maps.amin(dim=2, keepdim=True)
+        return maps / (maps.amax(dim=2, keepdim=True) + 1e-5)
 
     def _maps(self, features: Features, similarity: Tensor | None) -> Tensor:
         """Patch-text maps of all texts (B, T, hw), of the calibrated stream that similar patches guide."""
