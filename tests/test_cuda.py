@@ -9,7 +9,9 @@ import torch
 
 from tests.end_to_end.conftest import mask_set, wsss
 from wsss_pipeline.cache import MaskCache
+from wsss_pipeline.config import ParConfig
 from wsss_pipeline.demo.voc_folder import write_voc_folder
+from wsss_pipeline.refine import Par
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
 
@@ -41,6 +43,22 @@ def test_masks_of_gpu_and_cpu_agree(root: Path, tmp_path: Path, precision: str, 
         assert set(found) == set(expected)
         shares = [(found[key].mask == expected[key].mask).mean() for key in expected]
     assert sum(shares) / len(shares) >= equal
+
+
+def test_par_of_many_images_at_once_is_that_of_the_cpu() -> None:
+    """Of two sizes and two numbers of labels, and more than go together."""
+    generator = torch.Generator().manual_seed(0)
+    sizes = [(2, 375, 500), (3, 375, 500), (2, 500, 375)] * 7
+    scores = [torch.rand(size, generator=generator) for size in sizes]
+    images = [
+        torch.randint(0, 256, (*size[1:], 3), generator=generator, dtype=torch.uint8).numpy()
+        for size in sizes
+    ]
+    refine = Par(ParConfig())
+    expected, found = refine(images, scores), refine(images, [score.cuda() for score in scores])
+    for one, other in zip(found, expected, strict=True):
+        assert one.is_cuda
+        assert (one.cpu() - other).abs().max() < 1e-5
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])

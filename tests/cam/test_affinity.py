@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import numpy as np
+import pytest
 import torch
 
+from tests.refine.test_par import FOLDERS
 from wsss_pipeline.cam.affinity import (
     box_masks,
     boxes_by_labelling,
@@ -142,3 +147,21 @@ def test_each_class_has_a_threshold_of_its_own() -> None:
     assert masks.dtype == torch.float32
     assert box_masks(cams.double(), 0.4).dtype == torch.float64
     assert box_masks(cams, 0.38)[0].nonzero().tolist() == [[0, 0], [2, 2]]
+
+
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_refined_cams_and_boxes_are_those_published_for_excel(folder: Path) -> None:
+    """By attention with the mean of the last six layers; boxes are given by their ends, exclusive."""
+    with np.load(folder / "functions.npz") as file:
+        cases = {key: torch.from_numpy(values) for key, values in file.items()}
+    cams = cases["aff_cam"].T[cases["aff_ids"]].reshape(-1, 6, 6)
+    weights = cases["aff_attention"][-6:, 1:, 1:].mean(dim=0)
+    for threshold in (0.4, 0.7, 0.75, 0.79, 0.88):
+        expected = cases[f"aff_static_{threshold}"]
+        assert (refine_cams(cams, weights, threshold) - expected).abs().max() < 1e-5
+    for number, map_ in enumerate(cases["box_maps"]):
+        for threshold in (0.4, 0.79):
+            expected = torch.zeros(8, 8)
+            for left, top, right, bottom in cases[f"box_{number}_{threshold}"].tolist():
+                expected[top:bottom, left:right] = 1
+            assert torch.equal(box_masks(map_[None], threshold)[0], expected)

@@ -58,6 +58,9 @@ def test_label_files_that_are_no_json(generate: Run, world: Path, content: bytes
         (["--set", "cam.treshold=1"], "cam.threshold"),
         (["--preset", "clip-es/voc"], "clip-es/voc12"),
         (["--config", "no-such.yaml"], "no-such.yaml"),
+        (["--attributes", "none"], "--attributes: method clip-es has no setting 'excel.attributes'"),
+        (["--method", "clip-es", "--attributes", "a.json"], "give --method excel, or leave it out"),
+        (["--method", "excel", "--set", "cam.threshold=1"], "--set cam.threshold=1: method excel has no"),
         (["--template", "no place"], "no place"),
         (["--clip", "./no-such-clip"], "no-such-clip"),
         (["--device", "tpu"], "auto, cpu, cuda"),
@@ -73,6 +76,20 @@ def test_options(world: Path, clip: Path, arguments: list[str], part: str) -> No
     assert result.exit_code == 2
     assert part in only_error(result.stderr)
     assert not (world / "cache").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "part"),
+    [
+        (["--method", "clip-es"], "method clip-es takes no attributes; give --method excel"),
+        (["--set", "method=clip-es"], "method clip-es takes no attributes; give --method excel"),
+        (["--method", "clip-es", "--attributes", "a.json"], "--attributes: method clip-es has no setting"),
+    ],
+)
+def test_attributes_of_a_method_that_takes_none(arguments: list[str], part: str) -> None:
+    result = wsss("attributes", "check", "--classes", "voc12", "--clip", "demo", *arguments)
+    assert result.exit_code == 2
+    assert part in only_error(result.stderr)
 
 
 def test_no_images_no_classes_no_folder(world: Path, clip: Path) -> None:

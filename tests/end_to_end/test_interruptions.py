@@ -18,8 +18,11 @@ import pytest
 
 from tests.end_to_end.conftest import LABELS, Run, generate_arguments, mask_set, write_labels
 from wsss_pipeline.cache import MaskCache, verify
+from wsss_pipeline.methods import method_names
 
 ROOT = Path(__file__).parent.parent.parent
+
+IMAGES = 40  # more than the runs that are killed finish
 
 
 def without_coverage() -> dict[str, str]:
@@ -45,28 +48,31 @@ def records(path: Path) -> dict[str, tuple[bytes, bytes, tuple[str, ...]]]:
         }
 
 
-def test_kills_at_random_moments_lose_nothing_that_was_finished(world: Path, clip: Path) -> None:
-    many_images(world, 300)
+@pytest.mark.parametrize("method", method_names())
+def test_kills_at_random_moments_lose_nothing_that_was_finished(
+    world: Path, clip: Path, generate: Run, method: str
+) -> None:
+    many_images(world, IMAGES)
     chance = random.Random(7)
-    moments = ",".join(f"{chance.randint(0, 4)}:{chance.uniform(0, 0.03):.4f}" for _ in range(24))
-    codes = interrupted_runs(world, clip, "cache", moments)
-    assert codes.count(-signal.SIGKILL) >= 20, codes
+    moments = ",".join(f"{chance.randint(0, 4)}:{chance.uniform(0, 0.03):.4f}" for _ in range(12))
+    codes = interrupted_runs([*generate_arguments(world, clip), "--method", method], moments)
+    assert codes.count(-signal.SIGKILL) >= 10, codes
     (path,) = (world / "cache").glob("voc12-*")
     for shard in path.glob("shard-*.h5"):
         with h5py.File(shard):  # opens, so it isn't damaged
             pass
     assert verify(path).ok
-    assert 0 < len(records(path)) < 300, "the kills came too early, or too late, to test anything"
-    assert interrupted_runs(world, clip, "cache", "-") == [0]
-    assert interrupted_runs(world, clip, "undisturbed", "-") == [0]
-    (other,) = (world / "undisturbed").glob("voc12-*")
-    assert len(records(path)) == 300
+    assert 0 < len(records(path)) < IMAGES, "the kills came too early, or too late, to test anything"
+    assert mask_set(generate("--method", method)) == path
+    other = mask_set(generate("--method", method, cache="undisturbed"))
+    assert len(records(path)) == IMAGES
     assert records(path) == records(other)
 
 
-def interrupted_runs(world: Path, clip: Path, cache: str, moments: str) -> list[int]:
+def interrupted_runs(command: list[object], moments: str) -> list[int]:
     """Exit codes of runs of generate-masks that are killed at ``moments``, see ``interrupted_run``."""
-    arguments = [str(item) for item in (world / cache, moments, *generate_arguments(world, clip, cache))]
+    cache = command[command.index("--cache") + 1]
+    arguments = map(str, (cache, moments, *command))
     done = subprocess.run(
         [sys.executable, "-m", "tests.end_to_end.interrupted_run", *arguments],
         cwd=ROOT,

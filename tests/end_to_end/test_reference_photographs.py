@@ -75,27 +75,3 @@ def test_text_rows_within_1e_5(name: str, suffix: str) -> None:
     expected = golden("text")
     assert np.abs(rows.foreground.numpy() - expected[f"fg{suffix}"]).max() < 1e-5
     assert np.abs(rows.background.numpy() - expected[f"bg{suffix}"]).max() < 1e-5
-
-
-EXCEL = GOLDEN.parent / "excel"
-
-
-def test_masks_of_excel_are_the_published_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With the bank that the published code was given in place of our sentences' centres."""
-    import torch
-
-    with np.load(EXCEL / "text.npz") as file:
-        bank = torch.from_numpy(file["voc_bank"].T.copy())
-    monkeypatch.setattr("wsss_pipeline.methods.excel.attribute_bank", lambda *_: bank)
-    labels = json.loads((EXCEL / "labels.json").read_text())
-    result = wsss(
-        *("generate-masks", "--images", EXCEL / "images", "--labels", EXCEL / "labels.json"),
-        *("--preset", "excel/voc12", "--clip", GOLDEN / "model", "--cache", tmp_path / "cache"),
-        *("--workers", 0, "--precision", "fp32"),
-    )
-    assert result.exit_code == 0
-    with MaskCache.open(mask_set(result)) as cache:
-        assert set(cache) == set(labels)
-        for name in cache:
-            with np.load(EXCEL / f"{name}_voc.npz") as file:
-                assert (cache[name].mask == file["mask"]).mean() >= 0.999

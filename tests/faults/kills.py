@@ -1,9 +1,9 @@
 """kill -9 at random moments, over every command that writes for long: ``python -m tests.faults.kills``.
 
-Campaigns: generate-masks in 1 and in 4 processes, merge, train-seg. In each, the command is started again and again
-and killed after a random part of the time that it takes undisturbed. After each kill what was finished before must
-still be there, whole and the same; a last run must then end with what an undisturbed one made. Each run is a fork
-of this process, which has imported everything: the kills fall into the work, not into the imports.
+Campaigns: generate-masks with each method in 1 and in 4 processes, merge, train-seg. In each, the command is
+started again and again and killed after a random part of the time that it takes undisturbed. After each kill what was
+finished before must still be there, whole and the same; a last run must then end with what an undisturbed one made.
+Each run is a fork of this process, which has imported everything: the kills fall into the work, not into the imports.
 
     python -m tests.faults.kills --kills 100 --seed 0
 """
@@ -24,6 +24,8 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+
+from wsss_pipeline.methods import DEFAULT_METHOD, load_method, method_names
 
 State = Mapping[str, str]  # what is finished, by name, with a digest
 
@@ -69,53 +71,52 @@ def network(folder: Path) -> State:
     return {"network": hashlib.sha256(file.read_bytes()).hexdigest()}
 
 
-IMAGES, STEPS = 160, 24
+STEPS = 24
+
+
+def share(root: Path, method: str, folder: Path, index: int, count: int) -> list[str]:
+    """generate-masks of share ``index`` of ``count`` into a folder, on the drawn scenes in ``root / "voc"``."""
+    command = ["generate-masks", "--voc", str(root / "voc"), "--split", "train", "--classes", "demo"]
+    command += ["--clip", "demo", "--offline", "--workers", "0", "--method", method]
+    return [*command, "--cache", str(folder), "--shard", f"{index}/{count}"]
+
+
+def generating(root: Path, method: str, count: int) -> Campaign:
+    """generate-masks in so many processes."""
+    return Campaign(
+        f"generate-masks with {method}, {count} process{'es' if count > 1 else ''}",
+        lambda folder: [share(root, method, folder, index, count) for index in range(count)],
+        masks,
+        True,
+    )
 
 
 def campaigns(root: Path) -> list[Campaign]:
     """On the drawn scenes in ``root / "voc"``; merge has its sources in ``root / "share-0"`` and ``"share-1"``."""
     voc = root / "voc"
-    generate = [
-        "generate-masks",
-        "--voc",
-        str(voc),
-        "--split",
-        "train",
-        "--classes",
-        "demo",
-        "--clip",
-        "demo",
-    ]
-    generate += ["--offline", "--workers", "0"]
     train = ["train-seg", "--gt-masks", str(voc / "SegmentationClass"), "--classes", "demo"]
     train += ["--images", str(voc / "JPEGImages"), "--network", "segformer", "--encoder", "tiny"]
     train += ["--weights", "none", "--crop", "48", "--batch-size", "2", "--iterations", str(STEPS)]
     train += ["--workers", "0", "--device", "cpu", "--precision", "fp32", "--set", "save_every=3"]
-
-    def shares(folder: Path, count: int) -> list[list[str]]:
-        return [[*generate, "--cache", str(folder), "--shard", f"{index}/{count}"] for index in range(count)]
 
     def merge(folder: Path) -> list[list[str]]:
         sources = [str(root / f"share-{index}") for index in range(2)]
         return [["cache", "merge", *sources, "--into", str(folder)]]
 
     return [
-        Campaign("generate-masks, 1 process", lambda folder: shares(folder, 1), masks, True),
-        Campaign("generate-masks, 4 processes", lambda folder: shares(folder, 4), masks, True),
+        *(generating(root, method, count) for method in method_names() for count in (1, 4)),
         Campaign("cache merge", merge, masks, True),
         Campaign("train-seg", lambda folder: [[*train, "--out", str(folder)]], network, False),
     ]
 
 
-def prepare(root: Path) -> None:
+def prepare(root: Path, images: int) -> None:
     """Draw the scenes; make the sources of merge, of many small shards."""
     from wsss_pipeline.demo.voc_folder import write_voc_folder
 
-    write_voc_folder(root / "voc", seed=4, scenes={"train": IMAGES}, size=(64, 48))
-    (generate, *_) = campaigns(root)
-    command = generate.commands(root / "none")[0][:-4]
+    write_voc_folder(root / "voc", seed=4, scenes={"train": images}, size=(64, 48))
     for index in range(2):
-        finish([[*command, "--cache", str(root / f"share-{index}"), "--shard", f"{index}/2"]])
+        finish([share(root, DEFAULT_METHOD, root / f"share-{index}", index, 2)])
 
 
 def start(command: list[str]) -> int:
@@ -193,6 +194,7 @@ def main() -> None:
     )
     parser.add_argument("--kills", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--images", type=int, default=160, help="drawn scenes to make masks of")
     parser.add_argument("--only", default="", help="campaigns whose name begins so")
     options = parser.parse_args()
     import torch
@@ -202,15 +204,17 @@ def main() -> None:
 
     for module in ("generate_masks", "train_seg", "evaluate"):
         importlib.import_module(f"wsss_pipeline.stages.{module}")
+    for name in method_names():
+        load_method(name)
     assert transformers.CLIPModel
     torch.set_num_threads(1)  # no thread pool that a fork would break
     writer.IMAGES_PER_FLUSH, writer.FLUSH_REST, writer.SECONDS_PER_FLUSH = 3, 0.0, 0.0
-    writer.IMAGES_PER_SHARD = 20
-    writer.MaskWriter.__init__.__kwdefaults__["images_per_shard"] = 20
+    writer.IMAGES_PER_SHARD = 8
+    writer.MaskWriter.__init__.__kwdefaults__["images_per_shard"] = 8
     with tempfile.TemporaryDirectory() as name:
         root = Path(name)
         os.environ["FAULTS_OUTPUT"] = str(root / "output.txt")
-        prepare(root)
+        prepare(root, options.images)
         chance = random.Random(options.seed)
         chosen = [campaign for campaign in campaigns(root) if campaign.name.startswith(options.only)]
         for campaign in chosen:

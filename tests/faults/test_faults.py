@@ -20,6 +20,7 @@ import pytest
 from tests.end_to_end.conftest import wsss
 from tests.end_to_end.test_interruptions import without_coverage
 from tests.faults.conftest import Finished
+from wsss_pipeline.methods import method_names
 
 ROOT = Path(__file__).parents[2]
 
@@ -27,7 +28,7 @@ ROOT = Path(__file__).parents[2]
 def test_kills_of_every_long_command_lose_nothing() -> None:
     """A small round of the harness; ``make faults`` does a hundred kills."""
     done = subprocess.run(
-        [sys.executable, "-m", "tests.faults.kills", "--kills", "8", "--seed", "1"],
+        [sys.executable, "-m", "tests.faults.kills", "--kills", "12", "--images", "60", "--seed", "1"],
         cwd=ROOT,
         capture_output=True,
         text=True,
@@ -35,7 +36,7 @@ def test_kills_of_every_long_command_lose_nothing() -> None:
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("ended as undisturbed ones") == 4
+    assert done.stdout.count("ended as undisturbed ones") == 2 * len(method_names()) + 2
 
 
 def regions(shard: Path) -> dict[str, int]:

@@ -16,7 +16,7 @@ from wsss_pipeline.cam.scores import assemble, upscale_cams
 from wsss_pipeline.config import MaskConfig, ParConfig, resolve
 from wsss_pipeline.data.images import read_image
 from wsss_pipeline.errors import ConfigError, ImageError
-from wsss_pipeline.refine import Par, label, load_refiner
+from wsss_pipeline.refine import Par, label, load_refiner, par
 from wsss_pipeline.refine.par import propagate, propagate_in_torch
 
 SMALL = Path(__file__).parent.parent / "golden" / "excel"
@@ -311,6 +311,26 @@ def test_the_refiner_gives_shares_of_the_refined_scores() -> None:
         assert (posterior - refined / refined.sum(dim=0)).abs().max() < 1e-5
         assert (posterior.sum(dim=0) - 1).abs().max() < 1e-6
     assert (posteriors[1] == 1).all()
+
+
+@pytest.mark.parametrize("pixels", [1, 300, 2**20])
+def test_images_of_all_sizes_and_numbers_of_labels_get_what_each_gets_alone(
+    pixels: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However many go together, here by the form in torch."""
+    monkeypatch.setattr(par, "propagate", propagate_in_torch)
+    refine, images, scores = Par(ParConfig(iterations=3)), [], []
+    for number, shape in enumerate([(2, 9, 12), (3, 9, 12), (2, 9, 12), (2, 12, 9), (2, 9, 12)]):
+        drawn_images, drawn_scores = drawn(*shape, batch=number + 1)  # the last differ
+        images.append(drawn_images[-1].byte().permute(1, 2, 0).numpy())
+        scores.append(drawn_scores[-1])
+    images[2] = images[2].astype(np.float32) / 3
+    alone = [refine([image], [score])[0] for image, score in zip(images, scores, strict=True)]
+    monkeypatch.setattr(par, "PIXELS_TOGETHER", pixels)
+    together = refine(images, scores)
+    for one, other in zip(together, alone, strict=True):
+        assert one.shape == other.shape
+        assert (one - other).abs().max() < 1e-6
 
 
 def test_labels_follow_the_edge_of_the_image() -> None:

@@ -16,7 +16,7 @@ from wsss_pipeline.data.masks import MaskSource
 from wsss_pipeline.errors import CheckpointError, ImageError, MaskError
 from wsss_pipeline.segmentation import inference
 from wsss_pipeline.segmentation.checkpoint import save_network
-from wsss_pipeline.segmentation.inference import NetworkMasks, Segmenter, predict_probabilities
+from wsss_pipeline.segmentation.inference import NetworkMasks, Segmenter
 from wsss_pipeline.segmentation.network import SegmentationNetwork
 from wsss_pipeline.segmentation.networks import build_network
 from wsss_pipeline.segmentation.train_config import NetworkConfig
@@ -67,32 +67,32 @@ def image() -> np.ndarray[tuple[int, ...], np.dtype[np.uint8]]:
     ],
 )
 def test_however_it_is_looked_at_the_image_is_the_same(image: np.ndarray, config: InferenceConfig) -> None:  # type: ignore[type-arg]
-    found = predict_probabilities(ByColour().eval(), image, config)
-    assert found.shape == (2, 40, 60)
-    assert found.dtype == np.float32
-    assert np.allclose(found.sum(axis=0), 1, atol=1e-5)
-    wrong = found.argmax(axis=0) != (image[..., 0] > 0)
+    found = Segmenter(ByColour().eval(), ["red"], inference=config)(image)
+    assert found.mask.shape == found.confidence.shape == (40, 60)
+    assert found.confidence.min() >= 100, "the larger of two probabilities"
+    wrong = found.mask != (image[..., 0] > 0)
     assert wrong.mean() < 0.03, "but for the border, which a scale may move by a pixel"
 
 
 def test_a_flipped_image_is_flipped_back(image: np.ndarray) -> None:  # type: ignore[type-arg]
-    once = predict_probabilities(LeftIsOne().eval(), image, InferenceConfig())
-    both = predict_probabilities(LeftIsOne().eval(), image, InferenceConfig(flip=True))
-    assert once[1, :, :10].min() > 0.9
-    assert np.allclose(both, both[..., ::-1], atol=1e-5), "left and right answers meet in the middle"
-    assert np.allclose(both, 0.5, atol=1e-5)
+    network = LeftIsOne().eval()
+    once = Segmenter(network, ["left"])(image)
+    both = Segmenter(network, ["left"], inference=InferenceConfig(flip=True))(image)
+    assert (once.mask[:, :10] == 1).all()
+    assert once.confidence[:, :10].min() > 180
+    assert np.isin(both.confidence, (99, 100)).all(), "left and right answers meet in the middle, at a half"
 
 
 def test_the_mean_is_of_probabilities_and_the_maximum_of_logits(image: np.ndarray) -> None:  # type: ignore[type-arg]
     network = LeftIsOne().eval()
     columns = torch.linspace(4, 0, 60).expand(1, 1, 40, 60)
     network.logits = lambda images: torch.cat([0 * columns, columns], dim=1)  # type: ignore[method-assign]
-    mean = predict_probabilities(network, image, InferenceConfig(flip=True))
-    largest = predict_probabilities(network, image, InferenceConfig(flip=True, combine="max"))
+    mean = Segmenter(network, ["left"], inference=InferenceConfig(flip=True))(image)
+    largest = Segmenter(network, ["left"], inference=InferenceConfig(flip=True, combine="max"))(image)
     at_left = torch.sigmoid(torch.tensor([4.0, 0.0]))
-    assert mean[1, 0, 0] == pytest.approx(at_left.mean().item(), abs=1e-5)
-    assert np.allclose(largest.sum(axis=0), 1)
-    assert largest[1, 0, 0] == largest[1, 0, -1] == pytest.approx(at_left[0].item(), abs=1e-5)
+    assert mean.mask[0, 0] == largest.mask[0, 0] == largest.mask[0, -1] == 1
+    assert mean.confidence[0, 0] == int(200 * at_left.mean())
+    assert largest.confidence[0, 0] == largest.confidence[0, -1] == int(200 * at_left[0])
 
 
 def test_settings_have_names_and_ranges() -> None:
@@ -179,14 +179,13 @@ def test_tiles_give_what_the_whole_image_gives(
     image = np.random.default_rng(0).integers(0, 256, (*size, 3), dtype=np.uint8)
     network = ByColour().eval()
     segmenter = Segmenter(network, ["red"], inference=config)
-    expected, whole = segmenter(image), predict_probabilities(network, image, config)
+    expected = segmenter(image)
     network.looks = 0
     monkeypatch.setattr(inference, "MOST_BYTES", 4_000_000)
     found = segmenter(image)
     assert network.looks > 2
     assert np.array_equal(found.mask, expected.mask)
     assert np.abs(found.confidence.astype(int) - expected.confidence).max() <= 1, "softmax rounds as it lies"
-    assert np.allclose(predict_probabilities(network, image, config), whole, atol=1e-6)
 
 
 def test_the_crf_refines_tile_by_tile(monkeypatch: pytest.MonkeyPatch, image: np.ndarray) -> None:  # type: ignore[type-arg]
@@ -212,7 +211,7 @@ def test_variants_are_what_the_single_ways_give(image: np.ndarray) -> None:  # t
         expected = segmenter(image)
         assert np.array_equal(variants[name].mask, expected.mask), name
         assert np.array_equal(variants[name].confidence, expected.confidence), name
-    probabilities = predict_probabilities(network, image, InferenceConfig())
+    probabilities = network.logits(torch.zeros(1, 3, *image.shape[:2]))[0].softmax(dim=0).numpy()
     assert np.array_equal(variants["raw"].mask, probabilities.argmax(axis=0))
     off = probabilities.max(axis=0) * 200 - variants["raw"].confidence
     assert off.min() > -1e-3, "rounded down"

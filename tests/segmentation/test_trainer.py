@@ -24,13 +24,13 @@ from safetensors.torch import load_file
 
 from tests.segmentation.conftest import CONFIG, Make, changed
 from wsss_pipeline.data.image_ids import find_images
-from wsss_pipeline.data.images import read_image, read_mask
+from wsss_pipeline.data.images import read_mask
 from wsss_pipeline.data.masks import MaskFolder, PseudoMask
 from wsss_pipeline.errors import CheckpointError, ConfigError, MaskError, OutputError, TrainingError
 from wsss_pipeline.evaluation.metrics import Scores, confusion_matrix
 from wsss_pipeline.segmentation import trainer as trainer_module
 from wsss_pipeline.segmentation.checkpoint import TrainingState, load_network
-from wsss_pipeline.segmentation.inference import InferenceConfig, predict_probabilities
+from wsss_pipeline.segmentation.inference import Segmenter
 from wsss_pipeline.segmentation.network import SegmentationNetwork
 from wsss_pipeline.segmentation.train_config import NetworkConfig, OptimisationConfig
 from wsss_pipeline.segmentation.trainer import schedule
@@ -599,10 +599,10 @@ def test_a_signal_to_one_of_two_processes_stops_both(root: Path, tmp_path: Path)
 def miou_of(network: SegmentationNetwork, root: Path) -> float:
     """Of all eight images."""
     matrix = np.zeros((11, 12), np.int64)
+    segmenter = Segmenter(network, [])
     for image_id, file in find_images(root / "JPEGImages").items():
-        found = predict_probabilities(network, read_image(file), InferenceConfig())
         truth = read_mask(root / "SegmentationClass" / f"{image_id}.png")
-        matrix += confusion_matrix(found.argmax(axis=0).astype(np.uint8), truth, 11)
+        matrix += confusion_matrix(segmenter(file).mask, truth, 11)
     return Scores.from_matrix(matrix, [str(value) for value in range(11)]).miou
 
 

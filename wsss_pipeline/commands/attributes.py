@@ -15,7 +15,10 @@ from wsss_pipeline.commands.options import (
     json_option,
     machine_options,
     say,
+    setting,
 )
+from wsss_pipeline.config import MaskConfig
+from wsss_pipeline.errors import ConfigError
 
 
 @click.group("attributes", short_help="Look at the sentences that enrich class texts.")
@@ -30,6 +33,9 @@ def command() -> None:
 
 @command.command("check")
 @click.option("--classes", required=True, help="voc12, coco14, demo, a YAML file, or names: cat,dog.")
+@setting(
+    MaskConfig, "method", "--method", metavar="NAME", help="One that takes attributes.  [default: excel]"
+)
 @attributes_option
 @config_options
 @machine_options
@@ -52,11 +58,11 @@ def check(context: click.Context, /, classes: str, device: str, offline: bool, a
     from wsss_pipeline.stages.attributes import check_attributes
 
     paths = given_paths(context)
-    flags = {**given_settings(context), "classes": classes, "method": "excel"}
-    config = load_mask_config(
-        paths.get("preset"), paths.get("config_file"), paths.get("overrides") or (), flags
-    )
-    assert isinstance(config, ExcelConfig)
+    flags = {**given_settings(context), "classes": classes}
+    overrides = ("method=excel", *(paths.get("overrides") or ()))
+    config = load_mask_config(paths.get("preset"), paths.get("config_file"), overrides, flags)
+    if not isinstance(config, ExcelConfig):
+        raise ConfigError(f"method {config.method} takes no attributes; give --method excel, or leave it out")
     checks = check_attributes(config, load_class_set(classes), device, offline)
     if as_json:
         say(json.dumps([asdict(item) for item in checks]))

@@ -107,6 +107,24 @@ def preset_names() -> list[str]:
     return [f"{name}/{preset}" for name in method_names() for preset in sorted(load_method(name).presets)]
 
 
+def _refuse_settings_of_others(
+    origin: str, layer: Mapping[str, Any], name: str, method: type[Method]
+) -> None:
+    """A ConfigError that names the methods that do have a setting, where the chosen one hasn't."""
+    for key in map(str, layer):  # YAML has keys that are numbers
+        section, _, rest = key.partition(".")
+        if section in method.Config.model_fields:
+            continue
+        owners = [other for other in method_names() if section in load_method(other).Config.model_fields]
+        if owners:
+            # an option of one method's own has the name of its setting
+            where = f"--{rest}" if rest and origin == f"'{key}'" else origin
+            raise ConfigError(
+                f"{where}: method {name} has no setting '{key}'; give --method {' or '.join(owners)}, "
+                "or leave it out"
+            )
+
+
 def load_mask_config(
     preset: str | None = None,
     file: Path | None = None,
@@ -135,6 +153,8 @@ def load_mask_config(
     if preset is not None and (family != name or preset_name not in method.presets):
         known = ", ".join(f"{name}/{known}" for known in sorted(method.presets))
         raise ConfigError(f"unknown preset '{preset}' of method {name}; known: {known or 'none'}")
+    for origin, layer in layers:
+        _refuse_settings_of_others(origin, layer, name, method)
     config = resolve(method.Config, [("", {"method": name}), *layers])
     if preset is None and config.classes in method.presets:
         preset_name = config.classes

@@ -22,6 +22,9 @@ from wsss_pipeline.config import ParConfig
 from wsss_pipeline.refine.dense_crf import check_arrays
 from wsss_pipeline.refine.par_cpu import propagate_compiled
 
+# Images of one size and number of labels go together, since a small one leaves most of a GPU idle. Their neighbours'
+# weights take 200 MB for a million pixels.
+PIXELS_TOGETHER = 2**20
 _TINY = 1e-8
 _AROUND = [(down, right) for down in (-1, 0, 1) for right in (-1, 0, 1) if down or right]
 
@@ -52,14 +55,28 @@ class Par:
             ImageError: image and scores don't fit together.
         """
         check_arrays(images, scores, "PAR", (np.uint8, np.float32))
-        found = []
-        for image, score in zip(images, scores, strict=True):
-            # in the bytes' own units: a channel's scale and offset cancel out
-            seen = torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1)))
-            seen = seen.to(score.device, non_blocking=True).float()
-            refined = propagate(seen[None], score[None], self.config)[0]
-            found.append(refined / refined.sum(dim=0))
-        return found
+        alike: dict[torch.Size, list[int]] = {}
+        for place, score in enumerate(scores):
+            alike.setdefault(score.shape, []).append(place)
+        found: dict[int, Tensor] = {}
+        for (_, height, width), places in alike.items():
+            at_a_time = max(1, PIXELS_TOGETHER // (height * width))
+            for start in range(0, len(places), at_a_time):
+                batch = places[start : start + at_a_time]
+                # in the bytes' own units: a channel's scale and offset cancel out
+                seen = [_on_device(images[place], scores[place].device) for place in batch]
+                given = torch.stack([scores[place] for place in batch])
+                for place, refined in zip(
+                    batch, propagate(torch.stack(seen), given, self.config), strict=True
+                ):
+                    found[place] = refined / refined.sum(dim=0)
+        return [found[place] for place in range(len(scores))]
+
+
+def _on_device(image: NDArray[Any], device: torch.device) -> Tensor:
+    """float32 (3, H, W) of an image (H, W, 3)."""
+    pixels = torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1)))
+    return pixels.to(device, non_blocking=True).float()
 
 
 @torch.no_grad()

@@ -166,26 +166,6 @@ class NetworkMasks:
         return read_image(self.images[image_id])
 
 
-def predict_probabilities(
-    network: SegmentationNetwork,
-    image: NDArray[np.uint8],
-    config: InferenceConfig,
-    device: torch.device | str = "cpu",
-) -> NDArray[np.float32]:
-    """Probabilities float32 (1+C, H, W), background first, summing to 1; arguments as for ``Segmenter``.
-
-    They take 4 (1+C) bytes a pixel: a ``Segmenter`` gives the mask of a large image without them.
-    """
-    whole: NDArray[np.float32] | None = None
-    for tile in _tiles(network, image, config, device, raw=False):
-        posterior = _probabilities(network, image[tile.seen], config, device, raw=False)[config.name]
-        if whole is None:
-            whole = np.empty((len(posterior), *image.shape[:2]), np.float32)
-        whole[:, *tile.kept] = posterior[:, *tile.inner].cpu().numpy()
-    assert whole is not None
-    return whole
-
-
 Box = tuple[slice, slice]
 
 
