@@ -2,20 +2,28 @@
 
     OMP_WAIT_POLICY=PASSIVE python -m benchmarks.online --method weclip|excel --phase early|late [--repeats 3]
 
-A CLIP ViT-B/16 and a decoder 256 wide with seeded random weights, texts of random unit rows, smooth random crops of
-320x320 with 1 to 3 labels each: speed doesn't depend on what they mean. *plain* is the step of ``plain_online.py``,
-checked first against the published code's outputs. The phase ``late`` is that with the decoder's affinity, of ExCEL
-also with the guide. The optimiser isn't part of it. The ways take turns within one run, so what else the machine does
-hits all alike; the first call of each warms up. Seconds a step: the median, and the range of the whole step.
+A CLIP ViT-B/16 and a decoder 256 wide with seeded random weights and no dropout, texts of random unit rows, smooth
+random crops of 320x320 with 1 to 3 labels each: speed doesn't depend on what they mean. *plain* is the step of
+``plain_online.py``, checked first against the published code's outputs; *ours* that of ``wsss train-seg --online``, in
+float32, and with the frozen CLIP in bfloat16. The losses of all are printed. The phase ``late`` is that with the
+decoder's affinity, of ExCEL also with the guide. The optimiser isn't part of it. The ways take turns within one run,
+so what else the machine does hits all alike; the first call of each warms up. Seconds a step: the median, and the
+range of the whole step. Of ours, the affinity is part of the CAM.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 import statistics
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from copy import deepcopy
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from types import SimpleNamespace
+from typing import Any, Literal
+from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
@@ -29,6 +37,7 @@ from benchmarks.plain_online import (
     EARLY,
     ENCODER,
     LATE,
+    LOGIT_SCALE,
     LVC,
     PAR,
     Classes,
@@ -40,10 +49,20 @@ from benchmarks.plain_online import (
     normalised,
     step,
 )
+from tests.segmentation.published_decoder import renamed
+from wsss_pipeline.clip.text import ClassEmbeddings
+from wsss_pipeline.clip.weights import Clip
+from wsss_pipeline.data.classes import load_class_set
+from wsss_pipeline.methods import excel, load_mask_config, load_method, weclip
+from wsss_pipeline.refine import load_refiner
+from wsss_pipeline.segmentation.frozen_clip import FrozenClip
+from wsss_pipeline.segmentation.objectives import weighted_losses
+from wsss_pipeline.segmentation.targets import OnlineTarget
+from wsss_pipeline.segmentation.train_config import load_train_config
 
 SIDE, CLASSES, BACKGROUND = 320, 20, 25
 PARTS = (ENCODER, CAM, AFFINITY, PAR, DECODER)
-Run = Callable[[], Seconds]  # one step, with what each part of it took
+Run = Callable[[], tuple[Seconds, float]]  # one step, with what each part of it took and its loss
 
 
 @dataclass
@@ -55,7 +74,7 @@ class Setting:
         gated: the phase in which the decoder's affinity counts.
         vision: CLIP, frozen.
         texts: unit rows (T, P), those of the classes first.
-        decoder: in training mode.
+        decoder: in training mode, without dropout.
         images: (B, 3, H, W), normalised.
         labels: each image's classes, from 0.
     """
@@ -87,7 +106,7 @@ def setting(method: str, phase: str, batch: int) -> Setting:
             parameter.mul_(6)  # sharp attention, as trained models have it
     texts = F.normalize(torch.randn(CLASSES + BACKGROUND, config.projection_dim), dim=1)
     layers = config.num_hidden_layers - (method == "weclip")
-    decoder = Decoder(layers, config.hidden_size, classes=1 + CLASSES).train()
+    decoder = Decoder(layers, config.hidden_size, classes=1 + CLASSES, dropout=0.0).train()
     coarse = torch.rand(batch, 3, 12, 12) * 255
     crops = F.interpolate(coarse, size=(SIDE, SIDE), mode="bicubic").clamp(0, 255).to(torch.uint8)
     labels = [sorted(torch.randperm(CLASSES)[: 1 + index % 3].tolist()) for index in range(batch)]
@@ -101,15 +120,85 @@ def plain(given: Setting) -> Run:
     method = kind(given.vision, given.texts, CLASSES, given.decoder)
     late = LATE if given.method == "weclip" else LVC
 
-    def run() -> Seconds:
+    def run() -> tuple[Seconds, float]:
         seconds = Seconds()
-        step(method, given.images, given.labels, late if given.gated else EARLY, seconds)
-        return seconds
+        found = step(method, given.images, given.labels, late if given.gated else EARLY, seconds)
+        return seconds, float(found.total.detach())
 
     return run
 
 
-WAYS: dict[str, Callable[[Setting], Run]] = {"plain": plain}
+class Timed:
+    """A method or a refiner, with what its calls take."""
+
+    def __init__(self, inner: Any, name: str, part: str) -> None:
+        self.inner, self.name, self.part, self.seconds = inner, name, part, Seconds()
+
+    def __getattr__(self, name: str) -> Any:
+        found = getattr(self.inner, name)
+        return self._timed(found) if name == self.name else found
+
+    def __call__(self, *arguments: Any) -> Any:
+        return self._timed(self.inner)(*arguments)
+
+    def _timed(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any, **named: Any) -> Any:
+            with self.seconds.part(self.part):
+                return function(*arguments, **named)
+
+        return call
+
+
+def ours(given: Setting, precision: Literal["fp32", "bf16"] = "fp32") -> Run:
+    """The step of ``wsss train-seg --online``, without reading and without the optimiser."""
+    overrides = ["clip.weights=demo", *(["excel.attributes=none"] if given.method == "excel" else [])]
+    settings = load_mask_config(f"{given.method}/voc12", overrides=overrides)
+    rows = ClassEmbeddings(given.texts[:CLASSES], given.texts[CLASSES:])
+    vision = given.vision if precision == "fp32" else deepcopy(given.vision)
+    clip = Clip(vision, SimpleNamespace(), None, math.exp(LOGIT_SCALE))
+    with ExitStack() as stack:
+        for module in (excel, weclip):
+            stack.enter_context(patch.object(module, "class_embeddings", lambda *_: rows))
+            stack.enter_context(patch.object(module, "TextEncoder", lambda *_: SimpleNamespace(encode=None)))
+        kind: Any = load_method(given.method)
+        method = Timed(kind(settings, clip, load_class_set("voc12"), precision), "cams", CAM)
+    config = load_train_config(f"{given.method}/voc12", overrides=["network.frozen.dropout=0"])
+    network = FrozenClip(config.network.frozen, 1 + CLASSES, clip, precision).train()
+    network.load_state_dict(renamed(given.decoder.state_dict()))
+    refiner = Timed(load_refiner(settings, "par"), "", PAR)
+    target = OnlineTarget(method, refiner, config.online, network.image_mean, network.image_std)
+    present = [[value + 1 for value in values] for values in given.labels]
+    within = torch.zeros(len(given.images), SIDE, SIDE, dtype=torch.bool)
+    update = 14001 if given.gated else 1
+
+    def run() -> tuple[Seconds, float]:
+        seconds = Seconds()
+        method.seconds, refiner.seconds = seconds, seconds
+        network.zero_grad()
+        with seconds.part(ENCODER):
+            encoded = network.encode(given.images, **method.encoding)
+        with (
+            seconds.part(DECODER),
+            patch.object(network, "encode", lambda *_, **__: encoded),
+        ):
+            outputs = network.training_outputs(given.images)
+        with seconds.part("target"):
+            mask, confidence = target(given.images, outputs, present, within, update)
+        seconds[PAR] += seconds.pop("target") - seconds[CAM] - seconds[PAR]  # with what lies between them
+        with seconds.part(DECODER):
+            losses = weighted_losses(outputs, mask, confidence, config, update, lambda sums: sums)
+            total = torch.stack(list(losses.values())).sum()
+            total.backward()
+        return seconds, float(total.detach())
+
+    return run
+
+
+WAYS: dict[str, Callable[[Setting], Run]] = {
+    "plain": plain,
+    "ours, fp32": ours,
+    "ours, bf16": partial(ours, precision="bf16"),
+}
 
 
 def show(seconds: dict[str, list[Seconds]]) -> None:
@@ -122,6 +211,8 @@ def show(seconds: dict[str, list[Seconds]]) -> None:
     totals = [[sum(taken.values()) for taken in steps] for steps in seconds.values()]
     shown = [f"{statistics.median(steps):.2f} ({min(steps):.2f} to {max(steps):.2f})" for steps in totals]
     print(f"| the step | {' | '.join(shown)} |")
+    times = [statistics.median(totals[0]) / statistics.median(steps) for steps in totals]
+    print(f"| times as fast | {' | '.join(f'{factor:.2f}' for factor in times)} |")
 
 
 def main() -> None:
@@ -143,9 +234,10 @@ def main() -> None:
     given = setting(options.method, options.phase, options.batch)
     ways = {name: way(given) for name, way in WAYS.items()}
     seconds: dict[str, list[Seconds]] = {name: [] for name in ways}
+    losses: dict[str, float] = {}
     for repeat in range(options.repeats + 1):
         for name, run in ways.items():
-            taken = run()
+            taken, losses[name] = run()
             if repeat:
                 seconds[name].append(taken)
     labels = sum(map(len, given.labels))
@@ -154,6 +246,7 @@ def main() -> None:
         f"{torch.get_num_threads()} threads\n"
     )
     show(seconds)
+    print("losses: " + ", ".join(f"{name} {loss:.6f}" for name, loss in losses.items()))
 
 
 if __name__ == "__main__":
