@@ -254,7 +254,7 @@ def test_dry_run_tells_and_writes_nothing(generate: Run, world: Path) -> None:
     write_labels(world, {**LABELS, "empty": ["cat"], "absent": ["cat"], "cat": []})
     result = generate("--dry-run")
     assert result.exit_code == 0
-    assert "6 with labels, 0 of them in the cache, 6 to compute" in result.stdout
+    assert "images: 6, 0 of them in the cache, 6 to compute" in result.stdout
     assert "no file is there: 1" in result.stdout
     assert "can't be used: 1" in result.stdout
     assert not (world / "cache").exists()
