@@ -22,7 +22,7 @@ from wsss_pipeline.data.datasets import read_split
 from wsss_pipeline.data.image_ids import find_images
 from wsss_pipeline.data.labels import read_labels
 from wsss_pipeline.data.transforms import Prepared
-from wsss_pipeline.errors import ConfigError
+from wsss_pipeline.errors import ConfigError, ImageError
 from wsss_pipeline.pseudo_masks.job import Job
 from wsss_pipeline.pseudo_masks.maker import Generated, LabelledImage
 from wsss_pipeline.pseudo_masks.report import MaskReport
@@ -174,6 +174,8 @@ class RelabelJob(Job):
         ]
         segmenter = Segmenter(loaded.network, class_set.names, where, inference, refiner=refiner)
         files = find_images(images)
+        if not files:
+            raise ImageError(f"{images} holds no image; check --images")
         names: Mapping[str, tuple[str, ...] | None] = dict.fromkeys(files)
         if labels is not None:
             names = read_labels(labels, files, class_set)
