@@ -136,7 +136,9 @@ clip_options = all_of(
 )
 
 
-def _file_options(example: str, listed: str = "`wsss config show` lists them") -> Callable[[Command], Command]:
+def _file_options(
+    example: str, listed: str = "`wsss config show` lists them"
+) -> Callable[[Command], Command]:
     return all_of(
         _path("--config", "config_file", type=PATH, help="YAML file of settings."),
         _path(
