@@ -22,7 +22,6 @@ SCORE = ("evaluate", "--cache", "cache", "--images", "images", "--gt", "truth")
 def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = write_scored_world(tmp_path_factory.mktemp("root"))
     (folder / "split.txt").write_text("three\n")
-    (folder / "labels").mkdir()
     return folder
 
 
@@ -51,7 +50,7 @@ def content(folder: Path) -> dict[str, bytes]:
         (*RELABEL, "--images", "images", "--cache", "images/cache"),
         (*RELABEL, "--images", "images", "--cache", "link"),
         (*RELABEL, "--images", "images", "--cache", "run/best"),
-        (*RELABEL, "--images", "images", "--cache", "labels", "--labels", "labels"),
+        (*RELABEL, "--images", "images", "--cache", "split.txt", "--split", "split.txt"),
         ("export-masks", "--cache", "cache", "--out", "cache/{name}"),
         ("export-masks", "--cache", "cache", "--out", "."),
         ("export-model", "--checkpoint", "run", "--out", "run/best", "--format", "huggingface"),
