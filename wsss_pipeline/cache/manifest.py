@@ -277,8 +277,8 @@ def read_manifest(folder: Path) -> Manifest:
             first = error.errors(include_url=False)[0]
             reason = one_line(f"{'.'.join(map(str, first['loc']))}: {first['msg']}")[:200]
         raise _HalfWrittenError(
-            f"{path} isn't a whole manifest ({reason}); the same command as before (`wsss generate-masks` "
-            "or `relabel`) writes it anew and keeps the masks"
+            f"{path} isn't a whole manifest ({reason}); the same `wsss generate-masks` or `relabel` "
+            "command as before writes it anew and keeps the masks"
         ) from error
     raise CacheFormatError(
         f"{path} has format version {version!r:.40}, this program reads {FORMAT_VERSION}; use the program "
