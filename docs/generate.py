@@ -11,7 +11,7 @@ from pathlib import Path
 import click
 
 from wsss_pipeline.cli import main
-from wsss_pipeline.config import Settings, default, description, fields, recipe_names
+from wsss_pipeline.config import RelabelConfig, Settings, default, description, fields, recipe_names
 from wsss_pipeline.methods import load_method, method_names
 from wsss_pipeline.segmentation.train_config import TrainConfig
 
@@ -46,6 +46,7 @@ def settings_page() -> str:
         parts.append(f"## {title}\n\nPresets: {presets or 'none'}.\n\n{_table(method.Config)}")
     recipes = ", ".join(f"`{name}`" for name in recipe_names())
     parts.append(f"## train-seg\n\nRecipes: {recipes}.\n\n{_table(TrainConfig)}")
+    parts.append(f"## relabel\n\n{_table(RelabelConfig)}")
     return "\n".join(parts)
 
 

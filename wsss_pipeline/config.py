@@ -155,6 +155,15 @@ class MaskConfig(Settings):
         return (value,) if isinstance(value, str) else value
 
 
+class RelabelConfig(Settings):
+    """What a user can choose about a network's masks as a mask set."""
+
+    inference: InferenceConfig = InferenceConfig()
+    refine: RefinerName = Field("auto", description="From probabilities to masks; auto is crf.")
+    crf: CrfConfig = CrfConfig()
+    par: ParConfig = ParConfig()
+
+
 def resolve(kind: type[Kind], layers: Iterable[Layer]) -> Kind:
     """The settings out of all their layers, later ones winning.
 

@@ -254,7 +254,7 @@ def test_dry_run_tells_and_writes_nothing(generate: Run, world: Path) -> None:
     write_labels(world, {**LABELS, "empty": ["cat"], "absent": ["cat"], "cat": []})
     result = generate("--dry-run")
     assert result.exit_code == 0
-    assert "6 with labels, 0 of them in the cache, 6 to compute" in result.stdout
+    assert "images: 6, 0 of them in the cache, 6 to compute" in result.stdout
     assert "no file is there: 1" in result.stdout
     assert "can't be used: 1" in result.stdout
     assert not (world / "cache").exists()
@@ -265,8 +265,8 @@ def test_dry_run_tells_and_writes_nothing(generate: Run, world: Path) -> None:
 def test_dry_run_tells_the_disk_to_be_taken(
     generate: Run, world: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("wsss_pipeline.stages.generate_masks.BYTES_PER_PIXEL", 2**20)
-    monkeypatch.setattr("wsss_pipeline.stages.generate_masks.BYTES_PER_CAM_PIXEL", 2**21)
+    monkeypatch.setattr("wsss_pipeline.pseudo_masks.job.BYTES_PER_PIXEL", 2**20)
+    monkeypatch.setattr("wsss_pipeline.pseudo_masks.job.BYTES_PER_CAM_PIXEL", 2**21)
     write_labels(world, {"cat": ["cat", "sofa"], "tiny_odd": []})
     mask, cams = 180 * 120 + 67 * 49, 2 * 180 * 120  # two maps for the first image, none for the second
     assert f"disk: about {mask}.0 MiB" in generate("--dry-run").stdout

@@ -47,6 +47,7 @@ LINES: list[tuple[str, ...]] = [
     ("evaluate", *RUN, "--images", "voc/JPEGImages", "--gt", "voc/SegmentationClass", "--crf"),
     ("evaluate", "--cache", "cache", "--gt", "voc/SegmentationClass"),
     ("predict", *RUN, "--images", "voc/JPEGImages", "--out", "predictions"),
+    ("relabel", *RUN, "--images", "voc/JPEGImages", "--labels", "voc/Annotations", "--cache", "relabelled"),
     ("export-model", "--checkpoint", "run", "--out", "hf", "--format", "huggingface"),
     ("export-model", "--checkpoint", "run", "--out", "network.onnx"),
     ("config", "show"),

@@ -14,6 +14,7 @@ from tests.end_to_end.conftest import IDS, write_scored_world, wsss
 from wsss_pipeline.data.classes import voc_palette
 
 PREDICT = ("predict", "--checkpoint", "run", "--device", "cpu")
+RELABEL = ("relabel", "--checkpoint", "run", "--device", "cpu")
 SCORE = ("evaluate", "--cache", "cache", "--images", "images", "--gt", "truth")
 
 
@@ -46,6 +47,10 @@ def content(folder: Path) -> dict[str, bytes]:
         (*PREDICT, "--images", "images", "--out", "images/a"),
         (*PREDICT, "--images", "images", "--out", "link"),
         (*PREDICT, "--images", "images", "--out", "run/best"),
+        (*RELABEL, "--images", "images", "--cache", "images/cache"),
+        (*RELABEL, "--images", "images", "--cache", "link"),
+        (*RELABEL, "--images", "images", "--cache", "run/best"),
+        (*RELABEL, "--images", "images", "--cache", "split.txt", "--split", "split.txt"),
         ("export-masks", "--cache", "cache", "--out", "cache/{name}"),
         ("export-masks", "--cache", "cache", "--out", "."),
         ("export-model", "--checkpoint", "run", "--out", "run/best", "--format", "huggingface"),

@@ -21,8 +21,9 @@ from wsss_pipeline.cache import MaskCache, MaskWriter
 from wsss_pipeline.data.masks import PseudoMask
 from wsss_pipeline.demo.voc_folder import write_voc_folder
 from wsss_pipeline.errors import ImageError
-from wsss_pipeline.pseudo_masks.generator import Generated, LabelledImage, MaskGenerator
+from wsss_pipeline.pseudo_masks.generator import MaskGenerator
 from wsss_pipeline.pseudo_masks.job import MaskJob
+from wsss_pipeline.pseudo_masks.maker import Generated, LabelledImage
 from wsss_pipeline.pseudo_masks.report import MaskReport
 from wsss_pipeline.pseudo_masks.run import _Run, ahead, run_share
 

@@ -42,7 +42,14 @@ def test_the_cache_stores_the_names_of_classes(tmp_path: Path, clip: Path) -> No
     classes = load_class_set("voc12")
     config = load_mask_config(None, flags={"clip.weights": str(clip), "templates": ["a {}."]})
     job = MaskJob(
-        IMAGES, {"cat": ("tv", "cat")}, classes, config, tmp_path, device="cpu", offline=True, store_cams=True
+        IMAGES,
+        {"cat": ("tv", "cat")},
+        classes,
+        config,
+        cache_dir=tmp_path,
+        device="cpu",
+        offline=True,
+        store_cams=True,
     )
     with MaskCache.open(run_share(job, quiet=True).path) as cache:
         assert cache["cat"].labels == ("tvmonitor", "cat")

@@ -61,8 +61,8 @@ def test_a_million_images_that_are_not_there_bring_a_few_warnings(caplog: pytest
     report = MaskReport(Path("cache"), images=1000)
     report.miss(f"image-{number:03}" for number in range(1000))
     assert len(caplog.messages) == 21
-    assert caplog.messages[0] == "image-000: the labels name it, but there is no such image"
-    assert caplog.messages[-1] == "and 980 more images that the labels name aren't there"
+    assert caplog.messages[0] == "image-000: the labels or the split name it, but there is no such image"
+    assert caplog.messages[-1] == "and 980 more images that the labels or the split name aren't there"
     assert len(report.failed) == 1000
     assert len(set(map(id, report.failed.values()))) == 1, "one text for all"
     assert "1000 images failed:" in report.lines()

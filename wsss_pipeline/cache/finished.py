@@ -86,7 +86,7 @@ class FinishedImages:
         self,
         image_id: str,
         file: ImageFile,
-        labels: tuple[str, ...],
+        labels: tuple[str, ...] | None,
         *,
         need_cams: bool = False,
         check_bytes: bool = False,
@@ -96,11 +96,12 @@ class FinishedImages:
         Args:
             image_id: id from ``find_images``.
             file: the image; one that can't be read isn't current.
-            labels: its class names, in order.
+            labels: its class names, in order; None where they follow from the bytes, so that any will do.
             need_cams: a record without CAMs doesn't count.
             check_bytes: choice to read the file even where its size and times are as they were.
         """
         shard = self._shard_of.get(image_id)
+        wanted = None if labels is None else tuple(labels)
         if shard is None:
             return False
         try:
@@ -108,11 +109,11 @@ class FinishedImages:
         except OSError:
             return False
         if not check_bytes and shard in self._listing.sound and image_id in self._known:
-            *entry, has_cams = self._known[image_id]
-            if entry == [shard, status, tuple(labels)] and (has_cams or not need_cams):
+            *entry, known, has_cams = self._known[image_id]
+            if entry == [shard, status] and wanted in (None, known) and (has_cams or not need_cams):
                 return True
         record = self.record(image_id)
-        if record is None or record.labels != tuple(labels) or (need_cams and not record.has_cams):
+        if record is None or wanted not in (None, record.labels) or (need_cams and not record.has_cams):
             return False
         try:
             if record.image_digest != file_digest(file):

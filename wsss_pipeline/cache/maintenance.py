@@ -220,7 +220,7 @@ def merge(sources: Sequence[Path], destination: Path) -> MergeReport:
     Raises:
         CacheError: the fingerprints differ, or a source isn't a mask set.
         ConfigError: the destination lies in a source, or holds one.
-        CacheLockedError: a generate-masks is writing into the destination.
+        CacheLockedError: a generate-masks or relabel is writing into the destination.
         OutputError: disk full, read-only, ...
     """
     if not sources:
@@ -270,7 +270,8 @@ def _copy_shards(
 ) -> None:
     if shard_files(source, PARTIAL_SUFFIX):
         logger.warning(
-            "%s holds unfinished work, which isn't merged; run generate-masks there to its end first", source
+            "%s holds unfinished work, which isn't merged; run the command that fills it to its end first",
+            source,
         )
     waiting, seen = shard_files(source), set[Path]()
     while waiting:
@@ -307,7 +308,7 @@ class GcReport:
     Attributes:
         images: number of images that the mask set holds now.
         superseded: records dropped because a later one of the same image is there.
-        damaged: images whose only record was damaged; generate-masks makes them anew.
+        damaged: images whose only record was damaged; the command that made them makes them anew.
         salvaged: images taken over from interrupted runs.
         removed: names of files that are gone.
         set_aside: names of shards that couldn't be opened, now ``*.damaged``; the next gc removes them.
@@ -330,7 +331,7 @@ def gc(mask_set: Path) -> GcReport:
 
     Raises:
         CacheFormatError: ``mask_set`` isn't a mask set of this format version.
-        CacheLockedError: a generate-masks is writing there.
+        CacheLockedError: a generate-masks or relabel is writing there.
         OutputError: disk full, read-only, ...
     """
     manifest = read_manifest(mask_set)

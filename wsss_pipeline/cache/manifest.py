@@ -231,7 +231,7 @@ def list_mask_sets(path: Path) -> list[Path]:
     if not path.is_dir():
         what = "isn't a folder" if path.exists() else "doesn't exist"
         raise CacheFormatError(
-            f"cache {path} {what}; name a folder that `wsss generate-masks --cache DIR` wrote"
+            f"cache {path} {what}; name a folder that `wsss generate-masks` or `relabel` wrote"
         )
     if is_mask_set(path):
         return [path]
@@ -248,7 +248,7 @@ def only_mask_set(path: Path) -> Path:
     found = list_mask_sets(path)
     if not found:
         raise CacheFormatError(
-            f"{path} isn't a cache (no {MANIFEST} in it); name a folder that `wsss generate-masks` wrote"
+            f"{path} isn't a cache (no {MANIFEST} in it); name a folder that `wsss generate-masks` or `relabel` wrote"
         )
     if len(found) > 1:
         names = ", ".join(folder.name for folder in found)
@@ -277,8 +277,8 @@ def read_manifest(folder: Path) -> Manifest:
             first = error.errors(include_url=False)[0]
             reason = one_line(f"{'.'.join(map(str, first['loc']))}: {first['msg']}")[:200]
         raise _HalfWrittenError(
-            f"{path} isn't a whole manifest ({reason}); the same `wsss generate-masks` command as before "
-            "writes it anew and keeps the masks"
+            f"{path} isn't a whole manifest ({reason}); the same `wsss generate-masks` or `relabel` "
+            "command as before writes it anew and keeps the masks"
         ) from error
     raise CacheFormatError(
         f"{path} has format version {version!r:.40}, this program reads {FORMAT_VERSION}; use the program "

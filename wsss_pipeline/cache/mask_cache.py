@@ -134,8 +134,8 @@ class MaskCache:
         shard = self.shard_of.get(image_id)
         if shard is None:
             raise CacheRecordError(
-                f"image '{image_id}' isn't in the cache {self.path}; `wsss generate-masks --cache "
-                f"{self.path.parent}` with the options of the first run fills it"
+                f"image '{image_id}' isn't in the cache {self.path}; `wsss generate-masks` or `relabel`, whichever "
+                f"made it, fills it with --cache {self.path.parent} and the options of the first run"
             )
         if self._process != os.getpid():
             # Another process's handles came along with a fork. They aren't ours to use.

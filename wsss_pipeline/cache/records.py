@@ -273,7 +273,7 @@ def _record(images: h5py.Group, image_id: str) -> Iterator[h5py.Group]:
     except Exception as error:  # flipped bytes make HDF5 and numpy raise almost anything
         raise CacheRecordError(
             f"the record of image '{image_id}' in {images.file.filename} is damaged ({one_line(error)}); "
-            "`wsss cache verify` lists all such, and running generate-masks again makes them anew"
+            "`wsss cache verify` lists all such, and the command that made them makes them anew"
         ) from error
 
 

@@ -112,7 +112,9 @@ class MaskWriter:
                 raise
             logger.warning("%s", second)
 
-    def is_current(self, image_id: str, file: ImageFile, labels: tuple[str, ...], **options: bool) -> bool:
+    def is_current(
+        self, image_id: str, file: ImageFile, labels: tuple[str, ...] | None, **options: bool
+    ) -> bool:
         """Whether finished shards held this image's mask at the start; as ``FinishedImages.is_current``."""
         return self._open().is_current(image_id, file, labels, **options)
 

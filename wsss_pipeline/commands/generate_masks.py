@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import shlex
-import sys
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -16,10 +13,12 @@ from wsss_pipeline.commands.options import (
     given_paths,
     given_settings,
     input_options,
-    json_option,
     machine_options,
     method_options,
+    report_masks,
+    run_options,
     say,
+    shard_option,
     template_option,
 )
 
@@ -47,9 +46,7 @@ if TYPE_CHECKING:
     help="Images that the CPU works on at a time; with Ray, tasks at a time.  [default: one a core, at most 8; "
     "with Ray, as many as there is room for]",
 )
-@click.option(
-    "--shard", metavar="I/N", help="Share I (from 0) of N.  [default: from SLURM arrays or torchrun]"
-)
+@shard_option
 @click.option(
     "--engine",
     type=click.Choice(["local", "ray"]),
@@ -57,16 +54,8 @@ if TYPE_CHECKING:
     show_default=True,
     help="This machine, or a Ray cluster.",
 )
-@click.option("--limit", type=click.IntRange(1), help="At most so many images.")
 @click.option("--store-cams", is_flag=True, help="Keep the CAMs before refinement in the cache as well.")
-@click.option("--overwrite", is_flag=True, help="Compute again what the cache already holds.")
-@click.option(
-    "--check-bytes",
-    is_flag=True,
-    help="Read every finished image again, even where size and time are the same.",
-)
-@click.option("--dry-run", is_flag=True, help="Say what would be done and how much disk it takes, and stop.")
-@json_option
+@run_options
 @click.pass_context
 def command(
     context: click.Context,
@@ -99,10 +88,10 @@ def command(
       wsss generate-masks --images photos --labels labels.csv --classes cat,dog --cache cache
       wsss generate-masks --voc VOCdevkit/VOC2012 --split train_aug
     """
-    from wsss_pipeline.pseudo_masks.job import MaskJob
+    from wsss_pipeline.pseudo_masks.job import MaskJob, describe_plan, plan_masks
     from wsss_pipeline.runtime.device import images_at_a_time
-    from wsss_pipeline.runtime.share import is_torchrun, parse_share, share_of_environment
-    from wsss_pipeline.stages.generate_masks import describe_masks, generate_masks
+    from wsss_pipeline.runtime.share import parse_share, share_of_environment
+    from wsss_pipeline.stages.generate_masks import generate_masks
 
     if workers is None:
         workers = 0 if engine == "ray" else images_at_a_time()
@@ -120,15 +109,6 @@ def command(
         check_bytes=check_bytes,
     )
     if dry_run:
-        say("\n".join(describe_masks(job)))
+        say("\n".join(describe_plan(plan_masks(job))))
         return
-    report = generate_masks(job)
-    say("\n".join(report.lines()), err=True)
-    if as_json:
-        say(json.dumps(report.as_dict()))
-    if report.interrupted:
-        say(f"interrupted; go on with: {shlex.join(['wsss', *sys.argv[1:]])}", err=True)
-    say(report.path)
-    # torchrun ends all other processes as soon as one ends with anything but 0
-    some_failed = 0 if is_torchrun() else 1
-    context.exit(130 if report.interrupted else some_failed if report.failed else 0)
+    report_masks(context, generate_masks(job), as_json)

@@ -5,6 +5,9 @@ A help text takes default, range and description from the field of the configura
 
 from __future__ import annotations
 
+import json
+import shlex
+import sys
 from collections.abc import Callable
 from contextlib import nullcontext, suppress
 from functools import partial, reduce
@@ -21,6 +24,7 @@ from wsss_pipeline.config import (
     MaskConfig,
     Precision,
     RefinerName,
+    RelabelConfig,
     Settings,
     default,
     description,
@@ -32,6 +36,7 @@ from wsss_pipeline.runtime.output import printable
 
 if TYPE_CHECKING:
     from wsss_pipeline.pseudo_masks.job import JobPaths
+    from wsss_pipeline.pseudo_masks.report import MaskReport
 
 Command = Callable[..., Any]
 
@@ -130,16 +135,25 @@ clip_options = all_of(
     setting(MaskConfig, "clip.tokenizer", "--tokenizer", metavar="ID_OR_PATH"),
 )
 
+
+def _file_options(
+    example: str, listed: str = "`wsss config show` lists them"
+) -> Callable[[Command], Command]:
+    return all_of(
+        _path("--config", "config_file", type=PATH, help="YAML file of settings."),
+        _path(
+            "--set",
+            "overrides",
+            metavar="KEY=VALUE",
+            multiple=True,
+            help=f"One setting, for example {example}; may be repeated; {listed}.",
+        ),
+    )
+
+
 layer_options = all_of(
     _path("--preset", metavar="NAME", help="Published settings of stage one, such as clip-es/voc12."),
-    _path("--config", "config_file", type=PATH, help="YAML file of settings."),
-    _path(
-        "--set",
-        "overrides",
-        metavar="KEY=VALUE",
-        multiple=True,
-        help="One setting, for example cam.threshold=0.7; may be repeated; `wsss config show` lists them.",
-    ),
+    _file_options("cam.threshold=0.7"),
 )
 
 config_options = all_of(
@@ -167,12 +181,19 @@ attributes_option = _kept(
     help="Method excel: JSON of sentences by class, or none.  [default: those of the class set]",
 )
 
+
+def _refiner_options(kind: type[MaskConfig | RelabelConfig]) -> Callable[[Command], Command]:
+    return all_of(
+        setting(kind, "refine", "--refine", type=choice(RefinerName)),
+        setting(kind, "crf.backend", "--crf", type=choice(CrfBackend)),
+        setting(kind, "crf.image", "--crf-image", type=choice(CrfImage)),
+    )
+
+
 method_options = all_of(
     setting(MaskConfig, "method", "--method", metavar="NAME"),
     attributes_option,
-    setting(MaskConfig, "refine", "--refine", type=choice(RefinerName)),
-    setting(MaskConfig, "crf.backend", "--crf", type=choice(CrfBackend)),
-    setting(MaskConfig, "crf.image", "--crf-image", type=choice(CrfImage)),
+    _refiner_options(MaskConfig),
 )
 
 device_option = click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
@@ -187,6 +208,40 @@ offline_guarantee = click.option(
 )
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON for machines.")
+
+shard_option = click.option(
+    "--shard", metavar="I/N", help="Share I (from 0) of N.  [default: from SLURM arrays or torchrun]"
+)
+
+# of a run that fills the cache
+run_options = all_of(
+    click.option("--limit", type=click.IntRange(1), help="At most so many images."),
+    click.option("--overwrite", is_flag=True, help="Compute again what the cache already holds."),
+    click.option(
+        "--check-bytes",
+        is_flag=True,
+        help="Read every finished image again, even where size and time are the same.",
+    ),
+    click.option(
+        "--dry-run", is_flag=True, help="Say what would be done and how much disk it takes, and stop."
+    ),
+    json_option,
+)
+
+
+def report_masks(context: click.Context, report: MaskReport, as_json: bool) -> None:
+    """End a command that filled the cache: the report, the mask set as stdout's last line, the exit code."""
+    from wsss_pipeline.runtime.share import is_torchrun
+
+    say("\n".join(report.lines()), err=True)
+    if as_json:
+        say(json.dumps(report.as_dict()))
+    if report.interrupted:
+        say(f"interrupted; go on with: {shlex.join(['wsss', *sys.argv[1:]])}", err=True)
+    say(report.path)
+    # torchrun ends all other processes as soon as one ends with anything but 0
+    some_failed = 0 if is_torchrun() else 1
+    context.exit(130 if report.interrupted else some_failed if report.failed else 0)
 
 
 def _scales(text: str) -> tuple[float, ...]:
@@ -203,14 +258,26 @@ def _scales(text: str) -> tuple[float, ...]:
     return scales
 
 
-_network_setting = partial(setting, InferenceConfig, about="Network: ")
+def _look_options(kind: type[Settings], prefix: str, about: str) -> Callable[[Command], Command]:
+    """How a network looks at an image; ``prefix``: of the keys of ``InferenceConfig`` in ``kind``."""
+    look = partial(setting, kind, about=about)
+    return all_of(
+        look(f"{prefix}scales", "--scales", metavar="S,S,...", type=_scales),
+        look(f"{prefix}flip", "--flip", is_flag=True),
+        look(f"{prefix}window", "--window", type=int),
+        look(f"{prefix}combine", "--combine", type=click.Choice(["mean", "max"])),
+    )
+
 
 inference_options = all_of(
-    _network_setting("scales", "--scales", metavar="S,S,...", type=_scales),
-    _network_setting("flip", "--flip", is_flag=True),
-    _network_setting("window", "--window", type=int),
-    _network_setting("combine", "--combine", type=click.Choice(["mean", "max"])),
+    _look_options(InferenceConfig, "", "Network: "),
     click.option("--crf", is_flag=True, help="Network: refine with the dense CRF."),
+)
+
+relabel_options = all_of(
+    _look_options(RelabelConfig, "inference.", ""),
+    _refiner_options(RelabelConfig),
+    _file_options("crf.iterations=5", "docs/settings.md lists them"),
 )
 
 

@@ -1,1 +1,1 @@
-"""Stage one's engine: from images and labels to a mask set, by any method, on threads, a GPU or a cluster."""
+"""The engine that fills a mask set, by any method or a network, on threads, a GPU or a cluster."""

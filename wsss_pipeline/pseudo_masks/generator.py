@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -19,64 +18,17 @@ from wsss_pipeline.clip.weights import Clip, load_clip
 from wsss_pipeline.config import MaskConfig
 from wsss_pipeline.data.classes import ClassSet, check_template, load_class_set
 from wsss_pipeline.data.images import AnyImage, as_pixels
-from wsss_pipeline.data.masks import CERTAIN, PseudoMask
-from wsss_pipeline.data.transforms import Prepared, resize
+from wsss_pipeline.data.masks import PseudoMask
+from wsss_pipeline.data.transforms import resize
 from wsss_pipeline.errors import ConfigError
 from wsss_pipeline.methods import Method, load_mask_config, load_method
+from wsss_pipeline.pseudo_masks.maker import Generated, LabelledImage
 from wsss_pipeline.refine import label, load_refiner
-from wsss_pipeline.runtime.device import mark, resolve_device, resolve_precision, seconds_between
-
-
-@dataclass(frozen=True)
-class LabelledImage:
-    """An image on its way into CLIP, with its labels.
-
-    Attributes:
-        pixels: uint8 (H, W, 3) RGB.
-        labels: names of the classes that are present.
-        classes: their mask values 1..C, in the same order.
-        prepared: input of CLIP.
-    """
-
-    pixels: NDArray[np.uint8]
-    labels: tuple[str, ...]
-    classes: list[int]
-    prepared: Prepared
-
-
-@dataclass(frozen=True)
-class Generated:
-    """A pseudo mask that may still be on its way from the device, with the time it took there.
-
-    Attributes:
-        labels: the image's class names.
-        mask, confidence, cams: uint8 (H, W) twice, float16 (K, H, W) or None, on the host or on the way to it.
-        marks: times of the device's clock, before CLIP, after it, and after refiner, arg max and copies.
-        share: this image's part of the batch.
-    """
-
-    labels: tuple[str, ...]
-    mask: Tensor
-    confidence: Tensor
-    cams: Tensor | None
-    marks: tuple[Any, Any, Any]
-    share: float
-
-    def wait(self) -> tuple[PseudoMask, float, float]:
-        """The pseudo mask, and the seconds in CLIP and in the refiner.
-
-        Raises:
-            MaskError: the refiner's posterior isn't finite.
-        """
-        start, middle, end = self.marks
-        refining = seconds_between(middle, end) * self.share  # waits until the copies have arrived
-        cams = None if self.cams is None else self.cams.numpy()
-        mask = PseudoMask(self.mask.numpy(), self.confidence.numpy(), self.labels, cams)
-        return mask, seconds_between(start, middle) * self.share, refining
+from wsss_pipeline.runtime.device import mark, resolve_device, resolve_precision
 
 
 class MaskGenerator:
-    """Makes pseudo masks of images out of the classes that are present in them.
+    """Makes pseudo masks of images out of the classes that are present in them: a ``MaskMaker``.
 
     Resolves its settings at once; CLIP is loaded when the first mask is asked for.
 
@@ -97,6 +49,9 @@ class MaskGenerator:
         WeightsError: CLIP can't be found.
         MissingDependencyError: the refiner needs an optional package.
     """
+
+    model = "CLIP"
+    if_too_large = "lower --max-pixels, --workers or --batch-size"
 
     def __init__(
         self,
@@ -196,21 +151,23 @@ class MaskGenerator:
         """
         prepared = self.prepare(as_pixels(image), labels)
         if not prepared.classes:
-            return self.background(prepared, with_cams=True)
+            return prepared.background(with_cams=True)
         return self.generate([prepared], with_cams=True)[0].wait()[0]
 
-    def prepare(self, pixels: NDArray[np.uint8], labels: Sequence[str]) -> LabelledImage:
-        """An image, uint8 (H, W, 3) RGB, on its way into CLIP; ClassSetError where a label is unknown."""
+    def load(self) -> None:
+        """Load CLIP; errors as of ``method``."""
+        _ = self.method
+
+    def prepare(self, pixels: NDArray[np.uint8], labels: Sequence[str] | None) -> LabelledImage:
+        """An image, uint8 (H, W, 3) RGB, on its way into CLIP; ClassSetError where a label is unknown.
+
+        Without labels, None, all classes are taken to be present.
+        """
+        labels = self.class_set.names if labels is None else labels
         # as the cache stores them, each once
         names = tuple(dict.fromkeys(map(self.class_set.canonical, labels)))
         classes = [self.class_set.index(name) for name in names]
         return LabelledImage(pixels, names, classes, self.method.prepare(pixels))
-
-    def background(self, image: LabelledImage, with_cams: bool) -> PseudoMask:
-        """The mask of an image in which no class is present."""
-        size = image.pixels.shape[:2]
-        cams = np.zeros((0, *size), np.float16) if with_cams else None
-        return PseudoMask(np.zeros(size, np.uint8), np.full(size, CERTAIN, np.uint8), image.labels, cams)
 
     @torch.no_grad()
     def generate(self, batch: Sequence[LabelledImage], with_cams: bool) -> list[Generated]:
@@ -244,6 +201,6 @@ class MaskGenerator:
         # a copy starts when the device gets there; the last mark says when it has arrived
         marks = (start, middle, mark(self.device))
         return [
-            Generated(image.labels, *tensors, marks, 1 / len(batch))
+            Generated(image.labels or (), *tensors, marks, 1 / len(batch))
             for image, tensors in zip(batch, on_host, strict=True)
         ]

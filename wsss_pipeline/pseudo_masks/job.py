@@ -1,26 +1,35 @@
-"""What a run of stage one is to do: as it was asked for, and as it was resolved without loading CLIP."""
+"""What a run that fills a cache is to do: as it was asked for, and as it was resolved without loading CLIP."""
 
 from __future__ import annotations
 
+import shutil
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import KW_ONLY, dataclass, field
 from itertools import chain
 from pathlib import Path
 from typing import Any, Literal, TypedDict, Unpack
 
+from wsss_pipeline.cache import FinishedImages, is_mask_set
 from wsss_pipeline.config import MaskConfig
 from wsss_pipeline.data.classes import ClassSet, load_class_set
 from wsss_pipeline.data.datasets import coco_inputs, voc_inputs
 from wsss_pipeline.data.image_files import ImageFile, is_there, reading_order
 from wsss_pipeline.data.image_ids import find_images
+from wsss_pipeline.data.images import image_size
 from wsss_pipeline.data.labels import read_labels
-from wsss_pipeline.errors import ConfigError
+from wsss_pipeline.errors import ConfigError, ImageError
 from wsss_pipeline.methods import load_mask_config
 from wsss_pipeline.pseudo_masks.generator import MaskGenerator
+from wsss_pipeline.pseudo_masks.maker import MaskMaker
 from wsss_pipeline.runtime.output import check_apart
 from wsss_pipeline.runtime.share import Share
 
 Engine = Literal["local", "ray"]
+
+# Measured on photographs of PASCAL VOC: mask and confidence, compressed, per pixel.
+BYTES_PER_PIXEL = 0.25
+BYTES_PER_CAM_PIXEL = 1.0
 
 
 class JobPaths(TypedDict, total=False):
@@ -51,17 +60,14 @@ class JobPaths(TypedDict, total=False):
 
 
 @dataclass(frozen=True)
-class MaskJob:
-    """A run of stage one as the user asked for it.
+class Job(ABC):
+    """Images whose masks are to be in a cache, and how the work is divided.
 
     Attributes:
         images: image id to file.
-        labels: image id to class names in order of appearance; an empty tuple means that no class is present.
-            Aliases become the names of their classes.
-        class_set: classes of the labels.
-        config: settings that change the masks.
+        labels: image id to class names in order of appearance; an empty tuple means that no class is present,
+            None that each may be.
         cache_dir: folder that holds mask sets.
-        device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
         share: this run's part of the images.
         limit: at most so many images of the share.
         batch_size: on a GPU, images of one size that CLIP sees together.
@@ -70,19 +76,13 @@ class MaskJob:
         store_cams: keep the CAMs in the cache too.
         overwrite: compute again what the cache holds.
         check_bytes: choice to read every image whose mask is there, whatever its size and times say.
-        offline: fetch nothing.
-        engine: this machine, or a Ray cluster.
-
-    Raises:
-        ClassSetError: a label is the name or alias of no class.
+        inputs: option to what it names, which is only read.
     """
 
     images: Mapping[str, ImageFile]
-    labels: Mapping[str, tuple[str, ...]]
-    class_set: ClassSet
-    config: MaskConfig
+    labels: Mapping[str, tuple[str, ...] | None]
+    _: KW_ONLY
     cache_dir: Path = Path("cache")
-    device: str = "auto"
     share: Share = field(default_factory=Share)
     limit: int | None = None
     batch_size: int = 1
@@ -90,9 +90,36 @@ class MaskJob:
     store_cams: bool = False
     overwrite: bool = False
     check_bytes: bool = False
+    inputs: Mapping[str, Path] = field(default_factory=dict)
+
+    @abstractmethod
+    def maker(self) -> MaskMaker:
+        """What makes the masks; a WsssError where it can't be had."""
+
+
+@dataclass(frozen=True)
+class MaskJob(Job):
+    """A run of stage one as the user asked for it.
+
+    Attributes:
+        labels: as in ``Job``, never None; aliases become the names of their classes.
+        class_set: classes of the labels.
+        config: settings that change the masks.
+        device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
+        offline: fetch nothing.
+        engine: this machine, or a Ray cluster.
+
+    Raises:
+        ClassSetError: a label is the name or alias of no class.
+    """
+
+    labels: Mapping[str, tuple[str, ...]]
+    class_set: ClassSet
+    config: MaskConfig
+    _: KW_ONLY
+    device: str = "auto"
     offline: bool = False
     engine: Engine = "local"
-    inputs: Mapping[str, Path] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         # the few names alone are looked at, for there may be a million images
@@ -154,7 +181,24 @@ class MaskJob:
             inputs |= {
                 f"--coco's {name}": Path(coco) / name for name in ("images", str(split), "annotations")
             }
-        return cls(files, names, class_set, config, Path(paths.get("cache") or "cache"), inputs=inputs)
+        cache = Path(paths.get("cache") or "cache")
+        return cls(files, names, class_set, config, cache_dir=cache, inputs=inputs)
+
+    def maker(self) -> MaskGenerator:
+        """The method, its CLIP not loaded yet.
+
+        Raises:
+            ConfigError: no such device, settings that contradict each other.
+            WeightsError: CLIP can't be found.
+            MissingDependencyError: the refiner isn't installed.
+        """
+        return MaskGenerator(
+            self.class_set,
+            config=self.config,
+            device=self.device,
+            offline=self.offline,
+            elsewhere=self.engine == "ray",
+        )
 
 
 @dataclass(frozen=True)
@@ -163,14 +207,14 @@ class MaskPlan:
 
     Attributes:
         job: inputs, read.
-        generator: maker of the masks; its CLIP isn't loaded yet.
+        maker: maker of the masks.
         image_ids: this run's share, labelled and there, in the order in which they are best read.
         missing: labelled ids without a file.
         unlabelled: number of images that the labels don't name.
     """
 
-    job: MaskJob
-    generator: MaskGenerator
+    job: Job
+    maker: MaskMaker
     image_ids: list[str]
     missing: list[str]
     unlabelled: int
@@ -178,30 +222,23 @@ class MaskPlan:
     @property
     def folder(self) -> Path:
         """Of the mask set."""
-        return self.job.cache_dir / self.generator.mask_set.folder_name
+        return self.job.cache_dir / self.maker.mask_set.folder_name
 
 
-def plan_masks(job: MaskJob, generator: MaskGenerator | None = None) -> MaskPlan:
-    """Resolve a job; ``generator`` is one that was made for the same classes and settings before.
+def plan_masks(job: Job, maker: MaskMaker | None = None) -> MaskPlan:
+    """Resolve a job; ``maker`` is one that was made for the same classes and settings before.
 
     Raises:
-        ConfigError: no such device, settings that contradict each other, masks that would go into an input.
-        WeightsError: CLIP can't be found.
-        MissingDependencyError: the refiner isn't installed.
+        ConfigError: masks would go into an input.
+        WsssError: as ``Job.maker``.
     """
-    generator = generator or MaskGenerator(
-        job.class_set,
-        config=job.config,
-        device=job.device,
-        offline=job.offline,
-        elsewhere=job.engine == "ray",
-    )
-    check_apart(job.cache_dir / generator.mask_set.folder_name, "--cache", job.inputs)
+    maker = maker or job.maker()
+    check_apart(job.cache_dir / maker.mask_set.folder_name, "--cache", job.inputs)
     share = job.share.select(job.labels)[: job.limit]
     there = {image_id for image_id in share if image_id in job.images and is_there(job.images[image_id])}
     return MaskPlan(
         job,
-        generator,
+        maker,
         # stable: files of their own keep the order of the labels
         sorted(
             (image_id for image_id in share if image_id in there),
@@ -210,3 +247,45 @@ def plan_masks(job: MaskJob, generator: MaskGenerator | None = None) -> MaskPlan
         [image_id for image_id in share if image_id not in there],
         sum(image_id not in job.labels for image_id in job.images),
     )
+
+
+def describe_plan(plan: MaskPlan) -> list[str]:
+    """Lines for a person: choices, counts, images that can't be used, disk to be taken.
+
+    Nothing is written. Every image left to do is opened as far as its header.
+
+    Raises:
+        CacheFormatError: the mask set is there, of another format version.
+    """
+    job, folder, todo = plan.job, plan.folder, plan.image_ids
+    if is_mask_set(folder) and not job.overwrite:
+        finished = FinishedImages(folder, job.share.index, job.share.count)
+        options = {"need_cams": job.store_cams, "check_bytes": job.check_bytes}
+        todo = [i for i in todo if not finished.is_current(i, job.images[i], job.labels[i], **options)]
+    bad: list[str] = []
+    size = 0.0
+    for image_id in todo:
+        try:
+            width, height = image_size(job.images[image_id])
+        except ImageError as error:
+            bad.append(str(error))
+            continue
+        maps = len(job.labels[image_id] or ()) if job.store_cams else 0
+        size += width * height * (BYTES_PER_PIXEL + maps * BYTES_PER_CAM_PIXEL)
+    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    free, done = shutil.disk_usage(existing).free, len(plan.image_ids) - len(todo)
+    return [
+        *plan.maker.lines(),
+        f"mask set: {folder}" + ("" if folder.exists() else " (new)"),
+        f"images: {len(plan.image_ids)}, {done} of them in the cache, {len(todo)} to compute",
+        f"without any class, so all background: {sum(job.labels[i] == () for i in plan.image_ids)}",
+        f"images that the labels don't name, left out: {plan.unlabelled}",
+        *_listed("named, but no file is there", plan.missing),
+        *_listed("can't be used", bad),
+        f"disk: about {size / 2**20:.1f} MiB to be taken, {free / 2**20:.0f} MiB free",
+    ]
+
+
+def _listed(what: str, items: list[str], shown: int = 20) -> list[str]:
+    lines = [f"{what}: {len(items)}", *(f"  {item}" for item in items[:shown])]
+    return [*lines, f"  and {len(items) - shown} more"] if len(items) > shown else lines

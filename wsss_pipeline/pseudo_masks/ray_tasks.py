@@ -56,12 +56,12 @@ def run_on_ray(job: MaskJob) -> MaskReport:
         ) from error
     logging.getLogger("ray").setLevel(logging.ERROR)
     plan = plan_masks(job)
-    for line in plan.generator.lines():
+    for line in plan.maker.lines():
         logger.info("%s", line)
-    folder = open_mask_set(job.cache_dir, plan.generator.mask_set)
+    folder = open_mask_set(job.cache_dir, plan.maker.mask_set)
     count = len(plan.image_ids) + len(plan.missing)
     report = MaskReport(folder, count, plan.unlabelled)
-    on_cpu = plan.generator.device.type == "cpu"
+    on_cpu = plan.maker.device.type == "cpu"
     # tasks have current folders of their own, and no part in the images that aren't this job's
     ids = [*plan.image_ids, *plan.missing]
     base = replace(

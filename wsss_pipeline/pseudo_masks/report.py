@@ -1,4 +1,4 @@
-"""What a run of stage one did, for people and for machines."""
+"""What a run that fills a cache did, for people and for machines."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from wsss_pipeline.data.few_warnings import FewWarnings
 logger = logging.getLogger(__name__)
 
 FAILURES_SHOWN = 20
-MISSING = "the labels name it, but there is no such image"
+MISSING = "the labels or the split name it, but there is no such image"
 
 
 @dataclass
@@ -35,6 +35,7 @@ class MaskReport:
         busy: stage to the seconds it worked; those of the stages in ``shared`` are the sum over ``workers`` threads.
         workers: threads.
         shared: stages that all threads take part in.
+        model: what looked at the images; a network's seconds are its refiner's as well.
     """
 
     path: Path
@@ -51,6 +52,7 @@ class MaskReport:
     busy: dict[str, float] = field(default_factory=dict)
     workers: int = 0
     shared: tuple[str, ...] = ()
+    model: str = "CLIP"
 
     def fail(self, image_id: str, reason: str) -> None:
         """Note one image that can't be used, and warn."""
@@ -59,7 +61,7 @@ class MaskReport:
 
     def miss(self, image_ids: Iterable[str]) -> None:
         """Note images that the labels name and that aren't there, of which a label file may hold millions."""
-        with FewWarnings(logger, "images that the labels name aren't there") as missing:
+        with FewWarnings(logger, "images that the labels or the split name aren't there") as missing:
             for image_id in image_ids:
                 self.failed[image_id] = MISSING
                 missing.warn("%s: %s", image_id, MISSING)
@@ -78,13 +80,15 @@ class MaskReport:
             shares = {
                 stage: seconds / self.computing / (max(1, self.workers) if stage in self.shared else 1)
                 for stage, seconds in self.busy.items()
+                if seconds
             }
             listed = ", ".join(f"{stage} {100 * share:.0f} %" for stage, share in shares.items())
             lines.append(f"busy: {listed}; waiting on {max(shares, key=lambda stage: shares[stage])}")
         if self.reused:
             lines.append(f"{self.reused} masks reused from the cache")
         if self.reused and not self.computed and not self.failed:
-            lines.append("nothing was left to compute, so CLIP was not loaded")
+            consequence = ", so CLIP was not loaded" if self.model == "CLIP" else ""
+            lines.append(f"nothing was left to compute{consequence}")
         if self.without_labels:
             lines.append(f"{self.without_labels} images have no label: their masks are all background")
         if self.scaled:

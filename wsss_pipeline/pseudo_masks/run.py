@@ -1,7 +1,7 @@
-"""The loop of stage one: read, generate, write; in order, and whatever happens to one image.
+"""The loop that fills a cache: read, generate, write; in order, and whatever happens to one image.
 
 On a CPU each image stays in one thread from its bytes to its labels. On a GPU files are read ahead in threads, and
-batches of one size go through CLIP and refiner together. Only where tensors lie differs, not what is computed.
+batches of one size go through model and refiner together. Only where tensors lie differs, not what is computed.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from wsss_pipeline.data.images import read_stored_image
 from wsss_pipeline.data.masks import PseudoMask
 from wsss_pipeline.errors import ImageError, MaskError
 from wsss_pipeline.files import check_machine
-from wsss_pipeline.pseudo_masks.generator import LabelledImage, MaskGenerator
-from wsss_pipeline.pseudo_masks.job import MaskJob, MaskPlan, plan_masks
+from wsss_pipeline.pseudo_masks.job import Job, MaskPlan, plan_masks
+from wsss_pipeline.pseudo_masks.maker import LabelledImage, MaskMaker
 from wsss_pipeline.pseudo_masks.report import MaskReport
 from wsss_pipeline.runtime.device import is_out_of_memory, single_threaded_torch
 from wsss_pipeline.runtime.interrupts import StopRequest
@@ -46,7 +46,7 @@ class ReadImage:
         image_id: id of the image.
         status: size and times of its file, before it was read.
         digest: SHA-256 of its bytes.
-        image: on its way into CLIP.
+        image: on its way into the model.
         seconds: time for reading and preparing.
     """
 
@@ -57,26 +57,27 @@ class ReadImage:
     seconds: float
 
 
-Made = tuple[ReadImage, PseudoMask, float, float]  # with the seconds in CLIP and in the refiner
+Made = tuple[ReadImage, PseudoMask, float, float]  # with the seconds in the model and in the refiner
 
 
-def run_share(job: MaskJob, generator: MaskGenerator | None = None, *, quiet: bool = False) -> MaskReport:
+def run_share(job: Job, maker: MaskMaker | None = None, *, quiet: bool = False) -> MaskReport:
     """Make the pseudo masks of a job's share that the cache doesn't hold yet.
 
     Args:
         job: inputs, read.
-        generator: one that was made for the same classes and settings before.
+        maker: one that was made for the same classes and settings before.
         quiet: show no progress, say nothing of the choices: another process does.
 
     Raises:
         WsssError: nothing can be computed at all (classes, weights, cache folder); never for one image.
     """
     started = time.monotonic()
-    plan = plan_masks(job, generator)
-    for line in [] if quiet else plan.generator.lines():
+    plan = plan_masks(job, maker)
+    for line in [] if quiet else plan.maker.lines():
         logger.info("%s", line)
-    folder = open_mask_set(job.cache_dir, plan.generator.mask_set)
-    report = MaskReport(folder, len(plan.image_ids) + len(plan.missing), plan.unlabelled)
+    folder = open_mask_set(job.cache_dir, plan.maker.mask_set)
+    count = len(plan.image_ids) + len(plan.missing)
+    report = MaskReport(folder, count, plan.unlabelled, model=plan.maker.model)
     with MaskWriter(folder, job.share.index, job.share.count) as writer:
         report.miss(plan.missing)
         todo = plan.image_ids
@@ -88,7 +89,7 @@ def run_share(job: MaskJob, generator: MaskGenerator | None = None, *, quiet: bo
             if not quiet:
                 counts = (report.images, report.reused, len(todo))
                 logger.info("%d images: %d in the cache, %d to compute", *counts)
-            _ = plan.generator.method  # loads CLIP, which isn't part of computing
+            plan.maker.load()  # which isn't part of computing
             with StopRequest() as stop, Progress(len(todo), is_shown=not quiet) as progress:
                 _Run(plan, writer, report, stop, progress).compute(todo)
                 report.interrupted = stop.requested and progress.left > 0
@@ -103,17 +104,17 @@ class _Run:
     def __init__(
         self, plan: MaskPlan, writer: MaskWriter, report: MaskReport, stop: StopRequest, progress: Progress
     ) -> None:
-        self._job, self._generator, self._writer, self._report = plan.job, plan.generator, writer, report
+        self._job, self._maker, self._writer, self._report = plan.job, plan.maker, writer, report
         self._stop, self._progress = stop, progress
-        self._on_cpu = plan.generator.device.type == "cpu"
+        self._on_cpu = plan.maker.device.type == "cpu"
         self._warned_of_rotation = False
 
     def compute(self, todo: list[str]) -> None:
         """Compute and write the masks of ``todo``, in order, until done or asked to stop."""
         report, started = self._report, time.monotonic()
         report.workers = self._job.workers
-        report.shared = ("reading", "CLIP", "refining") if self._on_cpu else ("reading",)
-        report.busy = dict.fromkeys(("reading", "CLIP", "refining", "writing"), 0.0)
+        report.shared = ("reading", self._maker.model, "refining") if self._on_cpu else ("reading",)
+        report.busy = dict.fromkeys(("reading", self._maker.model, "refining", "writing"), 0.0)
         make = self._one_by_one if self._on_cpu else self._in_batches
         # what is under way when a stop is asked for is finished and written
         wanted = takewhile(lambda _: not self._stop.requested, todo)
@@ -132,13 +133,13 @@ class _Run:
         def make(image_id: str) -> Made:
             read = self._read(image_id)
             if not read.image.classes:
-                return read, self._generator.background(read.image, self._job.store_cams), 0.0, 0.0
-            return read, *self._generator.generate([read.image], self._job.store_cams)[0].wait()
+                return read, read.image.background(self._job.store_cams), 0.0, 0.0
+            return read, *self._maker.generate([read.image], self._job.store_cams)[0].wait()
 
         return ahead(make, todo, self._job.workers, 2 * self._job.workers)
 
     def _in_batches(self, todo: Iterable[str]) -> Iterator[tuple[str, Callable[[], Made]]]:
-        """Batches of one size, found among some that are read ahead; one without classes needs no CLIP."""
+        """Batches of one size, found among some that are read ahead; one without classes needs no model."""
         size, store_cams = self._job.batch_size, self._job.store_cams
         length = 1 if size == 1 else LOOK_AHEAD * size
         under_way: deque[tuple[str, Callable[[], Made]]] = deque()
@@ -153,7 +154,7 @@ class _Run:
                         if read.image.classes:
                             groups.setdefault(tuple(read.image.prepared.pixels.shape), []).append(read)
                         else:
-                            mask = self._generator.background(read.image, store_cams)
+                            mask = read.image.background(store_cams)
                             results[image_id] = partial(_same, (read, mask, 0.0, 0.0))
                 for group in groups.values():
                     for start in range(0, len(group), size):
@@ -166,8 +167,8 @@ class _Run:
     def _start(self, batch: list[ReadImage]) -> dict[str, Callable[[], Made]]:
         """Results by image id, without those that failed."""
         try:
-            generated = self._generator.generate([read.image for read in batch], self._job.store_cams)
-        except (ImageError, MemoryError, RuntimeError) as error:
+            generated = self._maker.generate([read.image for read in batch], self._job.store_cams)
+        except (ImageError, MaskError, MemoryError, RuntimeError) as error:
             if len(batch) == 1:
                 with self._one_image(batch[0].image_id):
                     raise error
@@ -196,21 +197,21 @@ class _Run:
                 "%s has an EXIF rotation tag, maybe others too: it is ignored, masks fit the stored pixels",
                 file,
             )
-        image = self._generator.prepare(stored.pixels, self._job.labels[image_id])
+        image = self._maker.prepare(stored.pixels, self._job.labels[image_id])
         return ReadImage(image_id, status, stored.digest, image, time.monotonic() - started)
 
-    def _write(self, read: ReadImage, mask: PseudoMask, clip: float, refining: float) -> None:
+    def _write(self, read: ReadImage, mask: PseudoMask, looking: float, refining: float) -> None:
         report, started = self._report, time.monotonic()
         scale = read.image.prepared.scale
         self._writer.write(
             read.image_id,
             mask,
             image_digest=read.digest,
-            seconds=read.seconds + clip + refining,
+            seconds=read.seconds + looking + refining,
             scale=scale,
             status=read.status,
         )
-        seconds = {"reading": read.seconds, "CLIP": clip, "refining": refining}
+        seconds = {"reading": read.seconds, self._maker.model: looking, "refining": refining}
         for stage, spent in {**seconds, "writing": time.monotonic() - started}.items():
             report.busy[stage] += spent
         report.computed += 1
@@ -229,7 +230,7 @@ class _Run:
         except (MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error):
                 raise
-            reason = "ran out of memory; lower --max-pixels, --workers or --batch-size"
+            reason = f"ran out of memory; {self._maker.if_too_large}"
         self._report.fail(image_id, reason)
         self._progress.advance(failed=1)
 

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from wsss_pipeline.config import MaskConfig, RefinerName
+from wsss_pipeline.config import MaskConfig, RefinerName, RelabelConfig
 from wsss_pipeline.data.masks import CERTAIN
 from wsss_pipeline.errors import ConfigError
 from wsss_pipeline.refine.dense_crf import DenseCrf
@@ -56,7 +56,7 @@ class Unrefined:
         return [score.float() / score.float().sum(dim=0) for score in scores]
 
 
-def load_refiner(config: MaskConfig, default: RefinerName) -> Refiner:
+def load_refiner(config: MaskConfig | RelabelConfig, default: RefinerName) -> Refiner:
     """The refiner that a configuration names; ``auto`` is ``default``, and a CRF whose backend is none is none.
 
     Raises:

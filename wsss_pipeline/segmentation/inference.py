@@ -27,12 +27,12 @@ from wsss_pipeline.data.image_files import ImageFile
 from wsss_pipeline.data.images import AnyImage, as_pixels, read_image
 from wsss_pipeline.data.masks import PseudoMask
 from wsss_pipeline.errors import MaskError
-from wsss_pipeline.refine import DenseCrf, label
+from wsss_pipeline.refine import DenseCrf, Refiner, Unrefined, label
 from wsss_pipeline.runtime.device import resolve_device
 from wsss_pipeline.segmentation.checkpoint import find_checkpoint, load_network
 from wsss_pipeline.segmentation.network import SegmentationNetwork
 
-RAW, CRF = "raw", "+CRF"
+RAW, CRF, REFINED = "raw", "+CRF", "refined"
 _PLAIN = (1.0, False)  # scale 1, not mirrored
 
 MOST_BYTES = 11 * 2**28  # with what the libraries take, a process stays at some 4 GiB
@@ -52,6 +52,7 @@ class Segmenter:
         inference: scales, flip, windows; the image as it is, where None.
         crf: refine with the dense CRF of these settings; None, or backend ``none``, for no CRF.
         description: origin of the network, for people.
+        refiner: another refiner, in place of ``crf``.
 
     Raises:
         MissingDependencyError: the CRF's backend isn't installed.
@@ -65,12 +66,15 @@ class Segmenter:
         inference: InferenceConfig | None = None,
         crf: CrfConfig | None = None,
         description: str = "network",
+        refiner: Refiner | None = None,
     ) -> None:
         self.network = network
         self.class_names = tuple(class_names)
         self.device = device
         self.inference = inference or InferenceConfig()
-        self.crf = DenseCrf(crf) if crf is not None and crf.backend != "none" else None
+        if refiner is None and crf is not None and crf.backend != "none":
+            refiner = DenseCrf(crf)
+        self.refiner = None if isinstance(refiner, Unrefined) else refiner
         self.description = description
 
     @classmethod
@@ -95,44 +99,69 @@ class Segmenter:
     @property
     def identity(self) -> str:
         """Digest of the weights as they are now, the class names, and what is done beside the network."""
-        crf = self.crf.config.model_dump() if self.crf is not None else None
-        network = [type(self.network).__name__, self.network.image_mean, self.network.image_std]
-        settings = [*network, self.class_names, self.inference.model_dump(), crf]
-        digest = hashlib.sha256(json.dumps(settings).encode())
-        for name, values in self.network.state_dict().items():
-            digest.update(f"{name} {values.dtype} {tuple(values.shape)}".encode())
-            digest.update(values.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-        return f"network {digest.hexdigest()[:12]}"
+        refiner = None if self.refiner is None else dict(self.refiner.determinants())
+        settings = [network_digest(self.network), self.class_names, self.inference.model_dump(), refiner]
+        return f"network {hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:12]}"
 
-    def __call__(self, image: AnyImage) -> PseudoMask:
-        """The most refined mask of an image: a uint8 array (H, W, 3) RGB or (H, W) grey, a PIL image, or a path.
+    def __call__(self, image: AnyImage, classes: Sequence[int] | None = None) -> PseudoMask:
+        """The most refined mask of an image.
+
+        Args:
+            image: uint8 array (H, W, 3) RGB or (H, W) grey, PIL image, or path.
+            classes: see ``variants``.
 
         Raises:
             ImageError: the image can't be used.
             MaskError: the network's answer holds NaN.
         """
-        return list(self.variants(as_pixels(image), raw=False).values())[-1]
+        return list(self.variants(as_pixels(image), raw=False, classes=classes).values())[-1]
 
-    def variants(self, image: NDArray[np.uint8], *, raw: bool = True) -> dict[str, PseudoMask]:
+    def variants(
+        self, image: NDArray[np.uint8], *, raw: bool = True, classes: Sequence[int] | None = None
+    ) -> dict[str, PseudoMask]:
         """Masks of an image by name, the most refined last, out of one set of passes.
 
         Args:
             image: uint8 (H, W, 3) RGB.
             raw: give the mask of the image as it is too, where scales or flip say otherwise.
+            classes: mask values 1..C that may occur beside background, at least one; None for all. What the network
+                gives to others is dropped before the refiner, and the rest divided by its sum.
         """
+        present = list(range(1, 1 + len(self.class_names)) if classes is None else classes)
+        refined = CRF if isinstance(self.refiner, DenseCrf) else REFINED
         found: dict[str, tuple[NDArray[np.uint8], NDArray[np.uint8]]] = {}
         for tile in _tiles(self.network, image, self.inference, self.device, raw=raw):
             part = image[tile.seen]
             posteriors = _probabilities(self.network, part, self.inference, self.device, raw=raw)
-            if self.crf is not None:
-                (posteriors[CRF],) = self.crf([part], [posteriors[self.inference.name]])
+            if classes is not None:
+                posteriors = {name: _restricted(full, present) for name, full in posteriors.items()}
+            if self.refiner is not None:
+                (posteriors[refined],) = self.refiner([part], [posteriors[self.inference.name]])
             for name, posterior in posteriors.items():
-                arrays = label(posterior, range(1, len(posterior)), part.shape[:2])
+                arrays = label(posterior, present, part.shape[:2])
                 size = image.shape[:2]
                 whole = found.setdefault(name, (np.empty(size, np.uint8), np.empty(size, np.uint8)))
                 for target, values in zip(whole, arrays, strict=True):
                     target[tile.kept] = values[tile.inner].cpu().numpy()
         return {name: PseudoMask(*arrays) for name, arrays in found.items()}
+
+
+def network_digest(network: SegmentationNetwork) -> str:
+    """64 hexadecimal digits that stand for a network's weights as they are now and its pixel statistics."""
+    kind = [type(network).__name__, network.image_mean, network.image_std]
+    digest = hashlib.sha256(json.dumps(kind).encode())
+    for name, values in network.state_dict().items():
+        digest.update(f"{name} {values.dtype} {tuple(values.shape)}".encode())
+        digest.update(values.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def _restricted(posterior: Tensor, classes: Sequence[int]) -> Tensor:
+    """Probabilities (1+K, H, W) of background and these K classes, summing to 1, out of (1+C, H, W)."""
+    kept = posterior[[0, *classes]]
+    # where all of them are 0 to float32, none is more probable than another
+    kept = kept.clamp(min=torch.finfo(kept.dtype).tiny)
+    return kept / kept.sum(dim=0)
 
 
 class NetworkMasks:

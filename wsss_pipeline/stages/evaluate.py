@@ -218,8 +218,9 @@ def _crf(source: MaskSource, variant: str) -> dict[str, str] | None:
     if isinstance(source, MaskCache):
         parameters = source.manifest.mask_set.determinants.get("crf", {"backend": "none"})
     elif isinstance(source, NetworkMasks):
-        crf = source.segmenter.crf
-        parameters = crf.config.model_dump() if crf and variant == CRF else {"backend": "none"}
+        refiner = source.segmenter.refiner
+        none = {"backend": "none"}
+        parameters = refiner.determinants().get("crf", none) if refiner and variant == CRF else none
     else:
         return None
     return {key: str(parameters[key]) for key in ("backend", "image") if key in parameters}

@@ -1,0 +1,105 @@
+"""What the loop asks of a maker of masks: a method with CLIP, or a trained network."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from wsss_pipeline.cache import MaskSet
+from wsss_pipeline.data.masks import CERTAIN, PseudoMask
+from wsss_pipeline.data.transforms import Prepared
+from wsss_pipeline.runtime.device import seconds_between
+
+
+@dataclass(frozen=True)
+class LabelledImage:
+    """An image on its way into CLIP or a network, with its labels.
+
+    Attributes:
+        pixels: uint8 (H, W, 3) RGB.
+        labels: names of the classes that are present; None where each may be.
+        classes: their mask values 1..C, in the same order.
+        prepared: input of CLIP; for a network, which prepares it itself, the pixels (3, H, W) as they are.
+    """
+
+    pixels: NDArray[np.uint8]
+    labels: tuple[str, ...] | None
+    classes: list[int]
+    prepared: Prepared
+
+    def background(self, with_cams: bool) -> PseudoMask:
+        """The mask where no class is present."""
+        size = self.pixels.shape[:2]
+        cams = np.zeros((0, *size), np.float16) if with_cams else None
+        return PseudoMask(np.zeros(size, np.uint8), np.full(size, CERTAIN, np.uint8), (), cams)
+
+
+@dataclass(frozen=True)
+class Generated:
+    """A pseudo mask that may still be on its way from the device, with the time it took there.
+
+    Attributes:
+        labels: the image's class names.
+        mask, confidence, cams: uint8 (H, W) twice, float16 (K, H, W) or None, on the host or on the way to it.
+        marks: times of the device's clock, before CLIP, after it, and after refiner, arg max and copies.
+        share: this image's part of the batch.
+    """
+
+    labels: tuple[str, ...]
+    mask: Tensor
+    confidence: Tensor
+    cams: Tensor | None
+    marks: tuple[Any, Any, Any]
+    share: float
+
+    def wait(self) -> tuple[PseudoMask, float, float]:
+        """The pseudo mask, and the seconds in the model and in the refiner.
+
+        Raises:
+            MaskError: the refiner's posterior isn't finite.
+        """
+        start, middle, end = self.marks
+        refining = seconds_between(middle, end) * self.share  # waits until the copies have arrived
+        cams = None if self.cams is None else self.cams.numpy()
+        mask = PseudoMask(self.mask.numpy(), self.confidence.numpy(), self.labels, cams)
+        return mask, seconds_between(start, middle) * self.share, refining
+
+
+class MaskMaker(Protocol):
+    """Makes pseudo masks of labelled images.
+
+    Attributes:
+        device: where its tensors lie. On a CPU several threads call it at a time.
+        model: what looks at the images: CLIP, or a network.
+        if_too_large: advice to whom memory ran out on an image.
+    """
+
+    device: torch.device
+    model: str
+    if_too_large: str
+
+    @property
+    def mask_set(self) -> MaskSet:
+        """What the masks are and all that determines them."""
+
+    def lines(self) -> list[str]:
+        """The choices that decide over the masks, as a person reads them."""
+
+    def load(self) -> None:
+        """Load what making a mask takes, where it isn't there yet."""
+
+    def prepare(self, pixels: NDArray[np.uint8], labels: Sequence[str] | None) -> LabelledImage:
+        """An image, uint8 (H, W, 3) RGB, and its classes; ClassSetError where a label is unknown."""
+
+    def generate(self, batch: Sequence[LabelledImage], with_cams: bool) -> list[Generated]:
+        """Start with images whose prepared sizes are equal, each with at least one class.
+
+        Raises:
+            ImageError, MaskError, MemoryError, RuntimeError: one of them can't be labelled, or all together can't.
+        """
