@@ -118,8 +118,10 @@ class InferenceConfig(Settings):
     window: int | None = Field(
         None, ge=16, le=100_000, description="Slide a window of this side over it, half overlapping."
     )
-    combine: Literal["mean", "max"] = Field(
-        "mean", description="Mean of probabilities, or maximum of logits as DeepLabV2 was published."
+    combine: Literal["mean", "max", "logits"] = Field(
+        "mean",
+        description="Mean of probabilities; maximum of logits, as DeepLabV2 was published; mean of logits, as WeCLIP "
+        "and ExCEL were.",
     )
 
     @property

@@ -54,6 +54,11 @@ if TYPE_CHECKING:
     show_default=True,
     help="This machine, or a Ray cluster.",
 )
+@click.option(
+    "--checkpoint",
+    metavar="RUN",
+    help="Method weclip or excel: a run of --network frozen-clip, which gates and guides what makes the CAMs.",
+)
 @click.option("--store-cams", is_flag=True, help="Keep the CAMs before refinement in the cache as well.")
 @run_options
 @click.pass_context
@@ -68,6 +73,7 @@ def command(
     shard: str | None,
     engine: Engine,
     limit: int | None,
+    checkpoint: str | None,
     store_cams: bool,
     overwrite: bool,
     check_bytes: bool,
@@ -88,6 +94,9 @@ def command(
       wsss generate-masks --images photos --labels labels.csv --classes cat,dog --cache cache
       wsss generate-masks --voc VOCdevkit/VOC2012 --split train_aug
     """
+    from wsss_pipeline.config import section
+    from wsss_pipeline.errors import ConfigError
+    from wsss_pipeline.methods import DEFAULT_METHOD, load_method
     from wsss_pipeline.pseudo_masks.job import MaskJob, describe_plan, plan_masks
     from wsss_pipeline.runtime.device import images_at_a_time
     from wsss_pipeline.runtime.share import parse_share, share_of_environment
@@ -95,8 +104,15 @@ def command(
 
     if workers is None:
         workers = 0 if engine == "ray" else images_at_a_time()
+    settings, paths = {"templates": templates or None, **given_settings(context)}, given_paths(context)
+    if checkpoint is not None:
+        name = settings["method"] or (paths.get("preset") or DEFAULT_METHOD).partition("/")[0]
+        own = section(load_method(name).Config, name)
+        if own is None or "checkpoint" not in own.model_fields:
+            raise ConfigError(f"--checkpoint: method {name} takes no network; give --method weclip or excel")
+        settings[f"{name}.checkpoint"] = checkpoint
     job = replace(
-        MaskJob.read({"templates": templates or None, **given_settings(context)}, **given_paths(context)),
+        MaskJob.read(settings, **paths),
         share=parse_share(shard) if shard else share_of_environment(),
         device=device,
         offline=offline,

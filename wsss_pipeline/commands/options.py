@@ -265,7 +265,7 @@ def _look_options(kind: type[Settings], prefix: str, about: str) -> Callable[[Co
         look(f"{prefix}scales", "--scales", metavar="S,S,...", type=_scales),
         look(f"{prefix}flip", "--flip", is_flag=True),
         look(f"{prefix}window", "--window", type=int),
-        look(f"{prefix}combine", "--combine", type=click.Choice(["mean", "max"])),
+        look(f"{prefix}combine", "--combine", type=click.Choice(["mean", "max", "logits"])),
     )
 
 

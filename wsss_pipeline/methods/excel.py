@@ -30,7 +30,7 @@ from wsss_pipeline.clip.weights import Clip
 from wsss_pipeline.config import MaskConfig, RefinerName, ResolvedPrecision, Settings
 from wsss_pipeline.data.classes import ClassSet
 from wsss_pipeline.data.transforms import IMAGENET_STATISTICS, Prepared, clip_input_size, normalise
-from wsss_pipeline.errors import ImageError
+from wsss_pipeline.errors import CheckpointError, ImageError
 from wsss_pipeline.segmentation.checkpoint import load_frozen_clip, network_digest
 
 logger = logging.getLogger(__name__)
@@ -112,6 +112,12 @@ class Excel:
         self._network = None
         if config.excel.checkpoint:
             self._network = load_frozen_clip(Path(config.excel.checkpoint), clip, precision, class_set.names)
+            blocks = self._network.config.calibrated_blocks
+            if self._network.config.in_place and blocks != config.excel.calibrated_blocks:
+                raise CheckpointError(
+                    f"{config.excel.checkpoint} was trained with {blocks} calibrated blocks; give --set "
+                    f"excel.calibrated_blocks={blocks}"
+                )
         encode = TextEncoder(clip.text, clip.tokenizer).encode
         rows = class_embeddings(class_set, config.templates, encode)
         foreground, settings = rows.foreground, config.excel

@@ -26,7 +26,7 @@ from wsss_pipeline.clip.weights import Clip
 from wsss_pipeline.config import MaskConfig, RefinerName, ResolvedPrecision, Settings
 from wsss_pipeline.data.classes import ClassSet
 from wsss_pipeline.data.transforms import IMAGENET_STATISTICS, Prepared, prepare_image
-from wsss_pipeline.errors import ImageError
+from wsss_pipeline.errors import CheckpointError, ImageError
 from wsss_pipeline.segmentation.checkpoint import load_frozen_clip, network_digest
 
 
@@ -101,6 +101,10 @@ class WeClip:
         self._network = None
         if config.weclip.checkpoint:
             self._network = load_frozen_clip(Path(config.weclip.checkpoint), clip, precision, class_set.names)
+            if self._network.config.in_place:
+                raise CheckpointError(
+                    f"{config.weclip.checkpoint} fuses what ExCEL's calibrated attention changes; give --method excel"
+                )
         rows = class_embeddings(class_set, config.templates, TextEncoder(clip.text, clip.tokenizer).encode)
         self._foreground = rows.foreground.to(self._trunk.device)
         self._background = rows.background.to(self._trunk.device)

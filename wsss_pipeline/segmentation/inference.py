@@ -15,6 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -30,6 +31,7 @@ from wsss_pipeline.errors import MaskError
 from wsss_pipeline.refine import DenseCrf, Refiner, Unrefined, label
 from wsss_pipeline.runtime.device import resolve_device
 from wsss_pipeline.segmentation.checkpoint import find_checkpoint, load_network
+from wsss_pipeline.segmentation.frozen_clip import FrozenClip
 from wsss_pipeline.segmentation.network import SegmentationNetwork
 
 RAW, CRF, REFINED = "raw", "+CRF", "refined"
@@ -147,8 +149,11 @@ class Segmenter:
 
 
 def network_digest(network: SegmentationNetwork) -> str:
-    """64 hexadecimal digits that stand for a network's weights as they are now and its pixel statistics."""
-    kind = [type(network).__name__, network.image_mean, network.image_std]
+    """64 hexadecimal digits that stand for a network's weights as they are now, with those of what is frozen in it,
+    and its pixel statistics."""
+    kind: list[Any] = [type(network).__name__, network.image_mean, network.image_std]
+    if isinstance(network, FrozenClip):
+        kind += [network.frozen_digests(), network.config.model_dump(exclude={"dino"})]
     digest = hashlib.sha256(json.dumps(kind).encode())
     for name, values in network.state_dict().items():
         digest.update(f"{name} {values.dtype} {tuple(values.shape)}".encode())
@@ -286,8 +291,11 @@ def _probabilities(
     probabilities = {RAW: logits[_PLAIN].softmax(dim=0)} if raw else {}
     if config.name not in probabilities:
         several = torch.stack([logits[look] for look in looks])
-        combined = several.amax(0).softmax(0) if config.combine == "max" else several.softmax(1).mean(0)
-        probabilities[config.name] = combined
+        if config.combine == "mean":
+            probabilities[config.name] = several.softmax(1).mean(0)
+        else:
+            combined = several.amax(0) if config.combine == "max" else several.mean(0)
+            probabilities[config.name] = combined.softmax(0)
     return probabilities
 
 

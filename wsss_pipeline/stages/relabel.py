@@ -30,6 +30,7 @@ from wsss_pipeline.pseudo_masks.run import run_share
 from wsss_pipeline.refine import load_refiner
 from wsss_pipeline.runtime.device import resolve_device
 from wsss_pipeline.segmentation.checkpoint import find_checkpoint, load_network
+from wsss_pipeline.segmentation.frozen_clip import FrozenClip
 from wsss_pipeline.segmentation.inference import Segmenter, network_digest
 
 NAME = "relabel"  # of the mask sets: a checkpoint has class names, but no name for them
@@ -156,7 +157,10 @@ class RelabelJob(Job):
         inference, is_restricted = config.inference, labels is not None and not any_class
         # how several looks are combined means nothing where there is one
         unused = {"combine"} if len(set(inference.scales)) == 1 and not inference.flip else set()
-        architecture = {key: value for key, value in loaded.config["network"].items() if key != "weights"}
+        # what a frozen encoder is, its digest says, wherever it lies
+        is_frozen = isinstance(loaded.network, FrozenClip)
+        told = ["name"] if is_frozen else ["name", "encoder"]
+        architecture = {key: loaded.config["network"][key] for key in told}
         determinants = {
             "relabel": {"version": VERSION, "classes": "of the labels" if is_restricted else "any"},
             "network": {**architecture, "digest": network_digest(loaded.network)},
