@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -72,6 +73,30 @@ def test_a_network_trains_on_a_gpu(root: Path, tmp_path: Path, precision: str) -
     assert result.exit_code == 0, result.output
     scored = wsss(
         *("evaluate", "--checkpoint", tmp_path / "run", "--images", root / "JPEGImages"),
+        *("--gt", root / "SegmentationClass", "--device", "cuda"),
+    )
+    assert scored.exit_code == 0, scored.output
+
+
+@pytest.mark.parametrize("method", ["weclip", "excel"])
+def test_a_network_on_frozen_clip_learns_on_a_gpu_what_it_learns_on_a_cpu(
+    root: Path, tmp_path: Path, method: str
+) -> None:
+    """First updates of plain losses on the same crops, gate and guide included."""
+    losses = {}
+    for device in ("cpu", "cuda"):
+        result = wsss(
+            *("train-seg", "--online", method, "--classes", "demo", "--labels", root / "Annotations"),
+            *("--images", root / "JPEGImages", "--out", tmp_path / device, "--iterations", 4),
+            *("--set", "online.gate_from=2", "--set", "online.guide_from=3", "--batch-size", 4),
+            *("--set", "network.frozen.dropout=0", "--workers", 0, "--device", device, "--precision", "fp32"),
+        )
+        assert result.exit_code == 0, result.output
+        log = (tmp_path / device / "log.jsonl").read_text().splitlines()
+        losses[device] = [json.loads(line)["loss"] for line in log]
+    assert losses["cuda"] == pytest.approx(losses["cpu"], rel=0.02)
+    scored = wsss(
+        *("evaluate", "--checkpoint", tmp_path / "cuda", "--images", root / "JPEGImages"),
         *("--gt", root / "SegmentationClass", "--device", "cuda"),
     )
     assert scored.exit_code == 0, scored.output
