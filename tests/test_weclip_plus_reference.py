@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import CLIPVisionModelWithProjection
 
@@ -104,12 +104,24 @@ def reference(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
     root, name, log_scale = request.param
     folder, dino = root / "weclip", tmp_path_factory.mktemp("dino")
     shutil.copy(folder / "plus_dino_config.json", dino / "config.json")
-    shutil.copy(folder / "plus_dino.safetensors", dino / "model.safetensors")
+    tensors = {as_in_files(key): value for key, value in load_file(folder / "plus_dino.safetensors").items()}
+    save_file(tensors, dino / "model.safetensors")
     vision = CLIPVisionModelWithProjection.from_pretrained(root / name, dtype=torch.float32)
     biases = load_file(folder / "query_bias.safetensors")
     assert not vision.load_state_dict(biases, strict=False).unexpected_keys
     clip = Clip(vision.requires_grad_(False).eval(), SimpleNamespace(), None, float(np.exp(log_scale)))
     return Reference(folder, clip, dino)
+
+
+def as_in_files(name: str) -> str:
+    """A tensor of DINOv2 by the name that published files have for it."""
+    for later, former in {
+        "q_proj": "attention.query",
+        "k_proj": "attention.key",
+        "v_proj": "attention.value",
+    }.items():
+        name = name.replace(f"attention.{later}", f"attention.{former}")
+    return name.replace("attention.o_proj", "attention.output.dense")
 
 
 def pixels(pictures: Tensor) -> Tensor:

@@ -9,10 +9,10 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from wsss_pipeline.clip.sources import (
     MOST_WEIGHT_BYTES,
@@ -46,6 +46,18 @@ LARGEST = {
 MOST_PARAMETERS = 4 * 10**9  # it has 1.1 billion
 # what else of a config.json changes the computation; nothing more of it is handed on
 ARCHITECTURE = (*LARGEST, "hidden_act", "layer_norm_eps", "qkv_bias", "use_swiglu_ffn", "use_mask_token")
+# names of tensors in files, and as later versions of transformers have them
+LATER_NAMES = {
+    "attention.attention.query.": "attention.q_proj.",
+    "attention.attention.key.": "attention.k_proj.",
+    "attention.attention.value.": "attention.v_proj.",
+    "attention.output.dense.": "attention.o_proj.",
+    "mlp.weights_out.": "mlp.down_proj.",
+}
+# the one that they have in two halves
+WHOLE, FIRST_HALF, SECOND_HALF = "mlp.weights_in.", "mlp.gate_proj.", "mlp.up_proj."
+
+Value = TypeVar("Value")
 
 
 @dataclass(frozen=True)
@@ -87,7 +99,9 @@ def load_dino(weights: str, offline: bool) -> Dino:
         built = getattr(transformers, f"{class_name}Config")(
             **{key: values[key] for key in ARCHITECTURE if key in values}
         )
-        shapes = read_tensor_files(files, shapes_in)
+        shapes = _also_by_later_names(
+            read_tensor_files(files, shapes_in), lambda shape: [(shape[0] // 2, *shape[1:])] * 2
+        )
         names = checked_names(kind, built, shapes, weights, "DINOv2")
         parameters = sum(math.prod(shapes[name]) for name in names)
         if parameters > MOST_PARAMETERS:
@@ -96,7 +110,10 @@ def load_dino(weights: str, offline: bool) -> Dino:
             )
         for path in files:  # as 64-bit numbers, twice over; what is small needs no check
             check_file(path, 16 * parameters + 256 * MIB)
-        model = frozen_model(kind, built, names, read_tensor_files(files, tensors_in))
+        tensors = _also_by_later_names(
+            read_tensor_files(files, tensors_in), lambda tensor: list(tensor.chunk(2))
+        )
+        model = frozen_model(kind, built, names, tensors)
     return Dino(model, _digest(files, values))
 
 
@@ -120,7 +137,7 @@ def _folder(weights: str, offline: bool) -> Path:
 def _checked_config(values: dict[str, Any], weights: str) -> dict[str, Any]:
     """The content of a config.json whose numbers are those of a model that can be built."""
     found = values.get("model_type")
-    if found not in MODEL_TYPES:
+    if not isinstance(found, str) or found not in MODEL_TYPES:
         raise WeightsError(
             f"{OPTION} {weights} is of type {found!s:.60}, not one of {', '.join(MODEL_TYPES)}; give a DINOv2, such "
             "as facebook/dinov2-small"
@@ -136,6 +153,19 @@ def _checked_config(values: dict[str, Any], weights: str) -> dict[str, Any]:
     if values.get("patch_size", 1) > values.get("image_size", LARGEST["image_size"]):
         raise WeightsError(f"DINOv2 {weights}: its config.json has a patch_size beyond its image_size")
     return values
+
+
+def _also_by_later_names(
+    found: Mapping[str, Value], halves: Callable[[Value], list[Value]]
+) -> dict[str, Value]:
+    """What files hold, under each name that some version of transformers has for it."""
+    named = dict(found)
+    for name, value in found.items():
+        for former, later in LATER_NAMES.items():
+            named[name.replace(former, later)] = value
+        if WHOLE in name:
+            named[name.replace(WHOLE, FIRST_HALF)], named[name.replace(WHOLE, SECOND_HALF)] = halves(value)
+    return named
 
 
 def _digest(files: tuple[Path, ...], values: Mapping[str, Any]) -> str:
