@@ -22,8 +22,10 @@ from wsss_pipeline.errors import CheckpointError, WeightsError
 from wsss_pipeline.segmentation.checkpoint import load_network, save_network
 from wsss_pipeline.segmentation.dino import load_dino
 from wsss_pipeline.segmentation.frozen_clip import FrozenClip
+from wsss_pipeline.segmentation.inference import InferenceConfig, Segmenter
 from wsss_pipeline.segmentation.networks import build_network
-from wsss_pipeline.segmentation.train_config import FrozenClipConfig, NetworkConfig
+from wsss_pipeline.segmentation.train_config import FrozenClipConfig, NetworkConfig, load_train_config
+from wsss_pipeline.stages.train_seg import TrainJob, train_seg
 
 NAMES = ("cat", "dog")
 SIZES = {
@@ -339,3 +341,35 @@ def test_a_checkpoint_is_refused_another_dinov2_or_none(folder: Path, clip: Clip
         CheckpointError, match=r"needs its frozen encoder, which can't be had: .*doesn't exist"
     ):
         load_network(tmp_path / "last")
+
+
+def test_a_run_of_weclip_plus(
+    root: Path, folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The published recipe, but for its sizes, from images and labels to a network that predicts."""
+    caplog.set_level("INFO")
+    settings = load_train_config(
+        "weclip-plus/voc12",
+        overrides=[
+            *("network.encoder=demo", f"network.frozen.dino={folder}", "network.frozen.width=32"),
+            *("network.frozen.heads=4", "augmentation.crop=48", "optimisation.iterations=3"),
+            *("optimisation.batch=2", "optimisation.warm_up=0", "online.override_from=2", "precision=fp32"),
+        ],
+    )
+    images, labels = root / "JPEGImages", root / "Annotations"
+    job = TrainJob(
+        images, None, tmp_path / "run", settings, labels, "demo", device="cpu", workers=0, offline=True
+    )
+    assert train_seg(job).steps == 3
+    assert f"network: frozen-clip, demo and {folder} (frozen), 0.05 M parameters to train" in caplog.text
+    assert f"data: labels {labels}, 8 images" in caplog.text
+    records = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    parts = ["loss_segmentation", "loss_affinity", "loss_dice", "loss_cross"]
+    for record in records:
+        assert all(0 < record[part] < 100 for part in parts)
+        assert record["loss"] == pytest.approx(sum(record[part] for part in parts), rel=1e-5)
+    picture = torch.zeros(50, 70, 3, dtype=torch.uint8).numpy()
+    mask = Segmenter.load(tmp_path / "run", "cpu", InferenceConfig(scales=(1.0, 1.5), flip=True))(
+        picture
+    ).mask
+    assert mask.shape == (50, 70)
