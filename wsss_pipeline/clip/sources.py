@@ -81,10 +81,10 @@ class ClipFiles:
             }
         vocabulary = [self.tokenizer / name for name in VOCABULARY_FILES]
         content = {
-            "weights": [_file_digest(path, MOST_WEIGHT_BYTES) for path in self.weights],
+            "weights": [file_digest(path, MOST_WEIGHT_BYTES) for path in self.weights],
             "architecture": architecture,
             "vocabulary": {
-                path.name: _file_digest(path, MOST_TOKENIZER_BYTES) for path in vocabulary if path.is_file()
+                path.name: file_digest(path, MOST_TOKENIZER_BYTES) for path in vocabulary if path.is_file()
             },
         }
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
@@ -104,13 +104,13 @@ def locate_clip(config: ClipConfig, offline: bool = False) -> ClipFiles:
     if weights == DEMO_CLIP:
         path = Path(str(resources.files("wsss_pipeline") / "demo" / "clip"))
     else:
-        path = _local(weights, "--clip")
+        path = local_path(weights, "--clip")
     if path.is_file():
         if path.suffix in (".safetensors", ".bin"):
             raise WeightsError(
                 f"CLIP weights {weights} are a file of a model; give its folder, {path.parent}"
             )
-        _check(path, MOST_ARCHIVE_BYTES)
+        check_file(path, MOST_ARCHIVE_BYTES)
         return ClipFiles(weights, (path,), None, _locate_tokenizer(config.tokenizer, path.parent, offline))
     if path.exists() and not path.is_dir():
         raise WeightsError(f"CLIP weights {weights} are neither a file nor a folder; give one of them")
@@ -119,17 +119,14 @@ def locate_clip(config: ClipConfig, offline: bool = False) -> ClipFiles:
             raise WeightsError(
                 f"CLIP weights {weights} don't exist; give a folder, an OpenAI .pt file or a hub id{_hint(weights)}"
             )
-        wanted = ("config.json", *TOKENIZER_FILES)
-        path = _fetch(weights, offline, (*wanted, *SAFE_WEIGHT_FILES))
-        if not _weight_files(path):  # as in older repositories
-            path = _fetch(weights, offline, (*wanted, *WEIGHT_FILES))
+        path = fetch_model(weights, offline, TOKENIZER_FILES)
     if not (path / "config.json").exists():
         raise WeightsError(f"{weights}: no config.json in {path}; give a Hugging Face folder of a CLIP model")
     values = read_config(path / "config.json")
     kind = values.get("model_type", "clip")
     if kind != "clip" or not all(isinstance(values.get(tower), dict) for tower in TOWERS):
         raise WeightsError(f"{weights} is of type {kind}, not a whole CLIP with vision and text tower")
-    files = _weight_files(path)
+    files = weight_files(path)
     if not files:
         raise WeightsError(f"{weights}: no model.safetensors in {path}; fetch the weights as well")
     _check_sizes(files, values)
@@ -137,7 +134,8 @@ def locate_clip(config: ClipConfig, offline: bool = False) -> ClipFiles:
     return ClipFiles(weights, files, path / "config.json", tokenizer)
 
 
-def _check(path: Path, at_most: int) -> None:
+def check_file(path: Path, at_most: int) -> None:
+    """A WeightsError where a file isn't plain, or has more than ``at_most`` bytes."""
     try:
         check_plain(path, at_most)
     except OSError as error:
@@ -168,10 +166,10 @@ def _check_sizes(files: tuple[Path, ...], config: dict[str, Any]) -> None:
     # as 64-bit numbers, twice over; what is small needs no check
     at_most = min(MOST_WEIGHT_BYTES, 16 * parameters + 256 * MIB)
     for path in files:
-        _check(path, at_most)
+        check_file(path, at_most)
 
 
-def _local(text: str, option: str) -> Path:
+def local_path(text: str, option: str) -> Path:
     """``text`` as a path, that of nothing maybe; one that the system refuses even to look up is an error."""
     try:
         path = Path(text).expanduser()
@@ -200,8 +198,11 @@ def _hint(text: str) -> str:
     return f"; did you mean {close[0]}?" if close else ""
 
 
-def _weight_files(folder: Path) -> tuple[Path, ...]:
-    """Whole or in parts; a repository may hold the same weights in several forms, of which one is enough."""
+def weight_files(folder: Path) -> tuple[Path, ...]:
+    """Files of a model's weights, whole or in parts, maybe none.
+
+    A repository may hold the same weights in several forms, of which one is enough.
+    """
     forms = (tuple(sorted(folder.glob(pattern))) for pattern in WEIGHT_FILES)
     return next(filter(None, forms), ())
 
@@ -210,7 +211,7 @@ def _locate_tokenizer(tokenizer: str | None, beside: Path, offline: bool) -> Pat
     if tokenizer is None and _has_vocabulary(beside):
         return _checked(beside)
     wanted = tokenizer or OPENAI_TOKENIZER
-    path = _local(wanted, "--tokenizer")
+    path = local_path(wanted, "--tokenizer")
     if _has_vocabulary(path):
         return _checked(path)
     if tokenizer is not None and path.exists():
@@ -234,8 +235,20 @@ def _checked(tokenizer: Path) -> Path:
     names = [*TOKENIZER_FILES, *ALSO_READ]
     for path in [*map(tokenizer.joinpath, names), *tokenizer.glob("additional_chat_templates/*")]:
         if path.exists():
-            _check(path, MOST_TOKENIZER_BYTES)
+            check_file(path, MOST_TOKENIZER_BYTES)
     return tokenizer
+
+
+def fetch_model(hub_id: str, offline: bool, beside: tuple[str, ...] = ()) -> Path:
+    """The folder, in the hub's own cache, of a model's config.json, its weights and the files ``beside``.
+
+    Raises:
+        WeightsError: it isn't in the cache and can't be fetched, or isn't to be.
+    """
+    wanted = ("config.json", *beside)
+    path = _fetch(hub_id, offline, (*wanted, *SAFE_WEIGHT_FILES))
+    # older repositories have no other weights
+    return path if weight_files(path) else _fetch(hub_id, offline, (*wanted, *WEIGHT_FILES))
 
 
 def _fetch(hub_id: str, offline: bool, patterns: tuple[str, ...]) -> Path:
@@ -268,7 +281,8 @@ def read_config(path: Path) -> dict[str, Any]:
     return values
 
 
-def _file_digest(path: Path, at_most: int) -> str:
+def file_digest(path: Path, at_most: int) -> str:
+    """SHA-256 (hexadecimal) of a plain file of at most so many bytes; a WeightsError where it can't be read."""
     try:
         with open_plain(path, at_most) as file:
             return hashlib.file_digest(file, "sha256").hexdigest()

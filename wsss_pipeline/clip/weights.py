@@ -53,13 +53,13 @@ def load_clip(files: ClipFiles, device: torch.device) -> Clip:
     import transformers as library
 
     transformers: Any = library  # which knows the tokenizer's name only at run time
-    with _loading(files.name):
+    with loading(f"CLIP {files.name}"):
         tensors: dict[str, Tensor] = {}
         if files.config is None:
             values, tensors = to_hugging_face(read_openai_weights(files.weights[0]), files.name)
             shapes = {name: tuple(value.shape) for name, value in tensors.items()}
         else:
-            values, shapes = read_config(files.config), _read(files.weights, shapes_in)
+            values, shapes = read_config(files.config), read_tensor_files(files.weights, shapes_in)
         if shapes.get("logit_scale") not in ((), (1,)):
             raise WeightsError(f"{files.name} has no logit_scale; it isn't a whole CLIP model")
         config = transformers.CLIPConfig(**values)
@@ -82,15 +82,15 @@ def load_clip(files: ClipFiles, device: torch.device) -> Clip:
             (transformers.CLIPTextModelWithProjection, text_config),
         ]
         # before any tensor is read: a file that takes no room on the disk may be larger than the memory
-        names = [_checked_names(*tower, shapes, files.name) for tower in towers]
-        tensors = tensors or _read(files.weights, tensors_in)
-        vision, text = (_tower(*tower, own, tensors) for tower, own in zip(towers, names, strict=True))
+        names = [checked_names(*tower, shapes, files.name, "CLIP") for tower in towers]
+        tensors = tensors or read_tensor_files(files.weights, tensors_in)
+        vision, text = (frozen_model(*tower, own, tensors) for tower, own in zip(towers, names, strict=True))
         scale = float(tensors["logit_scale"].float().exp())
         return Clip(vision.to(device), text.to(device), tokenizer, scale, files)
 
 
-def _read(files: tuple[Path, ...], read: Callable[[Path], dict[str, Value]]) -> dict[str, Value]:
-    """What the files have by the tensors' names."""
+def read_tensor_files(files: tuple[Path, ...], read: Callable[[Path], dict[str, Value]]) -> dict[str, Value]:
+    """What ``read``, a function of ``tensor_files``, finds in all the files; WeightsError where one can't be read."""
     found: dict[str, Value] = {}
     for path in files:
         try:
@@ -104,13 +104,26 @@ def _read(files: tuple[Path, ...], read: Callable[[Path], dict[str, Value]]) -> 
     return found
 
 
-def _checked_names(kind: Any, config: Any, shapes: Mapping[str, tuple[int, ...]], name: str) -> list[str]:
-    """Names of a tower's tensors, all of which are there in the right shape."""
+def checked_names(
+    kind: Any, config: Any, shapes: Mapping[str, tuple[int, ...]], name: str, family: str
+) -> list[str]:
+    """Names of a model's tensors, all of which are there in the right shape.
+
+    Args:
+        kind: class of ``transformers``.
+        config: its configuration.
+        shapes: shape of each tensor that the files hold.
+        name: text that the user gave, for messages.
+        family: what the model is one of, for messages.
+
+    Raises:
+        WeightsError: one is missing, or has another shape.
+    """
     with torch.device("meta"):  # names and shapes alone: no memory, no random numbers
         wanted = {key: tuple(value.shape) for key, value in kind(config).state_dict().items()}
     if missing := sorted(wanted.keys() - shapes.keys()):
         raise WeightsError(
-            f"{name} lacks {len(missing)} tensors, such as {missing[0]}; it isn't a whole CLIP model"
+            f"{name} lacks {len(missing)} tensors, such as {missing[0]}; it isn't a whole {family} model"
         )
     for key, shape in wanted.items():
         if shapes[key] != shape:
@@ -121,17 +134,24 @@ def _checked_names(kind: Any, config: Any, shapes: Mapping[str, tuple[int, ...]]
     return list(wanted)
 
 
-def _tower(kind: Any, config: Any, names: list[str], tensors: Mapping[str, Tensor]) -> Any:
-    """A frozen tower in float32, whatever the configuration's own type, with its part of the tensors."""
+def frozen_model(kind: Any, config: Any, names: list[str], tensors: Mapping[str, Tensor]) -> Any:
+    """A model in float32, whatever the configuration's own type, with its part of the tensors, frozen.
+
+    Args:
+        kind: class of ``transformers``.
+        config: its configuration.
+        names: result of ``checked_names``.
+        tensors: those that the files hold, by name.
+    """
     # copies: what was read may be the mapped file itself, which others can write to
     own = {key: tensors[key].to(torch.float32, copy=True) for key in names}
-    tower = kind.from_pretrained(None, config=config, state_dict=own, dtype=torch.float32)
-    return tower.requires_grad_(False).eval()
+    model = kind.from_pretrained(None, config=config, state_dict=own, dtype=torch.float32)
+    return model.requires_grad_(False).eval()
 
 
 @contextmanager
-def _loading(name: str) -> Iterator[None]:
-    """One line for whatever the libraries raise on damaged or foreign files, and no word of their own.
+def loading(what: str) -> Iterator[None]:
+    """A WeightsError about ``what`` for whatever the libraries raise on damaged or foreign files.
 
     Their warnings and bars are about their own loading; what matters is said by our errors.
     """
@@ -147,7 +167,7 @@ def _loading(name: str) -> Iterator[None]:
     except Exception as error:
         check_machine(error)
         reason = one_line(error, 200) or type(error).__name__
-        raise WeightsError(f"CLIP {name} can't be loaded: {reason}") from error
+        raise WeightsError(f"{what} can't be loaded: {reason}") from error
     finally:
         logging.set_verbosity(verbosity)
         if bars:

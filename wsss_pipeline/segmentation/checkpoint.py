@@ -240,11 +240,12 @@ def load_network(
             f"checkpoint {folder} needs its frozen encoder, which can't be had: {one_line(error)[:300]}"
         ) from error
     if isinstance(network, FrozenClip) and (found := network.frozen_digests()) != config.frozen:
-        other = next(name for name in found if found[name] != config.frozen.get(name))
+        given = clip.files.name if clip and clip.files else config.network.encoder
+        family = "CLIP"
+        if found["clip"] == config.frozen.get("clip"):
+            family, given = "DINOv2", config.network.frozen.dino or "none"
         raise CheckpointError(
-            f"checkpoint {folder} was trained on another {other.upper()} than "
-            f"{clip.files.name if clip and clip.files else config.network.encoder}; give the one it was "
-            "trained on"
+            f"checkpoint {folder} was trained on another {family} than {given}; give the one it was trained on"
         )
     try:
         _load_tensors(network, folder / WEIGHTS)

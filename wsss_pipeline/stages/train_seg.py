@@ -214,10 +214,13 @@ def _train(
         chosen, loss, optimisation = config.network, config.loss, config.optimisation
         precision = accelerator.mixed_precision.replace("no", "fp32")
         balanced = ", balanced" if loss.balanced else ""
-        logger.info(
-            f"network: {chosen.name}, {chosen.encoder}, {millions:.1f} M parameters, weights {chosen.weights}"
-        )
-        logger.info(f"masks: {masks.description}, {len(ids):,} images (ids {id_digest(ids)})")
+        encoder, ending = chosen.encoder, f", weights {chosen.weights}"
+        if isinstance(network, FrozenClip):
+            frozen = " and ".join(filter(None, (chosen.encoder, chosen.frozen.dino)))
+            encoder, ending = f"{frozen} (frozen)", " to train"
+        logger.info(f"network: {chosen.name}, {encoder}, {millions:.2f} M parameters{ending}")
+        kind = "data" if isinstance(masks, ImageLabels) else "masks"
+        logger.info(f"{kind}: {masks.description}, {len(ids):,} images (ids {id_digest(ids)})")
         counted, foreground = "", 1.0
         if isinstance(masks, ImageLabels):
             logger.info(f"targets: {_told(config.online)}")
