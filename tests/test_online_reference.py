@@ -206,6 +206,19 @@ def test_logits_of_several_scales_of_weclip(size: str, patch: pytest.MonkeyPatch
     size = golden["mask_multi"].shape
     upscaled = F.interpolate(total, size, mode="bilinear", align_corners=False)
     assert differing(upscaled[0].argmax(dim=0), golden["mask_multi"]) < 1e-3
+    # the masks of the whole picture with the decoder's gate
+    height, width = (side // 16 * 16 for side in first.shape[2:])
+    with torch.no_grad():
+        encoded = system.network.encode(first[..., :height, :width], **system.method.encoding)
+        gate = system.network.decode(encoded)["similarity"].sigmoid()
+        with np.load(system.folder / "test.npz") as file:
+            present = [labels_of(system, str(file["picture"]))]
+        (refined,) = system.method.cams(encoded.features, present, gate=gate)
+        assert largest(refined, golden["refined_val"], relative=True) < 1e-4
+        scores = assemble(upscale_cams(refined, golden["pseudo_val"].shape))
+        posterior = propagate(first, scores[None], ParConfig())[0]
+    values = torch.tensor([0, *present[0]])
+    assert differing(values[posterior.argmax(dim=0)], golden["pseudo_val"]) < 1e-3
 
 
 def logits_of_whole_patches(system: Published, images: Tensor) -> Tensor:
