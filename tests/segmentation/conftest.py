@@ -1,17 +1,23 @@
-"""Eight drawn scenes, and a job that trains a tiny network on them."""
+"""Eight drawn scenes, and jobs that train a tiny network on them: on their masks, or on their labels."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from wsss_pipeline.clip.sources import ClipFiles, locate_clip
+from wsss_pipeline.clip.weights import Clip, load_clip
+from wsss_pipeline.config import ClipConfig
 from wsss_pipeline.data.classes import load_class_set
 from wsss_pipeline.data.masks import MaskFolder
 from wsss_pipeline.demo.voc_folder import write_voc_folder
-from wsss_pipeline.segmentation.train_config import TrainConfig
+from wsss_pipeline.pseudo_masks import generator as generator_module
+from wsss_pipeline.segmentation.train_config import TrainConfig, load_train_config
 from wsss_pipeline.stages.train_seg import TrainJob
 
 CONFIG = TrainConfig.model_validate(
@@ -45,6 +51,34 @@ def changed(config: TrainConfig, **values: Any) -> TrainConfig:
     return config
 
 
+SMALL = [
+    *("network.frozen.width=32", "network.frozen.depth=1", "augmentation.crop=48"),
+    *("optimisation.iterations=6", "optimisation.batch=2", "optimisation.warm_up=2"),
+    *("validate_every=3", "save_every=2", "online.gate_from=5"),
+]
+# without affinity, as the demo has it, there is nothing to gate
+OWN = {
+    "weclip": [],
+    "excel": ["online.guide_from=5", "online.self_affinity_from=6", "online.settings=[excel.affinity=true]"],
+}
+
+
+def online_config(method: str, **values: Any) -> TrainConfig:
+    """Crops of 6 x 6 patches; the network helps from update 5 on."""
+    return changed(load_train_config(f"{method}/demo", overrides=[*SMALL, *OWN[method]]), **values)
+
+
+@cache
+def loaded_once(files: ClipFiles) -> Clip:
+    return load_clip(files, torch.device("cpu"))
+
+
+@pytest.fixture(scope="session")
+def demo_clip() -> Clip:
+    """The CLIP of all tests here that train on labels."""
+    return loaded_once(locate_clip(ClipConfig(weights="demo"), offline=True))
+
+
 @pytest.fixture(scope="session")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("voc")
@@ -60,5 +94,18 @@ def make(root: Path, tmp_path: Path) -> Make:
         masks = MaskFolder(root / "SegmentationClass", load_class_set("demo").names, "ground truth")
         settings = {"device": "cpu", "workers": 0, **changes}
         return TrainJob(root / "JPEGImages", masks, tmp_path / out, config, **settings)
+
+    return job
+
+
+@pytest.fixture
+def make_online(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Make:
+    """A job that makes its targets of image-level labels, in the folder ``tmp_path / out``."""
+    monkeypatch.setattr(generator_module, "load_clip", lambda files, device: loaded_once(files))
+
+    def job(out: str, config: TrainConfig, **changes: Any) -> TrainJob:
+        settings = {"device": "cpu", "workers": 0, "classes": "demo", "labels": root / "Annotations"}
+        settings |= {"images": root / "JPEGImages", "offline": True, **changes}
+        return TrainJob(masks=None, out=tmp_path / out, config=config, **settings)
 
     return job

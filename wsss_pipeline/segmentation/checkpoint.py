@@ -239,13 +239,22 @@ def load_network(
         raise CheckpointError(
             f"checkpoint {folder} needs its frozen encoder, which can't be had: {one_line(error)[:300]}"
         ) from error
-    if isinstance(network, FrozenClip) and (found := network.frozen_digests()) != config.frozen:
-        other = next(name for name in found if found[name] != config.frozen.get(name))
-        raise CheckpointError(
-            f"checkpoint {folder} was trained on another {other.upper()} than "
-            f"{clip.files.name if clip and clip.files else config.network.encoder}; give the one it was "
-            "trained on"
-        )
+    if isinstance(network, FrozenClip):
+        names = {
+            "clip": ("CLIP", clip.files.name if clip and clip.files else config.network.encoder),
+            "dino": ("DINOv2", config.network.frozen.dino or "none"),
+        }
+        for key, digest in network.frozen_digests().items():
+            what, given = names[key]
+            if digest and not config.frozen.get(key):
+                raise CheckpointError(
+                    f"checkpoint {folder}: {CONFIG} doesn't say which {what} it was trained on; train it anew"
+                )
+            if digest != config.frozen.get(key):
+                raise CheckpointError(
+                    f"checkpoint {folder} was trained on another {what} than {given:.200}; give the one it was "
+                    "trained on"
+                )
     try:
         _load_tensors(network, folder / WEIGHTS)
     except FileNotFoundError as error:

@@ -1,0 +1,367 @@
+"""Training on targets that are made of each batch's own crops, by WeCLIP and by ExCEL."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from tests.segmentation.conftest import Make, changed, online_config
+from tests.segmentation.test_trainer import DiesAtFive, Killed, log_of, losses
+from wsss_pipeline.clip.weights import Clip
+from wsss_pipeline.data.classes import load_class_set
+from wsss_pipeline.data.image_ids import find_images
+from wsss_pipeline.data.labels import read_labels
+from wsss_pipeline.data.masks import CERTAIN, IGNORE
+from wsss_pipeline.demo.scenes import draw_scene
+from wsss_pipeline.errors import CheckpointError, TrainingError
+from wsss_pipeline.methods import load_method
+from wsss_pipeline.pseudo_masks.generator import MaskGenerator
+from wsss_pipeline.segmentation import trainer as trainer_module
+from wsss_pipeline.segmentation.checkpoint import load_network, save_network
+from wsss_pipeline.segmentation.frozen_clip import FrozenClip
+from wsss_pipeline.segmentation.networks import build_network
+from wsss_pipeline.segmentation.objectives import weighted_losses
+from wsss_pipeline.segmentation.targets import OnlineTarget
+from wsss_pipeline.segmentation.train_config import FrozenClipConfig, NetworkConfig
+from wsss_pipeline.stages.train_seg import train_seg
+
+METHODS = ("weclip", "excel")
+each_method = pytest.mark.parametrize("method", METHODS)
+
+
+@pytest.mark.parametrize("ema", [0.0, 0.9])
+@each_method
+def test_an_interrupted_run_ends_bit_for_bit_like_an_undisturbed_one(
+    make_online: Make, monkeypatch: pytest.MonkeyPatch, demo_clip: Clip, method: str, ema: float
+) -> None:
+    """It dies in the first update in which the network helps, and goes on from before it."""
+    frozen = {name: value.clone() for name, value in demo_clip.vision.state_dict().items()}
+    config = online_config(method, optimisation__ema=ema)
+    whole = train_seg(make_online("whole", config))
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer_module, "Progress", DiesAtFive)
+        with pytest.raises(Killed):
+            train_seg(make_online("parts", config))
+    parts = train_seg(make_online("parts", config))
+    assert (whole.steps, parts.steps) == (6, 6)
+    files = ["last/model.safetensors", "state/network.safetensors"]
+    for name in [*files, "state/average.safetensors"] if ema else files:
+        one, other = (load_file(result.checkpoint.parent / name) for result in (whole, parts))
+        assert all(torch.equal(one[key], other[key]) for key in one)
+        # the decoder alone; a number of updates is in the average
+        assert all("model.fusion." in key or "model.decoder." in key or key == "n_averaged" for key in one)
+        assert sum(value.numel() for value in one.values()) < 60_000
+    assert losses(parts.checkpoint.parent)[-2:] == losses(whole.checkpoint.parent)[-2:]
+    assert all(torch.equal(value, frozen[name]) for name, value in demo_clip.vision.state_dict().items())
+
+
+def labels_of(root: Path) -> dict[str, list[str]]:
+    """Of the eight scenes, as their annotations say."""
+    images = find_images(root / "JPEGImages")
+    return read_labels(root / "Annotations", images, load_class_set("demo"))
+
+
+@dataclass(frozen=True)
+class Made:
+    """Targets of one batch, and what they were made of."""
+
+    present: list[list[int]]
+    beyond: Tensor
+    target: Tensor
+    confidence: Tensor
+
+
+@pytest.fixture
+def made(monkeypatch: pytest.MonkeyPatch) -> list[Made]:
+    """The targets of all batches, in order."""
+    seen: list[Made] = []
+    make = OnlineTarget.__call__
+
+    def recorded(self: OnlineTarget, images: Tensor, outputs: Any, present: Any, *more: Any) -> Any:
+        target, confidence = make(self, images, outputs, present, *more)
+        seen.append(Made([list(values) for values in present], more[0], target, confidence))
+        return target, confidence
+
+    monkeypatch.setattr(OnlineTarget, "__call__", recorded)
+    return seen
+
+
+def write(folder: Path, labels: Mapping[str, list[str]]) -> Path:
+    (folder / "labels.json").write_text(json.dumps(labels))
+    return folder / "labels.json"
+
+
+@pytest.mark.parametrize("batch", [1, 3, 5])
+@each_method
+def test_a_crops_target_holds_its_images_classes_alone(
+    make_online: Make, root: Path, tmp_path: Path, made: list[Made], method: str, batch: int
+) -> None:
+    """One image has no label, one has all; the network helps from the second update on."""
+    names = load_class_set("demo").names
+    labels = write(tmp_path, {**labels_of(root), "train_00001": [], "train_00002": list(names)})
+    updates = -(-8 // batch)
+    config = online_config(method, optimisation__batch=batch, optimisation__iterations=updates)
+    config = changed(config, online__gate_from=2, online__guide_from=2, online__self_affinity_from=2)
+    config = changed(config, augmentation__scale_min=0.3, augmentation__scale_max=0.6)
+    run = train_seg(make_online("run", config, labels=labels)).checkpoint.parent
+    assert [len(batch.present) for batch in made] == [batch] * updates
+    assert all(math.isfinite(line["loss"]) and line["images"] == batch for line in log_of(run))
+    counts, found = [], set[int]()
+    for part in made:
+        for present, beyond, target, confidence in zip(
+            part.present, part.beyond, part.target, part.confidence, strict=True
+        ):
+            assert torch.equal(target == IGNORE, beyond)
+            assert (confidence[beyond] == 0).all()
+            assert set(target[~beyond].tolist()) <= {0, *present}
+            if not present:
+                assert (confidence[~beyond] == CERTAIN).all()
+            counts.append(len(present))
+            found |= set(target[~beyond].tolist())
+    assert {0, len(names)} <= set(counts)
+    assert len(found) > 3, "hardly any class is in the targets"
+    assert any(part.beyond.any() for part in made)
+
+
+@each_method
+def test_images_without_labels_teach_the_background(
+    make_online: Make, root: Path, tmp_path: Path, made: list[Made], method: str
+) -> None:
+    labels = write(tmp_path, dict.fromkeys(labels_of(root), []))
+    config = online_config(method, optimisation__iterations=8, optimisation__lr=0.01)
+    run = train_seg(make_online("run", config, labels=labels)).checkpoint
+    assert all((part.target[~part.beyond] == 0).all() for part in made)
+    values = losses(run.parent)
+    assert 0 <= values[-1] < 0.5 * values[0]
+    predicted = load_network(run).network(torch.randn(1, 3, 48, 48)).argmax(dim=1)
+    assert (predicted == 0).all()
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+@each_method
+def test_a_damaged_image_teaches_nothing_whatever_its_labels(
+    make_online: Make, root: Path, tmp_path: Path, made: list[Made], method: str, batch: int
+) -> None:
+    shutil.copytree(root / "JPEGImages", tmp_path / "images")
+    (damaged,) = (tmp_path / "images").glob("train_00003.*")
+    damaged.write_bytes(b"no image")
+    config = online_config(method, optimisation__batch=batch, optimisation__iterations=8 // batch + 1)
+    runs = []
+    for number, own in enumerate(([], list(load_class_set("demo").names))):
+        labels = write(tmp_path, {**labels_of(root), "train_00003": own})
+        changes = {"images": tmp_path / "images", "labels": labels}
+        job = make_online(f"run {number}", changed(config, max_unusable=1.0), **changes)
+        runs.append(train_seg(job).checkpoint)
+    one, other = (load_file(run / "model.safetensors") for run in runs)
+    assert all(torch.equal(one[name], other[name]) and one[name].isfinite().all() for name in one)
+    assert any(line["damaged"] == 1 for line in log_of(runs[0].parent))
+    whole = [target for part in made for target in part.target if (target == IGNORE).all()]
+    assert len(whole) == sum(line["damaged"] for run in runs for line in log_of(run.parent))
+
+
+@pytest.mark.parametrize("value", [0, 3, IGNORE])
+@each_method
+def test_a_target_of_one_kind_alone_has_a_finite_loss(demo_clip: Clip, method: str, value: int) -> None:
+    """The published balanced loss isn't a number where background or foreground doesn't occur."""
+    config = online_config(method, online__override_from=1, loss__dice=1.0)
+    torch.manual_seed(0)
+    network = FrozenClip(config.network.frozen, 11, demo_clip).train()
+    outputs = network.training_outputs(torch.randn(2, 3, 48, 48))
+    target = torch.full((2, 48, 48), value)
+    confidence = torch.full((2, 48, 48), CERTAIN, dtype=torch.uint8)
+    found = weighted_losses(outputs, target, confidence, config, 1, lambda sums: sums)
+    total = torch.stack(list(found.values())).sum()
+    total.backward()
+    gradients = [parameter.grad for parameter in network.parameters() if parameter.grad is not None]
+    assert total.isfinite()
+    assert all(gradient.isfinite().all() for gradient in gradients)
+    assert any(gradient.any() for gradient in gradients) == (value != IGNORE)
+
+
+def test_images_that_lack_labels_are_named_or_left_out(make_online: Make, root: Path, tmp_path: Path) -> None:
+    some = dict(list(labels_of(root).items())[:6])
+    job = make_online("run", online_config("weclip"), labels=write(tmp_path, some))
+    with pytest.raises(
+        TrainingError, match=r"2 of the 8 images aren't in the labels .*labels\.json \(train_00006, train_00007\)"
+    ):
+        train_seg(job)
+    assert train_seg(replace(job, allow_missing=True)).steps == 6
+    assert json.loads((job.out / "data.json").read_text())["images"] == 6
+
+
+@pytest.mark.parametrize("cause", ["rate", "weights"])
+@each_method
+def test_nan_stops_with_one_line_and_the_network_before_it(
+    make_online: Make, tmp_path: Path, demo_clip: Clip, method: str, cause: str
+) -> None:
+    """Also where what isn't a number goes into the targets."""
+    config = online_config(method, online__gate_from=1, online__guide_from=1, optimisation__clip_norm=0.0)
+    if cause == "rate":
+        config = changed(config, optimisation__optimizer="sgd", optimisation__lr=1e30)
+    else:
+        tensors = FrozenClip(config.network.frozen, 11, demo_clip).model.state_dict()
+        tensors["fusion.fuse.bias"][0] = math.nan
+        save_file(tensors, tmp_path / "start.safetensors")
+        network = config.network.model_copy(update={"weights": str(tmp_path / "start.safetensors")})
+        config = changed(config, network=network)
+    with pytest.raises(TrainingError, match=r"the loss is nan at update \d.*train_0000") as caught:
+        train_seg(make_online("run", config))
+    assert "\n" not in str(caught.value)
+    values = json.loads((tmp_path / "run" / "nan" / "config.json").read_text())
+    assert len(values["image_ids"]) == 2
+
+
+@each_method
+def test_an_update_changes_every_tensor_of_the_decoder(
+    make_online: Make, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    """And what the network says of the crops goes into their targets without a gradient."""
+    given: list[dict[str, Tensor | None]] = []
+    kind = load_method(method)
+    cams = kind.cams  # type: ignore[attr-defined]
+
+    def recorded(self: Any, features: Any, present: Any, **from_network: Tensor | None) -> Any:
+        given.append(from_network)
+        return cams(self, features, present, **from_network)
+
+    monkeypatch.setattr(kind, "cams", recorded)
+    config = online_config(method, online__gate_from=1, online__guide_from=1, optimisation__iterations=1)
+    config = changed(config, optimisation__weight_decay=0.0, optimisation__warm_up=0)
+    first = train_seg(make_online("first", changed(config, optimisation__lr=0.0))).checkpoint
+    after = train_seg(make_online("after", config)).checkpoint
+    one, other = (load_file(run / "model.safetensors") for run in (first, after))
+    assert [name for name in one if torch.equal(one[name], other[name])] == []
+    for tensors in given:
+        assert set(tensors) == {"gate", "guide", "prior"}
+        assert not any(value is None or value.requires_grad for value in tensors.values())
+
+
+CONFIGURATIONS: dict[str, dict[str, Any]] = {
+    "raw": {},
+    "centred": {"affinity": "centred"},
+    "centred on each image": {"affinity": "centred", "affinity_mean": "image"},
+    "in place": {"in_place": True, "last_block": -1},
+    "one block": {"first_block": -1, "last_block": -1},
+}
+
+
+@pytest.mark.parametrize("name", CONFIGURATIONS)
+def test_what_a_network_sees_in_an_image_is_the_same_in_any_batch(demo_clip: Clip, name: str) -> None:
+    torch.manual_seed(0)
+    config = FrozenClipConfig(width=32, depth=1, **CONFIGURATIONS[name])
+    network = FrozenClip(config, 11, demo_clip).eval()
+    images = torch.randn(2, 3, 43, 61)
+    with torch.no_grad():
+        together = network(images)
+        padded = torch.nn.functional.pad(images, (0, 3, 0, 5))
+        both = network.decode(network.encode(padded))
+        for number in range(2):
+            assert (network(images[number, None])[0] - together[number]).abs().max() < 1e-5
+            alone = network.decode(network.encode(padded[number, None]))
+            for key, value in alone.items():
+                assert torch.allclose(value[0], both[key][number], rtol=1e-4, atol=1e-5), key
+
+
+def saved_network(folder: Path, demo_clip: Clip, **frozen: Any) -> Path:
+    """A checkpoint for the demo's classes, of seeded weights."""
+    config = NetworkConfig.model_validate(
+        {"name": "frozen-clip", "encoder": "demo", "weights": "none", "frozen": {"width": 32, **frozen}}
+    )
+    torch.manual_seed(0)
+    network = build_network(config, 11, clip=demo_clip)
+    save_network(network, folder, config, load_class_set("demo").names)
+    return folder
+
+
+def mask_generator(method: str, **settings: Any) -> MaskGenerator:
+    settings = {"clip.weights": "demo", "classes": "demo", "method": method, **settings}
+    return MaskGenerator(settings=settings, device="cpu", offline=True)
+
+
+@pytest.mark.parametrize("affinity", ["raw", "centred"])
+@each_method
+def test_masks_made_with_a_network_are_the_same_in_any_batch(
+    tmp_path: Path, demo_clip: Clip, method: str, affinity: str
+) -> None:
+    folder = saved_network(tmp_path / "network", demo_clip, affinity=affinity)
+    settings = {"weclip.prior": True} if method == "weclip" else {"excel.affinity": True}
+    generator = mask_generator(method, **settings, **{f"{method}.checkpoint": str(folder)})
+    scenes = [draw_scene((77, number)) for number in (3, 5)]
+    images = [generator.prepare(scene.image, scene.labels) for scene in scenes]
+    pixels = torch.stack([image.prepared.pixels for image in images])
+    with torch.no_grad():
+        together = generator.method.scores(pixels, [image.classes for image in images])
+        parts = [generator.method.scores(image.prepared.pixels[None], [image.classes]) for image in images]
+    for (alone,), found in zip(parts, together, strict=True):
+        assert found.amax() > 0
+        assert (alone - found).abs().max() < 1e-5 * max(1, float(found.amax()))
+
+
+def other_clip(folder: Path) -> Path:
+    """A copy of the demo's CLIP, one tensor of which is another."""
+    shutil.copytree(str(resources.files("wsss_pipeline") / "demo" / "clip"), folder)
+    tensors = load_file(folder / "model.safetensors")
+    name = next(name for name in tensors if name.endswith("post_layernorm.bias"))
+    save_file({**tensors, name: tensors[name] + 0.1}, folder / "model.safetensors")
+    return folder
+
+
+def rewritten(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    values = json.loads((folder / "config.json").read_text())
+    change(values)
+    (folder / "config.json").write_text(json.dumps(values))
+
+
+REFUSED: dict[str, tuple[Callable[[dict[str, Any], Path], object], str]] = {
+    "another CLIP": (
+        lambda values, folder: values["network"].update(encoder=str(other_clip(folder / "clip"))),
+        r"trained on another CLIP than \S+clip; give the one it was trained on",
+    ),
+    "a CLIP that is gone": (
+        lambda values, folder: values["network"].update(encoder=str(folder / "gone")),
+        r"needs its frozen encoder, which can't be had: .*gone",
+    ),
+    "no digests": (lambda values, folder: values.pop("frozen"), "config.json doesn't say which CLIP"),
+    "a digest of nothing": (
+        lambda values, folder: values["frozen"].update(clip=None),
+        "config.json doesn't say which CLIP",
+    ),
+    "a digest of a DINOv2 too many": (
+        lambda values, folder: values["frozen"].update(dino="0" * 64),
+        "another DINOv2 than none",
+    ),
+    "no such block": (
+        lambda values, folder: values["network"]["frozen"].update(last_block=7),
+        "frozen.last_block 7: this CLIP has the blocks 0 to 5",
+    ),
+    "heads that don't divide": (
+        lambda values, folder: values["network"]["frozen"].update(heads=5),
+        "frozen.width 32 isn't a multiple of frozen.heads 5",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+def test_a_checkpoint_without_the_clip_it_was_trained_on_is_refused(
+    tmp_path: Path, demo_clip: Clip, kind: str
+) -> None:
+    folder = saved_network(tmp_path / "last", demo_clip)
+    rewritten(folder, lambda values: values["frozen"].pop("dino"))  # there was none
+    assert load_network(folder).class_names == load_class_set("demo").names
+    change, message = REFUSED[kind]
+    rewritten(folder, lambda values: change(values, tmp_path))
+    with pytest.raises(CheckpointError, match=message) as caught:
+        load_network(folder)
+    assert "\n" not in str(caught.value)
+    assert str(folder) in str(caught.value)
