@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import shutil
+import subprocess
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from importlib import resources
@@ -16,9 +18,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from tests.end_to_end.conftest import wsss
+from tests.end_to_end.test_bad_input import only_error
 from tests.segmentation.conftest import Make, changed, online_config
-from tests.segmentation.test_trainer import DiesAtFive, Killed, log_of, losses
+from tests.segmentation.test_trainer import ROOT, TORCHRUN, DiesAtFive, Killed, log_of, losses
 from wsss_pipeline.clip.weights import Clip
+from wsss_pipeline.config import to_yaml
 from wsss_pipeline.data.classes import load_class_set
 from wsss_pipeline.data.image_ids import find_images
 from wsss_pipeline.data.labels import read_labels
@@ -138,7 +143,7 @@ def test_a_crops_target_holds_its_images_classes_alone(
 def test_images_without_labels_teach_the_background(
     make_online: Make, root: Path, tmp_path: Path, made: list[Made], method: str
 ) -> None:
-    labels = write(tmp_path, dict.fromkeys(labels_of(root), []))
+    labels = write(tmp_path, {image_id: [] for image_id in labels_of(root)})
     config = online_config(method, optimisation__iterations=8, optimisation__lr=0.01)
     run = train_seg(make_online("run", config, labels=labels)).checkpoint
     assert all((part.target[~part.beyond] == 0).all() for part in made)
@@ -193,7 +198,8 @@ def test_images_that_lack_labels_are_named_or_left_out(make_online: Make, root: 
     some = dict(list(labels_of(root).items())[:6])
     job = make_online("run", online_config("weclip"), labels=write(tmp_path, some))
     with pytest.raises(
-        TrainingError, match=r"2 of the 8 images aren't in the labels .*labels\.json \(train_00006, train_00007\)"
+        TrainingError,
+        match=r"2 of the 8 images aren't in the labels .*labels\.json \(train_00006, train_00007\)",
     ):
         train_seg(job)
     assert train_seg(replace(job, allow_missing=True)).steps == 6
@@ -347,7 +353,7 @@ REFUSED: dict[str, tuple[Callable[[dict[str, Any], Path], object], str]] = {
     ),
     "heads that don't divide": (
         lambda values, folder: values["network"]["frozen"].update(heads=5),
-        "frozen.width 32 isn't a multiple of frozen.heads 5",
+        "frozen.width 32 isn't a multiple of network.frozen.heads 5",
     ),
 }
 
@@ -365,3 +371,154 @@ def test_a_checkpoint_without_the_clip_it_was_trained_on_is_refused(
         load_network(folder)
     assert "\n" not in str(caught.value)
     assert str(folder) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        (
+            {},
+            "trained on other classes than those that masks are to be made of: it knows cat, dog; give these",
+        ),
+        ({"in_place": True, "last_block": -1, "calibrated_blocks": 2}, "fuses 2 calibrated blocks, and "),
+    ],
+)
+@each_method
+def test_a_network_that_does_not_fit_helps_no_masks(
+    tmp_path: Path, demo_clip: Clip, method: str, other: dict[str, Any], message: str
+) -> None:
+    folder = saved_network(tmp_path / "last", demo_clip, **other)
+    if not other:
+        rewritten(folder, lambda values: values.update(id2label={"0": "background", "1": "cat", "2": "dog"}))
+        tensors = load_file(folder / "model.safetensors")
+        for name in ("weight", "bias"):
+            key = f"model.decoder.classify.{name}"
+            tensors[key] = tensors[key][:3].clone()
+        save_file(tensors, folder / "model.safetensors")
+    generator = mask_generator(method, **{f"{method}.checkpoint": str(folder)})
+    with pytest.raises(CheckpointError, match=message) as caught:
+        generator(draw_scene((77, 3)).image, ["ball"])
+    assert "\n" not in str(caught.value)
+
+
+# trains each configuration of its arguments, as the command does it under torchrun
+TWO_PROCESSES = """
+import sys
+from pathlib import Path
+import torch
+from wsss_pipeline.segmentation.train_config import load_train_config
+from wsss_pipeline.stages.train_seg import TrainJob, train_seg
+root, *runs = map(Path, sys.argv[1:])
+for run in runs:
+    config = load_train_config(file=run.with_suffix(".yaml"))
+    changes = {"labels": root / "Annotations", "classes": "demo", "device": "cpu", "workers": 0}
+    train_seg(TrainJob(root / "JPEGImages", None, run, config, offline=True, **changes))
+torch.distributed.destroy_process_group()
+"""
+
+
+def test_two_processes_are_one_with_twice_the_batch(make_online: Make, root: Path, tmp_path: Path) -> None:
+    """ExCEL's similarities lose the mean of the whole batch, and gradients go through it."""
+    configs = {}
+    for method in METHODS:
+        # AdamW divides a gradient by its size, and so makes a step of what is rounding
+        config = online_config(method, optimisation__optimizer="sgd", optimisation__lr=0.05)
+        config = changed(config, optimisation__iterations=4, optimisation__warm_up=0, loss__affinity=1.0)
+        config = changed(config, online__gate_from=2, online__guide_from=3, online__self_affinity_from=4)
+        frozen = config.network.frozen.model_copy(update={"dropout": 0.0})
+        configs[method] = changed(config, network=config.network.model_copy(update={"frozen": frozen}))
+        (tmp_path / f"two-{method}.yaml").write_text(to_yaml(configs[method]))
+    (tmp_path / "two.py").write_text(TWO_PROCESSES)
+    runs = [tmp_path / f"two-{method}" for method in METHODS]
+    process = subprocess.run(
+        [*TORCHRUN, str(tmp_path / "two.py"), str(root), *map(str, runs)],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert process.returncode == 0, process.stderr
+    assert configs["excel"].network.frozen.affinity_mean == "batch"
+    for method, run in zip(METHODS, runs, strict=True):
+        train_seg(make_online(f"one-{method}", changed(configs[method], optimisation__batch=4)))
+        one, two = (log_of(folder) for folder in (tmp_path / f"one-{method}", run))
+        for name in ("loss_segmentation", "loss_affinity"):
+            assert [line[name] for line in two] == pytest.approx([line[name] for line in one], rel=1e-4)
+        weights = [
+            load_file(folder / "last/model.safetensors") for folder in (tmp_path / f"one-{method}", run)
+        ]
+        assert max(float((weights[0][name] - weights[1][name]).abs().max()) for name in weights[0]) < 1e-5
+
+
+LABELS, CLASSES, ONLINE = ("--labels", "{root}/Annotations"), ("--classes", "demo"), ("--online", "weclip")
+TRUTH = ("--gt-masks", "{root}/SegmentationClass", *CLASSES, "--network", "frozen-clip")
+MISUSED: dict[str, tuple[tuple[str, ...], str]] = {
+    "a method that can't": (
+        ("--online", "clip-es", *LABELS, *CLASSES),
+        "--online clip-es: it makes no targets in training; choose one of excel, weclip, or make masks first",
+    ),
+    "no such method": (
+        ("--online", "weclp", *LABELS, *CLASSES),
+        "unknown method 'weclp'; did you mean 'weclip'",
+    ),
+    "no such preset": (("--online", "weclip/voc", *LABELS, *CLASSES), "unknown preset 'weclip/voc'"),
+    "no labels": ((*ONLINE, *CLASSES), "lies in no class folder; give --labels"),
+    "no such labels": ((*ONLINE, *CLASSES, "--labels", "nowhere.json"), "'nowhere.json' can't be read"),
+    "no classes": ((*ONLINE, *LABELS), "--online needs classes: give --classes voc12, FILE.yaml or cat,dog"),
+    "a cache as well": (
+        (*ONLINE, *LABELS, *CLASSES, "--cache", "cache"),
+        "give the masks once: --cache DIR, --on",
+    ),
+    "labels of ground truth": ((*TRUTH, "--encoder", "demo", *LABELS), "--labels is for --online METHOD"),
+    "another network": (
+        (*ONLINE, *LABELS, *CLASSES, "--network", "segformer"),
+        "online.method needs --network frozen-clip, not segformer",
+    ),
+    "a crop between two patches": (
+        (*ONLINE, *LABELS, *CLASSES, "--crop", "50"),
+        "--crop 50 isn't a multiple of 8, the patch of this CLIP; 48 is",
+    ),
+    "such a crop of ground truth": (
+        (*TRUTH, "--encoder", "demo", "--crop", "50"),
+        "--crop 50 isn't a multiple of 8, the patch of this CLIP; 48 is",
+    ),
+    "another pass of CLIP": (
+        (*ONLINE, *LABELS, *CLASSES, "--set", "network.frozen.in_place=true"),
+        "network.frozen.in_place fuses 5 calibrated blocks, and weclip has none: give a method with as many",
+    ),
+    "no CLIP": (TRUTH, "--network frozen-clip needs a CLIP: give --encoder"),
+    "no such CLIP": (
+        (*ONLINE, *LABELS, *CLASSES, "--encoder", "./no-clip"),
+        "CLIP weights ./no-clip don't exist; give a folder",
+    ),
+    "no such block": (
+        (*ONLINE, *LABELS, *CLASSES, "--set", "network.frozen.last_block=9"),
+        "network.frozen.last_block 9: this CLIP has the blocks 0 to 5",
+    ),
+    "no such setting": (
+        (*ONLINE, *LABELS, *CLASSES, "--set", "online.settings=[weclip.treshold=1]"),
+        "online.settings weclip.treshold=1: unknown key 'weclip.treshold'; did you mean 'weclip.threshold'?",
+    ),
+    "a checkpoint's help": (
+        (*ONLINE, *LABELS, *CLASSES, "--set", "online.settings=[weclip.checkpoint=run]"),
+        "online.settings: no checkpoint helps in training, the network itself does; leave it out",
+    ),
+    "help without targets": (
+        (*TRUTH, "--encoder", "demo", "--set", "online.override_from=1"),
+        "online.override_from is for targets that are made in training: give --online METHOD",
+    ),
+}
+
+
+@pytest.mark.usefixtures("make_online")  # its CLIP
+@pytest.mark.parametrize("kind", MISUSED)
+def test_what_cannot_be_trained_is_one_line(root: Path, tmp_path: Path, kind: str) -> None:
+    arguments, message = MISUSED[kind]
+    given = [argument.format(root=root) for argument in arguments]
+    common = ("--images", root / "JPEGImages", "--out", tmp_path / "run", "--device", "cpu", "--workers", 0)
+    result = wsss("train-seg", *given, *common, "--iterations", 1, "--offline")
+    assert result.exit_code == 2
+    assert message in only_error(result.stderr)
+    assert not result.stdout
+    assert not (tmp_path / "run" / "last").exists()

@@ -111,7 +111,8 @@ class Excel:
         self._heads = int(clip.vision.config.num_attention_heads)
         self._network = None
         if config.excel.checkpoint:
-            self._network = load_frozen_clip(Path(config.excel.checkpoint), clip, precision, class_set.names)
+            path = Path(config.excel.checkpoint)
+            self._network = load_frozen_clip(path, clip, precision, class_set.names, self.name, self.encoding)
         encode = TextEncoder(clip.text, clip.tokenizer).encode
         rows = class_embeddings(class_set, config.templates, encode)
         foreground, settings = rows.foreground, config.excel

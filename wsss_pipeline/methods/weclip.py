@@ -100,7 +100,8 @@ class WeClip:
         self._logit_scale = clip.logit_scale
         self._network = None
         if config.weclip.checkpoint:
-            self._network = load_frozen_clip(Path(config.weclip.checkpoint), clip, precision, class_set.names)
+            path = Path(config.weclip.checkpoint)
+            self._network = load_frozen_clip(path, clip, precision, class_set.names, self.name, self.encoding)
         rows = class_embeddings(class_set, config.templates, TextEncoder(clip.text, clip.tokenizer).encode)
         self._foreground = rows.foreground.to(self._trunk.device)
         self._background = rows.background.to(self._trunk.device)

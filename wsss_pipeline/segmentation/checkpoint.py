@@ -270,12 +270,24 @@ def load_network(
 
 
 def load_frozen_clip(
-    path: Path, clip: Clip, precision: ResolvedPrecision, class_names: Sequence[str]
+    path: Path,
+    clip: Clip,
+    precision: ResolvedPrecision,
+    class_names: Sequence[str],
+    method: str,
+    encoding: Mapping[str, Any],
 ) -> FrozenClip:
-    """The decoder of a checkpoint on the CLIP that is given, for these classes.
+    """The decoder of a checkpoint on the CLIP that is given, for these classes and beside this method's CAMs.
+
+    Args:
+        path: folder of the checkpoint or the run.
+        clip: CLIP that it was trained on.
+        precision: type of CLIP's matrix products.
+        class_names: names of mask values 1..C.
+        method, encoding: see ``FrozenClip.check_method``.
 
     Raises:
-        CheckpointError: see ``load_network``; or it holds another network, or other classes.
+        CheckpointError: see ``load_network``; or it holds another network, or one that doesn't fit.
     """
     loaded = load_network(path, clip.vision.device, clip, precision)
     if not isinstance(loaded.network, FrozenClip):
@@ -283,7 +295,15 @@ def load_frozen_clip(
             f"{path} holds a {loaded.config['network']['name']}; give a run of --network frozen-clip"
         )
     if loaded.class_names != tuple(class_names):
-        raise CheckpointError(f"{path} knows other classes than those that masks are to be made of")
+        known = ", ".join(loaded.class_names)
+        raise CheckpointError(
+            f"{path} was trained on other classes than those that masks are to be made of: it knows {known:.200}; "
+            "give these with --classes, or a network that was trained on yours"
+        )
+    try:
+        loaded.network.check_method(method, encoding)
+    except NetworkError as error:
+        raise CheckpointError(f"{path}: {error}") from error
     return loaded.network
 
 

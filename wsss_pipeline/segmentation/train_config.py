@@ -191,6 +191,15 @@ class TrainConfig(Settings):
         for key, is_set in needs.items():
             if is_set and self.network.name != "frozen-clip":
                 raise ValueError(f"{key} needs --network frozen-clip, not {self.network.name}")
+        if self.network.name == "frozen-clip" and self.network.encoder == NetworkConfig().encoder:
+            raise ValueError(
+                "--network frozen-clip needs a CLIP: give --encoder, a hub id, a folder, an OpenAI .pt file or demo"
+            )
+        starts = ("gate_from", "guide_from", "self_affinity_from", "override_from")
+        if not self.online.method and (chosen := [name for name in starts if getattr(self.online, name)]):
+            raise ValueError(
+                f"online.{chosen[0]} is for targets that are made in training: give --online METHOD"
+            )
         if self.loss.cross > 0 and not self.network.frozen.dino:
             raise ValueError("loss.cross needs two branches: give network.frozen.dino, or set it to 0")
         return self
