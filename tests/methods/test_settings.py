@@ -134,6 +134,7 @@ CRF = {"refine": "crf", "crf.backend": "lattice"}
 PAR = {"refine": "par"}
 UNREFINED = {"refine": "none"}
 
+
 def network(bias: float = 0.0) -> Callable[[Path], str]:
     """A run's folder, a bias of its decoder changed by so much."""
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from functools import cache
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from wsss_pipeline.clip.sources import ClipFiles, locate_clip
 from wsss_pipeline.clip.weights import Clip, load_clip
@@ -42,12 +45,12 @@ CONFIG = TrainConfig.model_validate(
 Make = Callable[..., TrainJob]
 
 
-def changed(config: TrainConfig, **values: Any) -> TrainConfig:
+def changed(config: Any, **values: Any) -> Any:
     """The configuration with other values, written ``section__key`` below a section."""
     for name, value in values.items():
-        section, _, key = name.rpartition("__")
-        new = getattr(config, section).model_copy(update={key: value}) if section else value
-        config = config.model_copy(update={section or key: new})
+        first, _, rest = name.partition("__")
+        new = changed(getattr(config, first), **{rest: value}) if rest else value
+        config = config.model_copy(update={first: new})
     return config
 
 
@@ -65,7 +68,10 @@ OWN = {
 
 def online_config(method: str, **values: Any) -> TrainConfig:
     """Crops of 6 x 6 patches; the network helps from update 5 on."""
-    return changed(load_train_config(f"{method}/demo", overrides=[*SMALL, *OWN[method]]), **values)
+    config: TrainConfig = changed(
+        load_train_config(f"{method}/demo", overrides=[*SMALL, *OWN[method]]), **values
+    )
+    return config
 
 
 @cache
@@ -77,6 +83,15 @@ def loaded_once(files: ClipFiles) -> Clip:
 def demo_clip() -> Clip:
     """The CLIP of all tests here that train on labels."""
     return loaded_once(locate_clip(ClipConfig(weights="demo"), offline=True))
+
+
+def other_clip(folder: Path) -> Path:
+    """A copy of the demo's CLIP, one tensor of which is another."""
+    shutil.copytree(str(resources.files("wsss_pipeline") / "demo" / "clip"), folder)
+    tensors = load_file(folder / "model.safetensors")
+    name = next(name for name in tensors if name.endswith("post_layernorm.bias"))
+    save_file({**tensors, name: tensors[name] + 0.1}, folder / "model.safetensors")
+    return folder
 
 
 @pytest.fixture(scope="session")

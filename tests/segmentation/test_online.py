@@ -9,7 +9,6 @@ import shutil
 import subprocess
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ from torch import Tensor
 
 from tests.end_to_end.conftest import wsss
 from tests.end_to_end.test_bad_input import only_error
-from tests.segmentation.conftest import Make, changed, online_config
+from tests.segmentation.conftest import Make, changed, online_config, other_clip
 from tests.segmentation.test_trainer import ROOT, TORCHRUN, DiesAtFive, Killed, log_of, losses
 from wsss_pipeline.clip.weights import Clip
 from wsss_pipeline.config import to_yaml
@@ -219,8 +218,7 @@ def test_nan_stops_with_one_line_and_the_network_before_it(
         tensors = FrozenClip(config.network.frozen, 11, demo_clip).model.state_dict()
         tensors["fusion.fuse.bias"][0] = math.nan
         save_file(tensors, tmp_path / "start.safetensors")
-        network = config.network.model_copy(update={"weights": str(tmp_path / "start.safetensors")})
-        config = changed(config, network=network)
+        config = changed(config, network__weights=str(tmp_path / "start.safetensors"))
     with pytest.raises(TrainingError, match=r"the loss is nan at update \d.*train_0000") as caught:
         train_seg(make_online("run", config))
     assert "\n" not in str(caught.value)
@@ -312,15 +310,6 @@ def test_masks_made_with_a_network_are_the_same_in_any_batch(
     for (alone,), found in zip(parts, together, strict=True):
         assert found.amax() > 0
         assert (alone - found).abs().max() < 1e-5 * max(1, float(found.amax()))
-
-
-def other_clip(folder: Path) -> Path:
-    """A copy of the demo's CLIP, one tensor of which is another."""
-    shutil.copytree(str(resources.files("wsss_pipeline") / "demo" / "clip"), folder)
-    tensors = load_file(folder / "model.safetensors")
-    name = next(name for name in tensors if name.endswith("post_layernorm.bias"))
-    save_file({**tensors, name: tensors[name] + 0.1}, folder / "model.safetensors")
-    return folder
 
 
 def rewritten(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
@@ -425,8 +414,7 @@ def test_two_processes_are_one_with_twice_the_batch(make_online: Make, root: Pat
         config = online_config(method, optimisation__optimizer="sgd", optimisation__lr=0.05)
         config = changed(config, optimisation__iterations=4, optimisation__warm_up=0, loss__affinity=1.0)
         config = changed(config, online__gate_from=2, online__guide_from=3, online__self_affinity_from=4)
-        frozen = config.network.frozen.model_copy(update={"dropout": 0.0})
-        configs[method] = changed(config, network=config.network.model_copy(update={"frozen": frozen}))
+        configs[method] = changed(config, network__frozen__dropout=0.0)
         (tmp_path / f"two-{method}.yaml").write_text(to_yaml(configs[method]))
     (tmp_path / "two.py").write_text(TWO_PROCESSES)
     runs = [tmp_path / f"two-{method}" for method in METHODS]
