@@ -21,6 +21,7 @@ from tests.end_to_end.conftest import wsss
 from tests.end_to_end.test_bad_input import only_error
 from tests.segmentation.conftest import Make, changed, online_config, other_clip
 from tests.segmentation.test_trainer import ROOT, TORCHRUN, DiesAtFive, Killed, log_of, losses
+from wsss_pipeline.cache import MaskCache
 from wsss_pipeline.clip.weights import Clip
 from wsss_pipeline.config import to_yaml
 from wsss_pipeline.data.classes import load_class_set
@@ -437,6 +438,37 @@ def test_two_processes_are_one_with_twice_the_batch(make_online: Make, root: Pat
             load_file(folder / "last/model.safetensors") for folder in (tmp_path / f"one-{method}", run)
         ]
         assert max(float((weights[0][name] - weights[1][name]).abs().max()) for name in weights[0]) < 1e-5
+
+
+@pytest.mark.usefixtures("make_online")  # its CLIP
+@each_method
+def test_a_network_that_was_trained_helps_to_make_masks_and_predicts(
+    root: Path, tmp_path: Path, method: str
+) -> None:
+    """And a run that has ended does nothing."""
+    images, run = tmp_path / "images", tmp_path / "run"
+    images.mkdir()
+    for name in ("train_00000.jpg", "train_00001.jpg"):
+        shutil.copy(root / "JPEGImages" / name, images)
+    labelled = ("--images", images, "--labels", root / "Annotations", "--classes", "demo", "--device", "cpu")
+    train = ("train-seg", "--online", method, *labelled, "--out", run, "--workers", 0, "--offline")
+    train += ("--iterations", 2, "--batch-size", 2, "--crop", 48, "--set", "network.frozen.width=32")
+    for _ in range(2):
+        result = wsss(*train)
+        assert result.stdout.splitlines()[-1] == str(run / "last"), result.stderr
+        assert len(log_of(run)) == 2
+    generate = ("generate-masks", "--method", method, *labelled, "--clip", "demo", "--workers", 0)
+    sets = [
+        Path(wsss(*generate, "--cache", tmp_path / "cache", *more).stdout.splitlines()[-1])
+        for more in ((), ("--set", f"{method}.checkpoint={run}"))
+    ]
+    assert sets[0] != sets[1]
+    with MaskCache.open(sets[0]) as alone, MaskCache.open(sets[1]) as helped:
+        assert any((alone[image_id].confidence != helped[image_id].confidence).any() for image_id in alone)
+    predict = ("predict", "--checkpoint", run, "--images", images, "--out", tmp_path / "found")
+    assert wsss(*predict, "--device", "cpu").exit_code == 0
+    masks = sorted(path.name for path in (tmp_path / "found" / "masks").iterdir())
+    assert masks == ["train_00000.png", "train_00001.png"]
 
 
 LABELS, CLASSES, ONLINE = ("--labels", "{root}/Annotations"), ("--classes", "demo"), ("--online", "weclip")
