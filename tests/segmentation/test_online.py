@@ -278,6 +278,15 @@ def test_what_a_network_sees_in_an_image_is_the_same_in_any_batch(demo_clip: Cli
                 assert torch.allclose(value[0], both[key][number], rtol=1e-4, atol=1e-5), key
 
 
+def test_an_exported_network_takes_any_number_and_size_of_images(demo_clip: Clip) -> None:
+    """Else torch refuses; that ONNX computes the same is checked whenever one is written."""
+    network = FrozenClip(FrozenClipConfig(width=32, depth=1), 11, demo_clip).eval()
+    dynamic = torch.export.Dim.DYNAMIC
+    shapes = ({0: dynamic, 2: dynamic, 3: dynamic},)
+    program = torch.export.export(network, (torch.zeros(2, 3, 64, 48),), dynamic_shapes=shapes)
+    assert len(program.range_constraints) >= 3
+
+
 def saved_network(folder: Path, demo_clip: Clip, **frozen: Any) -> Path:
     """A checkpoint for the demo's classes, of seeded weights."""
     config = NetworkConfig.model_validate(

@@ -140,7 +140,8 @@ class Trunk:
             raise ValueError(
                 f"image of {height} x {width} isn't a multiple of the patch size {self.patch_size}"
             )
-        depth, batch = self.depth, len(images)
+        # not len(): an exported network would take this number of images alone
+        depth, batch = self.depth, images.shape[0]
         if any(not -depth <= block < depth for block in (*taps, *middle)):
             wanted = sorted((*taps, *middle))
             raise ValueError(f"taps {wanted}: this CLIP has the blocks 0 to {depth - 1}")
@@ -220,7 +221,7 @@ class Trunk:
     def _embedded(self, images: Tensor, grid: tuple[int, int]) -> Tensor:
         """What goes into the first block, float32 (B, 1+hw, D)."""
         patches = self._embeddings.patch_embedding(images).flatten(2).transpose(1, 2)
-        class_token = self._embeddings.class_embedding.expand(len(images), 1, -1)
+        class_token = self._embeddings.class_embedding.expand(images.shape[0], 1, -1)
         weights = self._embeddings.position_embedding.weight
         table = resize_position_table(weights, grid, rounded=self._rounded_positions)
         embedded: Tensor = self._pre_norm(torch.cat([class_token, patches], dim=1) + table)

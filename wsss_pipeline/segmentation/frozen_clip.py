@@ -67,7 +67,7 @@ class _Fusion(nn.Module):
     def forward(self, tokens: Sequence[Tensor], grid: tuple[int, int]) -> Tensor:
         """float (B, width, h, w) out of (B, hw, D) for each layer."""
         joined = torch.cat([mlp(own) for mlp, own in zip(self.layers, tokens, strict=True)], dim=-1)
-        fused: Tensor = self.dropout(self.fuse(joined.transpose(1, 2).reshape(len(joined), -1, *grid)))
+        fused: Tensor = self.dropout(self.fuse(joined.transpose(1, 2).reshape(joined.shape[0], -1, *grid)))
         return fused
 
 
@@ -226,7 +226,7 @@ class FrozenClip(SegmentationNetwork):
         scaled = F.interpolate(images, [patch * side for side in grid], mode="bilinear", align_corners=False)
         tokens: Tensor = dino(scaled).last_hidden_state
         patches = tokens[:, -grid[0] * grid[1] :].transpose(1, 2)
-        return patches.reshape(len(images), -1, *grid)
+        return patches.reshape(images.shape[0], -1, *grid)
 
     def decode(
         self, encoded: Encoded, *, with_similarity: bool = True, batch_mean: bool | None = None
