@@ -26,21 +26,27 @@ from safetensors.torch import load_file, save_file
 
 from tests.methods import toy_method
 from wsss_pipeline.cache.manifest import fingerprint
-from wsss_pipeline.clip.sources import ClipFiles
+from wsss_pipeline.clip.sources import ClipFiles, locate_clip
 from wsss_pipeline.clip.weights import Clip, load_clip
-from wsss_pipeline.config import fields
-from wsss_pipeline.data.classes import ClassEntry, ClassSet
+from wsss_pipeline.config import ClipConfig, fields
+from wsss_pipeline.data.classes import ClassEntry, ClassSet, load_class_set
 from wsss_pipeline.demo.scenes import draw_scene
 from wsss_pipeline.methods import load_method, method_names
 from wsss_pipeline.pseudo_masks import generator as module
 from wsss_pipeline.pseudo_masks.generator import MaskGenerator
 from wsss_pipeline.refine.dense_crf import has_pydensecrf
+from wsss_pipeline.segmentation.checkpoint import save_network
+from wsss_pipeline.segmentation.networks import build_network
+from wsss_pipeline.segmentation.train_config import NetworkConfig
 
 TOY = toy_method.__name__
 SCENE = draw_scene((77, 3))  # three classes
 # the file, since a built-in class set would bring the method's preset of its name
 DEMO = str(resources.files("wsss_pipeline.data") / "class_sets" / "demo.yaml")
 IMAGE, LABELS = np.ascontiguousarray(SCENE.image[20:100, 20:132]), SCENE.labels
+
+# a run of a network on the demo's CLIP, of seeded weights; see ``network``
+NETWORK = "{network}"
 
 CHANGES = "other masks, other fingerprint"
 SAME = "equal masks, equal fingerprint"
@@ -128,7 +134,27 @@ CRF = {"refine": "crf", "crf.backend": "lattice"}
 PAR = {"refine": "par"}
 UNREFINED = {"refine": "none"}
 
+
+def network(bias: float = 0.0) -> Callable[[Path], str]:
+    """A run's folder, a bias of its decoder changed by so much."""
+
+    def make(folder: Path) -> str:
+        chosen = {"first_block": 2, "last_block": 3, "width": 16, "heads": 2, "depth": 1}
+        config = NetworkConfig.model_validate({"name": "frozen-clip", "encoder": "demo", "frozen": chosen})
+        torch.manual_seed(0)
+        built = build_network(config, 11, clip=loaded(locate_clip(ClipConfig(weights="demo"), offline=True)))
+        with torch.no_grad():
+            built.get_parameter("model.fusion.fuse.bias")[0] += bias
+        save_network(built, folder / "last", config, load_class_set("demo").names)
+        return str(folder)
+
+    return make
+
+
 PATCHES = {"excel.affinity": False}
+GUIDED = {"excel.checkpoint": NETWORK}
+GATED = {"weclip.checkpoint": NETWORK}
+WEIGHED = {**GATED, "weclip.prior": True}
 # 320 pixels are many of the demo CLIP's patches
 SMALL: dict[str, dict[str, Any]] = {"excel": {"excel.side": 128}}
 
@@ -196,6 +222,34 @@ OWN: dict[str, dict[str, list[Row]]] = {
         "excel.affinity_iterations": [Row(3, CHANGES), Row(3, SAME, PATCHES)],
         "excel.sinkhorn_rounds": [Row(1, CHANGES), Row(1, SAME, PATCHES)],
         "excel.threshold": [Row(0.2, CHANGES), Row(0.2, SAME, PATCHES)],
+        "excel.checkpoint": [
+            Row(network(), CHANGES),
+            Row(network(), CHANGES, PATCHES),
+            Row(network(), SAME, GUIDED),  # in another folder
+            Row(network(bias=0.5), CHANGES, GUIDED),
+        ],
+        "excel.mirrored": [Row(False, CHANGES, GUIDED), Row(False, SAME)],
+    },
+    "weclip": {
+        "crf.backend": [Row("none", SAME)],
+        "weclip.affinity_layers": [Row(2, CHANGES), Row(2, SAME, GATED)],
+        "weclip.gated_layers": [Row(2, CHANGES, GATED), Row(2, SAME)],
+        "weclip.affinity_iterations": [Row(3, CHANGES), Row(3, CHANGES, GATED)],
+        "weclip.sinkhorn_rounds": [Row(1, CHANGES), Row(1, CHANGES, GATED)],
+        "weclip.boxes": [Row(False, CHANGES), Row(False, CHANGES, GATED)],
+        "weclip.threshold": [
+            Row(0.8, CHANGES),
+            Row(0.8, CHANGES, GATED),
+            Row(0.8, SAME, {"weclip.boxes": False}),
+        ],
+        "weclip.prior": [Row(True, CHANGES, GATED), Row(True, SAME)],
+        "weclip.left_out": [Row(1, CHANGES), Row(1, CHANGES, GATED)],
+        "weclip.checkpoint": [
+            Row(network(), CHANGES),
+            Row(network(), SAME, GATED),  # in another folder
+            Row(network(bias=0.5), CHANGES, GATED),
+            Row(network(bias=0.5), CHANGES, WEIGHED),
+        ],
     },
     TOY: {"crf.backend": [Row("none", SAME)], "sharpness": [Row(10.0, CHANGES)]},
 }
@@ -261,15 +315,21 @@ def rows() -> list[Any]:
     ]
 
 
+@pytest.fixture(scope="module")
+def network_folder(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return network()(tmp_path_factory.mktemp("network"))
+
+
 @pytest.mark.parametrize(("method", "key", "row"), rows())
 def test_the_fingerprint_changes_with_the_masks_and_only_then(
-    method: str, key: str, row: Row, tmp_path: Path
+    method: str, key: str, row: Row, tmp_path: Path, network_folder: str
 ) -> None:
     if row.value == "pydensecrf" and not has_pydensecrf():
         pytest.skip("the optional package pydensecrf isn't installed")
     value = row.value(tmp_path) if callable(row.value) else row.value
-    before, masks_before = unchanged(method, tuple(row.given.items()))
-    after, masks = made(method, {**row.given, key: value})
+    given = {name: network_folder if value == NETWORK else value for name, value in row.given.items()}
+    before, masks_before = unchanged(method, tuple(given.items()))
+    after, masks = made(method, {**given, key: value})
     assert (after == before) == (row.outcome == SAME), "the fingerprint"
     if row.outcome != ROUNDING:
         assert (masks == masks_before) == (row.outcome == SAME), "the masks"

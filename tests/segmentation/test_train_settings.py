@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -16,17 +17,19 @@ from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from tests.segmentation.conftest import changed
+from tests.segmentation.conftest import changed, loaded_once, online_config, other_clip
 from wsss_pipeline.config import fields
 from wsss_pipeline.data.image_ids import find_images
 from wsss_pipeline.data.masks import MaskFolder, PseudoMask
 from wsss_pipeline.errors import ConfigError
+from wsss_pipeline.pseudo_masks import generator as generator_module
+from wsss_pipeline.segmentation import networks as networks_module
 from wsss_pipeline.segmentation.augmentation import Augmentation
 from wsss_pipeline.segmentation.checkpoint import TrainingState
 from wsss_pipeline.segmentation.dataset import SegmentationDataset
 from wsss_pipeline.segmentation.network import SegmentationNetwork
 from wsss_pipeline.segmentation.networks import build_network
-from wsss_pipeline.segmentation.train_config import TrainConfig, load_train_config
+from wsss_pipeline.segmentation.train_config import OnlineConfig, TrainConfig, load_train_config
 from wsss_pipeline.segmentation.trainer import Trainer
 from wsss_pipeline.stages.train_seg import TrainJob, train_seg
 
@@ -76,6 +79,62 @@ ROWS: dict[str, tuple[Any, set[str]]] = {
     "save_every": (2, {"saved"}),
 }
 
+AFTER = {"second loss", "trained", "kept"}  # of what helps from the second update on
+ALL = {"loss", *AFTER}
+IN_PLACE = {"network__frozen__in_place": True}
+SURE = {"online__override_from": 2, "online__override_above": 0.0}
+
+
+@dataclass(frozen=True)
+class Row:
+    """Another value of a setting of networks on a frozen CLIP.
+
+    Attributes:
+        base: the method whose targets it learns from, or ``masks`` for those of a folder.
+        value: another value.
+        changes: what has to change; all else has to stay.
+        given: settings under which that is so.
+    """
+
+    base: str
+    value: Any
+    changes: set[str]
+    given: Mapping[str, Any] = field(default_factory=dict)
+
+
+FROZEN_ROWS: dict[str, list[Row]] = {
+    "network.encoder": [Row("weclip", "{clip}", ALL)],
+    "network.frozen.first_block": [Row("weclip", 2, {"architecture", *ALL})],
+    "network.frozen.last_block": [Row("weclip", -3, {"architecture", *ALL})],
+    "network.frozen.in_place": [Row("excel", True, ALL), Row("masks", True, ALL)],
+    "network.frozen.calibrated_blocks": [Row("masks", 3, ALL, IN_PLACE), Row("masks", 3, set())],
+    "network.frozen.width": [Row("weclip", 24, {"architecture", *ALL})],
+    "network.frozen.heads": [Row("weclip", 2, ALL)],
+    "network.frozen.depth": [Row("weclip", 2, {"architecture", *ALL})],
+    "network.frozen.dropout": [Row("weclip", 0.5, ALL)],
+    "network.frozen.affinity": [Row("weclip", "centred", ALL)],
+    "network.frozen.affinity_mean": [Row("excel", "image", ALL), Row("weclip", "image", set())],
+    "online.method": [Row("weclip", "excel", ALL)],
+    "online.settings": [Row("weclip", ("weclip.threshold=0.9",), ALL)],
+    "online.gate_from": [Row("weclip", 2, AFTER), Row("excel", 2, AFTER)],
+    "online.guide_from": [Row("excel", 2, AFTER), Row("weclip", 2, set())],  # WeCLIP has no guide
+    "online.self_affinity_from": [
+        Row("weclip", 2, AFTER),
+        Row("weclip", 2, set(), {"loss__affinity": 0.0}),
+    ],
+    "online.override_from": [Row("weclip", 2, AFTER, {"online__override_above": 0.0})],
+    "online.override_above": [Row("weclip", 1.0, AFTER, SURE), Row("weclip", 1.0, set())],
+    "loss.affinity": [Row("weclip", 0.5, ALL), Row("masks", 0.5, ALL)],
+    "loss.affinity_radius": [Row("weclip", 1, ALL), Row("weclip", 1, set(), {"loss__affinity": 0.0})],
+    "loss.dice": [Row("weclip", 1.0, ALL)],
+    "optimisation.schedule": [
+        Row("weclip", "poly-total", {"rates", *AFTER}, {"optimisation__warm_up": 1}),
+        Row("weclip", "poly-total", set()),
+    ],
+}
+# they need a DINOv2, which can't be loaded yet
+WITHOUT_ROW = {"network.frozen.dino", "loss.cross"}
+
 
 class Unsure(MaskFolder):
     """Ground truth, more and less certain by rows and columns, and without label in the lower left corner."""
@@ -100,18 +159,31 @@ def observe(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ob
     saved: list[int] = []
     save = TrainingState.save
 
-    def observed(**values: Any) -> dict[str, Any]:
-        masks, config = Unsure(root / "SegmentationClass", NAMES), changed(CONFIG, **values)
-        validation = {"val_gt": root / "SegmentationClass", "val_split": folder / "val.txt"}
-        job = TrainJob(
-            root / "JPEGImages", masks, folder / "run", config, device="cpu", workers=0, **validation
-        )
+    def observed(base: str = "", **values: Any) -> dict[str, Any]:
+        masks: Unsure | None = Unsure(root / "SegmentationClass", NAMES)
+        config, more = CONFIG, {"val_gt": root / "SegmentationClass", "val_split": folder / "val.txt"}
+        if base:
+            start = {
+                "optimisation__iterations": 2,
+                "optimisation__warm_up": 0,
+                "optimisation__clip_norm": 0.0,
+            }
+            never = {"online__gate_from": 0, "online__guide_from": 0, "online__self_affinity_from": 0}
+            method = "weclip" if base == "masks" else base
+            config, more = online_config(method, **start, **never), {}
+        if base == "masks":
+            config = changed(config, online=OnlineConfig())
+        elif base:
+            masks, more = None, {"labels": root / "Annotations", "classes": "demo"}
+        config = changed(config, **values)
+        job = TrainJob(root / "JPEGImages", masks, folder / "run", config, device="cpu", workers=0, **more)
         saved.clear()
         train_seg(replace(job, overwrite=True))
         log = [json.loads(line) for line in (job.out / "log.jsonl").read_text().splitlines()]
         trained = load_file(job.out / "state/network.safetensors")
         return {
             "loss": log[0]["loss"],
+            **({"second loss": log[1]["loss"]} if base else {}),
             "rates": [line["lr"] for line in log],
             "images": {line["images"] for line in log},
             "validated": [line["step"] for line in log[:-1] if "miou" in line],
@@ -123,6 +195,8 @@ def observe(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ob
         }
 
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(generator_module, "load_clip", lambda files, device: loaded_once(files))
+        patch.setattr(networks_module, "load_clip", lambda files, device: loaded_once(files))
         patch.setattr(
             TrainingState, "save", lambda state, folder: saved.append(state.step) or save(state, folder)
         )
@@ -142,7 +216,10 @@ def plain(observe: Observe) -> dict[str, Any]:
 
 
 def test_every_setting_has_a_row() -> None:
-    assert list(ROWS) == [key for key, _, _ in fields(TrainConfig)]
+    keys = [key for key, _, _ in fields(TrainConfig)]
+    assert [key for key in keys if key in ROWS] == list(ROWS)
+    assert set(keys) == ROWS.keys() | FROZEN_ROWS.keys() | WITHOUT_ROW
+    assert not WITHOUT_ROW & (ROWS.keys() | FROZEN_ROWS.keys())
 
 
 @pytest.mark.parametrize("key", ROWS)
@@ -159,6 +236,29 @@ def test_a_setting_changes_what_it_should_and_nothing_else(
     before = observe(**common) if common else plain
     after = observe(**{**common, key.replace(".", "__"): value})
     assert sorted(name for name in before if before[name] != after[name]) == sorted({*expected, "config"})
+
+
+@pytest.fixture(scope="module")
+def plain_frozen(observe: Observe) -> Callable[..., dict[str, Any]]:
+    """What can be seen of a run under some settings, looked at once."""
+    return cache(lambda base, given: observe(base, **dict(given)))
+
+
+@pytest.mark.parametrize(
+    ("key", "row"),
+    [
+        pytest.param(key, row, id=f"{key}-{number}")
+        for key, rows in FROZEN_ROWS.items()
+        for number, row in enumerate(rows)
+    ],
+)
+def test_a_setting_of_networks_on_a_frozen_clip_changes_what_it_should(
+    observe: Observe, plain_frozen: Callable[..., dict[str, Any]], tmp_path: Path, key: str, row: Row
+) -> None:
+    before = plain_frozen(row.base, tuple(row.given.items()))
+    value = str(other_clip(tmp_path / "clip")) if row.value == "{clip}" else row.value
+    after = observe(row.base, **{**row.given, key.replace(".", "__"): value})
+    assert sorted(name for name in before if before[name] != after[name]) == sorted({*row.changes, "config"})
 
 
 def test_scales_in_the_wrong_order_are_refused() -> None:

@@ -229,7 +229,7 @@ def test_whatever_a_full_disk_cut_the_same_command_goes_on(make: Make, tmp_path:
             for other in whole:
                 (out / other).write_bytes(whole[other])
             (out / name).write_bytes(content[: len(content) * tenth // 10])
-            with stage._run_folder(replace(job, out=out), ["a"], Accelerator(cpu=True)):
+            with stage._run_folder(replace(job, out=out), job.masks, ["a"], Accelerator(cpu=True)):
                 assert "images" in json.loads((out / "data.json").read_text())
             assert (out / "config.yaml").read_bytes() == whole["config.yaml"]
 
@@ -318,7 +318,7 @@ def test_links_in_a_run_lead_nowhere(make: Make, tmp_path: Path) -> None:
 
 def test_a_folder_that_is_trained_into_is_one_runs_alone(make: Make) -> None:
     job = make()
-    with stage._run_folder(job, [], Accelerator(cpu=True)):
+    with stage._run_folder(job, job.masks, [], Accelerator(cpu=True)):
         code = f"from filelock import FileLock; FileLock({str(job.out / 'run.lock')!r}).acquire(timeout=0)"
         assert subprocess.run([sys.executable, "-c", code], capture_output=True, check=False).returncode
         with pytest.raises(

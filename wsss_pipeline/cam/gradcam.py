@@ -24,7 +24,7 @@ def softmax_gradcam(
     Args:
         features: features of B images.
         texts: per image, float32 (K+G, P) unit rows: its K present classes, then G background words.
-        num_classes: per image, its K (at least 1).
+        num_classes: per image, its K; 0 gives no map.
         logit_scale: factor on the cosine (CLIP: about 100).
 
     Returns:
@@ -32,6 +32,9 @@ def softmax_gradcam(
     """
     maps = []
     for last, rows, count in zip(features.last, texts, num_classes, strict=True):
+        if not count:
+            maps.append(last.tokens.new_zeros(0, *features.grid))
+            continue
         gradients = probability_gradients(last.pooled, rows, count, logit_scale)
         weights = last.mean_token_gradients(gradients)
         maps.append((weights @ last.tokens[1:].T).view(count, *features.grid))

@@ -140,6 +140,7 @@ class Trunk:
             raise ValueError(
                 f"image of {height} x {width} isn't a multiple of the patch size {self.patch_size}"
             )
+        # not len(): an exported network would take this number of images alone
         depth, batch = self.depth, images.shape[0]
         if any(not -depth <= block < depth for block in (*taps, *middle)):
             wanted = sorted((*taps, *middle))

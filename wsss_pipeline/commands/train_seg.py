@@ -101,11 +101,18 @@ def command(
     from wsss_pipeline.data.masks import MaskFolder, MaskSource
     from wsss_pipeline.errors import ConfigError
     from wsss_pipeline.segmentation.train_config import load_train_config, online_recipe
-    from wsss_pipeline.stages.train_seg import TrainJob, spread, train_seeds, train_seg
+    from wsss_pipeline.stages.train_seg import (
+        TrainJob,
+        check_makes_targets,
+        spread,
+        train_seeds,
+        train_seg,
+    )
 
     flags = given_settings(context)
-    if recipe is None and flags["online.method"] is not None:
-        recipe = online_recipe(flags["online.method"], classes)
+    if flags["online.method"]:
+        check_makes_targets(flags["online.method"])  # before a network is asked for that it needs
+        recipe = recipe or online_recipe(flags["online.method"], classes)
     config = load_train_config(recipe, config_file, overrides, flags)
     masks: MaskSource | None
     if [cache is not None, gt_masks is not None, bool(config.online.method)].count(True) != 1:

@@ -30,8 +30,8 @@ from wsss_pipeline.clip.weights import Clip
 from wsss_pipeline.config import MaskConfig, RefinerName, ResolvedPrecision, Settings
 from wsss_pipeline.data.classes import ClassSet
 from wsss_pipeline.data.transforms import IMAGENET_STATISTICS, Prepared, clip_input_size, normalise
-from wsss_pipeline.errors import CheckpointError, ImageError
-from wsss_pipeline.segmentation.checkpoint import load_frozen_clip, network_digest
+from wsss_pipeline.errors import ImageError
+from wsss_pipeline.segmentation.checkpoint import decoder_digest, load_frozen_clip
 
 logger = logging.getLogger(__name__)
 
@@ -111,13 +111,8 @@ class Excel:
         self._heads = int(clip.vision.config.num_attention_heads)
         self._network = None
         if config.excel.checkpoint:
-            self._network = load_frozen_clip(Path(config.excel.checkpoint), clip, precision, class_set.names)
-            blocks = self._network.config.calibrated_blocks
-            if self._network.config.in_place and blocks != config.excel.calibrated_blocks:
-                raise CheckpointError(
-                    f"{config.excel.checkpoint} was trained with {blocks} calibrated blocks; give --set "
-                    f"excel.calibrated_blocks={blocks}"
-                )
+            path = Path(config.excel.checkpoint)
+            self._network = load_frozen_clip(path, clip, precision, class_set.names, self.name, self.encoding)
         encode = TextEncoder(clip.text, clip.tokenizer).encode
         rows = class_embeddings(class_set, config.templates, encode)
         foreground, settings = rows.foreground, config.excel
@@ -137,7 +132,7 @@ class Excel:
     def determinants(cls, config: ExcelConfig) -> Mapping[str, Any]:
         """See ``Method``; attributes are told by their text, and not by where they lie."""
         dropped = {"attributes", "clusters", "checkpoint"}
-        network = network_digest(Path(config.excel.checkpoint)) if config.excel.checkpoint else None
+        network = decoder_digest(Path(config.excel.checkpoint)) if config.excel.checkpoint else None
         dropped |= set() if network else {"mirrored"}
         dropped |= {"side", "refine_on"} if config.excel.size == "native" else set()
         if not config.excel.affinity:

@@ -26,8 +26,8 @@ from wsss_pipeline.clip.weights import Clip
 from wsss_pipeline.config import MaskConfig, RefinerName, ResolvedPrecision, Settings
 from wsss_pipeline.data.classes import ClassSet
 from wsss_pipeline.data.transforms import IMAGENET_STATISTICS, Prepared, prepare_image
-from wsss_pipeline.errors import CheckpointError, ImageError
-from wsss_pipeline.segmentation.checkpoint import load_frozen_clip, network_digest
+from wsss_pipeline.errors import ImageError
+from wsss_pipeline.segmentation.checkpoint import decoder_digest, load_frozen_clip
 
 
 class WeClipSettings(Settings):
@@ -100,11 +100,8 @@ class WeClip:
         self._logit_scale = clip.logit_scale
         self._network = None
         if config.weclip.checkpoint:
-            self._network = load_frozen_clip(Path(config.weclip.checkpoint), clip, precision, class_set.names)
-            if self._network.config.in_place:
-                raise CheckpointError(
-                    f"{config.weclip.checkpoint} fuses what ExCEL's calibrated attention changes; give --method excel"
-                )
+            path = Path(config.weclip.checkpoint)
+            self._network = load_frozen_clip(path, clip, precision, class_set.names, self.name, self.encoding)
         rows = class_embeddings(class_set, config.templates, TextEncoder(clip.text, clip.tokenizer).encode)
         self._foreground = rows.foreground.to(self._trunk.device)
         self._background = rows.background.to(self._trunk.device)
@@ -118,7 +115,7 @@ class WeClip:
         dropped |= set() if settings.boxes else {"threshold"}
         found = {"weclip": settings.model_dump(exclude=dropped)}
         return (
-            {**found, "network": network_digest(Path(settings.checkpoint))} if settings.checkpoint else found
+            {**found, "network": decoder_digest(Path(settings.checkpoint))} if settings.checkpoint else found
         )
 
     def prepare(self, image: NDArray[np.uint8]) -> Prepared:

@@ -239,14 +239,22 @@ def load_network(
         raise CheckpointError(
             f"checkpoint {folder} needs its frozen encoder, which can't be had: {one_line(error)[:300]}"
         ) from error
-    if isinstance(network, FrozenClip) and (found := network.frozen_digests()) != config.frozen:
-        given = clip.files.name if clip and clip.files else config.network.encoder
-        family = "CLIP"
-        if found["clip"] == config.frozen.get("clip"):
-            family, given = "DINOv2", config.network.frozen.dino or "none"
-        raise CheckpointError(
-            f"checkpoint {folder} was trained on another {family} than {given}; give the one it was trained on"
-        )
+    if isinstance(network, FrozenClip):
+        names = {
+            "clip": ("CLIP", clip.files.name if clip and clip.files else config.network.encoder),
+            "dino": ("DINOv2", config.network.frozen.dino or "none"),
+        }
+        for key, digest in network.frozen_digests().items():
+            what, given = names[key]
+            if digest and not config.frozen.get(key):
+                raise CheckpointError(
+                    f"checkpoint {folder}: {CONFIG} doesn't say which {what} it was trained on; train it anew"
+                )
+            if digest != config.frozen.get(key):
+                raise CheckpointError(
+                    f"checkpoint {folder} was trained on another {what} than {given:.200}; give the one it was "
+                    "trained on"
+                )
     try:
         _load_tensors(network, folder / WEIGHTS)
     except FileNotFoundError as error:
@@ -262,12 +270,24 @@ def load_network(
 
 
 def load_frozen_clip(
-    path: Path, clip: Clip, precision: ResolvedPrecision, class_names: Sequence[str]
+    path: Path,
+    clip: Clip,
+    precision: ResolvedPrecision,
+    class_names: Sequence[str],
+    method: str,
+    encoding: Mapping[str, Any],
 ) -> FrozenClip:
-    """The decoder of a checkpoint on the CLIP that is given, for these classes.
+    """The decoder of a checkpoint on the CLIP that is given, for these classes and beside this method's CAMs.
+
+    Args:
+        path: folder of the checkpoint or the run.
+        clip: CLIP that it was trained on.
+        precision: type of CLIP's matrix products.
+        class_names: names of mask values 1..C.
+        method, encoding: see ``FrozenClip.check_method``.
 
     Raises:
-        CheckpointError: see ``load_network``; or it holds another network, or other classes.
+        CheckpointError: see ``load_network``; or it holds another network, or one that doesn't fit.
     """
     loaded = load_network(path, clip.vision.device, clip, precision)
     if not isinstance(loaded.network, FrozenClip):
@@ -275,19 +295,31 @@ def load_frozen_clip(
             f"{path} holds a {loaded.config['network']['name']}; give a run of --network frozen-clip"
         )
     if loaded.class_names != tuple(class_names):
-        raise CheckpointError(f"{path} knows other classes than those that masks are to be made of")
+        known = ", ".join(loaded.class_names)
+        raise CheckpointError(
+            f"{path} was trained on other classes than those that masks are to be made of: it knows {known:.200}; "
+            "give these with --classes, or a network that was trained on yours"
+        )
+    try:
+        loaded.network.check_method(method, encoding)
+    except NetworkError as error:
+        raise CheckpointError(f"{path}: {error}") from error
     return loaded.network
 
 
-def network_digest(path: Path) -> str:
-    """SHA-256 (hexadecimal) of a checkpoint's tensors and of what they are built into.
+def decoder_digest(path: Path) -> str:
+    """SHA-256 (hexadecimal) of all that determines what a decoder on a frozen CLIP says, wherever its parts lie.
 
     Raises:
         CheckpointError: there is no checkpoint, or it can't be read.
     """
     folder = find_checkpoint(path)
     try:
-        network = json.dumps(read_json(folder / CONFIG, MAX_CONFIG_BYTES)["network"], sort_keys=True)
+        content = read_json(folder / CONFIG, MAX_CONFIG_BYTES)
+        # what acts in training alone, and where DINOv2 lies, is left out; its digest is in "frozen"
+        dropped = {"dropout", "affinity_mean", "dino"}
+        decoder = {key: value for key, value in content["network"]["frozen"].items() if key not in dropped}
+        network = json.dumps([decoder, content["frozen"]], sort_keys=True)
         with open_plain(folder / WEIGHTS, MOST_WEIGHT_BYTES) as file:
             weights = hashlib.file_digest(file, "sha256").hexdigest()
     except (OSError, ValueError, KeyError, TypeError) as error:

@@ -7,7 +7,7 @@ the code is followed.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -141,12 +141,14 @@ class FrozenClip(SegmentationNetwork):
             -trunk.depth <= block < trunk.depth for block in (config.first_block, config.last_block)
         ):
             raise NetworkError(
-                f"frozen.first_block {config.first_block} and frozen.last_block {config.last_block}: this CLIP has "
-                f"the blocks 0 to {trunk.depth - 1}"
+                f"network.frozen.first_block {config.first_block} and network.frozen.last_block {config.last_block}: "
+                f"this CLIP has the blocks 0 to {trunk.depth - 1}"
             )
         self._blocks = range(first, last + 1)
         if config.width % config.heads:
-            raise NetworkError(f"frozen.width {config.width} isn't a multiple of frozen.heads {config.heads}")
+            raise NetworkError(
+                f"network.frozen.width {config.width} isn't a multiple of network.frozen.heads {config.heads}"
+            )
         parts = {"fusion": _Fusion(len(self._blocks), channels, config.width, config.dropout)}
         if dino is not None:
             parts["dino_fusion"] = _Fusion(
@@ -161,6 +163,20 @@ class FrozenClip(SegmentationNetwork):
         if self._clip_digest is None and files is not None:
             self._clip_digest = files.digest()
         return {"clip": self._clip_digest, "dino": None if dino is None else dino.digest}
+
+    def check_method(self, name: str, encoding: Mapping[str, Any]) -> None:
+        """A NetworkError where one pass of CLIP can't serve both this network and a method's CAMs.
+
+        Args:
+            name: of the method, for the message.
+            encoding: arguments of ``Trunk.encode`` that its CAMs need.
+        """
+        own, its = self.config.calibrated_blocks, encoding.get("calibrated_blocks")
+        if self.config.in_place and its != own:
+            raise NetworkError(
+                f"network.frozen.in_place fuses {own} calibrated blocks, and {name} has {its or 'none'}: give a "
+                "method with as many (excel, excel.calibrated_blocks), or train with network.frozen.in_place=false"
+            )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FrozenClip:
         """Also to what is frozen: it has to lie on the decoder's device."""

@@ -33,9 +33,9 @@ class FrozenClipConfig(Settings):
     calibrated_blocks: int = Field(
         5, ge=1, le=1000, description="With in_place, last blocks with q-q, k-k, v-v attention."
     )
-    width: int = Field(256, ge=8, le=8192, description="Of the decoder.")
+    width: int = Field(256, ge=8, le=2048, description="Of the decoder.")
     heads: int = Field(8, ge=1, le=256, description="Of its attention.")
-    depth: int = Field(3, ge=1, le=100, description="Number of its blocks.")
+    depth: int = Field(3, ge=1, le=12, description="Number of its blocks.")
     dropout: float = Field(0.1, ge=0, le=0.99, description="Of fused channels, in training.")
     affinity: Literal["raw", "centred"] = Field(
         "raw",
@@ -191,6 +191,15 @@ class TrainConfig(Settings):
         for key, is_set in needs.items():
             if is_set and self.network.name != "frozen-clip":
                 raise ValueError(f"{key} needs --network frozen-clip, not {self.network.name}")
+        if self.network.name == "frozen-clip" and self.network.encoder == NetworkConfig().encoder:
+            raise ValueError(
+                "--network frozen-clip needs a CLIP: give --encoder, a hub id, a folder, an OpenAI .pt file or demo"
+            )
+        starts = ("gate_from", "guide_from", "self_affinity_from", "override_from")
+        if not self.online.method and (chosen := [name for name in starts if getattr(self.online, name)]):
+            raise ValueError(
+                f"online.{chosen[0]} is for targets that are made in training: give --online METHOD"
+            )
         if self.loss.cross > 0 and not self.network.frozen.dino:
             raise ValueError("loss.cross needs two branches: give network.frozen.dino, or set it to 0")
         return self

@@ -158,16 +158,38 @@ def _generator(job: TrainJob, device: torch.device) -> MaskGenerator:
         ConfigError: the method can't make any in training.
     """
     config = job.config
+    check_makes_targets(config.online.method)
     name, _, preset = config.online.method.partition("/")
     flags = {"method": name, "classes": job.classes, "clip.weights": config.network.encoder}
     flags["clip.precision"] = config.precision
-    settings = load_mask_config(config.online.method if preset else None, None, config.online.settings, flags)
+    if any(text.partition("=")[0].strip().endswith(".checkpoint") for text in config.online.settings):
+        raise ConfigError(
+            "online.settings: no checkpoint helps in training, the network itself does; leave it out, and start "
+            "from its weights with --weights RUN/last/model.safetensors"
+        )
+    try:
+        settings = load_mask_config(
+            config.online.method if preset else None, None, config.online.settings, flags
+        )
+    except ConfigError as error:  # it knows them as --set of another command
+        raise ConfigError(str(error).replace("--set ", "online.settings ", 1)) from error
+    if not settings.classes:
+        raise ConfigError(
+            "--online needs classes: give --classes voc12, FILE.yaml or cat,dog, or a preset such as --online "
+            f"{name}/voc12"
+        )
+    return MaskGenerator(config=settings, device=str(device), offline=job.offline)
+
+
+def check_makes_targets(method: str) -> None:
+    """A ConfigError where a method, METHOD or METHOD/PRESET, can't make targets in training."""
+    name = method.partition("/")[0]
     if not hasattr(load_method(name), "cams"):
         able = ", ".join(known for known in method_names() if hasattr(load_method(known), "cams"))
         raise ConfigError(
-            f"method {name} makes no targets in training; choose one of {able}, or make masks first"
+            f"--online {name}: it makes no targets in training; choose one of {able}, or make masks first with "
+            "generate-masks and give --cache"
         )
-    return MaskGenerator(config=settings, device=str(device), offline=job.offline)
 
 
 def _image_labels(job: TrainJob, images: Mapping[str, ImageFile], generator: MaskGenerator) -> ImageLabels:
@@ -202,6 +224,11 @@ def _train(
         precision=resolve_precision(config.precision, accelerator.device),
         offline=job.offline,
     )
+    if isinstance(network, FrozenClip) and (crop := config.augmentation.crop) % network.multiple:
+        raise ConfigError(
+            f"--crop {crop} isn't a multiple of {network.multiple}, the patch of this CLIP; "
+            f"{max(1, crop // network.multiple) * network.multiple} is"
+        )
     if not (out / STATE).exists():
         load_pretrained(network, config.network, job.offline)
     augmentation = Augmentation(config.augmentation, network.image_mean, network.image_std)
@@ -259,20 +286,10 @@ def _train(
 def _online_target(
     config: TrainConfig, network: SegmentationNetwork, generator: MaskGenerator
 ) -> OnlineTarget:
-    """What makes the targets of a batch; ConfigError where method, network and crop don't fit together."""
+    """What makes the targets of a batch; NetworkError where method and network don't fit together."""
     assert isinstance(network, FrozenClip)
     method: Any = generator.method
-    if config.augmentation.crop % network.multiple:
-        raise ConfigError(
-            f"--crop {config.augmentation.crop} isn't a multiple of {network.multiple}, the patch of this CLIP"
-        )
-    calibrated = method.encoding.get("calibrated_blocks")
-    if config.network.frozen.in_place and calibrated != config.network.frozen.calibrated_blocks:
-        wanted = config.network.frozen.calibrated_blocks
-        raise ConfigError(
-            f"network.frozen.in_place needs a method with {wanted} calibrated blocks, as excel has; "
-            f"{generator.config.method} has {calibrated or 'none'}"
-        )
+    network.check_method(generator.config.method, method.encoding)
     statistics = network.image_mean, network.image_std
     return OnlineTarget(method, generator.refiner, config.online, *statistics)
 
