@@ -67,7 +67,9 @@ OWN = {
 
 
 def online_config(method: str, **values: Any) -> TrainConfig:
-    """Crops of 6 x 6 patches; the network helps from update 5 on."""
+    """Crops of 6 x 6 patches; the network helps from update 5 on. A guide is for ExCEL alone."""
+    if method != "excel":
+        values.pop("online__guide_from", None)
     config: TrainConfig = changed(
         load_train_config(f"{method}/demo", overrides=[*SMALL, *OWN[method]]), **values
     )

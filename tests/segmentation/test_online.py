@@ -116,8 +116,8 @@ def test_a_crops_target_holds_its_images_classes_alone(
     names = load_class_set("demo").names
     labels = write(tmp_path, {**labels_of(root), "train_00001": [], "train_00002": list(names)})
     updates = -(-8 // batch)
-    config = online_config(method, optimisation__batch=batch, optimisation__iterations=updates)
-    config = changed(config, online__gate_from=2, online__guide_from=2, online__self_affinity_from=2)
+    helped = {"online__gate_from": 2, "online__guide_from": 2, "online__self_affinity_from": 2}
+    config = online_config(method, optimisation__batch=batch, optimisation__iterations=updates, **helped)
     config = changed(config, augmentation__scale_min=0.3, augmentation__scale_max=0.6)
     run = train_seg(make_online("run", config, labels=labels)).checkpoint.parent
     assert [len(batch.present) for batch in made] == [batch] * updates
@@ -249,7 +249,9 @@ def test_an_update_changes_every_tensor_of_the_decoder(
     assert [name for name in one if torch.equal(one[name], other[name])] == []
     for tensors in given:
         assert set(tensors) == {"gate", "guide", "prior"}
-        assert not any(value is None or value.requires_grad for value in tensors.values())
+        missing = {name for name, value in tensors.items() if value is None}
+        assert missing == (set() if method == "excel" else {"guide"})
+        assert not any(value is not None and value.requires_grad for value in tensors.values())
 
 
 CONFIGURATIONS: dict[str, dict[str, Any]] = {
@@ -372,6 +374,29 @@ def test_a_checkpoint_without_the_clip_it_was_trained_on_is_refused(
     assert str(folder) in str(caught.value)
 
 
+def test_a_clip_that_has_moved_is_found_where_one_says(root: Path, tmp_path: Path, demo_clip: Clip) -> None:
+    folder = saved_network(tmp_path / "last", demo_clip)
+    arguments = ("--images", root / "JPEGImages", "--checkpoint", folder)
+    assert wsss("predict", *arguments, "--out", tmp_path / "before").exit_code == 0
+    rewritten(folder, lambda values: values["network"].update(encoder=str(tmp_path / "gone")))
+    commands = {
+        "predict": ("--out", tmp_path / "after"),
+        "evaluate": ("--gt", root / "SegmentationClass"),
+        "relabel": ("--cache", tmp_path / "cache"),
+    }
+    for command, further in commands.items():
+        lost = wsss(command, *arguments, *further)
+        assert lost.exit_code == 2
+        assert lost.stderr.splitlines()[-1].endswith("where CLIP lies elsewhere now, give --clip")
+        assert wsss(command, *arguments, *further, "--clip", "demo").exit_code == 0
+        other = wsss(command, *arguments, *further, "--clip", other_clip(tmp_path / f"clip-{command}"))
+        assert other.exit_code == 2
+        assert "another CLIP" in other.stderr
+    before, after = (sorted((tmp_path / name / "masks").glob("*.png")) for name in ("before", "after"))
+    assert [file.read_bytes() for file in before] == [file.read_bytes() for file in after]
+    assert len(after) == 8
+
+
 @pytest.mark.parametrize(
     ("other", "message"),
     [
@@ -421,9 +446,9 @@ def test_two_processes_are_one_with_twice_the_batch(make_online: Make, root: Pat
     configs = {}
     for method in METHODS:
         # AdamW divides a gradient by its size, and so makes a step of what is rounding
-        config = online_config(method, optimisation__optimizer="sgd", optimisation__lr=0.05)
+        helped = {"online__gate_from": 2, "online__guide_from": 3, "online__self_affinity_from": 4}
+        config = online_config(method, optimisation__optimizer="sgd", optimisation__lr=0.05, **helped)
         config = changed(config, optimisation__iterations=4, optimisation__warm_up=0, loss__affinity=1.0)
-        config = changed(config, online__gate_from=2, online__guide_from=3, online__self_affinity_from=4)
         configs[method] = changed(config, network__frozen__dropout=0.0)
         (tmp_path / f"two-{method}.yaml").write_text(to_yaml(configs[method]))
     (tmp_path / "two.py").write_text(TWO_PROCESSES)

@@ -117,7 +117,7 @@ FROZEN_ROWS: dict[str, list[Row]] = {
     "online.method": [Row("weclip", "excel", ALL)],
     "online.settings": [Row("weclip", ("weclip.threshold=0.9",), ALL)],
     "online.gate_from": [Row("weclip", 2, AFTER), Row("excel", 2, AFTER)],
-    "online.guide_from": [Row("excel", 2, AFTER), Row("weclip", 2, set())],  # WeCLIP has no guide
+    "online.guide_from": [Row("excel", 2, AFTER)],
     "online.self_affinity_from": [
         Row("weclip", 2, AFTER),
         Row("weclip", 2, set(), {"loss__affinity": 0.0}),

@@ -9,6 +9,7 @@ import click
 
 from wsss_pipeline.commands.options import (
     PATH,
+    frozen_clip_option,
     given_settings,
     inference_config,
     inference_options,
@@ -35,6 +36,7 @@ from wsss_pipeline.runtime.output import check_apart, check_replaceable, write_f
 @click.option("--min-confidence", type=float, help="Not with --predictions: pixels below it count as misses.")
 @click.option("--allow-missing", is_flag=True, help="Score the rest where images of the split have no mask.")
 @inference_options
+@frozen_clip_option
 @click.option("--device", default="auto", show_default=True, help="Network: auto, cpu, cuda or cuda:N.")
 @offline_guarantee
 @click.option(
@@ -55,6 +57,7 @@ def command(
     min_confidence: float | None,
     allow_missing: bool,
     crf: bool,
+    clip: str | None,
     device: str,
     json_file: str | None,
     report: Path | None,
@@ -77,7 +80,7 @@ def command(
     if (report or checkpoint) and images is None:
         raise ConfigError("--checkpoint and --report need --images DIR, the folder of the images")
     if checkpoint is None:
-        given = {**given_settings(context), "crf": crf}
+        given = {**given_settings(context), "crf": crf, "clip": clip}
         for name in (name for name, value in given.items() if value):
             raise ConfigError(f"--{name} goes with --checkpoint; masks are scored as they are")
     elif predictions or classes:
@@ -129,6 +132,7 @@ def command(
             inference=inference,
             crf=CrfConfig() if crf else None,
             device=device,
+            clip=clip,
         )
     if ground_truth is None:
         assert report is not None

@@ -7,7 +7,7 @@ from typing import Literal
 
 import click
 
-from wsss_pipeline.commands.options import PATH, offline_guarantee, say
+from wsss_pipeline.commands.options import PATH, frozen_clip_option, offline_guarantee, say
 
 
 @click.command("export-model", short_help="A trained network as ONNX or Hugging Face folder.")
@@ -21,8 +21,9 @@ from wsss_pipeline.commands.options import PATH, offline_guarantee, say
     show_default=True,
     help="huggingface is for SegFormer alone.",
 )
+@frozen_clip_option
 @offline_guarantee
-def command(checkpoint: Path, out: Path, kind: Literal["onnx", "huggingface"]) -> None:
+def command(checkpoint: Path, out: Path, kind: Literal["onnx", "huggingface"], clip: str | None) -> None:
     """Export a trained network for other programs.
 
     ONNX takes any batch and image size, and is checked against torch before the file gets its name. The last
@@ -34,4 +35,4 @@ def command(checkpoint: Path, out: Path, kind: Literal["onnx", "huggingface"]) -
     """
     from wsss_pipeline.stages.export_model import export_model
 
-    say(export_model(checkpoint, out, kind))
+    say(export_model(checkpoint, out, kind, clip))

@@ -196,6 +196,12 @@ method_options = all_of(
     _refiner_options(MaskConfig),
 )
 
+frozen_clip_option = click.option(
+    "--clip",
+    metavar="ID_OR_PATH",
+    help="Network on a frozen CLIP: where that CLIP lies.  [default: where it lay in training]",
+)
+
 device_option = click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
 
 offline_option = click.option("--offline", is_flag=True, help="Use only what is on this machine already.")

@@ -11,6 +11,7 @@ import click
 from wsss_pipeline.commands.options import (
     PATH,
     device_option,
+    frozen_clip_option,
     inference_config,
     inference_options,
     offline_guarantee,
@@ -24,6 +25,7 @@ from wsss_pipeline.config import CrfConfig
 @click.option("--images", type=PATH, required=True, help="Folder of images, searched with all below it.")
 @click.option("--out", type=PATH, required=True, help="Folder for masks/, overlays/ and confidence/.")
 @inference_options
+@frozen_clip_option
 @click.option("--overlays", is_flag=True, help="Also write each mask over its image.")
 @click.option("--confidence", is_flag=True, help="Also write the label's probability, in half percents.")
 @device_option
@@ -37,6 +39,7 @@ def command(
     images: Path,
     out: Path,
     crf: bool,
+    clip: str | None,
     overlays: bool,
     confidence: bool,
     device: str,
@@ -60,6 +63,7 @@ def command(
         out,
         inference=inference_config(context),
         crf=CrfConfig() if crf else None,
+        clip=clip,
         overlays=overlays,
         confidence=confidence,
         device=device,

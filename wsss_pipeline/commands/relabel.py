@@ -11,6 +11,7 @@ from wsss_pipeline.commands.options import (
     PATH,
     cache_option,
     device_option,
+    frozen_clip_option,
     given_paths,
     given_settings,
     offline_guarantee,
@@ -47,6 +48,7 @@ from wsss_pipeline.config import RelabelConfig, resolve, user_layers
 )
 @click.option("--split", type=PATH, help="Text file of the ids of the images to do.  [default: all]")
 @relabel_options
+@frozen_clip_option
 @device_option
 @offline_guarantee
 @click.option(
@@ -66,6 +68,7 @@ def command(
     any_class: bool,
     classes: str | None,
     split: Path | None,
+    clip: str | None,
     device: str,
     workers: int | None,
     shard: str | None,
@@ -106,6 +109,7 @@ def command(
             any_class=any_class,
             config=resolve(RelabelConfig, layers),
             device=device,
+            clip=clip,
         ),
         share=parse_share(shard) if shard else share_of_environment(),
         workers=images_at_a_time() if workers is None else workers,

@@ -93,6 +93,7 @@ class Excel:
     version = 1
     refiner: ClassVar[RefinerName] = "par"
     background_power = 1.0
+    helped_by: ClassVar[frozenset[str]] = frozenset({"gate", "guide"})
     Config = ExcelConfig
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         # numbers of the published code

@@ -78,6 +78,7 @@ class WeClip:
     version = 1
     refiner: ClassVar[RefinerName] = "par"
     background_power = 1.0
+    helped_by: ClassVar[frozenset[str]] = frozenset({"gate", "prior"})
     Config = WeClipConfig
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         # numbers of the published code

@@ -203,7 +203,7 @@ class _Config(BaseModel):
 def load_network(
     path: Path,
     device: torch.device | str = "cpu",
-    clip: Clip | None = None,
+    clip: Clip | str | None = None,
     precision: ResolvedPrecision = "fp32",
 ) -> LoadedNetwork:
     """The network of a checkpoint or training run, in evaluation mode. Nothing is fetched, no pickle read.
@@ -211,7 +211,8 @@ def load_network(
     Args:
         path: folder of the checkpoint or the run.
         device: where to put it.
-        clip: CLIP of a network on a frozen one, in place of that which the checkpoint names; it has to be the same.
+        clip: CLIP of a network on a frozen one, loaded or as ``--clip`` has it, in place of that which the
+            checkpoint names; it has to be the same.
         precision: type of the frozen encoders' matrix products.
 
     Raises:
@@ -227,7 +228,10 @@ def load_network(
         raise CheckpointError(f"checkpoint {folder} isn't one of this package: no model_type {KIND}")
     try:
         config = _Config.model_validate(content)
-        network = build_network(config.network, len(config.names), clip=clip, precision=precision)
+        chosen = config.network
+        if isinstance(clip, str):
+            chosen, clip = chosen.model_copy(update={"encoder": clip}), None
+        network = build_network(chosen, len(config.names), clip=clip, precision=precision)
         network.image_mean, network.image_std = config.image_mean, tuple(config.image_std)
     except (ValueError, NetworkError) as error:
         reason = one_line(error)
@@ -237,11 +241,12 @@ def load_network(
         raise CheckpointError(f"checkpoint {folder}: {CONFIG} isn't whole: {reason[:300]}") from error
     except WeightsError as error:
         raise CheckpointError(
-            f"checkpoint {folder} needs its frozen encoder, which can't be had: {one_line(error)[:300]}"
+            f"checkpoint {folder} needs its frozen encoder, which can't be had: {one_line(error)[:300]}; where CLIP "
+            "lies elsewhere now, give --clip"
         ) from error
     if isinstance(network, FrozenClip):
         names = {
-            "clip": ("CLIP", clip.files.name if clip and clip.files else config.network.encoder),
+            "clip": ("CLIP", clip.files.name if clip and clip.files else chosen.encoder),
             "dino": ("DINOv2", config.network.frozen.dino or "none"),
         }
         for key, digest in network.frozen_digests().items():
@@ -316,6 +321,10 @@ def decoder_digest(path: Path) -> str:
     folder = find_checkpoint(path)
     try:
         content = read_json(folder / CONFIG, MAX_CONFIG_BYTES)
+        if "frozen" not in content:
+            raise CheckpointError(
+                f"{folder} holds no network on a frozen CLIP; give a run of --network frozen-clip"
+            )
         # what acts in training alone, and where DINOv2 lies, is left out; its digest is in "frozen"
         dropped = {"dropout", "affinity_mean", "dino"}
         decoder = {key: value for key, value in content["network"]["frozen"].items() if key not in dropped}

@@ -86,15 +86,16 @@ class Segmenter:
         device: str = "auto",
         inference: InferenceConfig | None = None,
         crf: CrfConfig | None = None,
+        clip: str | None = None,
     ) -> Segmenter:
-        """The network of a training run or checkpoint folder.
+        """The network of a training run or checkpoint folder; ``clip`` says where its frozen CLIP lies now.
 
         Raises:
             CheckpointError: there is none, it is damaged, or another program's.
             ConfigError: no such device.
         """
         where = resolve_device(device)
-        loaded = load_network(Path(path), where)
+        loaded = load_network(Path(path), where, clip)
         description = f"network {find_checkpoint(Path(path))}"
         return cls(loaded.network, loaded.class_names, where, inference, crf, description)
 

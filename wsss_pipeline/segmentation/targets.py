@@ -20,9 +20,15 @@ from wsss_pipeline.segmentation.train_config import OnlineConfig
 
 
 class OnlineMethod(Protocol):
-    """A method whose CAMs a network on the same frozen CLIP can learn from while it is trained."""
+    """A method whose CAMs a network on the same frozen CLIP can learn from while it is trained.
+
+    Attributes:
+        background_power: see ``Method``.
+        helped_by: which of ``gate``, ``guide`` and ``prior`` it looks at.
+    """
 
     background_power: float
+    helped_by: frozenset[str]
 
     @property
     def encoding(self) -> Mapping[str, Any]:

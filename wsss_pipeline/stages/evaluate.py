@@ -39,6 +39,7 @@ def open_masks(
     inference: InferenceConfig | None = None,
     crf: CrfConfig | None = None,
     device: str = "auto",
+    clip: str | None = None,
 ) -> MaskSource:
     """The masks of exactly one of ``cache``, ``predictions`` and ``checkpoint``.
 
@@ -49,7 +50,7 @@ def open_masks(
         class_names: the C names without the background; needed for ``predictions``, and for a cache only checked
             against its own.
         images: image id to file, for the network to look at.
-        inference, crf, device: settings of the network, see ``Segmenter``.
+        inference, crf, device, clip: settings of the network, see ``Segmenter``.
 
     Raises:
         EvaluationError: not exactly one, or classes that are missing or aren't those of the cache.
@@ -58,7 +59,7 @@ def open_masks(
     if sum(path is not None for path in (cache, predictions, checkpoint)) != 1:
         raise EvaluationError("give the masks once: --cache, --predictions or --checkpoint")
     if checkpoint is not None:
-        return NetworkMasks(Segmenter.load(checkpoint, device, inference, crf), images or {})
+        return NetworkMasks(Segmenter.load(checkpoint, device, inference, crf, clip), images or {})
     if predictions is not None:
         if class_names is None:
             raise EvaluationError(

@@ -30,8 +30,10 @@ CONFIG, WEIGHTS, PROCESSOR = "config.json", "model.safetensors", "preprocessor_c
 LARGEST_DIFFERENCE = 1e-3  # of a logit, relative to the largest one
 
 
-def export_model(checkpoint: Path, out: Path, kind: ExportFormat) -> Path:
+def export_model(checkpoint: Path, out: Path, kind: ExportFormat, clip: str | None = None) -> Path:
     """Writes the network of ``checkpoint`` to ``out``: a ``.onnx`` file, or a folder.
+
+    ``clip`` says where a network's frozen CLIP lies now, see ``Segmenter.load``.
 
     The ONNX file takes ``images`` float32 (B, 3, H, W), normalised with ImageNet's mean and standard deviation,
     any B, H and W, and gives ``logits`` (B, 1+C, H, W). It is run on other shapes than the traced one and
@@ -47,7 +49,7 @@ def export_model(checkpoint: Path, out: Path, kind: ExportFormat) -> Path:
     check_apart(out, "--out", {"--checkpoint": find_checkpoint(checkpoint)})
     for file in [out] if kind == "onnx" else [out / name for name in (CONFIG, WEIGHTS, PROCESSOR)]:
         check_replaceable(file)
-    loaded = load_network(checkpoint)
+    loaded = load_network(checkpoint, clip=clip)
     if kind == "huggingface":
         for name, content in _huggingface_files(loaded).items():
             write_file(out / name, content, below=out)

@@ -43,6 +43,7 @@ def predict(
     *,
     inference: InferenceConfig | None = None,
     crf: CrfConfig | None = None,
+    clip: str | None = None,
     overlays: bool = False,
     confidence: bool = False,
     device: str = "auto",
@@ -53,7 +54,7 @@ def predict(
     Args:
         checkpoint: a training run or a checkpoint folder.
         images: folder, searched with all below it.
-        inference, crf: settings, see ``Segmenter``.
+        inference, crf, clip: settings, see ``Segmenter``.
         overlays: choice to write ``out/overlays/ID.jpg`` too, the mask over the image.
         confidence: choice to write ``out/confidence/ID.png``, uint8, the label's probability in half percents.
         overwrite: choice to predict again what is there.
@@ -75,7 +76,7 @@ def predict(
     kept = set() if overwrite else {i for i in files if all(map(Path.exists, targets[i].values()))}
     for target in (target for i in files if i not in kept for target in targets[i].values()):
         check_replaceable(target)
-    segmenter = Segmenter.load(checkpoint, device, inference, crf)
+    segmenter = Segmenter.load(checkpoint, device, inference, crf, clip)
     report = PredictReport()
     with StopRequest() as stop, Progress(len(files)) as progress:
         for image_id, file in files.items():

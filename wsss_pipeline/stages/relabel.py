@@ -125,6 +125,7 @@ class RelabelJob(Job):
         any_class: bool = False,
         config: RelabelConfig | None = None,
         device: str = "auto",
+        clip: str | None = None,
     ) -> RelabelJob:
         """A job out of paths: the network loaded, the labels read.
 
@@ -138,6 +139,7 @@ class RelabelJob(Job):
             any_class: choice to take from the labels only which images to do.
             config: scales, flip, refiner.
             device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
+            clip: place of a network's frozen CLIP, where that isn't where it lay in training.
 
         Raises:
             CheckpointError: no network.
@@ -151,7 +153,7 @@ class RelabelJob(Job):
             raise ConfigError(f"{option} goes with --labels; without them a mask may have any of the classes")
         where = resolve_device(device)
         refiner = load_refiner(config, "crf")
-        loaded = load_network(checkpoint, where)
+        loaded = load_network(checkpoint, where, clip)
         folder = find_checkpoint(checkpoint)
         class_set = _class_set(loaded.class_names, classes, folder)
         inference, is_restricted = config.inference, labels is not None and not any_class

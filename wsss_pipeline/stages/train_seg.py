@@ -290,6 +290,10 @@ def _online_target(
     assert isinstance(network, FrozenClip)
     method: Any = generator.method
     network.check_method(generator.config.method, method.encoding)
+    if config.online.guide_from and "guide" not in method.helped_by:
+        raise ConfigError(
+            f"online.guide_from: {generator.config.method} takes no guide; leave it out, or give --online excel"
+        )
     statistics = network.image_mean, network.image_std
     return OnlineTarget(method, generator.refiner, config.online, *statistics)
 
