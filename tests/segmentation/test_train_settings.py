@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from tests.segmentation.conftest import changed, loaded_once, online_config, other_clip
+from tests.segmentation.test_dino import write_dino
 from wsss_pipeline.config import fields
 from wsss_pipeline.data.image_ids import find_images
 from wsss_pipeline.data.masks import MaskFolder, PseudoMask
@@ -127,13 +128,13 @@ FROZEN_ROWS: dict[str, list[Row]] = {
     "loss.affinity": [Row("weclip", 0.5, ALL), Row("masks", 0.5, ALL)],
     "loss.affinity_radius": [Row("weclip", 1, ALL), Row("weclip", 1, set(), {"loss__affinity": 0.0})],
     "loss.dice": [Row("weclip", 1.0, ALL)],
+    "loss.cross": [Row("weclip", 0.5, ALL, {"network__frozen__dino": "{dino}"})],
+    "network.frozen.dino": [Row("weclip", "{dino}", {"architecture", *ALL})],
     "optimisation.schedule": [
         Row("weclip", "poly-total", {"rates", *AFTER}, {"optimisation__warm_up": 1}),
         Row("weclip", "poly-total", set()),
     ],
 }
-# they need a DINOv2, which can't be loaded yet
-WITHOUT_ROW = {"network.frozen.dino", "loss.cross"}
 
 
 class Unsure(MaskFolder):
@@ -218,8 +219,7 @@ def plain(observe: Observe) -> dict[str, Any]:
 def test_every_setting_has_a_row() -> None:
     keys = [key for key, _, _ in fields(TrainConfig)]
     assert [key for key in keys if key in ROWS] == list(ROWS)
-    assert set(keys) == ROWS.keys() | FROZEN_ROWS.keys() | WITHOUT_ROW
-    assert not WITHOUT_ROW & (ROWS.keys() | FROZEN_ROWS.keys())
+    assert set(keys) == ROWS.keys() | FROZEN_ROWS.keys()
 
 
 @pytest.mark.parametrize("key", ROWS)
@@ -255,9 +255,14 @@ def plain_frozen(observe: Observe) -> Callable[..., dict[str, Any]]:
 def test_a_setting_of_networks_on_a_frozen_clip_changes_what_it_should(
     observe: Observe, plain_frozen: Callable[..., dict[str, Any]], tmp_path: Path, key: str, row: Row
 ) -> None:
-    before = plain_frozen(row.base, tuple(row.given.items()))
-    value = str(other_clip(tmp_path / "clip")) if row.value == "{clip}" else row.value
-    after = observe(row.base, **{**row.given, key.replace(".", "__"): value})
+    made: dict[Any, Callable[[Path], Path]] = {"{clip}": other_clip, "{dino}": write_dino}
+
+    def filled(value: Any) -> Any:
+        return str(made[value](tmp_path / value[1:-1])) if value in made else value
+
+    given = {name: filled(value) for name, value in row.given.items()}
+    before = plain_frozen(row.base, tuple(given.items()))
+    after = observe(row.base, **{**given, key.replace(".", "__"): filled(row.value)})
     assert sorted(name for name in before if before[name] != after[name]) == sorted({*row.changes, "config"})
 
 
