@@ -94,10 +94,13 @@ def generating(root: Path, method: str, count: int) -> Campaign:
 def campaigns(root: Path) -> list[Campaign]:
     """On the drawn scenes in ``root / "voc"``; merge has its sources in ``root / "share-0"`` and ``"share-1"``."""
     voc = root / "voc"
-    train = ["train-seg", "--gt-masks", str(voc / "SegmentationClass"), "--classes", "demo"]
-    train += ["--images", str(voc / "JPEGImages"), "--network", "segformer", "--encoder", "tiny"]
-    train += ["--weights", "none", "--crop", "48", "--batch-size", "2", "--iterations", str(STEPS)]
-    train += ["--workers", "0", "--device", "cpu", "--precision", "fp32", "--set", "save_every=3"]
+    common = ["--images", str(voc / "JPEGImages"), "--classes", "demo", "--workers", "0", "--device", "cpu"]
+    common += ["--crop", "48", "--batch-size", "2", "--iterations", str(STEPS), "--precision", "fp32"]
+    common += ["--set", "save_every=3"]
+    train = ["train-seg", "--gt-masks", str(voc / "SegmentationClass"), "--network", "segformer"]
+    train += ["--encoder", "tiny", "--weights", "none", *common]
+    online = ["train-seg", "--online", "weclip", "--labels", str(voc / "Annotations"), *common]
+    online += ["--set", f"online.gate_from={STEPS // 2}"]
 
     def merge(folder: Path) -> list[list[str]]:
         sources = [str(root / f"share-{index}") for index in range(2)]
@@ -107,6 +110,7 @@ def campaigns(root: Path) -> list[Campaign]:
         *(generating(root, method, count) for method in method_names() for count in (1, 4)),
         Campaign("cache merge", merge, masks, True),
         Campaign("train-seg", lambda folder: [[*train, "--out", str(folder)]], network, False),
+        Campaign("train-seg --online", lambda folder: [[*online, "--out", str(folder)]], network, False),
     ]
 
 

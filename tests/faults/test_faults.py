@@ -36,7 +36,7 @@ def test_kills_of_every_long_command_lose_nothing() -> None:
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("ended as undisturbed ones") == 2 * len(method_names()) + 2
+    assert done.stdout.count("ended as undisturbed ones") == 2 * len(method_names()) + 3
 
 
 def regions(shard: Path) -> dict[str, int]:
