@@ -87,12 +87,12 @@ def demo_clip() -> Clip:
     return loaded_once(locate_clip(ClipConfig(weights="demo"), offline=True))
 
 
-def other_clip(folder: Path) -> Path:
+def other_clip(folder: Path, added: float = 0.1) -> Path:
     """A copy of the demo's CLIP, one tensor of which is another."""
     shutil.copytree(str(resources.files("wsss_pipeline") / "demo" / "clip"), folder)
     tensors = load_file(folder / "model.safetensors")
     name = next(name for name in tensors if name.endswith("post_layernorm.bias"))
-    save_file({**tensors, name: tensors[name] + 0.1}, folder / "model.safetensors")
+    save_file({**tensors, name: tensors[name] + added}, folder / "model.safetensors")
     return folder
 
 

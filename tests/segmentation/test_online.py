@@ -27,7 +27,7 @@ from wsss_pipeline.config import to_yaml
 from wsss_pipeline.data.classes import load_class_set
 from wsss_pipeline.data.image_ids import find_images
 from wsss_pipeline.data.labels import read_labels
-from wsss_pipeline.data.masks import CERTAIN, IGNORE
+from wsss_pipeline.data.masks import CERTAIN, IGNORE, MaskFolder
 from wsss_pipeline.demo.scenes import draw_scene
 from wsss_pipeline.errors import CheckpointError, TrainingError
 from wsss_pipeline.methods import load_method
@@ -38,7 +38,7 @@ from wsss_pipeline.segmentation.frozen_clip import FrozenClip
 from wsss_pipeline.segmentation.networks import build_network
 from wsss_pipeline.segmentation.objectives import weighted_losses
 from wsss_pipeline.segmentation.targets import OnlineTarget
-from wsss_pipeline.segmentation.train_config import FrozenClipConfig, NetworkConfig
+from wsss_pipeline.segmentation.train_config import FrozenClipConfig, NetworkConfig, OnlineConfig
 from wsss_pipeline.stages.train_seg import train_seg
 
 METHODS = ("weclip", "excel")
@@ -357,6 +357,24 @@ REFUSED: dict[str, tuple[Callable[[dict[str, Any], Path], object], str]] = {
         "frozen.width 32 isn't a multiple of network.frozen.heads 5",
     ),
 }
+
+
+def test_a_run_on_masks_does_not_go_on_with_another_clip(
+    make_online: Make, root: Path, tmp_path: Path
+) -> None:
+    """At the same place; a run whose targets are made in training knows it by their fingerprint."""
+    folder = other_clip(tmp_path / "clip")
+    masks = MaskFolder(root / "SegmentationClass", load_class_set("demo").names, "ground truth")
+    config = online_config("weclip", online=OnlineConfig(), network__encoder=str(folder))
+    job = replace(make_online("run", config), masks=masks, labels=None, classes=None)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trainer_module, "Progress", DiesAtFive)
+        with pytest.raises(Killed):
+            train_seg(job)
+    shutil.rmtree(folder)
+    other_clip(folder, 0.2)
+    with pytest.raises(CheckpointError, match=r"trained on another CLIP than .*clip; give the one"):
+        train_seg(job)
 
 
 @pytest.mark.parametrize("kind", REFUSED)

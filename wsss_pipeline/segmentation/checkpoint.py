@@ -245,21 +245,7 @@ def load_network(
             "lies elsewhere now, give --clip"
         ) from error
     if isinstance(network, FrozenClip):
-        names = {
-            "clip": ("CLIP", clip.files.name if clip and clip.files else chosen.encoder),
-            "dino": ("DINOv2", config.network.frozen.dino or "none"),
-        }
-        for key, digest in network.frozen_digests().items():
-            what, given = names[key]
-            if digest and not config.frozen.get(key):
-                raise CheckpointError(
-                    f"checkpoint {folder}: {CONFIG} doesn't say which {what} it was trained on; train it anew"
-                )
-            if digest != config.frozen.get(key):
-                raise CheckpointError(
-                    f"checkpoint {folder} was trained on another {what} than {given:.200}; give the one it was "
-                    "trained on"
-                )
+        _check_frozen(network, config.frozen, folder)
     try:
         _load_tensors(network, folder / WEIGHTS)
     except FileNotFoundError as error:
@@ -272,6 +258,35 @@ def load_network(
             f"checkpoint {folder}: {WEIGHTS} doesn't fit or is damaged: {reason}"
         ) from error
     return LoadedNetwork(network.to(device).eval(), tuple(config.names[1:]), content)
+
+
+def check_frozen(network: FrozenClip, folder: Path) -> None:
+    """A CheckpointError where a checkpoint's decoder wasn't trained on this network's CLIP and DINOv2."""
+    try:
+        stored = _Config.model_validate(read_json(folder / CONFIG, MAX_CONFIG_BYTES)).frozen
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"checkpoint {folder}: {CONFIG} can't be read: {one_line(error)[:200]}"
+        ) from error
+    _check_frozen(network, stored, folder)
+
+
+def _check_frozen(network: FrozenClip, stored: Mapping[str, str | None], folder: Path) -> None:
+    files = network.frozen.clip.files
+    names = {
+        "clip": ("CLIP", files.name if files else "this"),
+        "dino": ("DINOv2", network.config.dino or "none"),
+    }
+    for key, digest in network.frozen_digests().items():
+        what, given = names[key]
+        if digest and not stored.get(key):
+            raise CheckpointError(
+                f"checkpoint {folder}: {CONFIG} doesn't say which {what} it was trained on; train it anew"
+            )
+        if digest != stored.get(key):
+            raise CheckpointError(
+                f"checkpoint {folder} was trained on another {what} than {given:.200}; give the one it was trained on"
+            )
 
 
 def load_frozen_clip(

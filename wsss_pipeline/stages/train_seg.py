@@ -42,7 +42,7 @@ from wsss_pipeline.runtime.device import is_out_of_memory, resolve_device, resol
 from wsss_pipeline.runtime.locks import ProcessLock
 from wsss_pipeline.runtime.output import MARK, check_apart, is_temporary, one_line, write_file, writing
 from wsss_pipeline.segmentation.augmentation import Augmentation
-from wsss_pipeline.segmentation.checkpoint import BEST, LAST, remove_checkpoint, settle
+from wsss_pipeline.segmentation.checkpoint import BEST, LAST, check_frozen, remove_checkpoint, settle
 from wsss_pipeline.segmentation.dataset import ImageLabels, SegmentationDataset, usable_ids
 from wsss_pipeline.segmentation.frozen_clip import FrozenClip
 from wsss_pipeline.segmentation.inference import Segmenter
@@ -224,11 +224,14 @@ def _train(
         precision=resolve_precision(config.precision, accelerator.device),
         offline=job.offline,
     )
-    if isinstance(network, FrozenClip) and (crop := config.augmentation.crop) % network.multiple:
-        raise ConfigError(
-            f"--crop {crop} isn't a multiple of {network.multiple}, the patch of this CLIP; "
-            f"{max(1, crop // network.multiple) * network.multiple} is"
-        )
+    if isinstance(network, FrozenClip):
+        if (crop := config.augmentation.crop) % network.multiple:
+            raise ConfigError(
+                f"--crop {crop} isn't a multiple of {network.multiple}, the patch of this CLIP; "
+                f"{max(1, crop // network.multiple) * network.multiple} is"
+            )
+        if (out / LAST).exists():
+            check_frozen(network, out / LAST)
     if not (out / STATE).exists():
         load_pretrained(network, config.network, job.offline)
     augmentation = Augmentation(config.augmentation, network.image_mean, network.image_std)
