@@ -16,10 +16,10 @@ from wsss_pipeline.commands.options import PATH, say
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of scenes and network.")
 @click.option(
     "--recipe",
-    type=click.Choice(["demo/deeplabv3plus", "demo/segformer"]),
+    type=click.Choice(["demo/deeplabv3plus", "demo/segformer", "weclip/demo", "excel/demo"]),
     default="demo/deeplabv3plus",
     show_default=True,
-    help="Of the network.",
+    help="Of the network; weclip and excel learn from the labels, on the frozen CLIP.",
 )
 @click.option("--upper-bound", is_flag=True, help="Also train a network on the ground truth.")
 def command(out: Path, seed: int, recipe: str, upper_bound: bool) -> None:

@@ -15,7 +15,7 @@ from wsss_pipeline.evaluation.result import Evaluation
 from wsss_pipeline.pseudo_masks.job import MaskJob
 from wsss_pipeline.runtime.device import images_at_a_time
 from wsss_pipeline.runtime.output import check_replaceable
-from wsss_pipeline.segmentation.train_config import load_train_config
+from wsss_pipeline.segmentation.train_config import OnlineConfig, load_train_config
 from wsss_pipeline.stages.evaluate import evaluate, open_masks
 from wsss_pipeline.stages.generate_masks import generate_masks
 from wsss_pipeline.stages.preview import preview
@@ -78,7 +78,7 @@ def run_demo(
     Args:
         out: folder for the data set, the cache, the network, the preview and the report.
         seed: seed of the scenes and of the network.
-        recipe: settings of the network.
+        recipe: settings of the network; one whose masks are made in training takes labels in place of pseudo masks.
         upper_bound: choice to train a network on the ground truth too.
         scenes: numbers of scenes for training and for testing.
         overrides: ``key=value`` settings over those of the recipe.
@@ -99,7 +99,7 @@ def run_demo(
     images = find_images(data / "JPEGImages")
     for step, settings in STEPS.items():
         logger.info("pseudo masks: %s", step)
-        job = MaskJob.read(
+        masks = MaskJob.read(
             voc=data,
             split=TRAIN,
             classes="demo",
@@ -107,7 +107,7 @@ def run_demo(
             settings={"clip.weights": "demo"},
             cache=out / "cache",
         )
-        made = generate_masks(replace(job, workers=images_at_a_time(), store_cams=True, offline=True))
+        made = generate_masks(replace(masks, workers=images_at_a_time(), store_cams=True, offline=True))
         if made.interrupted:
             raise KeyboardInterrupt
         pseudo_masks = MaskCache.open(made.path)
@@ -119,9 +119,12 @@ def run_demo(
         sources["network-on-ground-truth"] = MaskFolder(truth, pseudo_masks.class_names, "ground truth")
     for name, source in sources.items():
         config = load_train_config(recipe, None, overrides, {"seed": seed})
-        trained = train_seg(
-            TrainJob(data / "JPEGImages", source, out / name, config, split=splits[TRAIN], workers=1)
-        )
+        job = TrainJob(data / "JPEGImages", source, out / name, config, split=splits[TRAIN], workers=1)
+        if config.online.method and source is pseudo_masks:
+            job = replace(job, masks=None, labels=data / "Annotations", classes="demo", offline=True)
+        elif config.online.method:
+            job = replace(job, config=config.model_copy(update={"online": OnlineConfig()}), offline=True)
+        trained = train_seg(job)
         if trained.interrupted:
             raise KeyboardInterrupt
         report.folders[name] = trained.checkpoint
