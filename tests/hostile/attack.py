@@ -451,7 +451,7 @@ def work_together(table: Table, root: Path, seconds: float) -> None:
 
 
 def be_a_neighbour(kind: str, folder: Path, other: Path, over: Path) -> None:
-    """One of those that work on a mask set at once, until ``over`` is there; prints how often, and what went wrong."""
+    """One that works on a mask set beside others until ``over`` is there; prints how often, and what went wrong."""
     from wsss_pipeline.cache import gc, merge
     from wsss_pipeline.errors import CacheLockedError
 
