@@ -12,8 +12,8 @@ from cache_samples import MASK_SET, start_writer
 from wsss_pipeline.cache import MaskCache, open_mask_set, verify
 from wsss_pipeline.cache.records import escape_id
 
-KILLS = 16
-IMAGES = 200
+KILLS = 24
+IMAGES = 400
 
 
 def record_digests(folder: Path) -> dict[str, str]:
