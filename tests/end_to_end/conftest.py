@@ -17,6 +17,7 @@ from PIL import Image
 from tests.tiny_clip import write_golden_clip
 from wsss_pipeline.cache import MaskSet, MaskWriter, PseudoMask, open_mask_set
 from wsss_pipeline.cli import main
+from wsss_pipeline.methods import method_names
 from wsss_pipeline.segmentation.checkpoint import save_network
 from wsss_pipeline.segmentation.networks import build_network
 from wsss_pipeline.segmentation.train_config import NetworkConfig
@@ -67,6 +68,20 @@ def wsss(*arguments: object) -> Result:
     if result.exception is not None and not isinstance(result.exception, SystemExit):
         raise result.exception
     return result
+
+
+def for_each_method(check: Callable[[str], None]) -> None:
+    """Check all methods in one test, where what they need takes long to start; each that fails is named."""
+    failures = []
+    for method in method_names():
+        try:
+            check(method)
+        except Exception as error:
+            error.add_note(f"with the method {method}")
+            failures.append((method, error))
+    if failures:
+        names, errors = zip(*failures, strict=True)
+        raise ExceptionGroup(f"with {', '.join(names)}", errors)
 
 
 def write_labels(world: Path, labels: dict[str, list[str]]) -> None:

@@ -1,13 +1,14 @@
-"""Runs of stage one in processes of their own, each killed while it writes: ``python -m`` with arguments.
+"""Runs of stage one in processes of their own, each killed while it writes: ``python -m`` with JSON.
 
-First the cache folder; then when to kill each run, as ``FLUSHES:SECONDS`` joined by commas (so many writes
-of the partial file seen, and then so many seconds; ``-`` lets the run finish); then the command's arguments.
-torch is imported once and each run is a fork. Prints each run's exit code.
+That is of each command its cache folder; when to kill each run, as pairs (so many writes of the partial file seen,
+and then so many seconds); and its arguments. torch is imported once and each run is a fork. Prints a line for each
+command, with the exit codes of its runs.
 """
 
 from __future__ import annotations
 
 import importlib
+import json
 import os
 import signal
 import sys
@@ -17,37 +18,42 @@ from pathlib import Path
 
 def main() -> None:
     """Fork, wait for the moment, kill; as often as asked."""
-    cache, moments, arguments = Path(sys.argv[1]), sys.argv[2].split(","), sys.argv[3:]
     import torch
     import transformers
 
     from wsss_pipeline.cache import writer
-    from wsss_pipeline.cli import main as wsss
+    from wsss_pipeline.methods import load_method, method_names
 
     # what a run imports late: the children are to be killed at work, not while they import
     importlib.import_module("yaml")
     importlib.import_module("wsss_pipeline.stages.generate_masks")
+    for method in method_names():
+        load_method(method)
     assert transformers.CLIPTextModelWithProjection
     assert transformers.CLIPVisionModelWithProjection
     assert transformers.CLIPTokenizer
     torch.set_num_threads(1)  # no thread pool that a fork would break
     # many small flushes, so that kills fall before, into and after them
     writer.IMAGES_PER_FLUSH, writer.FLUSH_REST = 3, 0.0
-    for moment in moments:
-        child = os.fork()
-        if child == 0:
-            sys.argv = ["wsss", *arguments]
-            wsss(arguments, prog_name="wsss")
-        status = None
-        if moment != "-":
-            flushes, seconds = moment.split(":")
-            status = wait_for_writes(cache, int(flushes), child)
-            if status is None:
-                time.sleep(float(seconds))
-                os.kill(child, signal.SIGKILL)
-        if status is None:
-            _, status = os.waitpid(child, 0)
-        print(os.waitstatus_to_exitcode(status), flush=True)
+    for cache, moments, arguments in json.loads(sys.argv[1]):
+        codes = [killed_run(Path(cache), flushes, seconds, arguments) for flushes, seconds in moments]
+        print("exit codes", *codes, flush=True)
+
+
+def killed_run(cache: Path, flushes: int, seconds: float, arguments: list[str]) -> int:
+    """The exit code of a run that is killed so late."""
+    from wsss_pipeline.cli import main as wsss
+
+    child = os.fork()
+    if child == 0:
+        sys.argv = ["wsss", *arguments]
+        wsss(arguments, prog_name="wsss")
+    status = wait_for_writes(cache, flushes, child)
+    if status is None:
+        time.sleep(seconds)
+        os.kill(child, signal.SIGKILL)
+        _, status = os.waitpid(child, 0)
+    return os.waitstatus_to_exitcode(status)
 
 
 def wait_for_writes(cache: Path, count: int, child: int) -> int | None:

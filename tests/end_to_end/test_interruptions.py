@@ -16,13 +16,14 @@ from pathlib import Path
 import h5py
 import pytest
 
-from tests.end_to_end.conftest import LABELS, Run, generate_arguments, mask_set, write_labels
+from tests.end_to_end.conftest import LABELS, Run, for_each_method, generate_arguments, mask_set, write_labels
 from wsss_pipeline.cache import MaskCache, verify
 from wsss_pipeline.methods import method_names
 
 ROOT = Path(__file__).parent.parent.parent
 
-IMAGES = 40  # more than the runs that are killed finish
+KILLS = 6  # with each method
+IMAGES = 32  # more than the runs that are killed finish
 
 
 def without_coverage() -> dict[str, str]:
@@ -48,40 +49,53 @@ def records(path: Path) -> dict[str, tuple[bytes, bytes, tuple[str, ...]]]:
         }
 
 
-@pytest.mark.parametrize("method", method_names())
 def test_kills_at_random_moments_lose_nothing_that_was_finished(
-    world: Path, clip: Path, generate: Run, method: str
+    world: Path, clip: Path, generate: Run
 ) -> None:
     many_images(world, IMAGES)
     chance = random.Random(7)
-    moments = ",".join(f"{chance.randint(0, 4)}:{chance.uniform(0, 0.03):.4f}" for _ in range(12))
-    codes = interrupted_runs([*generate_arguments(world, clip), "--method", method], moments)
-    assert codes.count(-signal.SIGKILL) >= 10, codes
-    (path,) = (world / "cache").glob("voc12-*")
-    for shard in path.glob("shard-*.h5"):
-        with h5py.File(shard):  # opens, so it isn't damaged
-            pass
-    assert verify(path).ok
-    assert 0 < len(records(path)) < IMAGES, "the kills came too early, or too late, to test anything"
-    assert mask_set(generate("--method", method)) == path
-    other = mask_set(generate("--method", method, cache="undisturbed"))
-    assert len(records(path)) == IMAGES
-    assert records(path) == records(other)
+    moments = {
+        method: [(chance.randint(0, 4), chance.uniform(0, 0.03)) for _ in range(KILLS)]
+        for method in method_names()
+    }
+    codes = interrupted_runs(
+        [
+            (world / method, moments[method], [*generate_arguments(world, clip, method), "--method", method])
+            for method in moments
+        ]
+    )
+
+    def check(method: str) -> None:
+        killed = codes[method_names().index(method)].count(-signal.SIGKILL)
+        assert killed >= KILLS - 2, codes
+        (path,) = (world / method).glob("voc12-*")
+        for shard in path.glob("shard-*.h5"):
+            with h5py.File(shard):  # opens, so it isn't damaged
+                pass
+        assert verify(path).ok
+        assert 0 < len(records(path)) < IMAGES, "the kills came too early, or too late, to test anything"
+        assert mask_set(generate("--method", method, cache=method)) == path
+        other = mask_set(generate("--method", method, cache="undisturbed"))
+        assert len(records(path)) == IMAGES
+        assert records(path) == records(other)
+
+    for_each_method(check)
 
 
-def interrupted_runs(command: list[object], moments: str) -> list[int]:
-    """Exit codes of runs of generate-masks that are killed at ``moments``, see ``interrupted_run``."""
-    cache = command[command.index("--cache") + 1]
-    arguments = map(str, (cache, moments, *command))
+def interrupted_runs(
+    commands: list[tuple[Path, list[tuple[int, float]], list[object]]],
+) -> list[list[int]]:
+    """Exit codes of runs of generate-masks that are killed, by command; see ``interrupted_run``."""
     done = subprocess.run(
-        [sys.executable, "-m", "tests.end_to_end.interrupted_run", *arguments],
+        [sys.executable, "-m", "tests.end_to_end.interrupted_run", json.dumps(commands, default=str)],
         cwd=ROOT,
         capture_output=True,
         text=True,
         timeout=300,
         check=True,
     )
-    return [int(line) for line in done.stdout.splitlines() if line.lstrip("-").isdigit()]
+    lines = [line for line in done.stdout.splitlines() if line.startswith("exit codes ")]
+    return [[int(code) for code in line.split()[2:]] for line in lines]
 
 
 def start(world: Path, clip: Path, *further: str) -> subprocess.Popen[str]:

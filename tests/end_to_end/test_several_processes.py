@@ -13,40 +13,56 @@ from pathlib import Path
 
 import pytest
 
-from tests.end_to_end.conftest import LABELS, Run, generate_arguments, mask_set
+from tests.end_to_end.conftest import LABELS, Run, for_each_method, generate_arguments, mask_set
+from tests.end_to_end.runs_in_turn import ended, write_list
 from tests.end_to_end.test_interruptions import ROOT, many_images, records
 from wsss_pipeline.methods import method_names
+
+RAY_IMAGES = 60  # a worker has half of them, and is killed at one of the first
 
 each_method = pytest.mark.parametrize("method", method_names())
 
 
-@each_method
+def runs(world: Path, clip: Path, *further: object) -> Path:
+    """The list of a run with each method, each into a cache of its own."""
+    arguments = {
+        method: [*generate_arguments(world, clip, f"cache-{method}"), "--method", method, "--json", *further]
+        for method in method_names()
+    }
+    return write_list(world / "runs", arguments)
+
+
 def test_torchrun_divides_the_images_and_one_bad_one_stops_nobody(
-    world: Path, clip: Path, generate: Run, method: str
+    world: Path, clip: Path, generate: Run
 ) -> None:
+    """The two processes go through all methods."""
     many_images(world, 10)
     (world / "images" / "tiny_odd_4.png").write_bytes(b"no picture")
-    expected = records(mask_set(generate("--method", method, cache="alone")))
+    file = runs(world, clip)
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    arguments = [str(item) for item in generate_arguments(world, clip)]
     done = subprocess.run(
-        [*torchrun, "-m", "wsss_pipeline", *arguments, "--method", method, "--json"],
+        [*torchrun, "-m", "tests.end_to_end.runs_in_turn", file],
         cwd=ROOT,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=300,
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    summaries = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
-    assert len(summaries) == 2
-    assert sum(summary["computed"] for summary in summaries) == 9
-    assert all(summary["computed"] for summary in summaries)
-    assert sum(len(summary["failed"]) for summary in summaries) == 1
-    (path,) = (world / "cache").glob("voc12-*")
-    assert {name.name.split("-")[1] for name in path.glob("shard-*.h5")} == {"0of2", "1of2"}
-    assert records(path) == expected
+
+    def check(method: str) -> None:
+        found = [ended(file, method, rank) for rank in range(2)]
+        assert all(one and one.code == 0 for one in found), found
+        summaries = [one.summary for one in found if one]
+        assert sum(summary["computed"] for summary in summaries) == 9
+        assert all(summary["computed"] for summary in summaries)
+        assert sum(len(summary["failed"]) for summary in summaries) == 1
+        (path,) = (world / f"cache-{method}").glob("voc12-*")
+        assert {name.name.split("-")[1] for name in path.glob("shard-*.h5")} == {"0of2", "1of2"}
+        assert records(path) == records(mask_set(generate("--method", method, cache="alone")))
+
+    for_each_method(check)
 
 
 @each_method
@@ -81,34 +97,42 @@ def parent(process: int) -> int:
 
 
 @pytest.mark.skipif(find_spec("ray") is None, reason="the optional package ray isn't installed")
-@each_method
-def test_ray_goes_on_when_a_worker_is_killed_half_way(
-    world: Path, clip: Path, generate: Run, method: str
-) -> None:
-    many_images(world, 100)
+def test_ray_goes_on_when_a_worker_is_killed_half_way(world: Path, clip: Path, generate: Run) -> None:
+    """One cluster works with all methods in turn, and loses a worker to each."""
+    many_images(world, RAY_IMAGES)
     (world / "images" / "tiny_odd_4.png").write_bytes(b"no picture")
-    arguments = [str(item) for item in generate_arguments(world, clip)]
-    arguments += ["--method", method, "--engine", "ray", "--workers", "2", "--json"]
+    file = runs(world, clip, "--engine", "ray", "--workers", 2)
     process = subprocess.Popen(
-        [sys.executable, "-m", "wsss_pipeline", *arguments],
+        [sys.executable, "-m", "tests.end_to_end.runs_in_turn", file],
         cwd=ROOT,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
     )
-    deadline = time.monotonic() + 120
-    while not list((world / "cache").glob("*/shard-*.h5*")) and time.monotonic() < deadline:
-        time.sleep(0.02)
-    os.kill(ray_workers(process.pid)[0], signal.SIGKILL)
-    stdout, stderr = process.communicate(timeout=120)
-    assert process.returncode == 1, stderr
-    assert "Traceback" not in stderr
-    summary = json.loads(stdout.splitlines()[0])
-    # what the killed worker had flushed, its successor found in the cache
-    assert summary["computed"] + summary["reused"] == 99
-    assert list(summary["failed"]) == ["tiny_odd_4"]
-    (path,) = (world / "cache").glob("voc12-*")
-    assert records(path) == records(mask_set(generate("--method", method, cache="alone")))
-    again = json.loads(generate("--method", method, "--json").stdout.splitlines()[0])
-    assert (again["reused"], again["computed"]) == (99, 0)
+    killed = {}
+    for method in method_names():
+        deadline = time.monotonic() + 120
+        while not list((world / f"cache-{method}").glob("*/shard-*.h5*")) and time.monotonic() < deadline:
+            time.sleep(0.02)
+        worker = next(iter(ray_workers(process.pid)), None)
+        if worker is not None and ended(file, method) is None:
+            os.kill(worker, signal.SIGKILL)
+            killed[method] = worker
+    _, stderr = process.communicate(timeout=120)
+    assert process.returncode == 0, stderr
+
+    def check(method: str) -> None:
+        assert method in killed, "no worker was at work when one was to be killed"
+        found = ended(file, method)
+        assert found is not None
+        assert found.code == 1, found.stderr
+        assert "Traceback" not in found.stderr
+        # what the killed worker had flushed, its successor found in the cache
+        assert found.summary["computed"] + found.summary["reused"] == RAY_IMAGES - 1
+        assert list(found.summary["failed"]) == ["tiny_odd_4"]
+        (path,) = (world / f"cache-{method}").glob("voc12-*")
+        assert records(path) == records(mask_set(generate("--method", method, cache="alone")))
+        again = generate("--method", method, "--json", cache=f"cache-{method}").stdout.splitlines()[0]
+        assert (json.loads(again)["reused"], json.loads(again)["computed"]) == (RAY_IMAGES - 1, 0)
+
+    for_each_method(check)

@@ -333,7 +333,7 @@ def test_recipes_are_whole() -> None:
 
 def test_a_kill_at_any_moment_loses_no_checkpoint(root: Path, tmp_path: Path) -> None:
     """SIGKILL while checkpoints are written after every update; the run still ends as one that wasn't disturbed."""
-    arguments = [*train_arguments(root, tmp_path / "run"), "--iterations", 30, "--set", "save_every=1"]
+    arguments = [*train_arguments(root, tmp_path / "run"), "--iterations", 16, "--set", "save_every=1"]
     command = [sys.executable, "-m", "wsss_pipeline", *map(str, arguments)]
     log = tmp_path / "run" / "log.jsonl"
     seen = 0
@@ -350,7 +350,7 @@ def test_a_kill_at_any_moment_loses_no_checkpoint(root: Path, tmp_path: Path) ->
     assert done.exit_code == 0, done.output
     assert "going on after update" in done.stderr
     undisturbed = wsss(
-        *train_arguments(root, tmp_path / "other"), "--iterations", 30, "--set", "save_every=1"
+        *train_arguments(root, tmp_path / "other"), "--iterations", 16, "--set", "save_every=1"
     )
     assert undisturbed.exit_code == 0
     one, other = (load_network(tmp_path / name / "last").network.state_dict() for name in ("run", "other"))

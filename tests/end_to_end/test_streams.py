@@ -146,7 +146,8 @@ def test_an_interrupt_that_falls_into_a_destructor_is_not_forgotten(
 
     def work(*arguments: object) -> None:
         Interrupted()
-        time.sleep(10)
+        for _ in range(100):  # it falls between two calls of C, in which Python looks for none
+            time.sleep(0.1)
 
     monkeypatch.setattr("wsss_pipeline.cache.MaskCache.open", work)
     # tests that a shell started in the background have it ignored

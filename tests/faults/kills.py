@@ -35,13 +35,15 @@ class Campaign:
     """Runs of one command.
 
     ``commands``: out of the folder to write into, what runs at once. ``state``: of that folder, what is finished.
-    ``only_grows``: what was finished stays as it was; else it may be replaced by what comes later.
+    ``only_grows``: what was finished stays as it was; else it may be replaced by what comes later. ``result``: name
+    of what an undisturbed run makes; campaigns that make the same share that run.
     """
 
     name: str
     commands: Callable[[Path], list[list[str]]]
     state: Callable[[Path], State]
     only_grows: bool
+    result: str
 
 
 def masks(folder: Path) -> State:
@@ -88,6 +90,7 @@ def generating(root: Path, method: str, count: int) -> Campaign:
         lambda folder: [share(root, method, folder, index, count) for index in range(count)],
         masks,
         True,
+        f"masks of {method}",
     )
 
 
@@ -108,9 +111,11 @@ def campaigns(root: Path) -> list[Campaign]:
 
     return [
         *(generating(root, method, count) for method in method_names() for count in (1, 4)),
-        Campaign("cache merge", merge, masks, True),
-        Campaign("train-seg", lambda folder: [[*train, "--out", str(folder)]], network, False),
-        Campaign("train-seg --online", lambda folder: [[*online, "--out", str(folder)]], network, False),
+        Campaign("cache merge", merge, masks, True, "merged"),
+        Campaign("train-seg", lambda folder: [[*train, "--out", str(folder)]], network, False, "network"),
+        Campaign(
+            "train-seg --online", lambda folder: [[*online, "--out", str(folder)]], network, False, "online"
+        ),
     ]
 
 
@@ -166,13 +171,20 @@ def kill_at_random(commands: list[list[str]], duration: float, chance: random.Ra
     return codes.count(-signal.SIGKILL)
 
 
-def run(campaign: Campaign, root: Path, kills: int, chance: random.Random) -> tuple[int, int, int]:
-    """Kill so often; the kills, how many runs went on from something finished, and folders that were filled."""
-    undisturbed = root / "undisturbed"
-    duration = finish(campaign.commands(undisturbed))
-    expected = campaign.state(undisturbed)
+def undisturbed(campaign: Campaign, root: Path) -> tuple[float, State]:
+    """The seconds of a run that nobody kills, and what it makes."""
+    folder = root / "undisturbed"
+    duration = finish(campaign.commands(folder))
+    expected = campaign.state(folder)
     assert expected, "the undisturbed run made nothing"
-    shutil.rmtree(undisturbed)
+    shutil.rmtree(folder)
+    return duration, expected
+
+
+def run(
+    campaign: Campaign, duration: float, expected: State, root: Path, kills: int, chance: random.Random
+) -> tuple[int, int, int]:
+    """Kill so often; the kills, how many runs went on from something finished, and folders that were filled."""
     done = resumed = folders = 0
     while done < kills:
         folder, state = root / f"folder-{folders}", {}
@@ -221,8 +233,12 @@ def main() -> None:
         prepare(root, options.images)
         chance = random.Random(options.seed)
         chosen = [campaign for campaign in campaigns(root) if campaign.name.startswith(options.only)]
+        known: dict[str, tuple[float, State]] = {}
         for campaign in chosen:
-            kills, resumed, folders = run(campaign, root, -(-options.kills // len(chosen)), chance)
+            if campaign.result not in known:
+                known[campaign.result] = undisturbed(campaign, root)
+            each = -(-options.kills // len(chosen))
+            kills, resumed, folders = run(campaign, *known[campaign.result], root, each, chance)
             print(
                 f"{campaign.name}: {kills} kills, {resumed} runs went on from finished work, "
                 f"{folders} folders ended as undisturbed ones",

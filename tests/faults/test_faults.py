@@ -27,8 +27,10 @@ ROOT = Path(__file__).parents[2]
 
 def test_kills_of_every_long_command_lose_nothing() -> None:
     """A small round of the harness; ``make faults`` does a hundred kills."""
+    campaigns = 2 * len(method_names()) + 3
+    kills = str(2 * campaigns)
     done = subprocess.run(
-        [sys.executable, "-m", "tests.faults.kills", "--kills", "12", "--images", "60", "--seed", "1"],
+        [sys.executable, "-m", "tests.faults.kills", "--kills", kills, "--images", "32", "--seed", "1"],
         cwd=ROOT,
         capture_output=True,
         text=True,
@@ -36,7 +38,7 @@ def test_kills_of_every_long_command_lose_nothing() -> None:
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("ended as undisturbed ones") == 2 * len(method_names()) + 3
+    assert done.stdout.count("ended as undisturbed ones") == campaigns
 
 
 def regions(shard: Path) -> dict[str, int]:

@@ -380,7 +380,7 @@ def wsss(*arguments: object) -> tuple[int, str]:
 
 
 def work_together(table: Table, root: Path, seconds: float) -> None:
-    """gc, merge, writers, verify, export and training on one mask set, until the time is over."""
+    """gc, merge, writers, verify, export and training on one mask set, until the time is over; once at least."""
     write_voc_folder(root, seed=1, scenes={"train": 24}, size=(64, 48))
     truth = root / "SegmentationClass"
     names = load_class_set("demo").names
@@ -395,7 +395,7 @@ def work_together(table: Table, root: Path, seconds: float) -> None:
 
     write_masks(folder, ids, mask_of, 2)
     write_masks(other, ids[:6], mask_of, 2)
-    until, started = time.monotonic() + seconds, time.monotonic()
+    until, started, over = time.monotonic() + seconds, time.monotonic(), root / "over"
     neighbours = [
         subprocess.Popen(
             [
@@ -406,7 +406,7 @@ def work_together(table: Table, root: Path, seconds: float) -> None:
                 name,
                 str(folder),
                 str(other),
-                str(seconds),
+                str(over),
             ],
             cwd=ROOT,
             stdout=subprocess.PIPE,
@@ -415,10 +415,11 @@ def work_together(table: Table, root: Path, seconds: float) -> None:
         for name in ("gc", "merge", "write")
     ]
     train = ["train-seg", "--cache", folder, "--images", root / "JPEGImages", "--network", "segformer"]
-    train += ["--encoder", "tiny", "--weights", "none", "--crop", 48, "--batch-size", 2, "--iterations", 150]
+    train += ["--encoder", "tiny", "--weights", "none", "--crop", 48, "--batch-size", 2]
+    train += ["--iterations", 150 if seconds > 30 else 30]
     train += ["--workers", 1, "--device", "cpu", "--precision", "fp32", "--set", "save_every=100"]
     number = 0
-    while time.monotonic() < until:
+    while number == 0 or time.monotonic() < until:
         number += 1
         out = root / f"run-{number}"
         code, said = wsss(*train, "--out", out)
@@ -434,6 +435,7 @@ def work_together(table: Table, root: Path, seconds: float) -> None:
             "verify beside gc and merge",
             "no effect" if report.ok and report.sound == len(ids) else str(report),
         )
+    over.touch()
     for process in neighbours:
         output, _ = process.communicate(timeout=120)
         kind, rounds, fault = (
@@ -448,13 +450,13 @@ def work_together(table: Table, root: Path, seconds: float) -> None:
     )
 
 
-def be_a_neighbour(kind: str, folder: Path, other: Path, seconds: float) -> None:
-    """One of those that work on a mask set at once; prints how often, and what went wrong."""
+def be_a_neighbour(kind: str, folder: Path, other: Path, over: Path) -> None:
+    """One that works on a mask set beside others until ``over`` is there; prints how often, and what went wrong."""
     from wsss_pipeline.cache import gc, merge
     from wsss_pipeline.errors import CacheLockedError
 
-    chance, until, rounds, fault = random.Random(kind), time.monotonic() + seconds, 0, "-"
-    while time.monotonic() < until and fault == "-":
+    chance, parent, rounds, fault = random.Random(kind), os.getppid(), 0, "-"
+    while not over.exists() and os.getppid() == parent and fault == "-":
         try:
             if kind == "gc":
                 gc(folder)
@@ -487,8 +489,8 @@ def main() -> int:
     logging.getLogger("wsss_pipeline").addHandler(logging.NullHandler())
     logging.getLogger("wsss_pipeline").propagate = False
     if options.neighbour:
-        kind, folder, other, seconds = options.neighbour
-        be_a_neighbour(kind, Path(folder), Path(other), float(seconds))
+        kind, *places = options.neighbour
+        be_a_neighbour(kind, *map(Path, places))
         return 0
 
     def over(*_: object) -> None:

@@ -22,6 +22,7 @@ from accelerate import Accelerator
 from PIL import Image
 from safetensors.torch import load_file
 
+from tests.end_to_end.conftest import wsss
 from tests.segmentation.conftest import CONFIG, Make, changed
 from wsss_pipeline.data.image_ids import find_images
 from wsss_pipeline.data.images import read_mask
@@ -517,15 +518,19 @@ def test_schedules() -> None:
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 
 
-def started(start: list[str], root: Path, out: Path, *more: object) -> subprocess.Popen[str]:
-    """``train-seg`` in one process or, begun with ``TORCHRUN``, in two."""
-    arguments: list[object] = [
+def train_arguments(root: Path, out: Path, *more: object) -> list[str]:
+    arguments = [
         *("train-seg", "--gt-masks", root / "SegmentationClass", "--classes", "demo"),
         *("--images", root / "JPEGImages", "--weights", "none", "--crop", "48", "--precision", "fp32"),
         *("--device", "cpu", "--workers", "0", "--out", out, *more),
     ]
+    return list(map(str, arguments))
+
+
+def in_two_processes(root: Path, out: Path, *more: object) -> subprocess.Popen[str]:
+    """``train-seg`` as torchrun begins it."""
     return subprocess.Popen(
-        [*start, "-m", "wsss_pipeline", *map(str, arguments)],
+        [*TORCHRUN, "-m", "wsss_pipeline", *train_arguments(root, out, *more)],
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -552,11 +557,12 @@ def test_two_processes_are_one_with_twice_the_batch(root: Path, tmp_path: Path) 
         0.01,
     )
     more += ("--seeds", 2, "--val-gt", root / "SegmentationClass", "--val-split", tmp_path / "seven.txt")
-    for start, batch, out in (([sys.executable], 4, "one"), (TORCHRUN, 2, "two")):
-        process = started(start, root, tmp_path / out, *more, "--batch-size", batch)
-        stdout, stderr = process.communicate(timeout=300)
-        assert process.returncode == 0, stderr
-        assert stdout.splitlines() == [str(tmp_path / out / "seed-1" / "best")]
+    alone = wsss(*train_arguments(root, tmp_path / "one", *more, "--batch-size", 4))
+    process = in_two_processes(root, tmp_path / "two", *more, "--batch-size", 2)
+    stdout, stderr = process.communicate(timeout=300)
+    assert (alone.exit_code, process.returncode) == (0, 0), alone.stderr + stderr
+    for out, said in (("one", alone.stdout), ("two", stdout)):
+        assert said.splitlines() == [str(tmp_path / out / "seed-1" / "best")]
     for seed in ("seed-0", "seed-1"):
         one, two = (log_of(tmp_path / out / seed) for out in ("one", "two"))
         assert [line["loss"] for line in two] == pytest.approx([line["loss"] for line in one], rel=1e-4)
@@ -572,7 +578,7 @@ def test_a_signal_to_one_of_two_processes_stops_both(root: Path, tmp_path: Path)
     """
     more = ("--network", "segformer", "--encoder", "tiny", "--batch-size", 1, "--set", "save_every=100000")
     more += ("--val-gt", root / "SegmentationClass", "--set", "validate_every=3")
-    process = started(TORCHRUN, root, tmp_path / "run", *more)
+    process = in_two_processes(root, tmp_path / "run", *more)
     ranks: dict[str, int] = {}
     try:
         log = tmp_path / "run" / "log.jsonl"
