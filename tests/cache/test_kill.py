@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import random
+import signal
 import time
+from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import h5py
+import pytest
 from cache_samples import MASK_SET, start_writer
 
 from wsss_pipeline.cache import MaskCache, open_mask_set, verify
@@ -24,18 +29,48 @@ def record_digests(folder: Path) -> dict[str, str]:
         }
 
 
-def run_to_the_end(folder: Path) -> float:
-    """Seconds that the work took, without the start of Python."""
-    process = start_writer("fill", folder, IMAGES)
-    start = time.monotonic()
-    output, _ = process.communicate(timeout=60)
-    assert (output, process.returncode) == ("done\n", 0)
-    return time.monotonic() - start
+class Writers:
+    """Processes that fill a mask set, one after another, forked from one that has imported all they need."""
+
+    def __init__(self) -> None:
+        self._parent = start_writer("fork", Path(), IMAGES)
+
+    def start(self, folder: Path) -> int:
+        """Begins to fill a folder; the process's id."""
+        assert self._parent.stdin is not None
+        self._parent.stdin.write(f"{folder}\n")
+        self._parent.stdin.flush()
+        return self._number()
+
+    def end(self) -> int:
+        """The exit code of the one that was started last."""
+        return self._number()
+
+    def run_to_the_end(self, folder: Path) -> float:
+        """Seconds that the work took."""
+        start = time.monotonic()
+        self.start(folder)
+        assert self.end() == 0
+        return time.monotonic() - start
+
+    def _number(self) -> int:
+        assert self._parent.stdout is not None
+        return int(self._parent.stdout.readline())
+
+    def close(self) -> None:
+        self._parent.communicate()
 
 
-def test_kills_at_random_moments_damage_nothing(tmp_path: Path) -> None:
+@pytest.fixture
+def writers() -> Iterator[Writers]:
+    started = Writers()
+    yield started
+    started.close()
+
+
+def test_kills_at_random_moments_damage_nothing(tmp_path: Path, writers: Writers) -> None:
     undisturbed = open_mask_set(tmp_path / "undisturbed", MASK_SET)
-    duration = run_to_the_end(undisturbed)
+    duration = writers.run_to_the_end(undisturbed)
     expected = record_digests(undisturbed)
     assert len(expected) == IMAGES
 
@@ -45,18 +80,18 @@ def test_kills_at_random_moments_damage_nothing(tmp_path: Path) -> None:
         sets += 1
         folder = open_mask_set(tmp_path / f"killed-{sets}", MASK_SET)
         for _ in range(8):
-            process = start_writer("fill", folder, IMAGES)
+            process = writers.start(folder)
             time.sleep(moments.uniform(0, 0.5 * duration))
-            process.kill()
-            process.communicate()
-            if process.returncode == 0:
+            with suppress(ProcessLookupError):  # where it came to its end before
+                os.kill(process, signal.SIGKILL)
+            if writers.end() == 0:
                 break
             kills += 1
             report = verify(folder)
             assert report.ok
             assert report.damaged_superseded == 0
             lost_to_a_kill += len(list(folder.glob("*.partial*")))
-        run_to_the_end(folder)
+        writers.run_to_the_end(folder)
         assert record_digests(folder) == expected
         assert verify(folder).ok
         assert not list(folder.glob("*.partial*")) + list(folder.glob("*.damaged"))

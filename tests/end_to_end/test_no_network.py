@@ -44,6 +44,11 @@ LINES: list[tuple[str, ...]] = [
         *("train-seg", "--cache", "cache", "--images", "voc/JPEGImages", "--out", "run", *NETWORK),
         *("--iterations", "1", "--batch-size", "2", "--device", "cpu"),
     ),
+    (
+        *("train-seg", "--online", "weclip", "--classes", "demo", "--labels", "voc/Annotations"),
+        *("--images", "voc/JPEGImages", "--out", "online", "--crop", "48", "--workers", "0"),
+        *("--iterations", "1", "--batch-size", "2", "--device", "cpu"),
+    ),
     ("evaluate", *RUN, "--images", "voc/JPEGImages", "--gt", "voc/SegmentationClass", "--crf"),
     ("evaluate", "--cache", "cache", "--gt", "voc/SegmentationClass"),
     ("predict", *RUN, "--images", "voc/JPEGImages", "--out", "predictions"),
