@@ -5,7 +5,7 @@
 A CLIP ViT-B/16 and a decoder 256 wide with seeded random weights and no dropout, texts of random unit rows, smooth
 random crops of 320x320 with 1 to 3 labels each: speed doesn't depend on what they mean. *plain* is the step of
 ``plain_online.py``, checked first against the published code's outputs; *ours* that of ``wsss train-seg --online``,
-in float32, and with the frozen CLIP in bfloat16. The losses of all are printed. The phase ``late`` is that with the
+in float32, and with matrix products in bfloat16. The losses of all are printed. The phase ``late`` is that with the
 decoder's affinity, of ExCEL also with the guide. The optimiser isn't part of it. The ways take turns within one run,
 so what else the machine does hits all alike; the first call of each warms up. Seconds a step: the median, and the
 range of the whole step. Of ours, the affinity is part of the CAM.
@@ -180,6 +180,7 @@ def ours(given: Setting, precision: Literal["fp32", "bf16"] = "fp32") -> Run:
         with (
             seconds.part(DECODER),
             patch.object(network, "encode", lambda *_, **__: encoded),
+            torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"),
         ):
             outputs = network.training_outputs(given.images)
         with seconds.part("target"):

@@ -17,7 +17,19 @@ needs_large = pytest.mark.skipif(
     not LARGE.is_dir(), reason="set WSSS_GOLDEN to the folder with the golden photographs"
 )
 LARGE_PICTURES = ("motorcycle_voc", "chelsea_crop_voc", "coffee_crop_voc")
-SMALL_CASES = [(method, case, GOLDEN, GOLDEN / "vision") for method, cases in CASES.items() for case in cases]
+# of the others `make slow` takes care: this is of the benchmark, and nothing in the package depends on it
+SMALL_ROUND = {("weclip", "step_late"), ("excel", "step_lvc")}
+SMALL_CASES = [
+    pytest.param(
+        method,
+        case,
+        GOLDEN,
+        GOLDEN / "vision",
+        marks=[] if (method, case) in SMALL_ROUND else pytest.mark.slow,
+    )
+    for method, cases in CASES.items()
+    for case in cases
+]
 LARGE_CASES = [
     pytest.param(method, case, LARGE, LARGE / "clip_es" / "model", marks=needs_large)
     for method, cases in CASES.items()
