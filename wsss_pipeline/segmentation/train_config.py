@@ -102,7 +102,8 @@ class OnlineConfig(Settings):
     """
 
     method: str = Field(
-        "", description="Method that makes them, or METHOD/PRESET, such as weclip; empty for a cache's masks."
+        "",
+        description="Makes the masks in training: weclip, excel, or METHOD/PRESET; empty for masks of a cache.",
     )
     settings: tuple[str, ...] = Field(
         (), strict=False, description="Of the method, such as [weclip.threshold=0.5]."
