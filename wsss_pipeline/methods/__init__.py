@@ -69,10 +69,8 @@ class Method(Protocol):
             present: per image its present classes as mask values 1..C, at least one, in label order.
 
         Returns:
-            Per image float32 (K, h', w') at least 0, a map for each present class, affinity done.
-
-        Raises:
-            ImageError: the maps aren't finite.
+            Per image float32 (K, h', w') at least 0, a map for each present class, affinity done. Whether they are
+            finite is looked at by who asked for them.
         """
 
 

@@ -20,7 +20,7 @@ from wsss_pipeline.data.classes import ClassSet, check_template, load_class_set
 from wsss_pipeline.data.images import AnyImage, as_pixels
 from wsss_pipeline.data.masks import PseudoMask
 from wsss_pipeline.data.transforms import resize
-from wsss_pipeline.errors import ConfigError
+from wsss_pipeline.errors import ConfigError, ImageError
 from wsss_pipeline.methods import Method, load_mask_config, load_method
 from wsss_pipeline.pseudo_masks.maker import Generated, LabelledImage
 from wsss_pipeline.refine import label, load_refiner
@@ -181,6 +181,11 @@ class MaskGenerator:
         power, start = self.method.background_power, mark(self.device)
         pixels = torch.stack([image.prepared.pixels for image in batch]).to(self.device)
         maps = self.method.scores(pixels, [image.classes for image in batch])
+        # one answer for all: each waits for the device
+        if not bool(torch.stack([torch.isfinite(cams).all() for cams in maps]).all()):
+            raise ImageError(
+                "CLIP's class activation isn't finite; try --precision fp32, or check the weights"
+            )
         middle = mark(self.device)
         seen, scores = [], []
         for image, cams in zip(batch, maps, strict=True):
