@@ -1,6 +1,7 @@
 """Speed of one training step of WeCLIP or ExCEL, part by part.
 
     OMP_WAIT_POLICY=PASSIVE python -m benchmarks.online --method weclip|excel --phase early|late [--repeats 3]
+        [--device cuda]
 
 A CLIP ViT-B/16 and a decoder 256 wide with seeded random weights and no dropout, texts of random unit rows, smooth
 random crops of 320x320 with 1 to 3 labels each: speed doesn't depend on what they mean. *plain* is the step of
@@ -88,7 +89,7 @@ class Setting:
     labels: Sequence[Classes]
 
 
-def setting(method: str, phase: str, batch: int) -> Setting:
+def setting(method: str, phase: str, batch: int, device: str) -> Setting:
     """Seeded."""
     torch.manual_seed(0)
     config = CLIPVisionConfig(
@@ -110,7 +111,8 @@ def setting(method: str, phase: str, batch: int) -> Setting:
     coarse = torch.rand(batch, 3, 12, 12) * 255
     crops = F.interpolate(coarse, size=(SIDE, SIDE), mode="bicubic").clamp(0, 255).to(torch.uint8)
     labels = [sorted(torch.randperm(CLASSES)[: 1 + index % 3].tolist()) for index in range(batch)]
-    images = normalised(crops.permute(0, 2, 3, 1).numpy())
+    images = normalised(crops.permute(0, 2, 3, 1).numpy()).to(device)
+    vision, texts, decoder = vision.to(device), texts.to(device), decoder.to(device)
     return Setting(method, phase == LATE, vision, texts, decoder, images, labels)
 
 
@@ -153,7 +155,8 @@ def ours(given: Setting, precision: Literal["fp32", "bf16"] = "fp32") -> Run:
     """The step of ``wsss train-seg --online``, without reading and without the optimiser."""
     overrides = ["clip.weights=demo", *(["excel.attributes=none"] if given.method == "excel" else [])]
     settings = load_mask_config(f"{given.method}/voc12", overrides=overrides)
-    rows = ClassEmbeddings(given.texts[:CLASSES], given.texts[CLASSES:])
+    texts = given.texts.cpu()
+    rows = ClassEmbeddings(texts[:CLASSES], texts[CLASSES:])
     vision = given.vision if precision == "fp32" else deepcopy(given.vision)
     clip = Clip(vision, SimpleNamespace(), None, math.exp(LOGIT_SCALE))
     with ExitStack() as stack:
@@ -163,12 +166,12 @@ def ours(given: Setting, precision: Literal["fp32", "bf16"] = "fp32") -> Run:
         kind: Any = load_method(given.method)
         method = Timed(kind(settings, clip, load_class_set("voc12"), precision), "cams", CAM)
     config = load_train_config(f"{given.method}/voc12", overrides=["network.frozen.dropout=0"])
-    network = FrozenClip(config.network.frozen, 1 + CLASSES, clip, precision).train()
+    network = FrozenClip(config.network.frozen, 1 + CLASSES, clip, precision).to(given.images.device).train()
     network.load_state_dict(renamed(given.decoder.state_dict()))
     refiner = Timed(load_refiner(settings, "par"), "", PAR)
     target = OnlineTarget(method, refiner, config.online, network.image_mean, network.image_std)
     present = [[value + 1 for value in values] for values in given.labels]
-    within = torch.zeros(len(given.images), SIDE, SIDE, dtype=torch.bool)
+    within = torch.zeros(len(given.images), SIDE, SIDE, dtype=torch.bool, device=given.images.device)
     update = 14001 if given.gated else 1
 
     def run() -> tuple[Seconds, float]:
@@ -180,7 +183,7 @@ def ours(given: Setting, precision: Literal["fp32", "bf16"] = "fp32") -> Run:
         with (
             seconds.part(DECODER),
             patch.object(network, "encode", lambda *_, **__: encoded),
-            torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"),
+            torch.autocast(given.images.device.type, torch.bfloat16, enabled=precision == "bf16"),
         ):
             outputs = network.training_outputs(given.images)
         with seconds.part("target"):
@@ -224,6 +227,7 @@ def main() -> None:
     parser.add_argument("--phase", choices=(EARLY, LATE), default=EARLY)
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--device", default="cpu")
     options = parser.parse_args()
     case = (
         "step_early"
@@ -232,7 +236,7 @@ def main() -> None:
     )
     largest = max(value for stage, value in check(options.method, case).items() if stage != "pseudo")
     print(f"plain step against the published code: maps, losses and gradients within {largest:.1e}")
-    given = setting(options.method, options.phase, options.batch)
+    given = setting(options.method, options.phase, options.batch, options.device)
     ways = {name: way(given) for name, way in WAYS.items()}
     seconds: dict[str, list[Seconds]] = {name: [] for name in ways}
     losses: dict[str, float] = {}
@@ -244,7 +248,7 @@ def main() -> None:
     labels = sum(map(len, given.labels))
     print(
         f"{options.method}, {options.phase}; {options.batch} crops of {SIDE}x{SIDE}, {labels} labels in all; "
-        f"{torch.get_num_threads()} threads\n"
+        f"{options.device}, {torch.get_num_threads()} threads\n"
     )
     show(seconds)
     print("losses: " + ", ".join(f"{name} {loss:.6f}" for name, loss in losses.items()))

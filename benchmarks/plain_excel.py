@@ -67,8 +67,10 @@ class PlainExcel:
 
     def square(self, rgb: NDArray[np.uint8]) -> Tensor:
         """CLIP's input (3, side, side) of an image (H, W, 3)."""
-        pixels = torch.from_numpy(rgb).permute(2, 0, 1).float() / 255
-        pixels = (pixels - torch.tensor(MEAN)[:, None, None]) / torch.tensor(DEVIATION)[:, None, None]
+        device = self.texts.device
+        pixels = torch.from_numpy(rgb).to(device).permute(2, 0, 1).float() / 255
+        mean, deviation = (torch.tensor(values, device=device)[:, None, None] for values in (MEAN, DEVIATION))
+        pixels = (pixels - mean) / deviation
         size = (self.side, self.side)
         return F.interpolate(pixels[None], size=size, mode="bilinear", align_corners=False)[0]
 
@@ -168,9 +170,9 @@ def means_and_sums(attentions: Sequence[Tensor]) -> list[Tensor]:
 def refine(cam: Tensor, matrix: Tensor, grid: tuple[int, int]) -> NDArray[np.float32]:
     """A map (h * w) spread along the affinity, (h, w)."""
     mask = torch.zeros(grid)
-    for left, top, right, bottom in boxes(cam.view(grid).numpy()):
+    for left, top, right, bottom in boxes(cam.view(grid).cpu().numpy()):
         mask[top:bottom, left:right] = 1
-    return ((matrix * mask.view(1, -1)) @ cam).view(grid).numpy()
+    return ((matrix * mask.view(1, -1).to(cam.device)) @ cam).view(grid).cpu().numpy()
 
 
 def boxes(cam: NDArray[np.float32]) -> list[tuple[int, int, int, int]]:
@@ -199,7 +201,7 @@ def assemble(maps: Sequence[NDArray[np.float32]], size: tuple[int, int]) -> Tens
 def labels(scores: Tensor, classes: Sequence[int]) -> NDArray[np.uint8]:
     """Label (H, W), 0 for the background, out of scores (1 + K, H, W)."""
     values = np.array([0, *(index + 1 for index in classes)], np.uint8)
-    found: NDArray[np.uint8] = values[scores.argmax(dim=0).numpy()]
+    found: NDArray[np.uint8] = values[scores.argmax(dim=0).cpu().numpy()]
     return found
 
 
@@ -207,6 +209,7 @@ def labels(scores: Tensor, classes: Sequence[int]) -> NDArray[np.uint8]:
 def refined(square: Tensor, scores: Tensor) -> Tensor:
     """Scores (L, H, W) after PAR with the image (3, h, w), which is brought to their size."""
     size = scores.shape[1:]
+    scores = scores.to(square.device)
     image = F.interpolate(square[None], size=size, mode="bilinear", align_corners=True)
     return par(image, scores[None])[0]
 
@@ -220,7 +223,7 @@ def par(images: Tensor, scores: Tensor) -> Tensor:
     distances = torch.tensor([by * way for by in DILATIONS for way in (1, math.sqrt(2))]).repeat_interleave(4)
     distances = distances.view(-1, 8)[:, [4, 0, 5, 1, 2, 6, 3, 7]].reshape(1, 1, -1, 1, 1)
     nearness = torch.softmax(-((distances / (distances.std() + 1e-8) / WIDTH) ** 2), dim=2)
-    weights = weights + 0.01 * nearness
+    weights = weights + 0.01 * nearness.to(weights.device)
     for _ in range(ITERATIONS):
         scores = (neighbours(scores) * weights).sum(dim=2)
     return scores

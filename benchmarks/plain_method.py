@@ -91,7 +91,7 @@ class PlainMethod:
         score.backward()
         assert tokens.grad is not None
         weights = tokens.grad[1:].mean(dim=0)
-        raw = (tokens.detach()[1:] @ weights).view(grid)
+        raw = (tokens.detach()[1:] @ weights).view(grid).cpu()
         cam = torch.from_numpy(rescaled(F.relu(torch.from_numpy(rescaled(F.relu(raw).numpy()))).numpy()))
         return cam, attention.detach()
 
@@ -117,8 +117,9 @@ def affinity(cam: Tensor, attentions: Sequence[Tensor], grid: tuple[int, int]) -
         matrix = matrix / matrix.sum(dim=1, keepdim=True)
     matrix = (matrix + matrix.T) / 2
     matrix = matrix @ matrix
-    spread = (matrix * box_mask(cam.numpy()).reshape(1, -1)) @ cam.reshape(-1, 1)
-    return spread.view(grid).numpy()
+    mask = box_mask(cam.numpy()).reshape(1, -1).to(matrix.device)
+    spread = (matrix * mask) @ cam.reshape(-1, 1).to(matrix.device)
+    return spread.view(grid).cpu().numpy()
 
 
 def box_mask(cam: NDArray[np.float32]) -> Tensor:

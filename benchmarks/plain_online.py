@@ -199,6 +199,8 @@ class Seconds(defaultdict[str, float]):
     def part(self, name: str) -> Iterator[None]:
         started = time.perf_counter()
         yield
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
         self[name] += time.perf_counter() - started
 
 
@@ -274,7 +276,7 @@ class WeclipStep(Step):
                 gate = affinity[index].detach() if phase == LATE else None
                 refined.append(self.refine(found, attentions, gate))
             with seconds.part(PAR):
-                scores = assemble([cam.numpy() for cam in refined[-1]], size_of(images))
+                scores = assemble([cam.cpu().numpy() for cam in refined[-1]], size_of(images))
                 pseudo.append(pseudo_mask(images[index], scores, classes))
         return Forward(logits, affinity, refined, torch.stack(pseudo))
 
@@ -367,7 +369,7 @@ class ExcelStep(Step):
                 chosen = maps[index][:, list(classes)].T.unflatten(1, grid_of(self.vision, images))
                 refined.append(self.refine(chosen, attentions, gate))
             with seconds.part(PAR):
-                scores = assemble([cam.numpy() for cam in refined[-1]], size_of(images))
+                scores = assemble([cam.cpu().numpy() for cam in refined[-1]], size_of(images))
                 pseudo.append(pseudo_mask(pictures[index], scores, classes))
         return Forward(logits, affinity, refined, torch.stack(pseudo), maps)
 
@@ -440,7 +442,10 @@ def normalised(crops: NDArray[np.uint8]) -> Tensor:
 
 def denormalised(images: Tensor) -> Tensor:
     """Values in 0..1 again, cut to whole numbers of 0..255 in between."""
-    pixels = images * torch.tensor(DEVIATION)[:, None, None] + torch.tensor(MEAN)[:, None, None]
+    mean, deviation = (
+        torch.tensor(values, device=images.device)[:, None, None] for values in (MEAN, DEVIATION)
+    )
+    pixels = images * deviation + mean
     return pixels.to(torch.uint8).float() / 255
 
 
@@ -509,7 +514,8 @@ def gaps(attentions: Tensor, gate: Tensor) -> Tensor:
 
 def spread(cam: Tensor, matrix: Tensor, threshold: float) -> Tensor:
     """A map (h, w) spread from within its boxes."""
-    return ((matrix * box_mask(cam.numpy(), threshold).view(1, -1)) @ cam.flatten()).view(cam.shape)
+    mask = box_mask(cam.cpu().numpy(), threshold).to(cam.device)
+    return ((matrix * mask.view(1, -1)) @ cam.flatten()).view(cam.shape)
 
 
 def box_mask(cam: NDArray[np.float32], threshold: float) -> Tensor:
@@ -526,7 +532,8 @@ def box_mask(cam: NDArray[np.float32], threshold: float) -> Tensor:
 
 def pseudo_mask(image: Tensor, scores: Tensor, classes: Classes) -> Tensor:
     """Mask (H, W), 0 for the background, out of an image (3, H, W) and scores (1 + K, H, W)."""
-    return torch.from_numpy(labels(par(image[None], scores[None])[0], classes)).long()
+    refined = par(image[None], scores[None].to(image.device))[0]
+    return torch.from_numpy(labels(refined, classes)).long().to(image.device)
 
 
 def enlarged(logits: Tensor, size: Sequence[int]) -> Tensor:
@@ -551,11 +558,11 @@ def balanced_cross_entropy(logits: Tensor, target: Tensor, guard: float) -> Tens
 
 def pair_target(masks: Tensor, grid: tuple[int, int]) -> Tensor:
     """Of each pair of patches (B, h * w, h * w): 1 of one class, 0 of two, 255 too far apart."""
-    rows = torch.arange(grid[0]) * masks.shape[1] // grid[0]
-    columns = torch.arange(grid[1]) * masks.shape[2] // grid[1]
+    rows = torch.arange(grid[0], device=masks.device) * masks.shape[1] // grid[0]
+    columns = torch.arange(grid[1], device=masks.device) * masks.shape[2] // grid[1]
     small = masks[:, rows][:, :, columns].flatten(1)
     alike = (small[:, :, None] == small[:, None]).long()
-    places = torch.cartesian_prod(torch.arange(grid[0]), torch.arange(grid[1]))
+    places = torch.cartesian_prod(torch.arange(grid[0]), torch.arange(grid[1])).to(masks.device)
     far = (places[:, None] - places[None]).abs().amax(dim=2) > RADIUS
     return alike.masked_fill(far, 255)
 

@@ -54,7 +54,6 @@ from wsss_pipeline.runtime.device import images_at_a_time
 from wsss_pipeline.stages.generate_masks import generate_masks
 
 CLASSES = "voc12"
-TURN = 12  # images
 PLAIN, FP32, BF16 = "plain", "fp32", "bf16"
 PLAIN_PAR, PAR = "PAR, plain", "PAR"
 PlainMask = Callable[[NDArray[np.uint8], list[int]], NDArray[np.uint8]]  # image (H, W, 3), rows from 0
@@ -102,7 +101,7 @@ class Ways:
 
     def __post_init__(self) -> None:
         self.classes = load_class_set(CLASSES)
-        clip = load_clip(locate_clip(self.config(FP32).clip, offline=True), torch.device("cpu"))
+        clip = load_clip(locate_clip(self.config(FP32).clip, offline=True), torch.device(self.device))
         self.plain_mask = (self._plain_excel if self.method == "excel" else self._plain_clip_es)(clip)
 
     def config(self, precision: str) -> MaskConfig:
@@ -114,8 +113,13 @@ class Ways:
 
         text = TextEncoder(clip.text, clip.tokenizer)
         rows = class_embeddings(self.classes, self.classes.templates, text.encode)
-        method = PlainMethod(clip.vision, rows.foreground, rows.background, clip.logit_scale)
-        return lambda image, rows: method.mask(image, prepare_image(image, 16, 1 << 20).pixels[None], rows)
+        texts = rows.foreground.to(self.device), rows.background.to(self.device)
+        method = PlainMethod(clip.vision, *texts, clip.logit_scale)
+
+        def mask(image: NDArray[np.uint8], rows: list[int]) -> NDArray[np.uint8]:
+            return method.mask(image, prepare_image(image, 16, 1 << 20).pixels[None].to(self.device), rows)
+
+        return mask
 
     def _plain_excel(self, clip: Clip) -> PlainMask:
         encode = TextEncoder(clip.text, clip.tokenizer).encode
@@ -126,13 +130,13 @@ class Ways:
             sentences, self.classes, self.classes.templates[0], encode, config.excel.clusters
         )
         texts = torch.cat([plain_excel.enriched(rows.foreground, bank.T), rows.background])
-        method = PlainExcel(clip.vision, texts)
+        method = PlainExcel(clip.vision, texts.to(self.device))
 
         def mask(image: NDArray[np.uint8], rows: list[int]) -> NDArray[np.uint8]:
             square = method.square(image)
             scores = method.scores(square, rows, (image.shape[0], image.shape[1]))
             started = time.perf_counter()
-            after = plain_excel.refined(square, scores)
+            after = plain_excel.refined(square, scores).cpu()
             self.seconds[PLAIN_PAR] += time.perf_counter() - started
             self.after_par.append((square, scores, after))
             return plain_excel.labels(after, rows)
@@ -178,6 +182,7 @@ class Ways:
                 config=self.config(precision),
                 cache_dir=self.work / f"{precision}-{ids[0]}",
                 device=self.device,
+                batch_size=1 if self.device == "cpu" else 16,
                 workers=self.workers,
                 offline=True,
             )
@@ -229,8 +234,8 @@ def compare(options: argparse.Namespace, work: Path) -> None:
         ways.par()
     ways.seconds.clear()
     ways.busy.clear()
-    for start in range(0, len(ids), TURN):
-        turn = ids[start : start + TURN]
+    for start in range(0, len(ids), options.turn):
+        turn = ids[start : start + options.turn]
         ways.plain(turn)
         for precision in (FP32, BF16):
             ways.command([*turn], precision)
@@ -295,6 +300,9 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=24)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--workers", type=int, default=images_at_a_time(), help="images at a time")
+    parser.add_argument(
+        "--turn", type=int, default=12, help="images before the next way's turn; more for a GPU"
+    )
     parser.add_argument("--scaling", type=int, nargs="+", metavar="N")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:

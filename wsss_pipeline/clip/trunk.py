@@ -20,6 +20,9 @@ from torch import Tensor
 from wsss_pipeline.clip.last_block import LastBlock, LastBlockPass
 from wsss_pipeline.config import ResolvedPrecision
 
+# Numbers in the maps of an image's heads that a GPU makes at once, 64 MB. It waits for each small product to be
+# asked for; a CPU gains nothing from more than a head at a time.
+MAPS_TOGETHER = 2**24
 DTYPES: dict[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -247,23 +250,30 @@ class Trunk:
             mixed = F.scaled_dot_product_attention(query[:, :, :goes_on], key, value)
         else:
             mixed = torch.empty_like(value[:, :, :goes_on])
-            for head in range(heads):  # one after the other: a map of each at a time is too much memory
-                scores = query[:, head] * scale @ key[:, head].transpose(-2, -1)
+            for some in _heads_together(heads, hidden):
+                scores = query[:, some] * scale @ key[:, some].transpose(-2, -1)
                 probabilities = torch.softmax(scores.float(), dim=-1)
-                total.add_(probabilities[:, 1:, 1:], alpha=1 / heads)
-                torch.matmul(probabilities[:, :goes_on].to(self._dtype), value[:, head], out=mixed[:, head])
+                total.add_(probabilities[:, :, 1:, 1:].sum(dim=1), alpha=1 / heads)
+                mixed[:, some] = probabilities[:, :, :goes_on].to(self._dtype) @ value[:, some]
         alike = None
         if values is not None:
             likeness = hidden.new_zeros(batch, length, length)
-            for head in range(heads):
-                for part in (query[:, head], key[:, head], value[:, head]):
-                    likeness += torch.softmax((part * scale @ part.transpose(-2, -1)).float(), dim=-1)
+            for some in _heads_together(heads, hidden):
+                for part in (query[:, some], key[:, some], value[:, some]):
+                    alike_to = (part * scale @ part.transpose(-2, -1)).float()
+                    likeness += torch.softmax(alike_to, dim=-1).sum(dim=1)
             # one map for all heads: the order of it and the projection doesn't matter
             projected = F.linear(value.transpose(1, 2).flatten(2), layer.self_attn.out_proj.weight)
             values += projected[:, 1:]
             alike = ((likeness / 3).to(self._dtype) @ projected).float() + layer.self_attn.out_proj.bias
         inside = hidden[:, :goes_on] + layer.self_attn.out_proj(mixed.transpose(1, 2).flatten(2))
         return inside + layer.mlp(layer.layer_norm2(inside).to(self._dtype)), inside, alike
+
+
+def _heads_together(heads: int, hidden: Tensor) -> list[slice]:
+    """Which heads' maps of tokens (B, N, D) are made at once, so that sums are the same in a batch of any size."""
+    at_a_time = 1 if hidden.device.type == "cpu" else max(1, MAPS_TOGETHER // hidden.shape[1] ** 2)
+    return [slice(head, head + at_a_time) for head in range(0, heads, at_a_time)]
 
 
 def resize_position_table(table: Tensor, grid: tuple[int, int], *, rounded: bool = True) -> Tensor:
