@@ -7,6 +7,7 @@
     +-- ImageError               one image or mask file that can't be used
     +-- MaskError                one image's mask: missing, damaged, or arrays that are no mask
     |   +-- CacheRecordError     its record in the cache is missing or damaged
+    +-- RegionError              one image's regions: missing, damaged, of another size
     +-- OutputError              a file or folder can't be written: disk full, read-only, permission
     +-- WeightsError             CLIP weights or their tokenizer
     +-- MissingDependencyError   an optional package that the chosen option needs
@@ -47,6 +48,10 @@ class ImageError(WsssError):
 
 class MaskError(WsssError):
     """The mask of one image is missing, damaged, or no mask at all; the run reports it, skips it and goes on."""
+
+
+class RegionError(WsssError):
+    """The regions of one image are missing, damaged or of another size; the run reports it, skips it and goes on."""
 
 
 class OutputError(WsssError):

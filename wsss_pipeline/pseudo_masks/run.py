@@ -21,7 +21,7 @@ from wsss_pipeline.cache import MaskWriter, open_mask_set
 from wsss_pipeline.data.image_files import Status, file_status
 from wsss_pipeline.data.images import read_stored_image
 from wsss_pipeline.data.masks import PseudoMask
-from wsss_pipeline.errors import ImageError, MaskError
+from wsss_pipeline.errors import ImageError, MaskError, RegionError
 from wsss_pipeline.files import check_machine
 from wsss_pipeline.pseudo_masks.job import Job, MaskPlan, plan_masks
 from wsss_pipeline.pseudo_masks.maker import LabelledImage, MaskMaker
@@ -168,7 +168,7 @@ class _Run:
         """Results by image id, without those that failed."""
         try:
             generated = self._maker.generate([read.image for read in batch], self._job.store_cams)
-        except (ImageError, MaskError, MemoryError, RuntimeError) as error:
+        except (ImageError, MaskError, RegionError, MemoryError, RuntimeError) as error:
             if len(batch) == 1:
                 with self._one_image(batch[0].image_id):
                     raise error
@@ -225,7 +225,7 @@ class _Run:
         try:
             yield
             return
-        except (ImageError, MaskError) as error:
+        except (ImageError, MaskError, RegionError) as error:
             reason = str(error)
         except (MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error):

@@ -1,0 +1,146 @@
+"""Regions of one image: masks as run lengths, each with a level and what its finder said of it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from wsss_pipeline.errors import RegionError
+
+SUB_PART, PART, WHOLE = 0, 1, 2
+
+
+@dataclass(frozen=True, eq=False)
+class Regions:
+    """N regions of an image, which may overlap and leave pixels uncovered; N may be 0.
+
+    Attributes:
+        size: (H, W).
+        counts: int32 (R,), run lengths of all regions, one after another. Runs go down the columns, one column after
+            another, and begin with those outside the region, 0 where there are none (COCO's order).
+        lengths: int32 (N,), number of runs of each region; each region's runs sum to H * W.
+        levels: uint8 (N,), ``SUB_PART``, ``PART`` or ``WHOLE``.
+        iou: float32 (N,), the finder's guess of each mask's overlap with the truth, 1 where it has none.
+        stability: float32 (N,), overlap of the masks at a higher and a lower threshold, 1 where there is none.
+        points: float32 (N, 2), (x, y) of the prompts that found them, NaN where there were none.
+    """
+
+    size: tuple[int, int]
+    counts: NDArray[np.int32]
+    lengths: NDArray[np.int32]
+    levels: NDArray[np.uint8]
+    iou: NDArray[np.float32]
+    stability: NDArray[np.float32]
+    points: NDArray[np.float32]
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    @classmethod
+    def of_masks(
+        cls,
+        masks: NDArray[np.bool_],
+        levels: Sequence[int] | NDArray[np.integer] | None = None,
+        *,
+        iou: NDArray[np.floating] | None = None,
+        stability: NDArray[np.floating] | None = None,
+        points: NDArray[np.floating] | None = None,
+    ) -> Regions:
+        """Regions out of masks.
+
+        Args:
+            masks: bool (N, H, W).
+            levels: (N,); all ``WHOLE`` where None.
+            iou, stability: (N,); all 1 where None.
+            points: (N, 2); NaN where None.
+        """
+        number, height, width = masks.shape
+        runs = [run_lengths(mask) for mask in masks]
+        empty = np.zeros(0, np.int32)
+        return cls(
+            size=(height, width),
+            counts=np.concatenate([*runs, empty]).astype(np.int32),
+            lengths=np.array([len(run) for run in runs], np.int32),
+            levels=np.full(number, WHOLE, np.uint8) if levels is None else np.asarray(levels, np.uint8),
+            iou=np.ones(number, np.float32) if iou is None else np.asarray(iou, np.float32),
+            stability=np.ones(number, np.float32) if stability is None else np.asarray(stability, np.float32),
+            points=np.full((number, 2), np.nan, np.float32)
+            if points is None
+            else np.asarray(points, np.float32),
+        )
+
+    def masks(self) -> NDArray[np.bool_]:
+        """bool (N, H, W)."""
+        height, width = self.size
+        # a run at an odd place of its region is inside
+        first = np.repeat(np.cumsum(self.lengths) - self.lengths, self.lengths)
+        inside = (np.arange(len(self.counts)) - first) % 2 == 1
+        return np.repeat(inside, self.counts).reshape(len(self), width, height).transpose(0, 2, 1)
+
+    def areas(self) -> NDArray[np.int64]:
+        """Pixels of each region, (N,)."""
+        first = np.repeat(np.cumsum(self.lengths) - self.lengths, self.lengths)
+        inside = (np.arange(len(self.counts)) - first) % 2 == 1
+        owner = np.repeat(np.arange(len(self)), self.lengths)
+        return np.bincount(owner[inside], self.counts[inside], minlength=len(self)).astype(np.int64)
+
+    def check(self, image_id: str) -> None:
+        """A RegionError where the numbers are no regions of any image."""
+        height, width = self.size
+        number = len(self)
+        reason = ""
+        if height < 1 or width < 1:
+            reason = f"an image of {height} x {width}"
+        elif any(
+            len(values) != number for values in (self.levels, self.iou, self.stability, self.points)
+        ) or self.points.shape != (number, 2):
+            reason = "levels, scores and points of another number of regions"
+        elif (self.lengths < 1).any() or self.lengths.sum(dtype=np.int64) != len(self.counts):
+            reason = "numbers of runs that don't add up"
+        elif (self.counts < 0).any():
+            reason = "a negative run"
+        elif (
+            number
+            and (
+                np.add.reduceat(self.counts.astype(np.int64), np.cumsum(self.lengths) - self.lengths)
+                != height * width
+            ).any()
+        ):
+            reason = f"runs that don't fill {height} x {width} pixels"
+        elif (self.levels > WHOLE).any():
+            reason = f"level {self.levels.max()}, where {SUB_PART} to {WHOLE} are known"
+        elif not (np.isfinite(self.iou).all() and np.isfinite(self.stability).all()):
+            reason = "a score that is no number"
+        if reason:
+            raise RegionError(f"{image_id}: its regions are damaged: {reason}; propose or write them anew")
+
+
+def run_lengths(mask: NDArray[np.bool_]) -> NDArray[np.int64]:
+    """Runs of a mask (H, W) down its columns, outside first, as ``Regions.counts`` holds them."""
+    flat = mask.T.reshape(-1)
+    edges = np.flatnonzero(flat[1:] != flat[:-1]) + 1
+    runs = np.diff(np.concatenate([[0], edges, [flat.size]]))
+    return np.concatenate([[0], runs]) if flat[0] else runs
+
+
+class RegionSource(Protocol):
+    """Where an image's regions come from.
+
+    Attributes:
+        description: text for people.
+        identity: all that determines the regions, for the fingerprint of masks made with them.
+    """
+
+    description: str
+    identity: dict[str, object]
+
+    def __call__(self, image_id: str, pixels: NDArray[np.uint8]) -> Regions:
+        """Regions of an image, uint8 (H, W, 3) RGB, of its size.
+
+        Raises:
+            RegionError: it has none here, or they are damaged or of another size.
+        """
