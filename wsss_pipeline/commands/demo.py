@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from wsss_pipeline.commands.options import PATH, say
+from wsss_pipeline.commands.options import PATH, offline_guarantee, say
 
 
 @click.command("demo", short_help="Run everything on drawn scenes with the embedded CLIP, offline.")
@@ -22,7 +22,9 @@ from wsss_pipeline.commands.options import PATH, say
     help="Of the network; weclip and excel learn from the labels, on the frozen CLIP.",
 )
 @click.option("--upper-bound", is_flag=True, help="Also train a network on the ground truth.")
-def command(out: Path, seed: int, recipe: str, upper_bound: bool) -> None:
+@click.option("--data-only", is_flag=True, help="Draw the scenes, print their folder, and stop.")
+@offline_guarantee
+def command(out: Path, seed: int, recipe: str, upper_bound: bool, data_only: bool) -> None:
     """Draw a small data set, make pseudo masks of it, train a network on them and score both, offline.
 
     200 training and 100 test scenes are laid out as PASCAL VOC lays out its images, and the CLIP that
@@ -33,6 +35,9 @@ def command(out: Path, seed: int, recipe: str, upper_bound: bool) -> None:
     Example:
       wsss demo --out demo-out
     """
-    from wsss_pipeline.stages.demo import run_demo
+    from wsss_pipeline.stages.demo import draw_scenes, run_demo
 
+    if data_only:
+        say(draw_scenes(out, seed))
+        return
     say("\n".join(run_demo(out, seed, recipe, upper_bound=upper_bound).lines()))

@@ -62,13 +62,33 @@ class DemoReport:
         ]
 
 
+SCENES = (200, 100)  # for training and for testing
+
+
+def draw_scenes(out: Path, seed: int = 0, scenes: tuple[int, int] = SCENES) -> Path:
+    """Draws the scenes and lays them out as PASCAL VOC does.
+
+    Args:
+        out: folder for the folder of the data set.
+        seed: seed.
+        scenes: numbers of scenes for training and for testing.
+
+    Raises:
+        OutputError: ``out`` can't be written, or holds others' files under the demo's names.
+    """
+    data = out / "data"
+    logger.info("drawing %d training and %d test scenes into %s", *scenes, data)
+    write_voc_folder(data, seed, dict(zip((TRAIN, VAL), scenes, strict=True)))
+    return data
+
+
 def run_demo(
     out: Path,
     seed: int = 0,
     recipe: str = RECIPE,
     *,
     upper_bound: bool = False,
-    scenes: tuple[int, int] = (200, 100),
+    scenes: tuple[int, int] = SCENES,
     overrides: Sequence[str] = (),
 ) -> DemoReport:
     """Draws the scenes, makes pseudo masks of the training scenes, trains a network on them, scores both.
@@ -90,12 +110,10 @@ def run_demo(
     """
     for name in (PREVIEW, REPORT):
         check_replaceable(out / name)
-    data = out / "data"
+    data = draw_scenes(out, seed, scenes)
     truth = data / "SegmentationClass"
     splits = {name: data / "ImageSets/Segmentation" / f"{name}.txt" for name in (TRAIN, VAL)}
     report = DemoReport(folders={"data set": data})
-    logger.info("drawing %d training and %d test scenes into %s", *scenes, data)
-    write_voc_folder(data, seed, dict(zip(splits, scenes, strict=True)))
     images = find_images(data / "JPEGImages")
     for step, settings in STEPS.items():
         logger.info("pseudo masks: %s", step)
