@@ -18,6 +18,7 @@ import pytest
 
 from tests.end_to_end.conftest import LABELS, Run, for_each_method, generate_arguments, mask_set, write_labels
 from wsss_pipeline.cache import MaskCache, verify
+from wsss_pipeline.demo.voc_folder import write_voc_folder
 from wsss_pipeline.methods import method_names
 
 ROOT = Path(__file__).parent.parent.parent
@@ -129,6 +130,38 @@ def test_a_signal_finishes_the_image_and_says_how_to_go_on(
     assert 0 < finished < 200
     summary = json.loads(generate("--json").stdout.splitlines()[0])
     assert (summary["reused"], summary["computed"]) == (finished, 200 - finished)
+
+
+def test_a_signal_to_all_processes_ends_training_between_updates(tmp_path: Path) -> None:
+    """As a scheduler sends it: what loads the samples gets it too."""
+    write_voc_folder(tmp_path, seed=5, scenes={"train": 8})
+    process = subprocess.Popen(
+        [
+            *(
+                sys.executable,
+                "-m",
+                "wsss_pipeline",
+                "train-seg",
+                "--gt-masks",
+                tmp_path / "SegmentationClass",
+            ),
+            *("--classes", "demo", "--images", tmp_path / "JPEGImages", "--out", tmp_path / "run"),
+            *("--network", "segformer", "--encoder", "tiny", "--weights", "none", "--crop", "64"),
+            *("--batch-size", "2", "--iterations", "100000", "--workers", "1", "--device", "cpu"),
+        ],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "run" / "log.jsonl").exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGTERM)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 130, output
+    assert "go on with: wsss train-seg" in output
+    assert (tmp_path / "run" / "last").is_dir()
 
 
 def test_a_second_writer_is_told_about_the_first(generate: Run, world: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import signal
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
@@ -19,7 +20,7 @@ from torch.utils.data import DataLoader
 
 from wsss_pipeline.data.masks import IGNORE
 from wsss_pipeline.errors import CheckpointError, TrainingError, WsssError
-from wsss_pipeline.runtime.interrupts import StopRequest
+from wsss_pipeline.runtime.interrupts import SIGNALS, StopRequest
 from wsss_pipeline.runtime.output import append_line, one_line
 from wsss_pipeline.runtime.progress import Progress
 from wsss_pipeline.segmentation.checkpoint import BEST, LAST, TrainingState, save_network
@@ -32,6 +33,13 @@ from wsss_pipeline.segmentation.train_config import OptimisationConfig, TrainCon
 SAMPLES_TO_JUDGE = 100  # before the share of those that can't be used is held against its bound
 UPDATES_IN_VAIN = 10
 STATE, NAN, LOG = "state", "nan", "log.jsonl"
+
+
+def _leave_signals_to_the_trainer(worker: int) -> None:
+    # a terminal and a scheduler tell all processes to stop; without its samples the trainer couldn't finish an update
+    for name in SIGNALS:
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
 
 
 class _TrainingForward(nn.Module):
@@ -133,6 +141,7 @@ class Trainer:
             num_workers=self._workers,
             pin_memory=accelerator.device.type == "cuda",
             generator=torch.Generator(),  # or it would draw from the numbers that dropout uses
+            worker_init_fn=_leave_signals_to_the_trainer,
         )
         batches = iter(loader)
         unusable = _UnusableSamples(config.max_unusable, len(self._dataset))
