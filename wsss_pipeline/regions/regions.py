@@ -13,6 +13,10 @@ from wsss_pipeline.errors import RegionError
 
 SUB_PART, PART, WHOLE = 0, 1, 2
 
+MAX_REGIONS = (
+    2**14
+)  # of an image; SAM's published settings find some hundreds, and a mask takes a byte a pixel
+
 
 @dataclass(frozen=True, eq=False)
 class Regions:
@@ -90,11 +94,18 @@ class Regions:
 
     def check(self, image_id: str) -> None:
         """A RegionError where the numbers are no regions of any image."""
+        if reason := self.problem():
+            raise RegionError(f"{image_id}: its regions are damaged: {reason}; propose or write them anew")
+
+    def problem(self) -> str:
+        """What makes the numbers no regions of any image; empty where nothing does."""
         height, width = self.size
         number = len(self)
         reason = ""
         if height < 1 or width < 1:
             reason = f"an image of {height} x {width}"
+        elif number > MAX_REGIONS:
+            reason = f"{number} regions, where an image may have {MAX_REGIONS}"
         elif any(
             len(values) != number for values in (self.levels, self.iou, self.stability, self.points)
         ) or self.points.shape != (number, 2):
@@ -115,8 +126,7 @@ class Regions:
             reason = f"level {self.levels.max()}, where {SUB_PART} to {WHOLE} are known"
         elif not (np.isfinite(self.iou).all() and np.isfinite(self.stability).all()):
             reason = "a score that is no number"
-        if reason:
-            raise RegionError(f"{image_id}: its regions are damaged: {reason}; propose or write them anew")
+        return reason
 
 
 def run_lengths(mask: NDArray[np.bool_]) -> NDArray[np.int64]:
