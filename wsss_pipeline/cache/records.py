@@ -404,8 +404,7 @@ def _read_array(group: h5py.Group, name: str, shape: tuple[int, ...], kind: str)
     if dataset.dtype != np.dtype(kind) or dataset.shape != shape:
         raise ValueError(f"'{name}' is {dataset.dtype} {dataset.shape}, not {np.dtype(kind)} {shape}")
     array = np.empty(shape, kind)
-    chunks = array.reshape(-1, *shape[-2:])
-    for number, chunk in enumerate(chunks if array.size else ()):
+    for number, chunk in enumerate(array.reshape(-1, *shape[-2:]) if array.size else ()):
         offset = (number, 0, 0) if len(shape) == 3 else (0,) * len(shape)
         stored = dataset.id.get_chunk_info_by_coord(offset)
         if stored.byte_offset is None or stored.size > 2 * chunk.nbytes + 1024:

@@ -37,7 +37,7 @@ Number = Annotated[float, Field(allow_inf_nan=False)]
 
 class _Rle(BaseModel):
     size: tuple[int, int]
-    counts: str | list[int]
+    counts: str | list[Annotated[int, Field(ge=0, lt=2**31)]]
 
 
 class _Annotation(BaseModel):
