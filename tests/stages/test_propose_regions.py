@@ -31,8 +31,9 @@ SAM = Path(__file__).parent.parent / "golden" / "fma" / "sam_tiny"
 PICTURE = SAM.parent / "sam_tiny.npz"
 IDS = ["a/one", "a/two", "three"]
 CPU = torch.device("cpu")
-POINTS = "points=[6]"
-CONFIG = ProposalConfig(points=(6,))
+# the tiny model is unsure of most that it sees
+SETTINGS = {"points": [6], "iou_threshold": 0.5, "stability_threshold": 0.3}
+CONFIG = resolve(ProposalConfig, [("test", SETTINGS)])
 
 
 @pytest.fixture
@@ -49,11 +50,12 @@ def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def wsss(*arguments: str, sam: Path | str = SAM) -> Result:
     given = ("propose-regions", "--sam", str(sam), "--images", "images", "--out", "out", "--device", "cpu")
-    return CliRunner().invoke(main, [*given, "--set", POINTS, *arguments])
+    sets = (part for key, value in SETTINGS.items() for part in ("--set", f"{key}={value}"))
+    return CliRunner().invoke(main, [*given, *sets, *arguments])
 
 
 def job(**further: Any) -> ProposeJob:
-    layers = [("test", {"points": [6]})]
+    layers = [("test", SETTINGS)]
     return ProposeJob.read(str(SAM), Path("images"), Path("out"), layers=layers, device="cpu", **further)
 
 
@@ -90,7 +92,7 @@ def test_changed_images_are_done_again_and_all_with_overwrite(world: Path) -> No
 
 def test_shares_and_a_split_choose_the_images(world: Path) -> None:
     assert wsss("--shard", "0/2").exit_code == 0
-    assert len(open_regions("out")) == 2  # type: ignore[arg-type]
+    assert 0 < len(open_regions("out")) < 3  # type: ignore[arg-type]
     assert wsss("--shard", "1/2").exit_code == 0
     assert sorted(open_regions("out")) == sorted(IDS)  # type: ignore[call-overload]
     Path("split.txt").write_text("three\ngone\n")
@@ -127,11 +129,13 @@ def test_an_image_for_which_memory_runs_out_is_skipped(world: Path, monkeypatch:
 def test_a_signal_finishes_the_image_and_says_how_to_go_on(
     world: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write = MaskWriter.write
+    write, asked = MaskWriter.write, list[bool]()
 
     def interrupted(*arguments: Any, **attributes: Any) -> None:
         write(*arguments, **attributes)
-        signal.raise_signal(signal.SIGTERM)
+        if not asked:
+            asked.append(True)
+            signal.raise_signal(signal.SIGTERM)
 
     with monkeypatch.context() as patch:
         patch.setattr(MaskWriter, "write", interrupted)
@@ -140,8 +144,7 @@ def test_a_signal_finishes_the_image_and_says_how_to_go_on(
     assert result.exit_code == 130
     assert "interrupted; go on with: wsss propose-regions --sam x" in result.stderr
     summary = json.loads(wsss("--json").stdout.splitlines()[0])
-    assert summary["reused"] >= 1
-    assert summary["reused"] + summary["computed"] == 3
+    assert (summary["reused"], summary["computed"]) == (2, 1)  # one was ready when the other was written
 
 
 def test_what_would_be_done_is_said_and_not_done(world: Path) -> None:

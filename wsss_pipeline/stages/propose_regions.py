@@ -176,7 +176,6 @@ class ProposeJob(Job):
             dict.fromkeys(wanted),
             Proposer(predictor, config, where, points_per_batch),
             cache_dir=out,
-            workers=1,  # which reads the next image meanwhile
             inputs={option: path for option, path in inputs.items() if path is not None},
             cache_option="--out",
         )
