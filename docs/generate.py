@@ -13,6 +13,8 @@ import click
 from wsss_pipeline.cli import main
 from wsss_pipeline.config import RelabelConfig, Settings, default, description, fields, recipe_names
 from wsss_pipeline.methods import load_method, method_names
+from wsss_pipeline.regions.proposals import PRESETS, ProposalConfig
+from wsss_pipeline.regions.superpixels import SlicConfig
 from wsss_pipeline.segmentation.train_config import TrainConfig
 
 FOLDER = Path(__file__).parent
@@ -47,6 +49,9 @@ def settings_page() -> str:
     recipes = ", ".join(f"`{name}`" for name in recipe_names())
     parts.append(f"## train-seg\n\nRecipes: {recipes}.\n\n{_table(TrainConfig)}")
     parts.append(f"## relabel\n\n{_table(RelabelConfig)}")
+    parts.append(f"## propose-regions\n\nPresets: {', '.join(f'`{name}`' for name in PRESETS)}.\n")
+    parts.append(_table(ProposalConfig))
+    parts.append(f"## Superpixels (slic)\n\n{_table(SlicConfig)}")
     return "\n".join(parts)
 
 

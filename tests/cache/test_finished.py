@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 import h5py
@@ -15,6 +15,7 @@ from cache_samples import damage, make_digest, make_mask, shards, write_images
 from wsss_pipeline.cache import FinishedImages, MaskWriter, finished
 from wsss_pipeline.cache.index import read_checked, stamp
 from wsss_pipeline.cache.inspection import Depth
+from wsss_pipeline.cache.records import MaskRecords
 from wsss_pipeline.data.image_files import file_status
 from wsss_pipeline.data.images import file_digest
 from wsss_pipeline.errors import ImageError, OutputError
@@ -222,9 +223,9 @@ def test_a_shard_is_checked_once_and_one_that_is_damaged_each_time(
     checked: list[int] = []
     inspect = finished.inspect
 
-    def count(path: Path, fingerprint: str, class_names: Sequence[str], depth: Depth) -> object:
+    def count(path: Path, fingerprint: str, kind: MaskRecords, depth: Depth) -> object:
         checked.extend([1] * (depth == "records"))
-        return inspect(path, fingerprint, class_names, depth)
+        return inspect(path, fingerprint, kind, depth)
 
     monkeypatch.setattr(finished, "inspect", count)
     assert is_current(folder, image, check_bytes=True)

@@ -29,6 +29,7 @@ from wsss_pipeline.cache import (
 )
 from wsss_pipeline.cache.index import read_checked
 from wsss_pipeline.cache.manifest import read_manifest
+from wsss_pipeline.cache.records import MaskRecords
 from wsss_pipeline.cli import main
 from wsss_pipeline.errors import CacheFormatError, CacheRecordError
 
@@ -245,7 +246,7 @@ def test_a_mask_with_255_is_neither_written_nor_read(folder: Path, monkeypatch: 
         writer.write("good", make_mask("good"), image_digest="0" * 64, seconds=0.0)
     assert list(MaskCache.open(folder)) == ["good"]
     with MaskWriter(folder) as writer:
-        monkeypatch.setattr(writer, "_class_names", tuple(map(str, range(255))))
+        monkeypatch.setattr(writer, "_kind", MaskRecords(tuple(map(str, range(255)))))
         writer.write("bad", bad, image_digest="0" * 64, seconds=0.0)
     with pytest.raises(CacheRecordError, match="holds the value 255"):
         MaskCache.open(folder)["bad"]
@@ -258,7 +259,7 @@ def test_what_fits_no_class_is_refused(folder: Path, monkeypatch: pytest.MonkeyP
             mask = PseudoMask(np.full((2, 3), value, np.uint8), confidence, labels)
             with pytest.raises(CacheRecordError, match="can't be stored"):
                 writer.write(f"{number}", mask, image_digest="0" * 64, seconds=0.0)
-        monkeypatch.setattr(writer, "_class_names", ("cat", "dog", "wolf"))
+        monkeypatch.setattr(writer, "_kind", MaskRecords(("cat", "dog", "wolf")))
         for value in (2, 3):
             mask = PseudoMask(np.full((2, 3), value, np.uint8), confidence)
             writer.write(f"{value}", mask, image_digest="0" * 64, seconds=0.0)

@@ -20,6 +20,7 @@ from wsss_pipeline.cache import FinishedImages, MaskCache, MaskWriter, gc, inspe
 from wsss_pipeline.cache.index import read_checked
 from wsss_pipeline.cache.inspection import inspect
 from wsss_pipeline.cache.manifest import read_manifest
+from wsss_pipeline.cache.records import MaskRecords
 from wsss_pipeline.cache.shards import UnreadableShardError
 from wsss_pipeline.errors import CacheRecordError, OutputError
 
@@ -118,20 +119,20 @@ def test_a_process_that_is_killed_is_no_damage(folder: Path, monkeypatch: pytest
     write_images(folder, IDS)
     (shard,) = shards(folder)
     fingerprint = read_manifest(folder).fingerprint
-    assert inspect(shard, fingerprint, CLASSES, "ids").ids == sorted(IDS)
+    assert inspect(shard, fingerprint, MaskRecords(CLASSES), "ids").ids == sorted(IDS)
     (inspector,) = inspection._present
     assert inspector._process is not None
     inspector._process.send_signal(signal.SIGKILL)
     inspector._process.wait()
     with pytest.raises(UnreadableShardError, match="was killed") as caught:
-        inspect(shard, fingerprint, CLASSES, "ids")
+        inspect(shard, fingerprint, MaskRecords(CLASSES), "ids")
     assert not caught.value.is_damaged
-    assert inspect(shard, fingerprint, CLASSES, "records").damaged == {}
+    assert inspect(shard, fingerprint, MaskRecords(CLASSES), "records").damaged == {}
     spin(shard)
     monkeypatch.setattr(inspection, "SECONDS", 100.0)
     monkeypatch.setattr(inspection, "WAITING", 0.005)
     with pytest.raises(UnreadableShardError, match="couldn't be read within") as caught:
-        inspect(shard, fingerprint, CLASSES, "ids")
+        inspect(shard, fingerprint, MaskRecords(CLASSES), "ids")
     assert not caught.value.is_damaged, "the machine may have been slow"
 
 

@@ -9,7 +9,7 @@ import pytest
 from cache_samples import assert_equal, make_digest, make_mask, write_images
 
 from wsss_pipeline.cache import MaskCache, MaskWriter, PseudoMask
-from wsss_pipeline.cache.records import escape_id, record_digest
+from wsss_pipeline.cache.records import Parts, escape_id, record_digest
 from wsss_pipeline.errors import CacheRecordError
 
 NASTY_IDS = [
@@ -135,6 +135,7 @@ def test_a_large_image_is_stored(folder: Path) -> None:
 
 def test_the_digest_of_a_record_is_the_same_for_ever() -> None:
     mask, confidence = np.arange(6, dtype=np.uint8).reshape(2, 3), np.full((2, 3), 200, np.uint8)
-    record = PseudoMask(mask, confidence, ("cat", "d\u00f6g"), np.full((2, 2, 3), 0.5, np.float16))
+    cams = np.full((2, 2, 3), 0.5, np.float16)
+    parts = Parts((2, 3), ("cat", "d\u00f6g"), {"mask": mask, "confidence": confidence, "cams": cams})
     expected = "32f42af03d306e2b510ebfbacd04aff9e0681d51b79d47343068dedb891a2b34"
-    assert record_digest("a/b", record, "0" * 64, 0.5) == expected
+    assert record_digest("a/b", parts, "0" * 64, 0.5) == expected

@@ -53,6 +53,11 @@ LINES: list[tuple[str, ...]] = [
     ("evaluate", "--cache", "cache", "--gt", "voc/SegmentationClass"),
     ("predict", *RUN, "--images", "voc/JPEGImages", "--out", "predictions"),
     ("relabel", *RUN, "--images", "voc/JPEGImages", "--labels", "voc/Annotations", "--cache", "relabelled"),
+    (
+        *("propose-regions", "--sam", str(ROOT / "tests/golden/fma/sam_tiny"), "--images", "voc/JPEGImages"),
+        *("--out", "regions", "--set", "points=[3]", "--device", "cpu"),
+    ),
+    ("cache", "verify", "regions"),
     ("export-model", "--checkpoint", "run", "--out", "hf", "--format", "huggingface"),
     ("export-model", "--checkpoint", "run", "--out", "network.onnx"),
     ("config", "show"),

@@ -46,6 +46,7 @@ from wsss_pipeline.cache import (
 from wsss_pipeline.cache import inspection as inspection_module
 from wsss_pipeline.cache.inspection import inspect
 from wsss_pipeline.cache.manifest import read_manifest
+from wsss_pipeline.cache.records import MaskRecords
 from wsss_pipeline.cache.shards import UnreadableShardError
 from wsss_pipeline.data.classes import load_class_set
 from wsss_pipeline.data.image_ids import find_images
@@ -165,7 +166,10 @@ def attack_shards(table: Table, root: Path, times: int, chance: random.Random) -
     write_masks(folder, ids, lambda image_id: make_mask(int(image_id)))
     (shard,) = folder.glob("shard-*.h5")
     fingerprint, content = read_manifest(folder).fingerprint, shard.read_bytes()
-    expected = {i: info.digest for i, info in inspect(shard, fingerprint, CLASSES, "records").infos.items()}
+    expected = {
+        i: info.digest
+        for i, info in inspect(shard, fingerprint, MaskRecords(CLASSES), "records").infos.items()
+    }
     places = regions(shard)
     for number in range(times):
         region = list(places)[number % len(places)]
@@ -173,7 +177,7 @@ def attack_shards(table: Table, root: Path, times: int, chance: random.Random) -
         shard.write_bytes(mutated(content, place, chance))
         with table.attempt(f"shard, {region}") as outcome:
             try:
-                found = inspect(shard, fingerprint, CLASSES, "records")
+                found = inspect(shard, fingerprint, MaskRecords(CLASSES), "records")
             except UnreadableShardError as error:
                 outcome.append("ended by the limit" if "took over" in str(error) else "refused")
                 continue

@@ -65,7 +65,7 @@ class FinishedImages:
         self._folder = folder
         self._manifest = read_manifest(folder)
         self._listing = list_records(
-            folder, self._manifest.fingerprint, self._manifest.mask_set.class_names, checked
+            folder, self._manifest.fingerprint, self._manifest.mask_set.kind, checked
         )
         self._shard_of = self._listing.shard_of
         self._path = folder / f"known-{index}-of-{count}.json"
@@ -136,7 +136,7 @@ class FinishedImages:
                 inspection = inspect(
                     path,
                     manifest.fingerprint,
-                    manifest.mask_set.class_names,
+                    manifest.mask_set.kind,
                     "infos" if is_believed else "records",
                 )
             except CacheFormatError as error:

@@ -11,15 +11,16 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import h5py
 from pydantic import BaseModel, TypeAdapter
 
 from wsss_pipeline.cache.inspection import Inspection, inspect
-from wsss_pipeline.cache.records import escape_id
+from wsss_pipeline.cache.records import RecordKind, escape_id
 from wsss_pipeline.cache.shards import (
     IMAGES,
     MAX_SHARD_BYTES,
@@ -82,13 +83,13 @@ class Listing:
 def list_records(
     folder: Path,
     fingerprint: str,
-    class_names: Sequence[str],
+    kind: RecordKind[Any],
     checked: Mapping[str, SoundShard] | None = None,
 ) -> Listing:
     """List the finished shards; one that can't be opened is reported in the log and left out.
 
     Args:
-        folder, fingerprint, class_names: those of the mask set.
+        folder, fingerprint, kind: those of the mask set.
         checked: shards that the caller knows to be sound, and that needn't be noted in the folder yet.
     """
     known = read_checked(folder) | dict(checked or {})
@@ -102,7 +103,7 @@ def list_records(
                 listing.sound[path.name] = sound
                 found = sound.images
             else:
-                found = inspect(path, fingerprint, class_names, "ids").ids
+                found = inspect(path, fingerprint, kind, "ids").ids
         except (OSError, UnreadableShardError) as error:
             if not path.exists():  # `wsss cache gc` has put its records into a later one
                 done = {*listing.stamps, *listing.unreadable}
@@ -136,14 +137,12 @@ def checked_shard(before: Stamp, inspection: Inspection) -> SoundShard | None:
     )
 
 
-def open_checked(
-    path: Path, fingerprint: str, class_names: Sequence[str], sound: SoundShard | None
-) -> h5py.File:
+def open_checked(path: Path, fingerprint: str, kind: RecordKind[Any], sound: SoundShard | None) -> h5py.File:
     """A shard, open in this process, once it is known that HDF5 comes to an end with it.
 
     Args:
         path: the file.
-        fingerprint, class_names: those of the mask set.
+        fingerprint, kind: those of the mask set.
         sound: note of it; it holds as long as the file's bytes are those of then.
 
     Raises:
@@ -155,7 +154,7 @@ def open_checked(
         check_machine(error)
         raise UnreadableShardError(f"{path} can't be opened ({error.strerror})", False) from error
     if not is_as_then:
-        inspect(path, fingerprint, class_names, "records")
+        inspect(path, fingerprint, kind, "records")
     return open_shard(path, fingerprint)
 
 
@@ -195,19 +194,19 @@ def _read_note(path: Path) -> dict[str, SoundShard]:
 
 
 def write_index(
-    folder: Path, fingerprint: str, class_names: Sequence[str], checked: Mapping[str, SoundShard]
+    folder: Path, fingerprint: str, kind: RecordKind[Any], checked: Mapping[str, SoundShard]
 ) -> Listing:
     """Write ``index.h5`` and ``checked.json`` anew, and drop the notes that went into it; the caller holds the set's
     lock.
 
     Args:
-        folder, fingerprint, class_names: those of the mask set.
+        folder, fingerprint, kind: those of the mask set.
         checked: shards that the caller has checked in full.
 
     Returns:
         What the finished shards hold.
     """
-    listing = list_records(folder, fingerprint, class_names, checked)
+    listing = list_records(folder, fingerprint, kind, checked)
     builder = ShardBuilder(fingerprint)
     try:
         for image_id, shard in listing.shard_of.items():

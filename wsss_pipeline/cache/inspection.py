@@ -16,13 +16,20 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from wsss_pipeline.cache.records import RecordInfo, check_records, image_ids, read_texts
+from wsss_pipeline.cache.records import (
+    RecordInfo,
+    RecordKind,
+    check_records,
+    image_ids,
+    read_texts,
+    record_kind,
+)
 from wsss_pipeline.cache.shards import IMAGES, MAX_SHARD_BYTES, UnreadableShardError, open_shard
 from wsss_pipeline.errors import CacheFormatError, CacheRecordError, ResourceError
 from wsss_pipeline.files import check_machine, open_plain
@@ -54,20 +61,20 @@ class Inspection:
     sha256: str = ""
 
 
-def inspect(path: Path, fingerprint: str, class_names: Sequence[str], depth: Depth) -> Inspection:
+def inspect(path: Path, fingerprint: str, kind: RecordKind[Any], depth: Depth) -> Inspection:
     """Look into a shard in bounded time and memory, whatever it is.
 
     Args:
         path: the file, finished or partial.
         fingerprint: that of the mask set.
-        class_names: names of mask values 1..C.
+        kind: what its records hold.
         depth: ids alone; digests of all records; what is known of them; or the same, with every array of every
             record read and compared with its digest.
 
     Raises:
         UnreadableShardError: as ``open_shard``; also where it took too long or ended the process that read it.
     """
-    return _inspector().ask(path, fingerprint, class_names, depth)
+    return _inspector().ask(path, fingerprint, kind, depth)
 
 
 class _Inspector:
@@ -79,7 +86,7 @@ class _Inspector:
         self._process: subprocess.Popen[bytes] | None = None
         atexit.register(self.close)
 
-    def ask(self, path: Path, fingerprint: str, class_names: Sequence[str], depth: Depth) -> Inspection:
+    def ask(self, path: Path, fingerprint: str, kind: RecordKind[Any], depth: Depth) -> Inspection:
         try:
             size = path.stat().st_size
         except OSError as error:
@@ -88,7 +95,8 @@ class _Inspector:
         question = {
             "path": str(path.absolute()),
             "fingerprint": fingerprint,
-            "class_names": list(class_names),
+            "holds": kind.holds,
+            "class_names": list(kind.class_names),
             "depth": depth,
             "seconds": seconds,
         }
@@ -215,7 +223,8 @@ def _allow(seconds: float) -> None:
 
 
 def _look(question: Mapping[str, Any]) -> Inspection:
-    path, depth, class_names = Path(question["path"]), question["depth"], question["class_names"]
+    path, depth = Path(question["path"]), question["depth"]
+    kind = record_kind(question["holds"], question["class_names"])
     digest = ""
     if depth == "records":
         try:
@@ -227,7 +236,7 @@ def _look(question: Mapping[str, Any]) -> Inspection:
         images = file[IMAGES]
         ids, strange = image_ids(images)
         if depth in ("infos", "records"):
-            infos, damaged = check_records(images, class_names, arrays=depth == "records")
+            infos, damaged = check_records(images, kind, arrays=depth == "records")
             return Inspection(ids, {i: info.digest for i, info in infos.items()}, infos, damaged, digest)
         digests: dict[str, str] = {}
         damaged = dict.fromkeys(strange, "its name is no image id")

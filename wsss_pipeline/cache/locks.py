@@ -78,6 +78,7 @@ def without_writers(folder: Path) -> Iterator[None]:
     with set_lock(folder):
         for path in held_locks(folder):
             raise CacheLockedError(
-                f"{path} is held: a `wsss generate-masks` or `relabel` is writing there; wait for it or stop it"
+                f"{path} is held: a `wsss generate-masks`, `relabel` or `propose-regions` is writing there; "
+                "wait for it or stop it"
             )
         yield

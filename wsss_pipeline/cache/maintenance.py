@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from wsss_pipeline.cache.index import SoundShard, checked_shard, list_records, note_checked, write_index
 from wsss_pipeline.cache.inspection import inspect
@@ -21,6 +22,7 @@ from wsss_pipeline.cache.manifest import (
     read_manifest,
     update_completion,
 )
+from wsss_pipeline.cache.records import RecordKind
 from wsss_pipeline.cache.shards import (
     DAMAGED_SUFFIX,
     IMAGES,
@@ -94,8 +96,8 @@ def status(mask_set: Path) -> MaskSetStatus:
         CacheFormatError: ``mask_set`` isn't a mask set of this format version.
     """
     manifest = read_manifest(mask_set)
-    class_names = manifest.mask_set.class_names
-    listing = list_records(mask_set, manifest.fingerprint, class_names)
+    kind = manifest.mask_set.kind
+    listing = list_records(mask_set, manifest.fingerprint, kind)
     without_labels = 0
     for shard in listing.stamps:
         if shard in listing.sound:
@@ -103,7 +105,7 @@ def status(mask_set: Path) -> MaskSetStatus:
         else:
             unlabelled = []
             with suppress(CacheFormatError):
-                found = inspect(mask_set / shard, manifest.fingerprint, class_names, "infos").infos
+                found = inspect(mask_set / shard, manifest.fingerprint, kind, "infos").infos
                 unlabelled = [image_id for image_id, info in found.items() if not info.labels]
         without_labels += sum(listing.shard_of.get(image_id) == shard for image_id in unlabelled)
     size = sum(size for size, *_ in listing.stamps.values())
@@ -154,8 +156,8 @@ def verify(mask_set: Path) -> VerifyReport:
         CacheFormatError: ``mask_set`` isn't a mask set of this format version.
     """
     manifest = read_manifest(mask_set)
-    fingerprint, class_names = manifest.fingerprint, manifest.mask_set.class_names
-    listing = list_records(mask_set, fingerprint, class_names)
+    fingerprint, kind = manifest.fingerprint, manifest.mask_set.kind
+    listing = list_records(mask_set, fingerprint, kind)
     report = VerifyReport(unreadable={shard: str(error) for shard, error in listing.unreadable.items()})
     waiting, sound = list(listing.stamps), set[str]()
     checked: dict[str, SoundShard] = {}
@@ -164,12 +166,12 @@ def verify(mask_set: Path) -> VerifyReport:
             shard = waiting.pop(0)
             progress.advance()
             try:
-                inspection = inspect(mask_set / shard, fingerprint, class_names, "records")
+                inspection = inspect(mask_set / shard, fingerprint, kind, "records")
             except UnreadableShardError as error:
                 if (mask_set / shard).exists():
                     report.unreadable[shard] = str(error)
                 else:  # by gc; what it held lies in a later one
-                    before, listing = listing, list_records(mask_set, fingerprint, class_names)
+                    before, listing = listing, list_records(mask_set, fingerprint, kind)
                     waiting = [
                         name for name in listing.stamps if name in waiting or name not in before.stamps
                     ]
@@ -242,18 +244,18 @@ def merge(sources: Sequence[Path], destination: Path) -> MergeReport:
     target = destination if there else open_mask_set(destination, manifests[0].mask_set)
     report = MergeReport(target)
     with without_writers(target):
-        class_names = manifests[0].mask_set.class_names
+        kind = manifests[0].mask_set.kind
         known: dict[str, str] = {}  # digests of the records that count
         for path in shard_files(target):
             with suppress(CacheFormatError):
-                found = inspect(path, expected, class_names, "digests")
+                found = inspect(path, expected, kind, "digests")
                 for image_id in found.ids:
                     known.pop(image_id, None)
                 known |= found.digests
         for folder in folders:
             if folder.resolve() != target.resolve():
-                _copy_shards(folder, expected, class_names, known, report)
-        report.images = len(write_index(target, expected, class_names, {}).shard_of)
+                _copy_shards(folder, expected, kind, known, report)
+        report.images = len(write_index(target, expected, kind, {}).shard_of)
 
         def merged(before: Completion) -> Completion:
             completions = (before, *(manifest.completion for manifest in manifests))
@@ -266,7 +268,7 @@ def merge(sources: Sequence[Path], destination: Path) -> MergeReport:
 
 
 def _copy_shards(
-    source: Path, fingerprint: str, class_names: Sequence[str], known: dict[str, str], report: MergeReport
+    source: Path, fingerprint: str, kind: RecordKind[Any], known: dict[str, str], report: MergeReport
 ) -> None:
     if shard_files(source, PARTIAL_SUFFIX):
         logger.warning(
@@ -278,7 +280,7 @@ def _copy_shards(
         path = waiting.pop(0)
         seen.add(path)
         try:
-            found = inspect(path, fingerprint, class_names, "digests")
+            found = inspect(path, fingerprint, kind, "digests")
             if not found.damaged and found.digests.items() <= known.items():
                 report.already_there += 1
                 continue
@@ -335,7 +337,7 @@ def gc(mask_set: Path) -> GcReport:
         OutputError: disk full, read-only, ...
     """
     manifest = read_manifest(mask_set)
-    fingerprint, class_names = manifest.fingerprint, manifest.mask_set.class_names
+    fingerprint, kind = manifest.fingerprint, manifest.mask_set.kind
     report = GcReport()
     checked: dict[str, SoundShard] = {}
     with without_writers(mask_set):
@@ -344,15 +346,15 @@ def gc(mask_set: Path) -> GcReport:
         left_over = [path for path in mask_set.iterdir() if is_left_over(path)]
         _remove([*shard_files(mask_set, DAMAGED_SUFFIX), *left_over], report)
         for name in take_over_partials(mask_set, 0, 1):
-            report.salvaged += salvage(mask_set, name, fingerprint, class_names, checked)
-        listing = list_records(mask_set, fingerprint, class_names, checked)
+            report.salvaged += salvage(mask_set, name, fingerprint, kind, checked)
+        listing = list_records(mask_set, fingerprint, kind, checked)
         for shard, error in listing.unreadable.items():
             _set_aside(mask_set / shard, error)
         rewrite: dict[Path, dict[str, bool]] = {}  # images in it that are sound and current; has it a label?
         has_waste = False
         for shard, stamp in listing.stamps.items():
             try:
-                inspection = inspect(mask_set / shard, fingerprint, class_names, "records")
+                inspection = inspect(mask_set / shard, fingerprint, kind, "records")
             except UnreadableShardError as error:
                 _set_aside(mask_set / shard, error)
                 continue
@@ -377,7 +379,7 @@ def gc(mask_set: Path) -> GcReport:
                     checked[name] = finish_shard(mask_set, name, builder)
                 _remove(copied, report)
         report.set_aside = [path.name for path in shard_files(mask_set, DAMAGED_SUFFIX)]
-        report.images = len(write_index(mask_set, fingerprint, class_names, checked).shard_of)
+        report.images = len(write_index(mask_set, fingerprint, kind, checked).shard_of)
         changes = {"images": report.images} | (
             {"complete": False} if report.damaged or report.set_aside else {}
         )

@@ -1,4 +1,4 @@
-"""``manifest.json``: what a mask set is, and how complete."""
+"""``manifest.json``: what a mask set, or a set of regions, is, and how complete."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from wsss_pipeline.cache.locks import set_lock
+from wsss_pipeline.cache.records import Holds, RecordKind, record_kind
 from wsss_pipeline.cache.shards import FORMAT_VERSION
 from wsss_pipeline.data.classes import MAX_CLASSES
 from wsss_pipeline.errors import CacheError, CacheFormatError
@@ -26,7 +27,7 @@ from wsss_pipeline.runtime.output import one_line, write_file, writing
 
 MANIFEST = "manifest.json"
 MAX_MANIFEST_BYTES = 2**24
-FORMAT = "wsss-pseudo-masks"
+FORMATS: dict[Holds, str] = {"masks": "wsss-pseudo-masks", "regions": "wsss-regions"}
 MAX_NAME_LENGTH = 60
 
 # Their versions go into the manifest, where installed.
@@ -81,19 +82,21 @@ class _Stored(BaseModel):
 
 
 class MaskSet(_Stored):
-    """What determines a mask set, and what its masks mean.
+    """What determines a set of masks, or of regions, and what its masks mean.
 
     Attributes:
         name: the readable part of the folder's name.
         determinants: all that determines the masks and nothing else, see ``fingerprint``.
         class_names: names of mask values 1..C, so without background.
         category_ids: class name to the id it has in the data set, where that isn't the mask value.
+        holds: what lies in it; regions have no classes.
     """
 
     name: str = Field(max_length=1000)
     determinants: dict[str, Any]
     class_names: tuple[str, ...] = Field(strict=False)  # a list in JSON
     category_ids: dict[str, int] | None = None
+    holds: Holds = "masks"
 
     @model_validator(mode="after")
     def _fits_the_determinants(self) -> MaskSet:
@@ -120,10 +123,15 @@ class MaskSet(_Stored):
         return fingerprint(self.determinants)
 
     @property
+    def kind(self) -> RecordKind[Any]:
+        """How its records are read and written."""
+        return record_kind(self.holds, self.class_names)
+
+    @property
     def folder_name(self) -> str:
         """``<name>-<12 hexadecimal digits>``, the name made safe for a path."""
         safe = re.sub(r"[^A-Za-z0-9_.-]+", "-", self.name).strip("-.")[:MAX_NAME_LENGTH]
-        return f"{safe or 'masks'}-{self.fingerprint[:12]}"
+        return f"{safe or self.holds}-{self.fingerprint[:12]}"
 
 
 class ShareCompletion(_Stored):
@@ -212,7 +220,7 @@ def _is_made(folder: Path, mask_set: MaskSet, will_mend: bool = False) -> bool:
         return False
     if manifest.fingerprint != mask_set.fingerprint:
         raise CacheFormatError(
-            f"{folder} is another mask set, {manifest.fingerprint}; choose another --cache"
+            f"{folder} is another mask set, {manifest.fingerprint}; choose another folder to write to"
         )
     return True
 
@@ -238,14 +246,20 @@ def list_mask_sets(path: Path) -> list[Path]:
     return sorted(folder for folder in path.iterdir() if is_mask_set(folder))
 
 
-def only_mask_set(path: Path) -> Path:
+def only_mask_set(path: Path, holds: Holds | None = None) -> Path:
     """``path`` itself where it is a mask set, else the one right below it.
+
+    Args:
+        path: a set, or a folder that holds sets.
+        holds: what the set must hold; others beside it in a folder don't count.
 
     Raises:
         CacheFormatError: there is none.
         CacheError: there are several; the message lists them.
     """
     found = list_mask_sets(path)
+    if holds and len(found) > 1:
+        found = [folder for folder in found if read_manifest(folder).mask_set.holds == holds]
     if not found:
         raise CacheFormatError(
             f"{path} isn't a cache (no {MANIFEST} in it); name a folder that `wsss generate-masks` or `relabel` wrote"
@@ -266,10 +280,9 @@ def read_manifest(folder: Path) -> Manifest:
     try:
         values = read_json(path, MAX_MANIFEST_BYTES)
         version = values["format_version"]
-        if (
-            values["format"] == FORMAT and version == FORMAT_VERSION and type(version) is int
-        ):  # True is 1, too
-            return Manifest.model_validate({**values, "mask_set": values})
+        holds = {name: holds for holds, name in FORMATS.items()}.get(str(values["format"]))
+        if holds and version == FORMAT_VERSION and type(version) is int:  # True is 1, too
+            return Manifest.model_validate({**values, "mask_set": {**values, "holds": holds}})
     except (OSError, ValueError, LookupError, TypeError, RecursionError, CacheError) as error:
         check_machine(error)
         reason = f"{type(error).__name__}: {one_line(error)[:200]}"
@@ -277,8 +290,8 @@ def read_manifest(folder: Path) -> Manifest:
             first = error.errors(include_url=False)[0]
             reason = one_line(f"{'.'.join(map(str, first['loc']))}: {first['msg']}")[:200]
         raise _HalfWrittenError(
-            f"{path} isn't a whole manifest ({reason}); the same `wsss generate-masks` or `relabel` "
-            "command as before writes it anew and keeps the masks"
+            f"{path} isn't a whole manifest ({reason}); the same `wsss generate-masks`, `relabel` or "
+            "`propose-regions` command as before writes it anew and keeps what is there"
         ) from error
     raise CacheFormatError(
         f"{path} has format version {version!r:.40}, this program reads {FORMAT_VERSION}; use the program "
@@ -293,7 +306,7 @@ class _HalfWrittenError(CacheFormatError):
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Write the manifest, replacing the one that is there."""
     values = {
-        "format": FORMAT,
+        "format": FORMATS[manifest.mask_set.holds],
         "format_version": FORMAT_VERSION,
         "name": manifest.mask_set.name,
         "fingerprint": manifest.fingerprint,

@@ -1,8 +1,8 @@
 """One image's group in a shard: written, read, checked.
 
-``images/<escaped image id>`` holds the datasets ``mask``, ``confidence`` and maybe ``cams``, and attributes.
+``images/<escaped image id>`` holds datasets, of a mask ``mask``, ``confidence`` and maybe ``cams``, and attributes.
 One of these, ``record_digest``, is the SHA-256 of all that matters in the group, so that damage shows in
-whatever part of the file it lies.
+whatever part of the file it lies. Which arrays there are is the affair of a ``RecordKind``.
 
 A file may come from anybody. So an array is read only where it is declared as ``write_record`` declares it, and
 inflated here: HDF5 would follow links to other files, and inflate a chunk of kilobytes to gigabytes.
@@ -11,13 +11,14 @@ inflated here: HDF5 would follow links to other files, and inflate a chunk of ki
 from __future__ import annotations
 
 import hashlib
+import importlib
 import json
 import math
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, NamedTuple, Protocol, TypeVar
 from urllib.parse import unquote_to_bytes
 
 import h5py
@@ -37,6 +38,9 @@ _FILTERS = {"compression": "gzip", "compression_opts": 4, "shuffle": True, "flet
 _FILTER_CODES = [h5py.h5z.FILTER_SHUFFLE, h5py.h5z.FILTER_DEFLATE, h5py.h5z.FILTER_FLETCHER32]
 _NOT_DEFLATED = 0b010  # HDF5's note on a chunk that compression would have made larger
 _CHECKSUM_BYTES = 4  # behind each chunk; the record's digest says more
+
+Content = TypeVar("Content")
+Holds = Literal["masks", "regions"]
 
 
 @dataclass(frozen=True)
@@ -62,6 +66,95 @@ class RecordInfo:
     height: int
     has_cams: bool
     digest: str
+
+
+class Parts(NamedTuple):
+    """What an image's record is made of.
+
+    Attributes:
+        size: (H, W).
+        labels: the image's class names, none where it isn't about classes.
+        arrays: the datasets by name, in the order in which the digest takes them.
+    """
+
+    size: tuple[int, int]
+    labels: tuple[str, ...]
+    arrays: Mapping[str, NDArray[Any]]
+
+
+class RecordKind(Protocol[Content]):
+    """What the records of a set hold, and how it lies in them.
+
+    Attributes:
+        holds: the kind's name.
+        class_names: names that labels may have.
+        remedy: what fills a set that lacks an image; ``{folder}`` is the folder that holds the set.
+    """
+
+    @property
+    def holds(self) -> Holds: ...
+    @property
+    def class_names(self) -> tuple[str, ...]: ...
+    @property
+    def remedy(self) -> str: ...
+    def parts(self, content: Content) -> Parts:
+        """What is to be stored; a ValueError where that can't be."""
+
+    def layout(self, group: h5py.Group, info: RecordInfo) -> dict[str, tuple[tuple[int, ...], str]]:
+        """Shape and type of each array that the record must have, before any is read; a ValueError if too large."""
+
+    def content(self, info: RecordInfo, arrays: Mapping[str, NDArray[Any]]) -> Content:
+        """What was stored; a ValueError or WsssError where it is none."""
+
+
+@dataclass(frozen=True)
+class MaskRecords:
+    """A ``RecordKind``: pseudo masks of these classes, values 1..C."""
+
+    class_names: tuple[str, ...]
+    holds: Literal["masks"] = "masks"
+    remedy: str = (
+        "`wsss generate-masks` or `relabel`, whichever made it, fills it with --cache {folder} and the options of "
+        "the first run"
+    )
+
+    def parts(self, content: PseudoMask) -> Parts:
+        """Mask, confidence and maybe CAMs; a ValueError for a class that there isn't, or too many pixels."""
+        mask, labels, cams = content.mask, content.labels, content.cams
+        height, width = mask.shape
+        _check_size(height, width, 0 if cams is None else len(labels))
+        if (largest := mask.max()) > len(self.class_names):
+            raise ValueError(f"the mask holds {largest}, which is no class; a low confidence says it instead")
+        if unknown := [label for label in labels if label not in self.class_names]:
+            raise ValueError(f"its label {unknown[0]!r:.60} is none of the mask set's classes")
+        if (longest := max(map(len, labels), default=0)) > MAX_TEXT_LENGTH:
+            raise ValueError(f"a label has {longest} characters, the limit is {MAX_TEXT_LENGTH}")
+        arrays: dict[str, NDArray[Any]] = {"mask": mask, "confidence": content.confidence}
+        return Parts((height, width), labels, arrays if cams is None else {**arrays, "cams": cams})
+
+    def layout(self, group: h5py.Group, info: RecordInfo) -> dict[str, tuple[tuple[int, ...], str]]:
+        """As the attributes say."""
+        size = (info.height, info.width)
+        _check_size(*size, len(info.labels) if info.has_cams else 0)
+        cams = {"cams": ((len(info.labels), *size), "<f2")} if info.has_cams else {}
+        return {"mask": (size, "|u1"), "confidence": (size, "|u1"), **cams}
+
+    def content(self, info: RecordInfo, arrays: Mapping[str, NDArray[Any]]) -> PseudoMask:
+        """The pseudo mask; a ValueError or MaskError where the arrays are none."""
+        if (largest := arrays["mask"].max()) > len(self.class_names):
+            raise ValueError(
+                f"the mask holds the value {largest}, and there are {len(self.class_names)} classes"
+            )
+        return PseudoMask(arrays["mask"], arrays["confidence"], info.labels, arrays.get("cams"))
+
+
+def record_kind(holds: Holds, class_names: Sequence[str]) -> RecordKind[Any]:
+    """The kind of a set's records: masks of these classes, or regions."""
+    if holds == "masks":
+        return MaskRecords(tuple(class_names))
+    # regions stand above the cache, which knows of them by name alone
+    kind: RecordKind[Any] = importlib.import_module("wsss_pipeline.regions.store").RegionRecords()
+    return kind
 
 
 def escape_id(image_id: str) -> str:
@@ -107,85 +200,69 @@ def image_ids(images: h5py.Group) -> tuple[list[str], list[str]]:
 def write_record(
     images: h5py.Group,
     image_id: str,
-    pseudo_mask: PseudoMask,
+    content: Content,
     image_digest: str,
     seconds: float,
     scale: float,
-    class_names: Sequence[str],
-) -> None:
-    """Add an image's group to ``images``, in place of one that it already has there.
+    kind: RecordKind[Content],
+) -> Parts:
+    """Add an image's group to ``images``, in place of one that it already has there; returns what went into it.
 
     Raises:
-        CacheRecordError: the id can't be stored, mask or labels have no such class, or one is too large.
+        CacheRecordError: the id can't be stored, or the content can't: no such class, too large.
     """
     name = escape_id(image_id)
-    mask, labels, cams = pseudo_mask.mask, pseudo_mask.labels, pseudo_mask.cams
-    height, width = mask.shape
     try:
-        _check_size(height, width, 0 if cams is None else len(labels))
-        if (largest := mask.max()) > len(class_names):
-            raise ValueError(f"the mask holds {largest}, which is no class; a low confidence says it instead")
-        if unknown := [label for label in labels if label not in class_names]:
-            raise ValueError(f"its label {unknown[0]!r:.60} is none of the mask set's classes")
-        if (longest := max(map(len, labels), default=0)) > MAX_TEXT_LENGTH:
-            raise ValueError(f"a label has {longest} characters, the limit is {MAX_TEXT_LENGTH}")
+        parts = kind.parts(content)
     except ValueError as error:
         raise CacheRecordError(f"image '{image_id}' can't be stored: {error}") from error
     if name in images:
         del images[name]
     group = images.create_group(name)
     try:
-        for key, array in (("mask", mask), ("confidence", pseudo_mask.confidence), ("cams", cams)):
-            if array is not None:
-                chunks = (1,) * (array.ndim - 2) + array.shape[-2:]
-                # CAMs of an image without labels have no values, and HDF5 no chunks of size 0
-                group.create_dataset(
-                    key, data=array, **({"chunks": chunks, **_FILTERS} if array.size else {})
-                )
-        texts = np.array(labels, dtype=object)
+        for key, array in parts.arrays.items():
+            chunks = (1,) * (array.ndim - 2) + array.shape[-2:]
+            # CAMs of an image without labels have no values, and HDF5 no chunks of size 0
+            group.create_dataset(key, data=array, **({"chunks": chunks, **_FILTERS} if array.size else {}))
+        texts = np.array(parts.labels, dtype=object)
         group.attrs.create("labels", texts, dtype=h5py.string_dtype("utf-8"))
         group.attrs["image_digest"] = image_digest
         group.attrs["seconds"] = float(seconds)
         group.attrs["scale"] = float(scale)
-        group.attrs["width"] = width
-        group.attrs["height"] = height
-        group.attrs["record_digest"] = record_digest(image_id, pseudo_mask, image_digest, scale)
+        group.attrs["height"], group.attrs["width"] = parts.size
+        group.attrs["record_digest"] = record_digest(image_id, parts, image_digest, scale)
     except BaseException:  # an interrupt as well: half a record must not be finished with the rest
         del images[name]
         raise
+    return parts
 
 
-def read_record(
-    images: h5py.Group, image_id: str, class_names: Sequence[str]
-) -> tuple[PseudoMask, RecordInfo]:
+def read_record(images: h5py.Group, image_id: str, kind: RecordKind[Content]) -> tuple[Content, RecordInfo]:
     """The record of one image out of a shard's ``images``, every byte of it checked.
 
     Args:
         images: the shard's group.
         image_id: one of its ids.
-        class_names: names of mask values 1..C, of which mask and labels may have no others.
+        kind: what it may be.
 
     Raises:
         CacheRecordError: it is damaged; the message names the file.
     """
     with _record(images, image_id) as group:
-        info = _info(group, class_names)
-        size = (info.height, info.width)
-        _check_size(*size, len(info.labels) if info.has_cams else 0)
-        mask, confidence = (_read_array(group, name, size, "|u1") for name in ("mask", "confidence"))
-        cams = _read_array(group, "cams", (len(info.labels), *size), "<f2") if info.has_cams else None
-        if (largest := mask.max()) > len(class_names):
-            raise ValueError(f"the mask holds the value {largest}, and there are {len(class_names)} classes")
-        pseudo_mask = PseudoMask(mask, confidence, info.labels, cams)
-        if info.digest != record_digest(image_id, pseudo_mask, info.image_digest, info.scale):
+        info = _info(group, kind.class_names)
+        layout = kind.layout(group, info)
+        arrays = {name: _read_array(group, name, shape, dtype) for name, (shape, dtype) in layout.items()}
+        content = kind.content(info, arrays)
+        parts = Parts((info.height, info.width), info.labels, arrays)
+        if info.digest != record_digest(image_id, parts, info.image_digest, info.scale):
             raise ValueError("the content doesn't fit its digest")
-    return pseudo_mask, info
+    return content, info
 
 
-def read_info(images: h5py.Group, image_id: str, class_names: Sequence[str]) -> RecordInfo:
+def read_info(images: h5py.Group, image_id: str, kind: RecordKind[Any]) -> RecordInfo:
     """The attributes of one image's record; arguments and errors as for ``read_record``."""
     with _record(images, image_id) as group:
-        return _info(group, class_names)
+        return _info(group, kind.class_names)
 
 
 def read_texts(images: h5py.Group, image_id: str, name: str) -> tuple[str, ...]:
@@ -199,7 +276,7 @@ def read_texts(images: h5py.Group, image_id: str, name: str) -> tuple[str, ...]:
 
 
 def check_records(
-    images: h5py.Group, class_names: Sequence[str], *, arrays: bool = True
+    images: h5py.Group, kind: RecordKind[Any], *, arrays: bool = True
 ) -> tuple[dict[str, RecordInfo], dict[str, str]]:
     """Read and recompute every record of a shard; without ``arrays`` only read what else is known.
 
@@ -215,36 +292,30 @@ def check_records(
     for image_id in ids:
         try:
             if arrays:
-                _, sound[image_id] = read_record(images, image_id, class_names)
+                _, sound[image_id] = read_record(images, image_id, kind)
             else:
-                sound[image_id] = read_info(images, image_id, class_names)
+                sound[image_id] = read_info(images, image_id, kind)
         except CacheRecordError as error:
             damaged[image_id] = str(error)
     return sound, damaged
 
 
-def record_digest(image_id: str, pseudo_mask: PseudoMask, image_digest: str, scale: float) -> str:
+def record_digest(image_id: str, parts: Parts, image_digest: str, scale: float) -> str:
     """SHA-256 over id, labels, image digest, scale, and shape, type and bytes of each array.
 
-    It leaves out how long the mask took, so equal masks of equal images have equal digests.
+    It leaves out how long the record took to make, so equal masks of equal images have equal digests.
     """
-    arrays: list[tuple[str, NDArray[Any]]] = [
-        ("mask", pseudo_mask.mask),
-        ("confidence", pseudo_mask.confidence),
-    ]
-    if pseudo_mask.cams is not None:
-        arrays.append(("cams", pseudo_mask.cams))
     header = {
         "image_id": image_id,
-        "labels": pseudo_mask.labels,
+        "labels": parts.labels,
         "image_digest": image_digest,
         "scale": float(scale),
-        "arrays": [(name, array.dtype.str, array.shape) for name, array in arrays],
+        "arrays": [(name, array.dtype.str, array.shape) for name, array in parts.arrays.items()],
     }
     # the form of ``manifest.fingerprint``
     text = json.dumps(header, sort_keys=True, separators=(",", ":"), allow_nan=False)
     digest = hashlib.sha256(text.encode("ascii"))
-    for _, array in arrays:
+    for array in parts.arrays.values():
         digest.update(np.ascontiguousarray(array).data if array.size else b"")
     return digest.hexdigest()
 
@@ -333,9 +404,8 @@ def _read_array(group: h5py.Group, name: str, shape: tuple[int, ...], kind: str)
     if dataset.dtype != np.dtype(kind) or dataset.shape != shape:
         raise ValueError(f"'{name}' is {dataset.dtype} {dataset.shape}, not {np.dtype(kind)} {shape}")
     array = np.empty(shape, kind)
-    chunks = array.reshape(-1, *shape[-2:])
-    for number, chunk in enumerate(chunks if array.size else ()):
-        offset = (number, 0, 0) if len(shape) == 3 else (0, 0)
+    for number, chunk in enumerate(array.reshape(-1, *shape[-2:]) if array.size else ()):
+        offset = (number, 0, 0) if len(shape) == 3 else (0,) * len(shape)
         stored = dataset.id.get_chunk_info_by_coord(offset)
         if stored.byte_offset is None or stored.size > 2 * chunk.nbytes + 1024:
             raise ValueError(f"a chunk of '{name}' is missing or has {stored.size} bytes")

@@ -5,9 +5,10 @@ from __future__ import annotations
 import hashlib
 import logging
 import time
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from wsss_pipeline.cache.finished import FinishedImages
 from wsss_pipeline.cache.index import (
@@ -22,7 +23,7 @@ from wsss_pipeline.cache.index import (
 from wsss_pipeline.cache.inspection import inspect
 from wsss_pipeline.cache.locks import WriterLock, held_locks, lock_name, set_lock
 from wsss_pipeline.cache.manifest import Completion, ShareCompletion, read_manifest, update_completion
-from wsss_pipeline.cache.records import write_record
+from wsss_pipeline.cache.records import RecordKind, write_record
 from wsss_pipeline.cache.shards import (
     DAMAGED_SUFFIX,
     IMAGES,
@@ -35,7 +36,6 @@ from wsss_pipeline.cache.shards import (
     open_shard,
 )
 from wsss_pipeline.data.image_files import ImageFile, Status
-from wsss_pipeline.data.masks import PseudoMask
 from wsss_pipeline.errors import CacheError, OutputError
 from wsss_pipeline.runtime.output import sync_folder, write_file, writing
 
@@ -50,7 +50,7 @@ logger = logging.getLogger(__name__)
 
 
 class MaskWriter:
-    """Context manager that writes share ``index`` of ``count`` of a mask set.
+    """Context manager that writes share ``index`` of ``count`` of a set of masks or regions.
 
     Entering it takes the share's lock and salvages what interrupted runs left. Records gather in a shard in
     memory, which is written to a ``*.partial`` file every 32 images or 10 seconds, each time as a whole new
@@ -90,14 +90,14 @@ class MaskWriter:
 
     def __enter__(self) -> MaskWriter:
         manifest = read_manifest(self._folder)
-        self._fingerprint, self._class_names = manifest.fingerprint, manifest.mask_set.class_names
+        self._fingerprint, self._kind = manifest.fingerprint, manifest.mask_set.kind
         checked: dict[str, SoundShard] = {}
         try:
             with set_lock(self._folder):
                 self._lock.acquire()
                 names = take_over_partials(self._folder, self._index, self._count)
             for name in names:
-                salvage(self._folder, name, self._fingerprint, self._class_names, checked)
+                salvage(self._folder, name, self._fingerprint, self._kind, checked)
             self._finished = FinishedImages(self._folder, self._index, self._count, checked)
         except BaseException:
             self._lock.release()
@@ -121,7 +121,7 @@ class MaskWriter:
     def write(
         self,
         image_id: str,
-        pseudo_mask: PseudoMask,
+        content: Any,
         *,
         image_digest: str,
         seconds: float,
@@ -132,9 +132,9 @@ class MaskWriter:
 
         Args:
             image_id: id from ``find_images``.
-            pseudo_mask: mask, confidence, labels, maybe CAMs.
+            content: PseudoMask, or Regions where the set holds regions.
             image_digest: SHA-256 of the image file, hexadecimal.
-            seconds: time the mask took.
+            seconds: time the record took to make.
             scale: side of the image that CLIP and CRF saw, by that of the file's.
             status: ``file_status`` of the image file before it was read; with it the next run needn't read it.
 
@@ -149,10 +149,10 @@ class MaskWriter:
             self._shard = name, ShardBuilder(self._fingerprint)
             self._last_flush = time.monotonic()
         name, builder = self._shard
-        write_record(builder.images, image_id, pseudo_mask, image_digest, seconds, scale, self._class_names)
-        builder.is_labelled[image_id] = bool(pseudo_mask.labels)
+        parts = write_record(builder.images, image_id, content, image_digest, seconds, scale, self._kind)
+        builder.is_labelled[image_id] = bool(parts.labels)
         if status is not None:
-            finished.note(image_id, (name, status, pseudo_mask.labels, pseudo_mask.cams is not None))
+            finished.note(image_id, (name, status, parts.labels, "cams" in parts.arrays))
         self._unsaved += 1
         if len(builder.images) >= self._images_per_shard or builder.size >= BYTES_PER_SHARD:
             self._finish_shard()
@@ -185,9 +185,7 @@ class MaskWriter:
         finished = self._open()
         self._finish_shard()
         # outside the lock, which others wait for: what they finish meanwhile is theirs to count
-        self._shard_of = list_records(
-            self._folder, self._fingerprint, self._class_names, finished.checked
-        ).shard_of
+        self._shard_of = list_records(self._folder, self._fingerprint, self._kind, finished.checked).shard_of
         missing = sum(image_id not in self._shard_of for image_id in expected_ids)
         images, own = len(self._shard_of), ShareCompletion(expected=len(expected_ids), missing=missing)
         with set_lock(self._folder):
@@ -221,7 +219,7 @@ class MaskWriter:
                         if held_locks(self._folder):
                             note_checked(self._folder, self._index, self._count, checked)
                         else:
-                            listing = write_index(self._folder, self._fingerprint, self._class_names, checked)
+                            listing = write_index(self._folder, self._fingerprint, self._kind, checked)
                             images = len(listing.shard_of)
                             update_completion(
                                 self._folder, lambda before: before.model_copy(update={"images": images})
@@ -311,7 +309,7 @@ def salvage(
     folder: Path,
     name: str,
     fingerprint: str,
-    class_names: Sequence[str],
+    kind: RecordKind[Any],
     checked: dict[str, SoundShard],
 ) -> int:
     """Finish a shard that its writer didn't, without the records that are damaged.
@@ -319,7 +317,7 @@ def salvage(
     A partial file that can't be opened is kept, as ``*.damaged``; one without a sound record is removed.
 
     Args:
-        folder, fingerprint, class_names: those of the mask set.
+        folder, fingerprint, kind: those of the mask set.
         name: name of the shard, from ``take_over_partials``.
         checked: gets the note of the finished shard, by its name.
 
@@ -328,7 +326,7 @@ def salvage(
     """
     partial, builder = folder / (name + PARTIAL_SUFFIX), ShardBuilder(fingerprint)
     try:
-        inspection = inspect(partial, fingerprint, class_names, "records")
+        inspection = inspect(partial, fingerprint, kind, "records")
         with open_shard(partial, fingerprint) as file:
             for image_id, info in inspection.infos.items():
                 builder.copy(file[IMAGES], image_id, bool(info.labels))

@@ -1,4 +1,4 @@
-"""``wsss cache``: look after the pseudo-mask cache."""
+"""``wsss cache``: look after the pseudo-mask cache, and after region sets, which are kept alike."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def takes_mask_sets(command: Callable[..., None]) -> Callable[..., None]:
 
 @click.group("cache", short_help="Look after the pseudo-mask cache.")
 def command() -> None:
-    """Look after the pseudo-mask cache.
+    """Look after the pseudo-mask cache, and after region sets, which are kept alike.
 
     \b
     Example:
@@ -107,7 +107,7 @@ def verify_sets(context: click.Context, mask_sets: list[Path]) -> None:
         )
         damaged |= not report.ok
     if damaged:
-        say("running the same generate-masks again makes the damaged masks anew", err=True)
+        say("the command that made them makes the damaged ones anew: run it again", err=True)
         context.exit(1)
 
 
@@ -152,7 +152,7 @@ def collect_garbage(mask_sets: list[Path]) -> None:
             f"records dropped, {report.salvaged} salvaged, {report.bytes_freed / 2**20:.1f} MiB freed"
         )
         for image_id in report.damaged:
-            say(f"  {image_id}: its record was damaged; generate-masks makes it anew", err=True)
+            say(f"  {image_id}: its record was damaged; the command that made it makes it anew", err=True)
 
 
 def _show(mask_sets: list[Path], as_json: bool, lines: Callable[[MaskSetStatus], Iterable[str]]) -> None:
@@ -180,9 +180,13 @@ def _details(item: MaskSetStatus) -> Iterable[str]:
     yield f"  fingerprint   {manifest.fingerprint}"
     yield f"  created       {manifest.created}"
     yield f"  complete      {'yes' if item.complete else 'no'}"
-    yield f"  images        {item.images} ({item.images_without_labels} without labels)"
+    is_of_masks = manifest.mask_set.holds == "masks"
+    unlabelled = f" ({item.images_without_labels} without labels)" if is_of_masks else ""
+    yield f"  holds         {manifest.mask_set.holds}"
+    yield f"  images        {item.images}{unlabelled}"
     yield f"  size          {size}"
-    yield f"  classes       {', '.join(manifest.mask_set.class_names)}"
+    if is_of_masks:
+        yield f"  classes       {', '.join(manifest.mask_set.class_names)}"
     if item.superseded:
         yield f"  replaced      {item.superseded} records (wsss cache gc frees them)"
     for name in item.partial:

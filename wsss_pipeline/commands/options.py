@@ -287,6 +287,14 @@ relabel_options = all_of(
 )
 
 
+proposal_options = all_of(
+    _path(
+        "--preset", metavar="NAME", help="Settings: fma, as FMA-WSSS published them, or fast.  [default: fma]"
+    ),
+    _file_options("smallest_area=0", "docs/settings.md lists them"),
+)
+
+
 def inference_config(context: click.Context) -> InferenceConfig:
     """What the ``inference_options`` of a command come to."""
     return resolve(InferenceConfig, user_layers(None, (), given_settings(context)))

@@ -162,7 +162,7 @@ def read_mask(path: ImageFile) -> NDArray[np.uint8]:
     with _opened(path) as (image, _):
         if image.format in ("JPEG", "MPO"):
             raise ImageError(f"{_shown(path)}: JPEG changes the values of a mask; save it as an 8-bit PNG")
-        if image.mode not in ("1", "L", "P") and not image.mode.startswith("I"):
+        if not _has_indices(image):
             raise ImageError(
                 f"{_shown(path)}: a mask holds one class index a pixel, but this is a {image.mode} image, "
                 f"probably saved with the colours of the classes; save the indices {_INDICES} as an 8-bit PNG"
@@ -174,6 +174,25 @@ def read_mask(path: ImageFile) -> NDArray[np.uint8]:
                 f"a mask holds class indices {_INDICES}"
             )
         return values.astype(np.uint8)
+
+
+def read_label_image(path: ImageFile) -> NDArray[np.int64]:
+    """An image of region numbers as int64 (H, W), as stored; of palette files the indices.
+
+    Raises:
+        ImageError: as ``read_image``; also a colour image, or JPEG.
+    """
+    with _opened(path) as (image, _):
+        if image.format in ("JPEG", "MPO") or not _has_indices(image):
+            raise ImageError(
+                f"{_shown(path)}: a label image holds one number a pixel, but this is a {image.format} of mode "
+                f"{image.mode}; save the numbers of the regions as a PNG of 8 or 16 bits"
+            )
+        return np.array(image).astype(np.int64)
+
+
+def _has_indices(image: Image.Image) -> bool:
+    return image.mode in ("1", "L", "P") or image.mode.startswith("I")
 
 
 def image_size(path: ImageFile) -> tuple[int, int]:

@@ -103,11 +103,16 @@ def _grid(columns: float, rows: float, most: int) -> tuple[int, int]:
     return min(candidates, key=lambda grid: (abs(math.log(grid[0] / grid[1] * rows / columns)), -grid[0]))
 
 
-def resize(image: NDArray[np.uint8], width: int, height: int) -> NDArray[np.uint8]:
-    """uint8 (H, W, 3) to uint8 (height, width, 3), bicubic with Pillow's rounding."""
+def resize(
+    image: NDArray[np.uint8],
+    width: int,
+    height: int,
+    resample: Image.Resampling = Image.Resampling.BICUBIC,
+) -> NDArray[np.uint8]:
+    """uint8 (H, W, 3) to uint8 (height, width, 3), by default bicubic, with Pillow's rounding."""
     if image.shape[:2] == (height, width):
         return image
-    return np.array(Image.fromarray(image).resize((width, height), Image.Resampling.BICUBIC))
+    return np.array(Image.fromarray(image).resize((width, height), resample))
 
 
 def normalise(image: NDArray[np.uint8], statistics: PixelStatistics) -> Tensor:

@@ -86,6 +86,7 @@ class MaskGenerator:
         self._method_type = load_method(config.method)
         self.refiner = load_refiner(config, self._method_type.refiner)
         self.device = resolve_device(device, elsewhere)
+        self.in_threads = self.device.type == "cpu"
         self.precision = resolve_precision(config.clip.precision, self.device)
         self.clip = locate_clip(config.clip, offline=offline)
 

@@ -29,6 +29,7 @@ Engine = Literal["local", "ray"]
 
 # Measured on photographs of PASCAL VOC: mask and confidence, compressed, per pixel.
 BYTES_PER_PIXEL = 0.25
+BYTES_PER_REGION_PIXEL = 0.2  # 60 ragged regions an image; SAM's are more and smoother
 BYTES_PER_CAM_PIXEL = 1.0
 
 
@@ -77,6 +78,7 @@ class Job(ABC):
         overwrite: compute again what the cache holds.
         check_bytes: choice to read every image whose mask is there, whatever its size and times say.
         inputs: option to what it names, which is only read.
+        cache_option: option that names ``cache_dir``.
     """
 
     images: Mapping[str, ImageFile]
@@ -91,10 +93,11 @@ class Job(ABC):
     overwrite: bool = False
     check_bytes: bool = False
     inputs: Mapping[str, Path] = field(default_factory=dict)
+    cache_option: str = "--cache"
 
     @abstractmethod
     def maker(self) -> MaskMaker:
-        """What makes the masks; a WsssError where it can't be had."""
+        """What makes the masks or regions; a WsssError where it can't be had."""
 
 
 @dataclass(frozen=True)
@@ -233,7 +236,7 @@ def plan_masks(job: Job, maker: MaskMaker | None = None) -> MaskPlan:
         WsssError: as ``Job.maker``.
     """
     maker = maker or job.maker()
-    check_apart(job.cache_dir / maker.mask_set.folder_name, "--cache", job.inputs)
+    check_apart(job.cache_dir / maker.mask_set.folder_name, job.cache_option, job.inputs)
     share = job.share.select(job.labels)[: job.limit]
     there = {image_id for image_id in share if image_id in job.images and is_there(job.images[image_id])}
     return MaskPlan(
@@ -262,6 +265,8 @@ def describe_plan(plan: MaskPlan) -> list[str]:
         finished = FinishedImages(folder, job.share.index, job.share.count)
         options = {"need_cams": job.store_cams, "check_bytes": job.check_bytes}
         todo = [i for i in todo if not finished.is_current(i, job.images[i], job.labels[i], **options)]
+    is_of_masks = plan.maker.mask_set.holds == "masks"
+    per_pixel = BYTES_PER_PIXEL if is_of_masks else BYTES_PER_REGION_PIXEL
     bad: list[str] = []
     size = 0.0
     for image_id in todo:
@@ -271,15 +276,18 @@ def describe_plan(plan: MaskPlan) -> list[str]:
             bad.append(str(error))
             continue
         maps = len(job.labels[image_id] or ()) if job.store_cams else 0
-        size += width * height * (BYTES_PER_PIXEL + maps * BYTES_PER_CAM_PIXEL)
+        size += width * height * (per_pixel + maps * BYTES_PER_CAM_PIXEL)
     existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     free, done = shutil.disk_usage(existing).free, len(plan.image_ids) - len(todo)
-    return [
-        *plan.maker.lines(),
-        f"mask set: {folder}" + ("" if folder.exists() else " (new)"),
-        f"images: {len(plan.image_ids)}, {done} of them in the cache, {len(todo)} to compute",
+    about_labels = [
         f"without any class, so all background: {sum(job.labels[i] == () for i in plan.image_ids)}",
         f"images that the labels don't name, left out: {plan.unlabelled}",
+    ]
+    return [
+        *plan.maker.lines(),
+        f"{'mask' if is_of_masks else 'region'} set: {folder}" + ("" if folder.exists() else " (new)"),
+        f"images: {len(plan.image_ids)}, {done} of them in the cache, {len(todo)} to compute",
+        *(about_labels if is_of_masks else ()),
         *_listed("named, but no file is there", plan.missing),
         *_listed("can't be used", bad),
         f"disk: about {size / 2**20:.1f} MiB to be taken, {free / 2**20:.0f} MiB free",

@@ -1,4 +1,4 @@
-"""What the loop asks of a maker of masks: a method with CLIP, or a trained network."""
+"""What the loop asks of a maker of masks: a method with CLIP, or a trained network; or of regions: a SAM."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class LabelledImage:
     Attributes:
         pixels: uint8 (H, W, 3) RGB.
         labels: names of the classes that are present; None where each may be.
-        classes: their mask values 1..C, in the same order.
+        classes: their mask values 1..C, in the same order; none for regions.
         prepared: input of CLIP; for a network, which prepares it itself, the pixels (3, H, W) as they are.
     """
 
@@ -32,6 +32,11 @@ class LabelledImage:
     labels: tuple[str, ...] | None
     classes: list[int]
     prepared: Prepared
+
+    @property
+    def is_background(self) -> bool:
+        """Whether no class is present, so that nothing needs to look at it."""
+        return self.labels == ()
 
     def background(self, with_cams: bool) -> PseudoMask:
         """The mask where no class is present."""
@@ -71,22 +76,31 @@ class Generated:
         return mask, seconds_between(start, middle) * self.share, refining
 
 
+class Waiting(Protocol):
+    """What was started."""
+
+    def wait(self) -> tuple[Any, float, float]:
+        """The PseudoMask or Regions, and the seconds in the model and in the refiner; errors as ``generate``."""
+
+
 class MaskMaker(Protocol):
-    """Makes pseudo masks of labelled images.
+    """Makes pseudo masks of labelled images, or regions of any.
 
     Attributes:
-        device: where its tensors lie. On a CPU several threads call it at a time.
-        model: what looks at the images: CLIP, or a network.
+        device: where its tensors lie.
+        in_threads: several threads call it at a time, with an image each, and torch has one thread in each of them.
+        model: what looks at the images: CLIP, a network, or a SAM.
         if_too_large: advice to whom memory ran out on an image.
     """
 
     device: torch.device
+    in_threads: bool
     model: str
     if_too_large: str
 
     @property
     def mask_set(self) -> MaskSet:
-        """What the masks are and all that determines them."""
+        """What the masks or regions are and all that determines them."""
 
     def lines(self) -> list[str]:
         """The choices that decide over the masks, as a person reads them."""
@@ -97,7 +111,7 @@ class MaskMaker(Protocol):
     def prepare(self, pixels: NDArray[np.uint8], labels: Sequence[str] | None) -> LabelledImage:
         """An image, uint8 (H, W, 3) RGB, and its classes; ClassSetError where a label is unknown."""
 
-    def generate(self, batch: Sequence[LabelledImage], with_cams: bool) -> list[Generated]:
+    def generate(self, batch: Sequence[LabelledImage], with_cams: bool) -> Sequence[Waiting]:
         """Start with images whose prepared sizes are equal, each with at least one class.
 
         Raises:

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from wsss_pipeline.cache.records import Holds
 from wsss_pipeline.data.few_warnings import FewWarnings
 
 logger = logging.getLogger(__name__)
@@ -21,11 +22,11 @@ class MaskReport:
     """What a run did.
 
     Attributes:
-        path: the mask set, a folder that ``MaskCache.open`` reads.
+        path: the mask set, a folder that ``MaskCache.open`` reads, or the region set.
         images: number of images in this run's share.
         unlabelled: images that the labels don't name, left out.
-        computed: masks made now.
-        reused: masks that were in the cache.
+        computed: images whose masks, or regions, were made now.
+        reused: those whose were in the cache.
         without_labels: computed ones with no class: all background.
         scaled: computed ones over ``max_pixels``.
         failed: image id to reason.
@@ -36,6 +37,7 @@ class MaskReport:
         workers: threads.
         shared: stages that all threads take part in.
         model: what looked at the images; a network's seconds are its refiner's as well.
+        holds: what was made.
     """
 
     path: Path
@@ -53,6 +55,7 @@ class MaskReport:
     workers: int = 0
     shared: tuple[str, ...] = ()
     model: str = "CLIP"
+    holds: Holds = "masks"
 
     def fail(self, image_id: str, reason: str) -> None:
         """Note one image that can't be used, and warn."""
@@ -73,9 +76,10 @@ class MaskReport:
     def lines(self) -> list[str]:
         """The report as a person reads it."""
         lines = []
+        what = "masks" if self.holds == "masks" else "images' regions"
         if self.computed:
             rate = self.computed / max(self.seconds, 1e-9)
-            lines.append(f"{self.computed} masks computed in {self.seconds:.1f} s ({rate:.2f} images/s)")
+            lines.append(f"{self.computed} {what} computed in {self.seconds:.1f} s ({rate:.2f} images/s)")
         if self.computed and self.busy and self.computing:
             shares = {
                 stage: seconds / self.computing / (max(1, self.workers) if stage in self.shared else 1)
@@ -85,7 +89,7 @@ class MaskReport:
             listed = ", ".join(f"{stage} {100 * share:.0f} %" for stage, share in shares.items())
             lines.append(f"busy: {listed}; waiting on {max(shares, key=lambda stage: shares[stage])}")
         if self.reused:
-            lines.append(f"{self.reused} masks reused from the cache")
+            lines.append(f"{self.reused} {what} reused from the cache")
         if self.reused and not self.computed and not self.failed:
             consequence = ", so CLIP was not loaded" if self.model == "CLIP" else ""
             lines.append(f"nothing was left to compute{consequence}")

@@ -1,7 +1,8 @@
 """The loop that fills a cache: read, generate, write; in order, and whatever happens to one image.
 
-On a CPU each image stays in one thread from its bytes to its labels. On a GPU files are read ahead in threads, and
-batches of one size go through model and refiner together. Only where tensors lie differs, not what is computed.
+On a CPU each image stays in one thread from its bytes to its labels. On a GPU, and for a SAM, files are read ahead in
+threads, and batches of one size go through model and refiner together. Only where tensors lie differs, not what is
+computed.
 """
 
 from __future__ import annotations
@@ -15,12 +16,11 @@ from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice, takewhile
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from wsss_pipeline.cache import MaskWriter, open_mask_set
 from wsss_pipeline.data.image_files import Status, file_status
 from wsss_pipeline.data.images import read_stored_image
-from wsss_pipeline.data.masks import PseudoMask
 from wsss_pipeline.errors import ImageError, MaskError, RegionError
 from wsss_pipeline.files import check_machine
 from wsss_pipeline.pseudo_masks.job import Job, MaskPlan, plan_masks
@@ -57,11 +57,12 @@ class ReadImage:
     seconds: float
 
 
-Made = tuple[ReadImage, PseudoMask, float, float]  # with the seconds in the model and in the refiner
+# a PseudoMask, or Regions, with the seconds in the model and in the refiner
+Made = tuple[ReadImage, Any, float, float]
 
 
 def run_share(job: Job, maker: MaskMaker | None = None, *, quiet: bool = False) -> MaskReport:
-    """Make the pseudo masks of a job's share that the cache doesn't hold yet.
+    """Make the pseudo masks, or the regions, of a job's share that the cache doesn't hold yet.
 
     Args:
         job: inputs, read.
@@ -77,7 +78,9 @@ def run_share(job: Job, maker: MaskMaker | None = None, *, quiet: bool = False) 
         logger.info("%s", line)
     folder = open_mask_set(job.cache_dir, plan.maker.mask_set)
     count = len(plan.image_ids) + len(plan.missing)
-    report = MaskReport(folder, count, plan.unlabelled, model=plan.maker.model)
+    report = MaskReport(
+        folder, count, plan.unlabelled, model=plan.maker.model, holds=plan.maker.mask_set.holds
+    )
     with MaskWriter(folder, job.share.index, job.share.count) as writer:
         report.miss(plan.missing)
         todo = plan.image_ids
@@ -106,20 +109,20 @@ class _Run:
     ) -> None:
         self._job, self._maker, self._writer, self._report = plan.job, plan.maker, writer, report
         self._stop, self._progress = stop, progress
-        self._on_cpu = plan.maker.device.type == "cpu"
         self._warned_of_rotation = False
 
     def compute(self, todo: list[str]) -> None:
         """Compute and write the masks of ``todo``, in order, until done or asked to stop."""
         report, started = self._report, time.monotonic()
         report.workers = self._job.workers
-        report.shared = ("reading", self._maker.model, "refining") if self._on_cpu else ("reading",)
+        in_threads = self._maker.in_threads
+        report.shared = ("reading", self._maker.model, "refining") if in_threads else ("reading",)
         report.busy = dict.fromkeys(("reading", self._maker.model, "refining", "writing"), 0.0)
-        make = self._one_by_one if self._on_cpu else self._in_batches
+        make = self._one_by_one if in_threads else self._in_batches
         # what is under way when a stop is asked for is finished and written
         wanted = takewhile(lambda _: not self._stop.requested, todo)
         with (
-            single_threaded_torch() if self._on_cpu else nullcontext(),
+            single_threaded_torch() if in_threads else nullcontext(),
             closing(make(wanted)) as results,  # type: ignore[type-var]  # a generator
         ):
             for image_id, wait in results:
@@ -132,7 +135,7 @@ class _Run:
 
         def make(image_id: str) -> Made:
             read = self._read(image_id)
-            if not read.image.classes:
+            if read.image.is_background:
                 return read, read.image.background(self._job.store_cams), 0.0, 0.0
             return read, *self._maker.generate([read.image], self._job.store_cams)[0].wait()
 
@@ -151,11 +154,11 @@ class _Run:
                 for image_id, wait in window:
                     with self._one_image(image_id):
                         read = wait()
-                        if read.image.classes:
-                            groups.setdefault(tuple(read.image.prepared.pixels.shape), []).append(read)
-                        else:
+                        if read.image.is_background:
                             mask = read.image.background(store_cams)
                             results[image_id] = partial(_same, (read, mask, 0.0, 0.0))
+                        else:
+                            groups.setdefault(tuple(read.image.prepared.pixels.shape), []).append(read)
                 for group in groups.values():
                     for start in range(0, len(group), size):
                         results |= self._start(group[start : start + size])
@@ -200,12 +203,12 @@ class _Run:
         image = self._maker.prepare(stored.pixels, self._job.labels[image_id])
         return ReadImage(image_id, status, stored.digest, image, time.monotonic() - started)
 
-    def _write(self, read: ReadImage, mask: PseudoMask, looking: float, refining: float) -> None:
+    def _write(self, read: ReadImage, made: Any, looking: float, refining: float) -> None:
         report, started = self._report, time.monotonic()
         scale = read.image.prepared.scale
         self._writer.write(
             read.image_id,
-            mask,
+            made,
             image_digest=read.digest,
             seconds=read.seconds + looking + refining,
             scale=scale,
@@ -215,7 +218,7 @@ class _Run:
         for stage, spent in {**seconds, "writing": time.monotonic() - started}.items():
             report.busy[stage] += spent
         report.computed += 1
-        report.without_labels += not read.image.classes
+        report.without_labels += read.image.is_background
         report.scaled += scale < 1
         self._progress.advance()
 

@@ -13,6 +13,10 @@ from wsss_pipeline.errors import RegionError
 
 SUB_PART, PART, WHOLE = 0, 1, 2
 
+MAX_REGIONS = (
+    2**14
+)  # of an image; SAM's published settings find some hundreds, and a mask takes a byte a pixel
+
 
 @dataclass(frozen=True, eq=False)
 class Regions:
@@ -81,20 +85,75 @@ class Regions:
         inside = (np.arange(len(self.counts)) - first) % 2 == 1
         return np.repeat(inside, self.counts).reshape(len(self), width, height).transpose(0, 2, 1)
 
-    def areas(self) -> NDArray[np.int64]:
-        """Pixels of each region, (N,)."""
+    def runs_inside(self) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+        """Region, first pixel and pixel after the last of each run inside a region, each (Q,).
+
+        Pixels are counted down the columns of the image, from 0 to H * W. Runs come in order, region by region; there
+        may be some of no pixel.
+        """
         first = np.repeat(np.cumsum(self.lengths) - self.lengths, self.lengths)
         inside = (np.arange(len(self.counts)) - first) % 2 == 1
-        owner = np.repeat(np.arange(len(self)), self.lengths)
-        return np.bincount(owner[inside], self.counts[inside], minlength=len(self)).astype(np.int64)
+        owner = np.repeat(np.arange(len(self)), self.lengths)[inside]
+        height, width = self.size
+        end = np.cumsum(self.counts, dtype=np.int64)[inside] - owner * (height * width)
+        return owner, end - self.counts[inside], end
+
+    def areas(self) -> NDArray[np.int64]:
+        """Pixels of each region, (N,)."""
+        owner, start, end = self.runs_inside()
+        return np.bincount(owner, end - start, minlength=len(self)).astype(np.int64)
+
+    def boxes(self) -> NDArray[np.int64]:
+        """First and last column and row of each region as (x0, y0, x1, y1), (N, 4); all 0 where it has no pixel."""
+        height, width = self.size
+        owner, start, end = self.runs_inside()
+        owner, start, last = (part[end > start] for part in (owner, start, end - 1))
+        # a run that goes on in the next column has reached the last row of one and the first of the other
+        beyond = last // height > start // height
+        lowest = np.full((len(self), 2), [width, height], np.int64)
+        highest = np.full((len(self), 2), -1, np.int64)
+        np.minimum.at(lowest, owner, np.stack([start // height, np.where(beyond, 0, start % height)], 1))
+        np.maximum.at(
+            highest, owner, np.stack([last // height, np.where(beyond, height - 1, last % height)], 1)
+        )
+        boxes = np.concatenate([lowest, highest], axis=1)
+        boxes[highest[:, 0] < 0] = 0
+        return boxes
+
+    def select(self, indices: NDArray[np.integer] | NDArray[np.bool_] | Sequence[int]) -> Regions:
+        """Those of the indices, in their order, or those where a (N,) mask is true."""
+        chosen = np.arange(len(self))[np.asarray(indices, None if len(indices) else np.int64)]
+        runs = np.split(self.counts, np.cumsum(self.lengths)[:-1])
+        return Regions(
+            self.size,
+            np.concatenate([np.zeros(0, np.int32), *(runs[index] for index in chosen)]),
+            *(
+                values[chosen]
+                for values in (self.lengths, self.levels, self.iou, self.stability, self.points)
+            ),
+        )
+
+    @classmethod
+    def joined(cls, size: tuple[int, int], parts: Sequence[Regions]) -> Regions:
+        """Regions of one image, of ``size``, one part after another."""
+        names = ("counts", "lengths", "levels", "iou", "stability", "points")
+        parts = [cls.of_masks(np.zeros((0, *size), bool)), *parts]
+        return cls(size, *(np.concatenate([getattr(part, name) for part in parts]) for name in names))
 
     def check(self, image_id: str) -> None:
         """A RegionError where the numbers are no regions of any image."""
+        if reason := self.problem():
+            raise RegionError(f"{image_id}: its regions are damaged: {reason}; propose or write them anew")
+
+    def problem(self) -> str:
+        """What makes the numbers no regions of any image; empty where nothing does."""
         height, width = self.size
         number = len(self)
         reason = ""
         if height < 1 or width < 1:
             reason = f"an image of {height} x {width}"
+        elif number > MAX_REGIONS:
+            reason = f"{number} regions, where an image may have {MAX_REGIONS}"
         elif any(
             len(values) != number for values in (self.levels, self.iou, self.stability, self.points)
         ) or self.points.shape != (number, 2):
@@ -115,8 +174,7 @@ class Regions:
             reason = f"level {self.levels.max()}, where {SUB_PART} to {WHOLE} are known"
         elif not (np.isfinite(self.iou).all() and np.isfinite(self.stability).all()):
             reason = "a score that is no number"
-        if reason:
-            raise RegionError(f"{image_id}: its regions are damaged: {reason}; propose or write them anew")
+        return reason
 
 
 def run_lengths(mask: NDArray[np.bool_]) -> NDArray[np.int64]:

@@ -29,6 +29,7 @@ EXTRAS = (
     ("export", "pycocotools", "export-masks --format coco"),
     ("export", "onnxruntime", "export-model"),
     ("ray", "ray", "generate-masks --engine ray"),
+    ("regions", "skimage", "superpixels (slic) as regions"),
 )
 LITTLE_SPACE = 2**30
 

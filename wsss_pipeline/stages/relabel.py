@@ -55,6 +55,7 @@ class NetworkMaker:
     ) -> None:
         self.segmenter, self.class_set = segmenter, class_set
         self.device = torch.device(segmenter.device)
+        self.in_threads = self.device.type == "cpu"
         ids = {entry.name: entry.coco_id for entry in class_set.classes if entry.coco_id is not None}
         self.mask_set = MaskSet(
             name=NAME,
