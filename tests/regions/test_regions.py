@@ -49,3 +49,29 @@ def test_what_is_no_regions_is_refused(damage: dict[str, object], word: str) -> 
     sound = Regions.of_masks(np.array([[[True, False], [True, True]]]))
     with pytest.raises(RegionError, match=f"a/b: .*{word}"):
         replace(sound, **damage).check("a/b")  # type: ignore[arg-type]
+
+
+@given(MASKS)
+def test_boxes_are_those_of_the_masks(masks: np.ndarray) -> None:
+    expected = []
+    for mask in masks:
+        y, x = np.nonzero(mask)
+        expected.append([x.min(), y.min(), x.max(), y.max()] if len(x) else [0, 0, 0, 0])
+    assert Regions.of_masks(masks).boxes().tolist() == expected
+
+
+@given(MASKS, st.data())
+def test_regions_can_be_chosen_from_and_joined(masks: np.ndarray, data: st.DataObject) -> None:
+    number = len(masks)
+    indices = data.draw(st.lists(st.integers(0, number - 1))) if number else []
+    regions = Regions.of_masks(masks, np.arange(number) % 3, iou=np.arange(number) / 8)
+    chosen = regions.select(indices)
+    chosen.check("a")
+    assert (chosen.masks() == masks[np.array(indices, int)]).all()
+    assert chosen.levels.tolist() == [index % 3 for index in indices]
+    assert chosen.iou.tolist() == [index / 8 for index in indices]
+    assert (regions.select(masks.any(axis=(1, 2))).masks() == masks[masks.any(axis=(1, 2))]).all()
+    joined = Regions.joined(regions.size, [regions, chosen])
+    joined.check("a")
+    assert (joined.masks() == np.concatenate([masks, chosen.masks()])).all()
+    assert joined.iou.tolist() == [*regions.iou, *chosen.iou]

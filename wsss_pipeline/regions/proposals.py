@@ -161,7 +161,7 @@ def propose(
     places = [(crop, index) for crop, regions in enumerate(found) for index in range(len(regions))]
     if len(crops) > 1:
         boxes = [regions.boxes() + [crop.x, crop.y] * 2 for crop, regions in zip(crops, found, strict=True)]
-        areas = torch.tensor([crop.width * crop.height for crop in crops])[[crop for crop, _ in places]]
+        areas = torch.tensor([crops[crop].width * crops[crop].height for crop, _ in places])
         kept = suppress(np.concatenate(boxes), 1 / areas, config.crop_nms_threshold)
         places = [places[index] for index in kept]
     whole: list[Regions] = []
@@ -249,6 +249,8 @@ def _answers(
     # before any is enlarged: in low resolution a mask takes a tenth of the memory and less
     good = iou + torch.tensor(config.iou_bonus, device=iou.device)[levels] > config.iou_threshold
     owners = good.nonzero()[:, 0].cpu().numpy()
+    if not len(owners):
+        return
     most = max(1, LOGITS_AT_A_TIME // max(LEAST_ENLARGED, crop.width * crop.height))
     columns = (logits[good], iou[good], levels[good], torch.from_numpy(points[owners] + [crop.x, crop.y]))
     for some, some_iou, some_levels, some_points in zip(

@@ -1,7 +1,7 @@
 """Segment Anything and its kin as predictors of masks, from the hub or a folder, through transformers.
 
-SAM (Kirillov et al., ICCV 2023), SAM-HQ (Ke et al., NeurIPS 2023), SAM 2 (Ravi et al., arXiv 2408.00714) and EdgeTAM
-(Zhou et al., CVPR 2025), of any size.
+SAM (Kirillov et al., ICCV 2023), SAM-HQ (Ke et al., NeurIPS 2023) and SAM 2 (Ravi et al., arXiv 2408.00714), of any
+size.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ from wsss_pipeline.data.transforms import IMAGENET_STATISTICS, PixelStatistics, 
 from wsss_pipeline.errors import WeightsError
 from wsss_pipeline.files import MIB
 from wsss_pipeline.regions.proposals import Predictor
+from wsss_pipeline.runtime.output import one_line
 
 
 class Family(NamedTuple):
@@ -44,20 +45,20 @@ class Family(NamedTuple):
     Attributes:
         name: beginning of its classes' names in ``transformers``.
         is_square: whether a picture is squashed to a square; else its longest side is fitted and the rest is zero.
+        backbone: type of the network inside their vision encoder, where it is one of its own.
     """
 
     name: str
     is_square: bool
+    backbone: str | None = None
 
 
 # by the type in config.json; published models of the second generation are stored with their parts for video
 FAMILIES = {
     "sam": Family("Sam", False),
     "sam_hq": Family("SamHQ", False),
-    "sam2": Family("Sam2", True),
-    "sam2_video": Family("Sam2", True),
-    "edgetam": Family("EdgeTam", True),
-    "edgetam_video": Family("EdgeTam", True),
+    "sam2": Family("Sam2", True, "sam2_hiera_det_model"),
+    "sam2_video": Family("Sam2", True, "sam2_hiera_det_model"),
 }
 PARTS = ("vision_config", "prompt_encoder_config", "mask_decoder_config")
 # what of them changes the computation, at any depth; nothing more is handed on
@@ -81,7 +82,6 @@ ARCHITECTURE = {
         "window_size_per_stage",
         "global_attention_blocks",
     ),
-    *("architecture", "model_args", "in_chans", "features_only", "out_indices"),
 }
 DEPTHS = {"num_hidden_layers", "iou_head_depth", "blocks_per_stage", "num_query_pool_stages"}
 MOST_LAYERS, LARGEST_NUMBER = (
@@ -140,11 +140,7 @@ class SamPredictor:
         pixels = normalise(resized, self._statistics)
         # zeros on the right and below, after the mean was taken off
         pixels = F.pad(pixels, (0, self.side - pixels.shape[2], 0, self.side - pixels.shape[1]))
-        found = self._model.get_image_embeddings(pixels[None].to(self._model.device))
-        if self._family.name == "SamHQ":
-            self._embeddings = {"image_embeddings": found[0], "intermediate_embeddings": found[1]}
-        else:
-            self._embeddings = {"image_embeddings": found}
+        self._embeddings = _embeddings(self._model, pixels[None].to(self._model.device))
 
     @torch.no_grad()
     def predict(self, points: NDArray[np.float64]) -> tuple[Tensor, Tensor]:
@@ -195,16 +191,20 @@ def load_predictor(name: str, device: torch.device, *, offline: bool) -> Predict
         )
     family = FAMILIES[kind]
     parts = {part: _architecture(values[part], name) for part in PARTS if isinstance(values.get(part), dict)}
+    if family.backbone is not None:  # no other, whatever the file says
+        backbone = parts.setdefault("vision_config", {}).setdefault("backbone_config", {})
+        backbone["model_type"] = family.backbone
     files = weight_files(folder)
     if not files:
         raise WeightsError(f"--sam {name}: no model.safetensors in {folder}; fetch the weights as well")
     with loading(f"SAM {name}"):
         config = getattr(transformers, f"{family.name}Config")(**parts)
-        side = _side(config, name)
+        side = config.prompt_encoder_config.image_size
         statistics = _pixel_statistics(folder, name)
         model_type = getattr(transformers, f"{family.name}Model")
         shapes = _with_tied(read_tensor_files(files, shapes_in))
         names = checked_names(model_type, config, shapes, name, "SAM")
+        _rehearse(model_type, config, side, name)
         parameters = sum(math.prod(shapes[key]) for key in names)
         if parameters > MOST_PARAMETERS:
             raise WeightsError(
@@ -227,6 +227,14 @@ def load_predictor(name: str, device: torch.device, *, offline: bool) -> Predict
         description=f"{family.name} {name}",
         digest=hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest(),
     )
+
+
+def _embeddings(model: Any, pixels: Tensor) -> dict[str, Any]:
+    """What a model takes of a picture, float (1, 3, side, side), beside points."""
+    found = model.get_image_embeddings(pixels)
+    if model.config.model_type == "sam_hq":
+        return {"image_embeddings": found[0], "intermediate_embeddings": found[1]}
+    return {"image_embeddings": found}
 
 
 def _folder(name: str, offline: bool) -> Path:
@@ -267,21 +275,21 @@ def _numbers(value: Any) -> Iterator[float]:
         yield value
 
 
-def _side(config: Any, name: str) -> int:
-    """Side of the square that a model sees; a WeightsError where its parts were made for different ones."""
-    prompts, decoder = config.prompt_encoder_config, config.mask_decoder_config
-    side, patch = prompts.image_size, prompts.patch_size
-    cells = side // patch
-    if decoder.num_multimask_outputs != 3:
-        raise WeightsError(
-            f"--sam {name} gives {decoder.num_multimask_outputs} masks a point; three are asked for"
-        )
-    seen = getattr(config.vision_config, "image_size", side)
-    sizes = getattr(config.vision_config, "backbone_feature_sizes", None)
-    wanted = [[cells * factor] * 2 for factor in (4, 2, 1)]
-    if seen != side or (sizes is not None and [list(size) for size in sizes] != wanted):
-        raise WeightsError(f"--sam {name}: the parts of its config.json are for pictures of different sizes")
-    return int(side)
+@torch.no_grad()
+def _rehearse(model_type: Any, config: Any, side: int, name: str) -> None:
+    """A WeightsError where a model of this configuration can't be run; computes nothing, and needs no weights."""
+    with torch.device("meta"):
+        model = model_type(config).eval()
+        try:
+            embeddings = _embeddings(model, torch.empty(1, 3, side, side))
+            found = model(input_points=torch.empty(1, 2, 1, 2), **embeddings)
+        except Exception as error:  # whatever sizes that don't fit bring about
+            raise WeightsError(
+                f"--sam {name}: the parts of its config.json don't fit: {one_line(error, 100)}; fetch it again"
+            ) from error
+    masks = found.pred_masks.shape[2]
+    if masks != 3:
+        raise WeightsError(f"--sam {name} gives {masks} masks a point; three are asked for")
 
 
 def _pixel_statistics(folder: Path, name: str) -> PixelStatistics:
