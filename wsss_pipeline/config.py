@@ -29,7 +29,8 @@ _MOST_DIGITS = 100  # of a number
 
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 ResolvedPrecision = Literal["fp32", "bf16", "fp16"]
-RefinerName = Literal["auto", "crf", "par", "none"]
+RefinerName = Literal["auto", "crf", "par", "vote", "none"]
+NetworkRefinerName = Literal["auto", "crf", "par", "none"]
 CrfBackend = Literal["auto", "pydensecrf", "lattice", "none"]
 CrfImage = Literal["bgr", "reference"]
 
@@ -105,6 +106,23 @@ class ParConfig(Settings):
     distance_weight: float = Field(0.01, ge=0, le=100, description="Weight of the kernel in distance.")
 
 
+class VoteConfig(Settings):
+    """Region vote (FMA-WSSS, WACV 2024, section 3.4)."""
+
+    regions: str = Field(
+        "",
+        description="Where the regions lie: a folder of propose-regions, of SA-1B-like JSON or of label images; or "
+        "slic, superpixels.",
+    )
+    background_power: float = Field(
+        0.6, ge=0.01, le=100, description="The background's score of a region is (1 - largest class score)^p."
+    )
+    uncovered: Literal["background", "crf"] = Field(
+        "background",
+        description="Pixels that no region covers: background, as published, or what the CRF says.",
+    )
+
+
 SCALES = (0.05, 20.0)  # of an image's sides at inference, smallest and largest
 
 
@@ -144,6 +162,7 @@ class MaskConfig(Settings):
     refine: RefinerName = Field("auto", description="From scores to masks; auto is what the method has.")
     crf: CrfConfig = CrfConfig()
     par: ParConfig = ParConfig()
+    vote: VoteConfig = VoteConfig()
     max_pixels: int = Field(
         1_048_576,
         ge=4_096,
@@ -161,7 +180,7 @@ class RelabelConfig(Settings):
     """What a user can choose about a network's masks as a mask set."""
 
     inference: InferenceConfig = InferenceConfig()
-    refine: RefinerName = Field("auto", description="From probabilities to masks; auto is crf.")
+    refine: NetworkRefinerName = Field("auto", description="From probabilities to masks; auto is crf.")
     crf: CrfConfig = CrfConfig()
     par: ParConfig = ParConfig()
 

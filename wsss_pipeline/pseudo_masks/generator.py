@@ -23,7 +23,7 @@ from wsss_pipeline.data.transforms import resize
 from wsss_pipeline.errors import ConfigError, ImageError
 from wsss_pipeline.methods import Method, load_mask_config, load_method
 from wsss_pipeline.pseudo_masks.maker import Generated, LabelledImage
-from wsss_pipeline.refine import label, load_refiner
+from wsss_pipeline.refine import RegionVote, label, load_refiner
 from wsss_pipeline.runtime.device import mark, resolve_device, resolve_precision
 
 
@@ -139,18 +139,20 @@ class MaskGenerator:
             self.refiner.description,
         ]
 
-    def __call__(self, image: AnyImage, labels: Sequence[str]) -> PseudoMask:
+    def __call__(self, image: AnyImage, labels: Sequence[str], image_id: str = "") -> PseudoMask:
         """The pseudo mask of one image, with its CAMs.
 
         Args:
             image: uint8 array (H, W, 3) RGB, PIL image, or path.
             labels: names or aliases of the classes that are present; none gives background.
+            image_id: id of its regions, where they lie in a folder and vote.
 
         Raises:
             ImageError: the image can't be used.
+            RegionError: there are no regions of that id.
             ClassSetError: no such class.
         """
-        prepared = self.prepare(as_pixels(image), labels)
+        prepared = self.prepare(as_pixels(image), labels, image_id)
         if not prepared.classes:
             return prepared.background(with_cams=True)
         return self.generate([prepared], with_cams=True)[0].wait()[0]
@@ -159,16 +161,25 @@ class MaskGenerator:
         """Load CLIP; errors as of ``method``."""
         _ = self.method
 
-    def prepare(self, pixels: NDArray[np.uint8], labels: Sequence[str] | None) -> LabelledImage:
-        """An image, uint8 (H, W, 3) RGB, on its way into CLIP; ClassSetError where a label is unknown.
+    def prepare(
+        self, pixels: NDArray[np.uint8], labels: Sequence[str] | None, image_id: str = ""
+    ) -> LabelledImage:
+        """An image, uint8 (H, W, 3) RGB, on its way into CLIP.
 
         Without labels, None, all classes are taken to be present.
+
+        Raises:
+            ClassSetError: a label is unknown.
+            RegionError: its regions vote, and there are none for this id.
         """
         labels = self.class_set.names if labels is None else labels
         # as the cache stores them, each once
         names = tuple(dict.fromkeys(map(self.class_set.canonical, labels)))
         classes = [self.class_set.index(name) for name in names]
-        return LabelledImage(pixels, names, classes, self.method.prepare(pixels))
+        regions = None
+        if classes and isinstance(self.refiner, RegionVote):
+            regions = self.refiner.source(image_id, pixels)
+        return LabelledImage(pixels, names, classes, self.method.prepare(pixels), regions)
 
     @torch.no_grad()
     def generate(self, batch: Sequence[LabelledImage], with_cams: bool) -> list[Generated]:
@@ -195,7 +206,8 @@ class MaskGenerator:
             seen.append(resize(image.pixels, width, height) if own is None else own)
             # half precision is what the cache stores and what the published CRF reads
             scores.append(assemble(upscale_cams(cams, (height, width)).half(), power))
-        posteriors = self.refiner(seen, scores)
+        regions = [image.regions for image in batch if image.regions is not None]
+        posteriors = self.refiner(seen, scores, regions)
         on_host: list[tuple[Tensor, Tensor, Tensor | None]] = []
         for image, cams, posterior in zip(batch, maps, posteriors, strict=True):
             size = (image.pixels.shape[0], image.pixels.shape[1])

@@ -14,6 +14,7 @@ from torch import Tensor
 from wsss_pipeline.cache import MaskSet
 from wsss_pipeline.data.masks import CERTAIN, PseudoMask
 from wsss_pipeline.data.transforms import Prepared
+from wsss_pipeline.regions.regions import Regions
 from wsss_pipeline.runtime.device import seconds_between
 
 
@@ -26,12 +27,14 @@ class LabelledImage:
         labels: names of the classes that are present; None where each may be.
         classes: their mask values 1..C, in the same order; none for regions.
         prepared: input of CLIP; for a network, which prepares it itself, the pixels (3, H, W) as they are.
+        regions: its regions, where they vote.
     """
 
     pixels: NDArray[np.uint8]
     labels: tuple[str, ...] | None
     classes: list[int]
     prepared: Prepared
+    regions: Regions | None = None
 
     @property
     def is_background(self) -> bool:
@@ -108,8 +111,15 @@ class MaskMaker(Protocol):
     def load(self) -> None:
         """Load what making a mask takes, where it isn't there yet."""
 
-    def prepare(self, pixels: NDArray[np.uint8], labels: Sequence[str] | None) -> LabelledImage:
-        """An image, uint8 (H, W, 3) RGB, and its classes; ClassSetError where a label is unknown."""
+    def prepare(
+        self, pixels: NDArray[np.uint8], labels: Sequence[str] | None, image_id: str = ""
+    ) -> LabelledImage:
+        """An image, uint8 (H, W, 3) RGB, and its classes.
+
+        Raises:
+            ClassSetError: a label is unknown.
+            RegionError: its regions vote, and there are none for this id.
+        """
 
     def generate(self, batch: Sequence[LabelledImage], with_cams: bool) -> Sequence[Waiting]:
         """Start with images whose prepared sizes are equal, each with at least one class.

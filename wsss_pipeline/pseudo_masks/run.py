@@ -200,7 +200,7 @@ class _Run:
                 "%s has an EXIF rotation tag, maybe others too: it is ignored, masks fit the stored pixels",
                 file,
             )
-        image = self._maker.prepare(stored.pixels, self._job.labels[image_id])
+        image = self._maker.prepare(stored.pixels, self._job.labels[image_id], image_id)
         return ReadImage(image_id, status, stored.digest, image, time.monotonic() - started)
 
     def _write(self, read: ReadImage, made: Any, looking: float, refining: float) -> None:

@@ -3,5 +3,6 @@
 from wsss_pipeline.refine.dense_crf import DenseCrf
 from wsss_pipeline.refine.par import Par
 from wsss_pipeline.refine.refiner import Refiner, Unrefined, label, load_refiner
+from wsss_pipeline.refine.region_vote import RegionVote
 
-__all__ = ["DenseCrf", "Par", "Refiner", "Unrefined", "label", "load_refiner"]
+__all__ = ["DenseCrf", "Par", "Refiner", "RegionVote", "Unrefined", "label", "load_refiner"]

@@ -18,6 +18,7 @@ from wsss_pipeline.config import CrfConfig, CrfImage
 from wsss_pipeline.errors import ConfigError, ImageError, MissingDependencyError
 from wsss_pipeline.refine.dense_crf_cpu import infer
 from wsss_pipeline.refine.dense_crf_torch import infer_batch
+from wsss_pipeline.regions.regions import Regions
 
 # Mean of the Caffe models in BGR, as the published script subtracts it.
 REFERENCE_MEAN_BGR = (104.008, 116.669, 122.675)
@@ -52,7 +53,9 @@ class DenseCrf:
         """All settings, the backend resolved."""
         return {"crf": self.config.model_dump()}
 
-    def __call__(self, images: Sequence[NDArray[np.uint8]], scores: Sequence[Tensor]) -> list[Tensor]:
+    def __call__(
+        self, images: Sequence[NDArray[np.uint8]], scores: Sequence[Tensor], regions: Sequence[Regions] = ()
+    ) -> list[Tensor]:
         """See ``Refiner``.
 
         Raises:

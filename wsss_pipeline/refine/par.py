@@ -21,6 +21,7 @@ from torch import Tensor
 from wsss_pipeline.config import ParConfig
 from wsss_pipeline.refine.dense_crf import check_arrays
 from wsss_pipeline.refine.par_cpu import propagate_compiled
+from wsss_pipeline.regions.regions import Regions
 
 # Images of one size and number of labels go together, since a small one leaves most of a GPU idle. Their neighbours'
 # weights take 200 MB for a million pixels.
@@ -51,7 +52,9 @@ class Par:
         """All settings."""
         return {"par": self.config.model_dump(mode="json")}
 
-    def __call__(self, images: Sequence[NDArray[np.uint8]], scores: Sequence[Tensor]) -> list[Tensor]:
+    def __call__(
+        self, images: Sequence[NDArray[np.uint8]], scores: Sequence[Tensor], regions: Sequence[Regions] = ()
+    ) -> list[Tensor]:
         """See ``Refiner``; an image may be float32 in 0..255 as well, between the bytes' values.
 
         Raises:

@@ -16,6 +16,9 @@ from wsss_pipeline.data.masks import CERTAIN
 from wsss_pipeline.errors import ConfigError
 from wsss_pipeline.refine.dense_crf import DenseCrf
 from wsss_pipeline.refine.par import Par
+from wsss_pipeline.refine.region_vote import RegionVote
+from wsss_pipeline.regions import open_regions
+from wsss_pipeline.regions.regions import Regions
 
 
 class Refiner(Protocol):
@@ -30,15 +33,19 @@ class Refiner(Protocol):
     def determinants(self) -> Mapping[str, Any]:
         """The part of the fingerprint that is its own."""
 
-    def __call__(self, images: Sequence[NDArray[np.uint8]], scores: Sequence[Tensor]) -> list[Tensor]:
+    def __call__(
+        self, images: Sequence[NDArray[np.uint8]], scores: Sequence[Tensor], regions: Sequence[Regions] = ()
+    ) -> list[Tensor]:
         """Posteriors of several images of any sizes.
 
         Args:
             images: uint8 (H, W, 3) RGB.
             scores: per image float (1+K, H, W) in [0, 1], background first; they need not sum to 1.
+            regions: per image its regions, at its stored size, where the refiner is the region vote.
 
         Returns:
-            Per image float32 (1+K, H, W) on the device of its scores, summing to 1 over the labels.
+            Per image float32 (1+K, H, W) on the device of its scores, summing to 1 over the labels; of the size of
+            its regions where there are some.
         """
 
 
@@ -51,7 +58,9 @@ class Unrefined:
         """That nothing is refined."""
         return {"crf": {"backend": "none"}}
 
-    def __call__(self, images: Sequence[NDArray[np.uint8]], scores: Sequence[Tensor]) -> list[Tensor]:
+    def __call__(
+        self, images: Sequence[NDArray[np.uint8]], scores: Sequence[Tensor], regions: Sequence[Regions] = ()
+    ) -> list[Tensor]:
         """See ``Refiner``."""
         return [score.float() / score.float().sum(dim=0) for score in scores]
 
@@ -60,12 +69,24 @@ def load_refiner(config: MaskConfig | RelabelConfig, default: RefinerName) -> Re
     """The refiner that a configuration names; ``auto`` is ``default``, and a CRF whose backend is none is none.
 
     Raises:
-        ConfigError: settings that contradict each other.
-        MissingDependencyError: the CRF's backend isn't installed.
+        ConfigError: settings that contradict each other, a vote without regions.
+        RegionError: regions that can't be used.
+        MissingDependencyError: the CRF's backend, or what makes superpixels, isn't installed.
     """
     if config.refine == "crf" and config.crf.backend == "none":
         raise ConfigError("--refine crf and --crf none contradict each other; drop one of them")
     name = default if config.refine == "auto" else config.refine
+    regions = config.vote.regions if isinstance(config, MaskConfig) else ""
+    if regions and name != "vote":
+        raise ConfigError(
+            f"--regions is of use to --refine vote alone, and here it is {name}; drop one of them"
+        )
+    if isinstance(config, MaskConfig) and name == "vote":
+        if not regions:
+            raise ConfigError(
+                "--refine vote needs regions; give --regions slic, or a folder that propose-regions wrote"
+            )
+        return RegionVote(config.vote, config.crf, open_regions(regions))
     if name == "none" or (name == "crf" and config.crf.backend == "none"):
         return Unrefined()
     return Par(config.par) if name == "par" else DenseCrf(config.crf)

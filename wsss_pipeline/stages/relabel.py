@@ -72,7 +72,9 @@ class NetworkMaker:
     def load(self) -> None:
         """Nothing: the network's weights are in the fingerprint, so it is there already."""
 
-    def prepare(self, pixels: NDArray[np.uint8], labels: Sequence[str] | None) -> LabelledImage:
+    def prepare(
+        self, pixels: NDArray[np.uint8], labels: Sequence[str] | None, image_id: str = ""
+    ) -> LabelledImage:
         """An image, uint8 (H, W, 3) RGB, with its classes; without labels, None, each class may be there."""
         names = self.class_set.names if labels is None else tuple(dict.fromkeys(labels))
         classes = [self.class_set.index(name) for name in names]
