@@ -106,6 +106,21 @@ class ParConfig(Settings):
     distance_weight: float = Field(0.01, ge=0, le=100, description="Weight of the kernel in distance.")
 
 
+class SlicConfig(Settings):
+    """SLIC superpixels (Achanta et al., TPAMI 2012), which scikit-image computes."""
+
+    segments: int = Field(
+        300, ge=1, le=10_000, description="How many superpixels an image is to have, about."
+    )
+    compactness: float = Field(
+        10.0,
+        ge=0.001,
+        le=1_000,
+        description="Weight of nearness against colour (CIELAB); larger ones are squarer.",
+    )
+    sigma: float = Field(0.0, ge=0, le=100, description="Gaussian blur of the image before, pixels.")
+
+
 class VoteConfig(Settings):
     """Region vote (FMA-WSSS, WACV 2024, section 3.4)."""
 
@@ -163,6 +178,7 @@ class MaskConfig(Settings):
     crf: CrfConfig = CrfConfig()
     par: ParConfig = ParConfig()
     vote: VoteConfig = VoteConfig()
+    slic: SlicConfig = SlicConfig()
     max_pixels: int = Field(
         1_048_576,
         ge=4_096,

@@ -22,6 +22,7 @@ from wsss_pipeline.config import (
     CrfImage,
     InferenceConfig,
     MaskConfig,
+    NetworkRefinerName,
     Precision,
     RefinerName,
     RelabelConfig,
@@ -182,9 +183,9 @@ attributes_option = _kept(
 )
 
 
-def _refiner_options(kind: type[MaskConfig | RelabelConfig]) -> Callable[[Command], Command]:
+def _refiner_options(kind: type[MaskConfig | RelabelConfig], names: Any) -> Callable[[Command], Command]:
     return all_of(
-        setting(kind, "refine", "--refine", type=choice(RefinerName)),
+        setting(kind, "refine", "--refine", type=choice(names)),
         setting(kind, "crf.backend", "--crf", type=choice(CrfBackend)),
         setting(kind, "crf.image", "--crf-image", type=choice(CrfImage)),
     )
@@ -193,7 +194,8 @@ def _refiner_options(kind: type[MaskConfig | RelabelConfig]) -> Callable[[Comman
 method_options = all_of(
     setting(MaskConfig, "method", "--method", metavar="NAME"),
     attributes_option,
-    _refiner_options(MaskConfig),
+    _refiner_options(MaskConfig, RefinerName),
+    setting(MaskConfig, "vote.regions", "--regions", metavar="DIR|slic"),
 )
 
 frozen_clip_option = click.option(
@@ -282,7 +284,7 @@ inference_options = all_of(
 
 relabel_options = all_of(
     _look_options(RelabelConfig, "inference.", ""),
-    _refiner_options(RelabelConfig),
+    _refiner_options(RelabelConfig, NetworkRefinerName),
     _file_options("crf.iterations=5", "docs/settings.md lists them"),
 )
 

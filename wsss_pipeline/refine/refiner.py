@@ -17,8 +17,8 @@ from wsss_pipeline.errors import ConfigError
 from wsss_pipeline.refine.dense_crf import DenseCrf
 from wsss_pipeline.refine.par import Par
 from wsss_pipeline.refine.region_vote import RegionVote
-from wsss_pipeline.regions import open_regions
 from wsss_pipeline.regions.regions import Regions
+from wsss_pipeline.regions.sources import open_regions
 
 
 class Refiner(Protocol):
@@ -86,7 +86,7 @@ def load_refiner(config: MaskConfig | RelabelConfig, default: RefinerName) -> Re
             raise ConfigError(
                 "--refine vote needs regions; give --regions slic, or a folder that propose-regions wrote"
             )
-        return RegionVote(config.vote, config.crf, open_regions(regions))
+        return RegionVote(config.vote, config.crf, open_regions(regions, config.slic))
     if name == "none" or (name == "crf" and config.crf.backend == "none"):
         return Unrefined()
     return Par(config.par) if name == "par" else DenseCrf(config.crf)

@@ -1,5 +1,1 @@
 """Class-agnostic regions of images: objects and their parts, superpixels; whoever found them."""
-
-
-def open_regions(name):  # type: ignore
-    raise NotImplementedError

@@ -5,12 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 from wsss_pipeline.cache.manifest import list_mask_sets
+from wsss_pipeline.config import SlicConfig
 from wsss_pipeline.data.image_ids import find_images
 from wsss_pipeline.errors import ConfigError
 from wsss_pipeline.regions.outside import JsonRegions, LabelImages, json_files
 from wsss_pipeline.regions.regions import RegionSource
 from wsss_pipeline.regions.store import StoredRegions
-from wsss_pipeline.regions.superpixels import Slic, SlicConfig
+from wsss_pipeline.regions.superpixels import Slic
 
 SLIC = "slic"
 

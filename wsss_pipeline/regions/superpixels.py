@@ -4,28 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import Field
 
-from wsss_pipeline.config import Settings
+from wsss_pipeline.config import SlicConfig
 from wsss_pipeline.errors import MissingDependencyError
 from wsss_pipeline.regions.regions import WHOLE, Regions
 
 VERSION = 1  # to be raised when the same settings give other superpixels
-
-
-class SlicConfig(Settings):
-    """SLIC superpixels (Achanta et al., TPAMI 2012), which scikit-image computes."""
-
-    segments: int = Field(
-        300, ge=1, le=10_000, description="How many superpixels an image is to have, about."
-    )
-    compactness: float = Field(
-        10.0,
-        ge=0.001,
-        le=1_000,
-        description="Weight of nearness against colour (CIELAB); larger ones are squarer.",
-    )
-    sigma: float = Field(0.0, ge=0, le=100, description="Gaussian blur of the image before, pixels.")
 
 
 class Slic:

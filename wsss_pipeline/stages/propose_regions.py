@@ -92,7 +92,9 @@ class Proposer:
     def load(self) -> None:
         """Nothing: the SAM's weights are in the fingerprint, so it is there already."""
 
-    def prepare(self, pixels: NDArray[np.uint8], labels: Sequence[str] | None) -> LabelledImage:
+    def prepare(
+        self, pixels: NDArray[np.uint8], labels: Sequence[str] | None, image_id: str = ""
+    ) -> LabelledImage:
         """An image, uint8 (H, W, 3) RGB; regions have no classes."""
         return LabelledImage(pixels, None, [], Prepared(torch.from_numpy(pixels).permute(2, 0, 1)))
 
