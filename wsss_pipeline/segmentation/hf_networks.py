@@ -121,7 +121,7 @@ class TransformersNetwork(SegmentationNetwork):
         models: types of models (``model_type``) to the names of their classes.
 
     Attributes:
-        architecture: all that the model is built from.
+        architecture: all that the model is built from, statistics of its images left aside.
         always: values that replace those of a configuration.
 
     Raises:
@@ -144,14 +144,20 @@ class TransformersNetwork(SegmentationNetwork):
         kind: Any = getattr(transformers, models[found])
         try:
             with loading(CONFIG):
-                self.architecture = _cleaned(architecture)
-                plain = {
+                if "image_mean" in architecture:
+                    self.image_mean, self.image_std = (
+                        tuple(architecture[name]) for name in ("image_mean", "image_std")
+                    )
+                self._is_bgr = bool(architecture.get("is_bgr", False))
+                self.architecture = {
                     name: value
-                    for name, value in self.architecture.items()
-                    if name not in ("image_mean", "image_std", "is_bgr")
+                    for name, value in _cleaned(architecture).items()
+                    if name not in ("image_mean", "image_std")
                 }
                 config, other = (
-                    CONFIG_MAPPING[found].from_dict({**plain, "num_labels": number, **self.always})
+                    CONFIG_MAPPING[found].from_dict(
+                        {**self.architecture, "num_labels": number, **self.always}
+                    )
                     for number in (num_classes, num_classes + 1)
                 )
                 with torch.device("meta"):  # names and shapes alone: no memory, no random numbers
@@ -166,11 +172,6 @@ class TransformersNetwork(SegmentationNetwork):
         self._head = {
             name for name, value in sketch.state_dict().items() if value.shape != others[name].shape
         }
-        if "image_mean" in architecture:
-            self.image_mean, self.image_std = (
-                tuple(architecture[name]) for name in ("image_mean", "image_std")
-            )
-        self._is_bgr = bool(architecture.get("is_bgr", False))
 
     def pixel_values(self, images: Tensor) -> Tensor:
         """Images (B, 3, H, W) in the order of channels that the model was trained with."""
