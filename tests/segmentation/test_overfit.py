@@ -8,10 +8,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tests.tiny_transformers import network_of, write_model
 from wsss_pipeline.data.classes import load_class_set
 from wsss_pipeline.data.masks import MaskFolder
 from wsss_pipeline.demo.scenes import draw_scene
 from wsss_pipeline.segmentation.train_config import (
+    TRANSFORMERS,
     AugmentationConfig,
     NetworkConfig,
     OptimisationConfig,
@@ -25,6 +27,10 @@ CASES = [
     ("deeplabv3plus", "resnet18", 2e-3, 50, 72, 8),
     ("segformer", "tiny", 3e-3, 130, 64, 8),
     pytest.param("deeplabv2", "resnet10t", 2e-3, 180, 208, 2, marks=pytest.mark.slow),
+    *(
+        pytest.param(network_of(kind), kind, 3e-3, iterations, 64, 8, marks=pytest.mark.slow)
+        for kind, iterations in (("upernet", 130), ("mask2former", 300), ("eomt", 400))
+    ),
 ]
 
 
@@ -50,6 +56,8 @@ def test_eight_scenes_are_learnt_by_heart(
     tmp_path: Path, name: str, encoder: str, lr: float, iterations: int, side: int, batch: int
 ) -> None:
     write_near_views(tmp_path, side)
+    if name in TRANSFORMERS:
+        encoder = str(write_model(tmp_path / encoder, encoder))
     images, truth = tmp_path / "images", tmp_path / "truth"
     config = TrainConfig(
         network=NetworkConfig(name=name, encoder=encoder, weights="none"),

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -24,6 +25,7 @@ from safetensors.torch import load_file
 
 from tests.end_to_end.conftest import wsss
 from tests.segmentation.conftest import CONFIG, Make, changed
+from tests.tiny_transformers import network_of, write_model
 from wsss_pipeline.data.image_ids import find_images
 from wsss_pipeline.data.images import read_mask
 from wsss_pipeline.data.masks import MaskFolder, PseudoMask
@@ -33,7 +35,7 @@ from wsss_pipeline.segmentation import trainer as trainer_module
 from wsss_pipeline.segmentation.checkpoint import TrainingState, load_network
 from wsss_pipeline.segmentation.inference import Segmenter
 from wsss_pipeline.segmentation.network import SegmentationNetwork
-from wsss_pipeline.segmentation.train_config import NetworkConfig, OptimisationConfig
+from wsss_pipeline.segmentation.train_config import NetworkConfig, OptimisationConfig, TrainConfig
 from wsss_pipeline.segmentation.trainer import schedule
 from wsss_pipeline.stages import train_seg as stage
 from wsss_pipeline.stages.train_seg import TrainJob, train_seeds, train_seg
@@ -62,11 +64,36 @@ class DiesAtFive(trainer_module.Progress):
             raise Killed
 
 
-@pytest.mark.parametrize("ema", [0.0, 0.9])
+@pytest.fixture
+def config_with(tmp_path: Path) -> Callable[[str], TrainConfig]:
+    """The configuration with a tiny network: SegFormer's, or a type of transformers', of fresh weights."""
+
+    def config(kind: str) -> TrainConfig:
+        if kind == "tiny":
+            return CONFIG
+        folder = str(write_model(tmp_path / kind, kind))
+        network = NetworkConfig(name=network_of(kind), encoder=folder, weights="none")
+        changed_config: TrainConfig = changed(CONFIG, network=network)
+        return changed_config
+
+    return config
+
+
+@pytest.mark.parametrize(
+    ("kind", "ema"),
+    [
+        *(("tiny", 0.0), ("tiny", 0.9), ("mask2former", 0.0), ("eomt", 0.9)),
+        pytest.param("upernet", 0.0, marks=pytest.mark.slow),
+    ],
+)
 def test_an_interrupted_run_ends_bit_for_bit_like_an_undisturbed_one(
-    make: Make, monkeypatch: pytest.MonkeyPatch, ema: float
+    make: Make,
+    monkeypatch: pytest.MonkeyPatch,
+    config_with: Callable[[str], TrainConfig],
+    kind: str,
+    ema: float,
 ) -> None:
-    config = changed(CONFIG, optimisation__ema=ema)
+    config = changed(config_with(kind), optimisation__ema=ema)
     whole = train_seg(make("whole", config))
     with monkeypatch.context() as patch:
         patch.setattr(trainer_module, "Progress", DiesAtFive)
@@ -397,12 +424,24 @@ def test_a_threshold_that_leaves_no_objects_is_warned_of(
     assert "lower --min-confidence" not in caplog.text
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize(
+    ("kind", "precision"),
+    [
+        *(("mit-b0", "fp32"), ("mit-b0", "bf16"), ("mask2former", "bf16")),
+        *(pytest.param(kind, "bf16", marks=pytest.mark.slow) for kind in ("upernet", "eomt")),
+    ],
+)
 def test_a_sample_that_cannot_be_used_changes_nothing_else(
-    make: Make, precision: str, monkeypatch: pytest.MonkeyPatch
+    make: Make,
+    config_with: Callable[[str], TrainConfig],
+    kind: str,
+    precision: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """No batch norm sees a blank picture, and the gradient of a fresh SegFormer, of many layer norms, is finite."""
-    network = NetworkConfig(name="segformer", encoder="mit-b0", weights="none")
+    network = NetworkConfig(name="segformer", encoder=kind, weights="none")
+    if kind != "mit-b0":
+        network = config_with(kind).network
     config = changed(
         CONFIG, network=network, max_unusable=1.0, precision=precision, optimisation__clip_norm=0.0
     )
@@ -430,9 +469,12 @@ def test_a_run_with_a_checkpoint_that_is_not_known_any_more_is_refused(make: Mak
         train_seg(job)
 
 
-def test_nan_stops_with_update_images_and_a_checkpoint(make: Make, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["tiny", "upernet", "mask2former", "eomt"])
+def test_nan_stops_with_update_images_and_a_checkpoint(
+    make: Make, tmp_path: Path, config_with: Callable[[str], TrainConfig], kind: str
+) -> None:
     config = changed(
-        CONFIG,
+        config_with(kind),
         optimisation__lr=1e30,
         optimisation__warm_up=0,
         optimisation__clip_norm=0.0,
@@ -539,23 +581,33 @@ def in_two_processes(root: Path, out: Path, *more: object) -> subprocess.Popen[s
     )
 
 
-def test_two_processes_are_one_with_twice_the_batch(root: Path, tmp_path: Path) -> None:
-    """With frozen batch norm; statistics of a batch would be those of a process's own part of it.
+@pytest.mark.parametrize(
+    ("name", "encoder", "changes"),
+    [
+        ("deeplabv2", "resnet18", {}),
+        # UperNet has batch norm in its head
+        *(
+            pytest.param(network_of(kind), kind, changes, marks=pytest.mark.slow)
+            for kind, changes in (
+                ("dpt", {"use_batch_norm_in_fusion_residual": False, "use_auxiliary_head": False}),
+                ("mask2former", {}),
+                ("eomt", {}),
+            )
+        ),
+    ],
+)
+def test_two_processes_are_one_with_twice_the_batch(
+    root: Path, tmp_path: Path, name: str, encoder: str, changes: dict[str, Any]
+) -> None:
+    """With frozen batch norm, or without any; statistics of a batch would be those of a process's own part of it.
 
     Seven images are validated on, so that the processes' shares differ: each image counts once. Two seeds, so
     that the processes train together more than once.
     """
     (tmp_path / "seven.txt").write_text("".join(f"train_0000{number}\n" for number in range(7)))
-    more: tuple[object, ...] = (
-        "--network",
-        "deeplabv2",
-        "--encoder",
-        "resnet18",
-        "--iterations",
-        2,
-        "--lr",
-        0.01,
-    )
+    if name != "deeplabv2":
+        encoder = str(write_model(tmp_path / encoder, encoder, **changes))
+    more: tuple[object, ...] = ("--network", name, "--encoder", encoder, "--iterations", 2, "--lr", 0.01)
     more += ("--seeds", 2, "--val-gt", root / "SegmentationClass", "--val-split", tmp_path / "seven.txt")
     alone = wsss(*train_arguments(root, tmp_path / "one", *more, "--batch-size", 4))
     process = in_two_processes(root, tmp_path / "two", *more, "--batch-size", 2)

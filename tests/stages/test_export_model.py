@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 import torch
 
-from wsss_pipeline.errors import CheckpointError, OutputError
+from tests.tiny_transformers import network_of, write_model
+from wsss_pipeline.errors import CheckpointError, ConfigError, OutputError
 from wsss_pipeline.segmentation.checkpoint import load_network, save_network
 from wsss_pipeline.segmentation.networks import build_network
 from wsss_pipeline.segmentation.train_config import NetworkConfig
@@ -76,3 +77,35 @@ def test_a_full_disk_is_one_line(run: Path, tmp_path: Path, monkeypatch: pytest.
     with pytest.raises(OutputError, match="No space left on device"):
         export_model(run, tmp_path / "hf", "huggingface")
     assert not list((tmp_path / "hf").iterdir())
+
+
+@pytest.mark.parametrize("kind", ["mask2former", "eomt"])
+def test_what_has_no_form_there_is_one_line(tmp_path: Path, kind: str) -> None:
+    config = NetworkConfig(name=network_of(kind), encoder=str(write_model(tmp_path, kind)), weights="none")
+    save_network(build_network(config, 3), tmp_path / "run" / "best", config, ["cat", "dog"])
+    with pytest.raises(ConfigError, match=f"{kind} has no ONNX form"):
+        export_model(tmp_path / "run", tmp_path / "net.onnx", "onnx")
+    with pytest.raises(ConfigError, match="no folder|has no"):
+        export_model(tmp_path / "run", tmp_path / "hf", "huggingface")
+
+
+def test_what_torch_says_of_a_form_is_one_line(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("onnxruntime")
+
+    def fail(*arguments: object, **options: object) -> None:
+        raise RuntimeError("a condition\non the data")
+
+    monkeypatch.setattr(torch.onnx, "export", fail)
+    with pytest.raises(CheckpointError, match="any size: a condition on the data; nothing was written"):
+        export_model(run, tmp_path / "net.onnx", "onnx")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["upernet", "beit", "dpt", "mobilenet_v2"])
+def test_models_of_transformers_have_a_form(tmp_path: Path, kind: str) -> None:
+    pytest.importorskip("onnxruntime")
+    config = NetworkConfig(name="hf", encoder=str(write_model(tmp_path, kind)), weights="none")
+    save_network(build_network(config, 3), tmp_path / "run" / "best", config, ["cat", "dog"])
+    assert export_model(tmp_path / "run", tmp_path / "net.onnx", "onnx").exists()

@@ -217,7 +217,7 @@ def _locate_tokenizer(tokenizer: str | None, beside: Path, offline: bool) -> Pat
     if tokenizer is not None and path.exists():
         raise WeightsError(f"--tokenizer {wanted} has neither tokenizer.json nor vocab.json with merges.txt")
     try:
-        return _checked(_fetch(wanted, offline, TOKENIZER_FILES))
+        return _checked(fetch_files(wanted, offline, TOKENIZER_FILES))
     except WeightsError as error:
         raise WeightsError(
             f"no vocabulary (tokenizer.json, or vocab.json with merges.txt) beside the weights in {beside} "
@@ -246,13 +246,17 @@ def fetch_model(hub_id: str, offline: bool, beside: tuple[str, ...] = ()) -> Pat
         WeightsError: it isn't in the cache and can't be fetched, or isn't to be.
     """
     wanted = ("config.json", *beside)
-    path = _fetch(hub_id, offline, (*wanted, *SAFE_WEIGHT_FILES))
+    path = fetch_files(hub_id, offline, (*wanted, *SAFE_WEIGHT_FILES))
     # older repositories have no other weights
-    return path if weight_files(path) else _fetch(hub_id, offline, (*wanted, *WEIGHT_FILES))
+    return path if weight_files(path) else fetch_files(hub_id, offline, (*wanted, *WEIGHT_FILES))
 
 
-def _fetch(hub_id: str, offline: bool, patterns: tuple[str, ...]) -> Path:
-    """The folder of a snapshot in the hub's own cache, fetched where that is allowed."""
+def fetch_files(hub_id: str, offline: bool, patterns: tuple[str, ...]) -> Path:
+    """The folder of a snapshot in the hub's own cache, its files of these patterns fetched where that is allowed.
+
+    Raises:
+        WeightsError: it isn't in the cache and can't be fetched, or isn't to be.
+    """
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 

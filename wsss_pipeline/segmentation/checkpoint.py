@@ -13,6 +13,7 @@ import os
 import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -31,9 +32,10 @@ from wsss_pipeline.errors import CheckpointError, NetworkError, OutputError, Res
 from wsss_pipeline.files import check_plain, open_plain, read_json
 from wsss_pipeline.runtime.output import one_line, open_new, printable, writing
 from wsss_pipeline.segmentation.frozen_clip import FrozenClip
+from wsss_pipeline.segmentation.hf_networks import TransformersNetwork
 from wsss_pipeline.segmentation.network import SegmentationNetwork
 from wsss_pipeline.segmentation.networks import build_network
-from wsss_pipeline.segmentation.train_config import NetworkConfig
+from wsss_pipeline.segmentation.train_config import TRANSFORMERS, NetworkConfig
 
 LAST, BEST = "last", "best"  # folders of a run that hold a network each
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
@@ -74,7 +76,11 @@ def save_network(
         OutputError: the folder can't be written; what it held before is still there.
     """
     names = dict(enumerate(("background", *class_names)))
-    frozen = {"frozen": network.frozen_digests()} if isinstance(network, FrozenClip) else {}
+    frozen: dict[str, Any] = {}
+    if isinstance(network, FrozenClip):
+        frozen = {"frozen": network.frozen_digests()}
+    elif isinstance(network, TransformersNetwork):
+        frozen = {"architecture": network.architecture}
     values = {
         "model_type": KIND,
         "network": config.model_dump(),
@@ -182,6 +188,7 @@ class _Config(BaseModel):
 
     network: NetworkConfig
     frozen: dict[str, str | None] = Field(default={}, max_length=2)
+    architecture: dict[str, Any] | None = None
     id2label: dict[str, str] = Field(min_length=1, max_length=MAX_CLASSES + 1)
     label2id: dict[str, int] = Field(default={}, max_length=MAX_CLASSES + 1)
     image_mean: tuple[float, float, float] = Field(strict=False)
@@ -197,6 +204,10 @@ class _Config(BaseModel):
             raise ValueError("id2label isn't numbered from 0")
         if any(not name.isprintable() or not name.strip() for name in self.names):
             raise ValueError("id2label holds a name that is no plain text")
+        if (self.network.name in TRANSFORMERS) != (self.architecture is not None):
+            raise ValueError(
+                f"architecture is for {', '.join(TRANSFORMERS)}, and all that they are built from"
+            )
         return self
 
 
@@ -231,8 +242,19 @@ def load_network(
         chosen = config.network
         if isinstance(clip, str):
             chosen, clip = chosen.model_copy(update={"encoder": clip}), None
-        network = build_network(chosen, len(config.names), clip=clip, precision=precision)
-        network.image_mean, network.image_std = config.image_mean, tuple(config.image_std)
+        build = partial(
+            build_network,
+            chosen,
+            len(config.names),
+            clip=clip,
+            precision=precision,
+            architecture=config.architecture,
+        )
+        if config.architecture is None:
+            network = build()
+        else:
+            with torch.device("meta"):  # shapes alone, until it is known that the file has them
+                network = build()
     except (ValueError, NetworkError) as error:
         reason = one_line(error)
         if isinstance(error, ValidationError):
@@ -247,6 +269,10 @@ def load_network(
     if isinstance(network, FrozenClip):
         _check_frozen(network, config.frozen, folder)
     try:
+        if config.architecture is not None:
+            _check_shapes(network, folder / WEIGHTS)
+            network = build()
+        network.image_mean, network.image_std = config.image_mean, tuple(config.image_std)
         _load_tensors(network, folder / WEIGHTS)
     except FileNotFoundError as error:
         raise CheckpointError(f"checkpoint {folder} lacks {WEIGHTS}") from error
@@ -353,13 +379,18 @@ def decoder_digest(path: Path) -> str:
 
 def _load_tensors(module: nn.Module, path: Path) -> None:
     """Gives a module the tensors of a safetensors file, of which none is read before all names and shapes fit."""
+    _check_shapes(module, path)
+    module.load_state_dict(tensors_in(path))
+
+
+def _check_shapes(module: nn.Module, path: Path) -> None:
+    """A ValueError where a safetensors file holds other tensors than a module's."""
     own, shapes = module.state_dict(), shapes_in(path)
     if odd := own.keys() ^ shapes.keys():
         raise ValueError(f"{len(odd)} tensors are missing or too many, such as {min(odd)}")
     for name, tensor in own.items():
         if shapes[name] != tensor.shape:
             raise ValueError(f"{name} has shape {shapes[name]} instead of {tuple(tensor.shape)}")
-    module.load_state_dict(tensors_in(path))
 
 
 class _Progress(BaseModel):

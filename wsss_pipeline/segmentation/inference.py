@@ -32,6 +32,7 @@ from wsss_pipeline.refine import DenseCrf, Refiner, Unrefined, label
 from wsss_pipeline.runtime.device import resolve_device
 from wsss_pipeline.segmentation.checkpoint import find_checkpoint, load_network
 from wsss_pipeline.segmentation.frozen_clip import FrozenClip
+from wsss_pipeline.segmentation.hf_networks import TransformersNetwork
 from wsss_pipeline.segmentation.network import SegmentationNetwork
 
 RAW, CRF, REFINED = "raw", "+CRF", "refined"
@@ -155,6 +156,8 @@ def network_digest(network: SegmentationNetwork) -> str:
     kind: list[Any] = [type(network).__name__, network.image_mean, network.image_std]
     if isinstance(network, FrozenClip):
         kind += [network.frozen_digests(), network.config.model_dump(exclude={"dino"})]
+    if isinstance(network, TransformersNetwork):
+        kind.append(network.architecture)
     digest = hashlib.sha256(json.dumps(kind).encode())
     for name, values in network.state_dict().items():
         digest.update(f"{name} {values.dtype} {tuple(values.shape)}".encode())
@@ -268,7 +271,7 @@ def _bytes_needed(
     ]
     looks = len({*_looks(config), *([_PLAIN] if raw else [])})
     logits = 4 * outputs * (2 * math.prod(scaled) + (2 * looks + 2) * math.prod(size))
-    return NETWORK_BYTES * math.prod(padded) + logits
+    return (NETWORK_BYTES + network.query_bytes) * math.prod(padded) + logits
 
 
 @torch.no_grad()

@@ -6,13 +6,15 @@ add up to the loss of the whole batch, and so do their gradients. ``total`` is a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from wsss_pipeline.data.masks import CERTAIN, IGNORE, half_percent_threshold
+from wsss_pipeline.segmentation.network import tiles
 from wsss_pipeline.segmentation.train_config import Confidence
 
 Total = Callable[[Tensor], Tensor]
@@ -184,3 +186,183 @@ def override_labels(mask: Tensor, logits: Tensor, threshold: float) -> Tensor:
     probability, label = _at_least_single(logits.detach()).softmax(dim=1).max(dim=1)
     is_sure = (probability > threshold) & (mask != IGNORE)
     return torch.where(is_sure, label.to(mask.dtype), mask)
+
+
+@dataclass(frozen=True)
+class QueryLoss:
+    """How queries learn, from a model's configuration.
+
+    Attributes:
+        class_weight, mask_weight, dice_weight: weights of the three losses, and in the matching.
+        no_object_weight: weight of a query that no segment was given to, in the loss of the classes.
+        points: number of points that the published loss draws in a mask; here what the ones in Dice's fraction are
+            measured by.
+        uncertain_weight: share of a mask's loss that its most uncertain cells make up.
+        uncertain_share: share of the cells that are those.
+    """
+
+    class_weight: float
+    mask_weight: float
+    dice_weight: float
+    no_object_weight: float
+    points: int
+    uncertain_weight: float
+    uncertain_share: float
+
+
+@dataclass(frozen=True)
+class Queries:
+    """What a mask classification network made of a batch.
+
+    Attributes:
+        layers: of each layer that predicts, logits of the classes (N, Q, 1+C+1), the last one of no object, and of
+            the masks (N, Q, h, w).
+        size: rows and columns of the padded images.
+        side: side of the tiles that they were cut into, N in all; None where N images were seen whole.
+        loss: how they learn.
+    """
+
+    layers: Sequence[tuple[Tensor, Tensor]]
+    size: tuple[int, int]
+    side: int | None
+    loss: QueryLoss
+
+
+@dataclass(frozen=True)
+class _Segments:
+    """What an image's queries are to find: one segment for each class that counts somewhere, background included.
+
+    Attributes:
+        classes: int64 (M,), 0..C.
+        masks: float32 (M, hw), share of a cell's weight that is the segment's, in [0, 1].
+        weight: float32 (hw,), of the cells, the mean of their pixels'; 0 where none has a label.
+        shares: float32 (M,), mean weight of a segment's pixels.
+        covered: float32 (), mean weight of all pixels.
+    """
+
+    classes: Tensor
+    masks: Tensor
+    weight: Tensor
+    shares: Tensor
+    covered: Tensor
+
+
+def _segments(target: Tensor, weights: Tensor, size: tuple[int, int]) -> _Segments:
+    """Segments of an image's labels (H, W), 255 where there is none, on a grid of h x w cells."""
+    counted = weights * (target != IGNORE)
+    classes = torch.unique(target[counted > 0])
+    planes = counted * (target == classes[:, None, None])
+    cells = (
+        F.adaptive_avg_pool2d(planes, size).flatten(1)
+        if len(classes)
+        else planes.new_zeros(0, size[0] * size[1])
+    )
+    weight = cells.sum(dim=0)
+    shares = planes.sum(dim=(1, 2)) / (planes > 0).sum(dim=(1, 2))
+    return _Segments(classes, cells / torch.where(weight > 0, weight, 1.0), weight, shares, counted.mean())
+
+
+def _matched(classes: Tensor, masks: Tensor, segments: _Segments, loss: QueryLoss) -> tuple[Tensor, Tensor]:
+    """Numbers of queries and of the segments that they are given, by the least cost of all (Hungarian matching).
+
+    Args:
+        classes: logits (Q, 1+C+1).
+        masks: logits (Q, hw).
+    """
+    from scipy.optimize import linear_sum_assignment  # type: ignore[import-untyped]
+
+    weight = segments.weight / segments.weight.sum()
+    true, probability = segments.masks * weight, masks.sigmoid()
+    entropy = F.softplus(-masks) @ true.T + F.softplus(masks) @ (weight - true).T
+    overlap, union = probability @ true.T, (probability @ weight)[:, None] + true.sum(dim=1)
+    dice = 1 - (2 * loss.points * overlap + 1) / (loss.points * union + 1)
+    cost = loss.mask_weight * entropy + loss.dice_weight * dice
+    cost = cost - loss.class_weight * classes.softmax(dim=-1)[:, segments.classes]
+    pairs = linear_sum_assignment(cost.nan_to_num(1e30, 1e30, 1e30).cpu().numpy())
+    query, segment = (torch.as_tensor(numbers, device=masks.device) for numbers in pairs)
+    return query, segment
+
+
+def _of_masks(masks: Tensor, true: Tensor, weight: Tensor, loss: QueryLoss) -> tuple[Tensor, Tensor]:
+    """Cross entropy and Dice loss of each mask (M,).
+
+    The published loss draws points at random, most of them where the mask is uncertain. These are its values as
+    expected over that draw: of a mask's points, ``uncertain_weight`` fall into the cells with the smallest logits, a
+    share of ``uncertain_share``, the others anywhere.
+
+    Args:
+        masks: logits (M, hw).
+        true: (M, hw) in [0, 1].
+        weight: (hw,), of the cells; those with 0 take no part.
+    """
+    counted = weight > 0
+    distance = masks.detach().abs().masked_fill(~counted, torch.inf)
+    order = distance.argsort(dim=1, stable=True).argsort(dim=1)
+    uncertain = weight * ((order < loss.uncertain_share * counted.sum()) & counted)
+    drawn = uncertain.sum(dim=1, keepdim=True).clamp(min=torch.finfo(weight.dtype).tiny)
+    share = loss.uncertain_weight * uncertain / drawn + (1 - loss.uncertain_weight) * weight / weight.sum()
+    entropy = (share * F.binary_cross_entropy_with_logits(masks, true, reduction="none")).sum(dim=1)
+    probability = masks.sigmoid()
+    overlap, union = (share * probability * true).sum(dim=1), (share * (probability + true)).sum(dim=1)
+    return entropy, 1 - (2 * loss.points * overlap + 1) / (loss.points * union + 1)
+
+
+def query_losses(
+    queries: Queries, target: Tensor, weights: Tensor, *, total: Total = _of_one_process
+) -> dict[str, Tensor]:
+    """Losses of a mask classification network, summed over its layers: ``class``, ``mask`` and ``dice``.
+
+    Segments and queries are matched anew for each layer. What is published (Cheng et al., "Mask2Former", CVPR 2022,
+    section 3.2 and appendix A) is kept, with pixel weights w and without random points:
+
+    - a cell of the masks' grid weighs as much as its pixels on average, and what is true of it is the weighted share
+      of the segment: the cross entropy is that of all pixels, each times its w. Pixels without a label have w 0, and
+      no part in masks, Dice or matching;
+    - a segment, with its query, weighs s, the mean w of its pixels: ``mask`` and ``dice`` are sums of s times a
+      segment's loss over the sum of s;
+    - ``class`` is the weighted mean over all queries of the cross entropy: s for a query with a segment,
+      ``no_object_weight`` times the mean w of the image for one without. An image in which nothing counts has
+      no part in it, and all three are 0 with zero gradient where the whole batch is such.
+
+    Args:
+        queries: what the network made of the batch.
+        target: int64 (B, H, W), 0..C, 255 where there is no label.
+        weights: float (B, H, W), at least 0.
+        total: see :func:`segmentation_loss`.
+    """
+    below, right = (size - side for size, side in zip(queries.size, target.shape[-2:], strict=True))
+    labels = F.pad(target[:, None], (0, right, 0, below), value=IGNORE)
+    weights = F.pad(weights[:, None], (0, right, 0, below))
+    if queries.side is not None:
+        labels, weights = tiles(labels, queries.side), tiles(weights, queries.side)
+    height, width = queries.layers[0][1].shape[-2:]
+    images = [_segments(*pair, (height, width)) for pair in zip(labels[:, 0], weights[:, 0], strict=True)]
+    loss, sums, counts = queries.loss, [], []
+    for layer in queries.layers:
+        classes, masks = _at_least_single(layer[0]), _at_least_single(layer[1]).flatten(2)
+        # zero, but all that distributed training waits for has a gradient
+        nothing = masks.new_zeros(3) + 0 * masks[:, :0].sum()
+        of_classes, of_masks = [nothing[:2]], [nothing]
+        for class_logits, mask_logits, image in zip(classes, masks, images, strict=True):
+            answer = torch.full_like(class_logits[:, 0], class_logits.shape[1] - 1, dtype=torch.long)
+            weight = image.covered * torch.full_like(class_logits[:, 0], loss.no_object_weight)
+            if len(image.classes):
+                with torch.no_grad():
+                    query, segment = _matched(class_logits, mask_logits, image, loss)
+                share = image.shares[segment]
+                answer[query], weight[query] = image.classes[segment], share
+                found = _of_masks(mask_logits[query], image.masks[segment], image.weight, loss)
+                of_masks.append(torch.stack([*found, torch.ones_like(share)]) @ share)
+            entropy = F.cross_entropy(class_logits, answer, reduction="none")
+            of_classes.append(torch.stack([entropy @ weight, weight.sum()]))
+        class_sum, class_count = torch.stack(of_classes).sum(dim=0)
+        mask_sum, dice_sum, mask_count = torch.stack(of_masks).sum(dim=0)
+        sums.append(torch.stack([class_sum, mask_sum, dice_sum]))
+        counts.append(torch.stack([class_count, mask_count, mask_count]).detach())
+    count = total(torch.stack(counts))
+    means = (torch.stack(sums) / torch.where(count > 0, count, 1.0)).sum(dim=0)
+    return {
+        "class": loss.class_weight * means[0],
+        "mask": loss.mask_weight * means[1],
+        "dice": loss.dice_weight * means[2],
+    }

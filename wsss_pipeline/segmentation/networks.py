@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from contextlib import suppress
 from itertools import accumulate
 from operator import mul
@@ -20,8 +21,10 @@ from wsss_pipeline.files import read_json
 from wsss_pipeline.runtime.output import one_line
 from wsss_pipeline.segmentation.dino import load_dino
 from wsss_pipeline.segmentation.frozen_clip import FrozenClip
+from wsss_pipeline.segmentation.hf_networks import HfNetwork, read_architecture
+from wsss_pipeline.segmentation.mask_classification import MaskClassification
 from wsss_pipeline.segmentation.network import BatchNorm, SegmentationNetwork, resized
-from wsss_pipeline.segmentation.train_config import NetworkConfig
+from wsss_pipeline.segmentation.train_config import TRANSFORMERS, NetworkConfig
 
 # name -> hidden sizes, depths, decoder's hidden size (Xie et al., "SegFormer", NeurIPS 2021, table 6)
 MIT_ENCODERS = {
@@ -61,7 +64,15 @@ class DecoderNetwork(SegmentationNetwork):
         import segmentation_models_pytorch as smp
 
         if decoder not in smp.MODEL_ARCHITECTURES_MAPPING:
-            known = ", ".join(["deeplabv2", "segformer", *sorted(set(smp.MODEL_ARCHITECTURES_MAPPING))])
+            known = ", ".join(
+                [
+                    "deeplabv2",
+                    "segformer",
+                    "frozen-clip",
+                    *TRANSFORMERS,
+                    *sorted(set(smp.MODEL_ARCHITECTURES_MAPPING)),
+                ]
+            )
             raise NetworkError(f"unknown network '{decoder}'; known: {known}")
         # a vision transformer of timm else takes images of one size alone
         further = {"dynamic_img_size": True} if decoder == "dpt" else {}
@@ -237,6 +248,7 @@ def build_network(
     clip: Clip | None = None,
     precision: ResolvedPrecision = "fp32",
     offline: bool = True,
+    architecture: Mapping[str, Any] | None = None,
 ) -> SegmentationNetwork:
     """A network with fresh weights; ``pretrained.load_pretrained`` gives the encoder its own.
 
@@ -245,7 +257,8 @@ def build_network(
         num_classes: number of classes with the background.
         clip: frozen CLIP of ``frozen-clip``, in place of the one that ``config.encoder`` names.
         precision: type of the matrix products of what is frozen.
-        offline: choice to fetch no frozen encoder.
+        offline: choice to fetch no frozen encoder, and no configuration.
+        architecture: what a network of transformers is built from, in place of what ``config.encoder`` holds.
 
     Raises:
         NetworkError: no such network or encoder, or one that is described elsewhere.
@@ -256,6 +269,12 @@ def build_network(
             clip = load_clip(locate_clip(ClipConfig(weights=config.encoder), offline), torch.device("cpu"))
         dino = load_dino(config.frozen.dino, offline) if config.frozen.dino else None
         return FrozenClip(config.frozen, num_classes, clip, precision, dino)
+    if config.name in TRANSFORMERS:
+        if architecture is None:
+            architecture = read_architecture(config.encoder, offline)
+        if config.name == "hf":
+            return HfNetwork(architecture, num_classes)
+        return MaskClassification(config.name, architecture, num_classes)
     if config.name != "segformer" and _ELSEWHERE.search(config.encoder):
         raise NetworkError(
             f"network {config.name} can't have the encoder '{config.encoder:.100}': a network is built from what is "

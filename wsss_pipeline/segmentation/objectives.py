@@ -15,6 +15,7 @@ from wsss_pipeline.segmentation.losses import (
     cross_pseudo_loss,
     dice_loss,
     override_labels,
+    query_losses,
     segmentation_loss,
 )
 from wsss_pipeline.segmentation.train_config import TrainConfig
@@ -40,6 +41,8 @@ def weighted_losses(
     """
     chosen, online = config.loss, config.online
     weights = confidence_weights(confidence, chosen.confidence, chosen.min_confidence)
+    if "queries" in outputs:
+        return query_losses(outputs["queries"], target, weights, total=total)
     counted = target.masked_fill(weights == 0, IGNORE)
     labels = target
     if 0 < online.override_from <= update:
@@ -47,6 +50,11 @@ def weighted_losses(
     found = {
         "segmentation": segmentation_loss(outputs, labels, weights, balanced=chosen.balanced, total=total)
     }
+    if "auxiliary" in outputs:
+        loss = segmentation_loss(
+            {"logits": outputs["auxiliary"]}, labels, weights, balanced=chosen.balanced, total=total
+        )
+        found["auxiliary"] = outputs["auxiliary_weight"] * loss
     if chosen.affinity:
         pairs = counted
         if 0 < online.self_affinity_from <= update:

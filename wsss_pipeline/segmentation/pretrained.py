@@ -13,6 +13,7 @@ from wsss_pipeline.errors import NetworkError
 from wsss_pipeline.files import check_machine
 from wsss_pipeline.runtime.output import one_line
 from wsss_pipeline.segmentation.frozen_clip import FrozenClip
+from wsss_pipeline.segmentation.hf_networks import TransformersNetwork
 from wsss_pipeline.segmentation.network import SegmentationNetwork
 from wsss_pipeline.segmentation.networks import DeepLabV2, SegFormer, mit_name
 from wsss_pipeline.segmentation.train_config import NetworkConfig
@@ -36,6 +37,9 @@ def load_pretrained(network: SegmentationNetwork, config: NetworkConfig, offline
     path = Path(weights).expanduser()
     if weights == "none" or (isinstance(network, FrozenClip) and weights == "imagenet"):
         return  # CLIP came with its own
+    if isinstance(network, TransformersNetwork):
+        network.load_weights(encoder if weights == "imagenet" else weights, offline)
+        return
     if path.exists():
         path = _weight_file(path)
         shapes = _read(path, shapes_in)

@@ -15,6 +15,9 @@ from wsss_pipeline.config import Precision, Settings, recipe, recipe_names, reso
 
 Confidence = Literal["hard", "soft"]
 
+MASK_CLASSIFICATION = ("mask2former", "eomt")
+TRANSFORMERS = ("hf", *MASK_CLASSIFICATION)  # networks whose encoder is a hub id or a folder
+
 
 class FrozenClipConfig(Settings):
     """The decoder of ``frozen-clip`` (WeCLIP, CVPR 2024; ExCEL, CVPR 2025; WeCLIP+, TPAMI 2025)."""
@@ -54,16 +57,19 @@ class NetworkConfig(Settings):
 
     name: str = Field(
         "deeplabv3plus",
-        description="deeplabv2, segformer, frozen-clip, or a decoder of segmentation-models-pytorch: deeplabv3plus, "
-        "unet, ...",
+        description="deeplabv2, segformer, frozen-clip, hf, mask2former, eomt, or a decoder of "
+        "segmentation-models-pytorch: deeplabv3plus, unet, ...",
     )
     encoder: str = Field(
         "resnet50",
         description="A ResNet of timm for deeplabv2; tiny, mit-b0 to mit-b5, their hub id or a folder for segformer; "
-        "for frozen-clip a CLIP, as --clip takes it; else an encoder of segmentation-models-pytorch.",
+        "for frozen-clip a CLIP, as --clip takes it; for hf, mask2former, eomt a hub id or folder of transformers; "
+        "else an encoder of segmentation-models-pytorch.",
     )
     weights: str = Field(
-        "imagenet", description="What training starts from: imagenet, coco, none, or a file or folder."
+        "imagenet",
+        description="What training starts from: imagenet, coco, none, or a file or folder; for hf, mask2former, eomt "
+        "also a hub id, and imagenet is what --encoder holds.",
     )
     frozen: FrozenClipConfig = FrozenClipConfig()
 
@@ -196,6 +202,17 @@ class TrainConfig(Settings):
             raise ValueError(
                 "--network frozen-clip needs a CLIP: give --encoder, a hub id, a folder, an OpenAI .pt file or demo"
             )
+        if self.network.name in TRANSFORMERS and self.network.encoder == NetworkConfig().encoder:
+            raise ValueError(
+                f"--network {self.network.name} needs a model of transformers: give --encoder, a hub id or a folder "
+                "with a config.json"
+            )
+        if self.network.name in MASK_CLASSIFICATION:
+            for key, is_set in {"balanced": self.loss.balanced, "dice": self.loss.dice > 0}.items():
+                if is_set:
+                    raise ValueError(
+                        f"loss.{key} isn't for {self.network.name}, which has losses of its own: leave it out"
+                    )
         starts = ("gate_from", "guide_from", "self_affinity_from", "override_from")
         if not self.online.method and (chosen := [name for name in starts if getattr(self.online, name)]):
             raise ValueError(

@@ -13,8 +13,10 @@ import torch
 from torch import Tensor
 
 from wsss_pipeline.errors import CheckpointError, ConfigError, MissingDependencyError
-from wsss_pipeline.runtime.output import MARK, check_apart, check_replaceable, write_file
+from wsss_pipeline.files import check_machine
+from wsss_pipeline.runtime.output import MARK, check_apart, check_replaceable, one_line, write_file
 from wsss_pipeline.segmentation.checkpoint import LoadedNetwork, find_checkpoint, load_network
+from wsss_pipeline.segmentation.mask_classification import MaskClassification
 from wsss_pipeline.segmentation.network import SegmentationNetwork
 from wsss_pipeline.segmentation.networks import SegFormer
 
@@ -54,22 +56,34 @@ def export_model(checkpoint: Path, out: Path, kind: ExportFormat, clip: str | No
         for name, content in _huggingface_files(loaded).items():
             write_file(out / name, content, below=out)
         return out
+    if isinstance(loaded.network, MaskClassification):
+        raise ConfigError(
+            f"{loaded.config['network']['name']} has no ONNX form, for where its queries look depends on what they "
+            "saw; use it through wsss predict or the Python API"
+        )
     for package in ("onnx", "onnxscript", "onnxruntime"):
         if importlib.util.find_spec(package) is None:
             raise MissingDependencyError(f"ONNX export needs {package}: pip install 'wsss-pipeline[export]'")
     if out.suffix != ".onnx":
         raise ConfigError(f"--out {out}: end the name of an ONNX file in .onnx")
-    dynamic = torch.export.Dim.DYNAMIC
-    program = torch.onnx.export(
-        loaded.network,
-        (torch.zeros(TRACED_SHAPE),),
-        dynamo=True,
-        input_names=["images"],
-        output_names=["logits"],
-        dynamic_shapes=({0: dynamic, 2: dynamic, 3: dynamic},),
-        verbose=False,
-    )
-    assert program is not None
+    name, dynamic = loaded.config["network"]["name"], torch.export.Dim.DYNAMIC
+    try:
+        program = torch.onnx.export(
+            loaded.network,
+            (torch.zeros(TRACED_SHAPE),),
+            dynamo=True,
+            input_names=["images"],
+            output_names=["logits"],
+            dynamic_shapes=({0: dynamic, 2: dynamic, 3: dynamic},),
+            verbose=False,
+        )
+        assert program is not None
+    except Exception as error:  # what a model does that has no form there is up to its library
+        check_machine(error)
+        raise CheckpointError(
+            f"{name} can't be brought into ONNX form for images of any size: {one_line(error, 200)}; nothing was "
+            "written, use it through wsss predict or the Python API"
+        ) from error
     program.model.metadata_props["id2label"] = json.dumps(loaded.config["id2label"])
     model = program.model_proto
     model.producer_name = MARK
@@ -77,7 +91,7 @@ def export_model(checkpoint: Path, out: Path, kind: ExportFormat, clip: str | No
     difference = _largest_difference(loaded.network, content)
     if not difference <= LARGEST_DIFFERENCE:
         raise CheckpointError(
-            f"the ONNX form of {loaded.config['network']['name']} differs from torch by {difference:.2g} of its "
+            f"the ONNX form of {name} differs from torch by {difference:.2g} of its "
             f"largest logit (allowed: {LARGEST_DIFFERENCE:g}); nothing was written"
         )
     write_file(out, content)

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedDataParallelKwargs
 
 from wsss_pipeline.config import differing_keys, to_yaml
 from wsss_pipeline.data.datasets import read_split
@@ -50,7 +51,7 @@ from wsss_pipeline.segmentation.network import SegmentationNetwork
 from wsss_pipeline.segmentation.networks import build_network
 from wsss_pipeline.segmentation.pretrained import load_pretrained
 from wsss_pipeline.segmentation.targets import OnlineTarget
-from wsss_pipeline.segmentation.train_config import OnlineConfig, TrainConfig, load_train_config
+from wsss_pipeline.segmentation.train_config import TRANSFORMERS, OnlineConfig, TrainConfig, load_train_config
 from wsss_pipeline.segmentation.trainer import LOG, NAN, STATE, Trainer
 
 logger = logging.getLogger(__name__)
@@ -363,6 +364,10 @@ def _accelerator(job: TrainJob) -> Accelerator:
             mixed_precision="no" if precision == "fp32" else precision,
             log_with=job.track,
             project_dir=str(job.out),
+            # some models of transformers have weights that their answer doesn't hang on
+            kwargs_handlers=[
+                DistributedDataParallelKwargs(find_unused_parameters=job.config.network.name in TRANSFORMERS)
+            ],
         )
     except ValueError as error:
         reason = one_line(error)[:200]
