@@ -35,6 +35,7 @@ from wsss_pipeline.methods import load_method, method_names
 from wsss_pipeline.pseudo_masks import generator as module
 from wsss_pipeline.pseudo_masks.generator import MaskGenerator
 from wsss_pipeline.refine.dense_crf import has_pydensecrf
+from wsss_pipeline.regions.regions import run_lengths
 from wsss_pipeline.segmentation.checkpoint import save_network
 from wsss_pipeline.segmentation.networks import build_network
 from wsss_pipeline.segmentation.train_config import NetworkConfig
@@ -44,6 +45,8 @@ SCENE = draw_scene((77, 3))  # three classes
 # the file, since a built-in class set would bring the method's preset of its name
 DEMO = str(resources.files("wsss_pipeline.data") / "class_sets" / "demo.yaml")
 IMAGE, LABELS = np.ascontiguousarray(SCENE.image[20:100, 20:132]), SCENE.labels
+
+IMAGE_ID = "scene"
 
 # a run of a network on the demo's CLIP, of seeded weights; see ``network``
 NETWORK = "{network}"
@@ -133,6 +136,29 @@ def attribute_file(change: Callable[[list[str]], list[str]]) -> Callable[[Path],
 CRF = {"refine": "crf", "crf.backend": "lattice"}
 PAR = {"refine": "par"}
 UNREFINED = {"refine": "none"}
+VOTE = {"refine": "vote", "vote.regions": "slic"}
+
+
+def regions(columns: int = 40) -> Callable[[Path], str]:
+    """A folder of regions of the scene: its upper half, and of its lower half the first columns."""
+
+    def make(folder: Path) -> str:
+        masks = np.zeros((2, *IMAGE.shape[:2]), bool)
+        masks[0, :40], masks[1, 40:, :columns] = True, True
+        (folder / "regions").mkdir()
+        content = [
+            {"segmentation": {"size": list(mask.shape), "counts": run_lengths(mask).tolist()}}
+            for mask in masks
+        ]
+        (folder / "regions" / f"{IMAGE_ID}.json").write_text(json.dumps({"annotations": content}))
+        return str(folder / "regions")
+
+    return make
+
+
+# a folder of them; see ``regions``
+REGIONS = "{regions}"
+PARTLY = {"refine": "vote", "vote.regions": REGIONS}
 
 
 def network(bias: float = 0.0) -> Callable[[Path], str]:
@@ -192,6 +218,16 @@ COMMON: dict[str, list[Row]] = {
     ],
     "par.width": [Row(0.6, CHANGES, PAR), Row(0.6, SAME, CRF)],
     "par.distance_weight": [Row(0.5, CHANGES, PAR), Row(0.5, SAME, CRF)],
+    "vote.regions": [
+        Row(regions(), CHANGES, VOTE),
+        Row(regions(), SAME, PARTLY),  # in another folder
+        Row(regions(columns=60), CHANGES, PARTLY),
+    ],
+    "vote.background_power": [Row(9.0, CHANGES, VOTE), Row(9.0, SAME, CRF)],
+    "vote.uncovered": [Row("crf", CHANGES, PARTLY), Row("crf", SAME, CRF)],
+    "slic.segments": [Row(30, CHANGES, VOTE), Row(30, SAME, PARTLY), Row(30, SAME, CRF)],
+    "slic.compactness": [Row(0.5, CHANGES, VOTE), Row(0.5, SAME, CRF)],
+    "slic.sigma": [Row(4.0, CHANGES, VOTE), Row(4.0, SAME, CRF)],
     "max_pixels": [Row(5000, CHANGES)],
 }
 
@@ -289,7 +325,7 @@ def made(method: str, settings: Mapping[str, Any]) -> tuple[str, str]:
     base = {"clip.weights": "demo", "clip.precision": "fp32", "classes": DEMO, "method": method}
     base |= SMALL.get(settings.get("method", method), {})
     generator = MaskGenerator(settings={**base, **settings}, device="cpu", offline=True)
-    found = generator(IMAGE, LABELS)
+    found = generator(IMAGE, LABELS, IMAGE_ID)
     assert found.cams is not None
     content = hashlib.sha256(found.mask.tobytes() + found.confidence.tobytes() + found.cams.tobytes())
     return generator.mask_set.fingerprint, content.hexdigest()
@@ -300,12 +336,19 @@ def unchanged(method: str, given: tuple[tuple[str, Any], ...]) -> tuple[str, str
     return made(method, dict(given))
 
 
+def is_shown_by(method: str, key: str) -> bool:
+    """Refiners know no method, so that what their settings do is shown with one alone."""
+    return method == method_names()[0] or key.partition(".")[0] not in ("crf", "par", "vote", "slic")
+
+
 def rows() -> list[Any]:
     listed = [
         pytest.param(method, key, row, id=f"{method}-{key}-{number}")
         for method in [*method_names(), TOY]
         for key in {**COMMON, **OWN.get(method, {})}
-        for number, row in enumerate([*COMMON.get(key, []), *OWN.get(method, {}).get(key, [])])
+        for number, row in enumerate(
+            [*(COMMON.get(key, []) if is_shown_by(method, key) else []), *OWN.get(method, {}).get(key, [])]
+        )
         if row.value != method
     ]
     return listed + [
@@ -320,14 +363,20 @@ def network_folder(tmp_path_factory: pytest.TempPathFactory) -> str:
     return network()(tmp_path_factory.mktemp("network"))
 
 
+@pytest.fixture(scope="module")
+def region_folder(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return regions()(tmp_path_factory.mktemp("regions"))
+
+
 @pytest.mark.parametrize(("method", "key", "row"), rows())
 def test_the_fingerprint_changes_with_the_masks_and_only_then(
-    method: str, key: str, row: Row, tmp_path: Path, network_folder: str
+    method: str, key: str, row: Row, tmp_path: Path, network_folder: str, region_folder: str
 ) -> None:
     if row.value == "pydensecrf" and not has_pydensecrf():
         pytest.skip("the optional package pydensecrf isn't installed")
     value = row.value(tmp_path) if callable(row.value) else row.value
-    given = {name: network_folder if value == NETWORK else value for name, value in row.given.items()}
+    folders = {NETWORK: network_folder, REGIONS: region_folder}
+    given = {name: folders.get(str(value), value) for name, value in row.given.items()}
     before, masks_before = unchanged(method, tuple(given.items()))
     after, masks = made(method, {**given, key: value})
     assert (after == before) == (row.outcome == SAME), "the fingerprint"

@@ -28,7 +28,8 @@ class Variant:
 
     Attributes:
         scores: figures, see ``Scores``.
-        crf: backend and image of the dense CRF (``backend``, ``image``), or None where not known.
+        crf: backend and image of the dense CRF (``backend``, ``image``), and what refined the masks besides or
+            ``instead``; None where not known.
     """
 
     scores: Scores

@@ -215,16 +215,20 @@ def _reason(error: Exception) -> str:
 
 
 def _crf(source: MaskSource, variant: str) -> dict[str, str] | None:
-    """Backend and image of the dense CRF that the masks went through; None where not known."""
+    """Backend and image of the dense CRF that the masks went through, or what they went through instead; None where
+    not known."""
     if isinstance(source, MaskCache):
-        parameters = source.manifest.mask_set.determinants.get("crf", {"backend": "none"})
+        determinants = source.manifest.mask_set.determinants
+        instead = {"vote": "region vote", "par": "PAR"}
+        others = {"instead": text for key, text in instead.items() if key in determinants}
+        parameters = {"backend": "none", **determinants.get("crf", {}), **others}
     elif isinstance(source, NetworkMasks):
         refiner = source.segmenter.refiner
         none = {"backend": "none"}
         parameters = refiner.determinants().get("crf", none) if refiner and variant == CRF else none
     else:
         return None
-    return {key: str(parameters[key]) for key in ("backend", "image") if key in parameters}
+    return {key: str(parameters[key]) for key in ("backend", "image", "instead") if key in parameters}
 
 
 def report_without_ground_truth(
