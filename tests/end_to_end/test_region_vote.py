@@ -7,9 +7,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from click.testing import Result
 
 from tests.end_to_end.conftest import mask_set, wsss
 from wsss_pipeline.cache import MaskCache
+from wsss_pipeline.config import SlicConfig
 from wsss_pipeline.data.images import read_image
 from wsss_pipeline.demo.voc_folder import write_voc_folder
 from wsss_pipeline.regions.sources import open_regions
@@ -47,14 +49,14 @@ def regions(root: Path) -> Path:
     return Path(result.stdout.splitlines()[-1])
 
 
-def generate(root: Path, cache: Path, *further: object) -> object:
+def generate(root: Path, cache: Path, *further: object) -> Result:
     return wsss(
         *("generate-masks", "--voc", root, "--split", "train", "--classes", "demo", "--clip", "demo"),
         *("--cache", cache, "--device", "cpu", "--offline", *further),
     )
 
 
-def test_each_region_of_a_sam_is_one_label_and_an_image_without_regions_is_reported(
+def test_pixels_in_the_same_regions_have_one_label_and_an_image_without_regions_is_reported(
     root: Path, regions: Path, tmp_path: Path
 ) -> None:
     result = generate(root, tmp_path, "--refine", "vote", "--regions", regions, "--json")
@@ -66,32 +68,29 @@ def test_each_region_of_a_sam_is_one_label_and_an_image_without_regions_is_repor
     source = open_regions(str(regions))
     with MaskCache.open(Path(result.stdout.splitlines()[-1])) as cache:
         for image_id in cache:
-            found = source(image_id, read_image(root / "JPEGImages" / f"{image_id}.jpg"))
-            assert len(found)
-            covered = found.masks().any(axis=0)
-            assert (cache[image_id].mask[~covered] == 0).all()
-            top = found.masks()[found.levels == found.levels.max()]
-            assert top.any()
+            pixels = read_image(root / "JPEGImages" / f"{image_id}.jpg")
+            masks, mask = source(image_id, pixels).masks(), cache[image_id].mask
+            assert len(masks)
+            assert (mask[~masks.any(axis=0)] == 0).all()
+            groups = np.unique(masks.reshape(len(masks), -1), axis=1, return_inverse=True)[1].reshape(-1)
+            pairs = np.unique(np.stack([groups, mask.reshape(-1)]), axis=1)
+            assert pairs.shape[1] == groups.max() + 1
 
 
 def test_superpixels_vote_where_there_is_no_sam(root: Path, tmp_path: Path) -> None:
-    result = generate(root, tmp_path, "--refine", "vote", "--regions", "slic", "--set", "slic.segments=40")
+    options = ("--refine", "vote", "--regions", "slic", "--set", "slic.segments=40")
+    result = generate(root, tmp_path, *options)
     assert result.exit_code == 0, result.output
     assert "region vote: about 40 SLIC superpixels" in result.stderr
     folder = mask_set(result)
     with MaskCache.open(folder) as cache:
         for image_id in cache:
             pixels = read_image(root / "JPEGImages" / f"{image_id}.jpg")
-            for mask in open_regions("slic")(image_id, pixels).masks()[:0]:
-                assert len(np.unique(cache[image_id].mask[mask])) == 1
+            for region in open_regions("slic", SlicConfig(segments=40))(image_id, pixels).masks():
+                assert len(np.unique(cache[image_id].mask[region])) == 1
     scored = wsss("evaluate", "--cache", folder, "--gt", root / "SegmentationClass")
     assert "instead region vote" in scored.stdout
-    assert (
-        "0 to compute"
-        in generate(
-            root, tmp_path, "--refine", "vote", "--regions", "slic", "--set", "slic.segments=40"
-        ).stderr
-    )
+    assert "3 masks reused from the cache" in generate(root, tmp_path, *options).stderr
 
 
 @pytest.mark.parametrize(

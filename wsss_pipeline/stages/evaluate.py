@@ -219,9 +219,9 @@ def _crf(source: MaskSource, variant: str) -> dict[str, str] | None:
     not known."""
     if isinstance(source, MaskCache):
         determinants = source.manifest.mask_set.determinants
-        instead = {"vote": "region vote", "par": "PAR"}
-        others = {"instead": text for key, text in instead.items() if key in determinants}
-        parameters = {"backend": "none", **determinants.get("crf", {}), **others}
+        parameters = dict(determinants.get("crf", {"backend": "none"}))
+        parameters |= {"instead": "region vote"} if "vote" in determinants else {}
+        parameters |= {"instead": "PAR"} if "par" in determinants else {}
     elif isinstance(source, NetworkMasks):
         refiner = source.segmenter.refiner
         none = {"backend": "none"}
