@@ -171,9 +171,13 @@ def test_masks_and_regions_are_told_apart(folder: Path) -> None:
         MaskCache.open(folder)
     with pytest.raises(CacheFormatError, match="holds masks, not regions"):
         open_regions(str(masks))
+    open_mask_set(folder.parent / "both", MaskSet(name="m", determinants={"a": 1}, class_names=("cat",)))
+    open_mask_set(folder.parent / "both", MaskSet(name="m", determinants={"a": 2}, class_names=("cat",)))
+    with pytest.raises(CacheFormatError, match="none of regions"):
+        open_regions(str(folder.parent / "both"))
     another = SET.model_copy(update={"determinants": {"sam": "1" * 64}})
     open_mask_set(folder.parent, another)
-    with pytest.raises(CacheError, match="holds 2 mask sets"):
+    with pytest.raises(CacheError, match="holds 2 region sets"):
         open_regions(str(folder.parent))
 
 

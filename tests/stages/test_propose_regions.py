@@ -25,6 +25,7 @@ from wsss_pipeline.pseudo_masks.report import MISSING
 from wsss_pipeline.regions.proposals import PRESETS, ProposalConfig, propose
 from wsss_pipeline.regions.sam import load_predictor
 from wsss_pipeline.regions.sources import open_regions
+from wsss_pipeline.stages import propose_regions as stage
 from wsss_pipeline.stages.propose_regions import ProposeJob, Proposer, propose_regions
 
 SAM = Path(__file__).parent.parent / "golden" / "fma" / "sam_tiny"
@@ -178,6 +179,31 @@ def test_what_cannot_be_done_is_said_in_a_line(world: Path, arguments: tuple[str
     assert why in result.stderr
     assert result.stderr.strip().count("\n") == 0
     assert "Traceback" not in result.output
+
+
+def test_options_reach_the_sam(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: dict[str, Any] = {}
+
+    def load(name: str, device: torch.device, *, offline: bool) -> Any:
+        asked.update(name=name, device=device, offline=offline)
+        return load_predictor(name, device, offline=offline)
+
+    def look(*arguments: Any, points_per_batch: int) -> Any:
+        asked["points_per_batch"] = points_per_batch
+        return propose(*arguments, points_per_batch=points_per_batch)
+
+    monkeypatch.setattr(stage, "load_predictor", load)
+    monkeypatch.setattr(stage, "propose", look)
+    assert wsss("--offline", "--points-per-batch", "7", "--limit", "1").exit_code == 0
+    assert asked == {"name": str(SAM), "device": CPU, "offline": True, "points_per_batch": 7}
+    Path("settings.yaml").write_text("border: 3")
+    given = ("propose-regions", "--sam", str(SAM), "--images", "images", "--out", "out", "--dry-run")
+    for further, line in {
+        (): "points: 32 x 32 and 16 x 16 on the image and each crop",
+        ("--preset", "fast"): "points: 16 x 16 on the image;",
+        ("--config", "settings.yaml", "--set", "iou_threshold=0.5"): "predicted IoU above 0.5",
+    }.items():
+        assert line in CliRunner().invoke(main, [*given, *further]).stdout
 
 
 class Scene:

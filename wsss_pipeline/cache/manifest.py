@@ -260,13 +260,16 @@ def only_mask_set(path: Path, holds: Holds | None = None) -> Path:
     found = list_mask_sets(path)
     if holds and len(found) > 1:
         found = [folder for folder in found if read_manifest(folder).mask_set.holds == holds]
+        if not found:
+            raise CacheFormatError(f"{path} holds several sets, none of {holds}; name another folder")
     if not found:
         raise CacheFormatError(
             f"{path} isn't a cache (no {MANIFEST} in it); name a folder that `wsss generate-masks` or `relabel` wrote"
         )
     if len(found) > 1:
         names = ", ".join(folder.name for folder in found)
-        raise CacheError(f"{path} holds {len(found)} mask sets; name one of them, as {path}/NAME: {names}")
+        what = "region" if holds == "regions" else "mask"
+        raise CacheError(f"{path} holds {len(found)} {what} sets; name one of them, as {path}/NAME: {names}")
     return found[0]
 
 
