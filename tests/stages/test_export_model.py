@@ -85,7 +85,7 @@ def test_what_has_no_form_there_is_one_line(tmp_path: Path, kind: str) -> None:
     save_network(build_network(config, 3), tmp_path / "run" / "best", config, ["cat", "dog"])
     with pytest.raises(ConfigError, match=f"{kind} has no ONNX form"):
         export_model(tmp_path / "run", tmp_path / "net.onnx", "onnx")
-    with pytest.raises(ConfigError, match="no folder|has no"):
+    with pytest.raises(ConfigError, match="to load a folder of it with"):
         export_model(tmp_path / "run", tmp_path / "hf", "huggingface")
 
 
