@@ -23,6 +23,7 @@ from wsss_pipeline.config import (
     InferenceConfig,
     MaskConfig,
     Precision,
+    PromptedMaskConfig,
     RefinerName,
     RelabelConfig,
     Settings,
@@ -193,6 +194,7 @@ def _refiner_options(kind: type[MaskConfig | RelabelConfig]) -> Callable[[Comman
 method_options = all_of(
     setting(MaskConfig, "method", "--method", metavar="NAME"),
     attributes_option,
+    setting(PromptedMaskConfig, "prompts", "--prompts", metavar="FILE"),
     _refiner_options(MaskConfig),
 )
 
