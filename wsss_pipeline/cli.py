@@ -28,10 +28,11 @@ from wsss_pipeline.runtime.output import one_line
 # each is a module of wsss_pipeline.commands, written with underscores, that holds a command called ``command``
 COMMANDS = (
     *("generate-masks", "train-seg", "evaluate", "predict", "relabel", "export-model", "export-masks"),
+    "learn-prompts",
     *("preview", "cache", "select-prompt", "attributes", "config", "doctor", "demo"),
 )
 # the only ones that ever fetch anything: weights, and only without --offline
-FETCHING = ("generate-masks", "train-seg", "select-prompt", "attributes")
+FETCHING = ("generate-masks", "train-seg", "learn-prompts", "select-prompt", "attributes")
 
 
 class CommandGroup(click.Group):

@@ -97,7 +97,8 @@ class PromptEncoder:
         """Token embeddings before the position embeddings, float32 (N, T, D); ``context`` as for a call."""
         own = context[self._owners] if context.ndim == 3 else context.expand(len(self.tokens), -1, -1)
         places = self.places[..., None].expand(-1, -1, context.shape[-1])
-        return self._words.scatter(1, places, own)
+        placed: Tensor = self._words.scatter(1, places, own)
+        return placed
 
     def __call__(self, context: Tensor) -> Tensor:
         """Unit rows, float32 (C, P), out of one context (length, D), or one for each class, (C, length, D)."""

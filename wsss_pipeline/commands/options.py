@@ -137,9 +137,8 @@ clip_options = all_of(
 )
 
 
-def _file_options(
-    example: str, listed: str = "`wsss config show` lists them"
-) -> Callable[[Command], Command]:
+def file_options(example: str, listed: str = "`wsss config show` lists them") -> Callable[[Command], Command]:
+    """``--config`` and ``--set``, with an example of a setting and where all of them are listed."""
     return all_of(
         _path("--config", "config_file", type=PATH, help="YAML file of settings."),
         _path(
@@ -154,7 +153,7 @@ def _file_options(
 
 layer_options = all_of(
     _path("--preset", metavar="NAME", help="Published settings of stage one, such as clip-es/voc12."),
-    _file_options("cam.threshold=0.7"),
+    file_options("cam.threshold=0.7"),
 )
 
 config_options = all_of(
@@ -285,7 +284,7 @@ inference_options = all_of(
 relabel_options = all_of(
     _look_options(RelabelConfig, "inference.", ""),
     _refiner_options(RelabelConfig),
-    _file_options("crf.iterations=5", "docs/settings.md lists them"),
+    file_options("crf.iterations=5", "docs/settings.md lists them"),
 )
 
 
