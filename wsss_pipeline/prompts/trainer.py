@@ -66,7 +66,7 @@ class PromptObjective:
             images: float32 (B, 3, S, S), normalised with CLIP's statistics.
             masks: uint8 (B, S, S), 255 where nothing is known; contrastive learning doesn't look at it.
             present: bool (B, C), classes of the images; with ``labels: mask`` it isn't looked at.
-            rows: float32 (C+G, P), unit rows of classes and background.
+            rows: float32 (C+G, P), unit rows of classes and background; contrastive learning takes (C, P).
 
         Returns:
             float32 (), and the number of pairs of an image and a class that have a say in it; without any 0.
@@ -128,7 +128,10 @@ class PromptTrainer:
     ) -> None:
         self._config, self._prompts, self._dataset = config, prompts, dataset
         self._out, self._workers, self._device = out, workers, trunk.device
-        texts = [*prompts.texts, *((word,) for word in prompts.background)]
+        # contrastive learning doesn't look at the background
+        words = prompts.background if config.objective == "cam" else ()
+        texts = [*prompts.texts, *((word,) for word in words)]
+        self._num_texts = len(texts)
         self._encoder = PromptEncoder(clip, texts, prompts.layout, prompts.context.shape[-2])
         self._learned = LearnedContext(prompts.context.to(self._device, copy=True))
         self._objective = PromptObjective(config, trunk, clip.logit_scale, len(prompts.texts))
@@ -197,7 +200,8 @@ class PromptTrainer:
         chosen, optimizer = self._config.optimisation, self.state.optimizer
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(self.state.step, chosen)
-        rows = self._encoder(self._learned.context)
+        context = self._learned.context
+        rows = self._encoder(context[: self._num_texts] if context.ndim == 3 else context)
         # the texts are the same for all batches: what each wants of them is summed, and goes back once
         at_rows = rows.detach().requires_grad_()
         total, pairs, damaged = 0.0, 0, 0
@@ -214,7 +218,7 @@ class PromptTrainer:
             loss, count = self._objective(images, masks, present[:, 1:], at_rows)
             loss = loss / chosen.accumulate
             loss.backward()  # type: ignore[no-untyped-call]
-            total, pairs = total + float(loss), pairs + count
+            total, pairs = total + float(loss.detach()), pairs + count
         if not math.isfinite(total) or not (at_rows.grad is not None and at_rows.grad.isfinite().all()):
             self._save()
             raise TrainingError(
