@@ -7,9 +7,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from transformers import CLIPVisionModelWithProjection
 
-from wsss_pipeline.clip.trunk import Trunk
+from tests.clip.test_last_block import HEADS, WIDTH, vision
+from wsss_pipeline.cam.gradcam import softmax_gradcam
+from wsss_pipeline.clip.last_block import LastBlock
+from wsss_pipeline.clip.trunk import Features, Trunk
 from wsss_pipeline.data.transforms import CLIP_STATISTICS, normalise
 from wsss_pipeline.prompts.config import PromptConfig
 from wsss_pipeline.prompts.losses import activation_loss, contrastive_loss
@@ -91,3 +95,42 @@ def test_losses_of_crops_and_their_gradients_in_the_text_rows(objective: str) ->
     assert abs(float(loss.detach()) - wanted) < (2e-5 if objective == "contrastive" else 1e-5 * wanted)
     assert stored.grad is not None
     assert relative(stored.grad, expected[f"{names[0].partition('_')[0]}_grad"]) < 5e-5
+
+
+def test_the_gradient_of_maps_is_that_of_autograd_of_the_second_order() -> None:
+    """In float64, through the layers of transformers; an absent row leads, so that the epsilon counts."""
+    torch.manual_seed(3)
+    model = vision("quick_gelu")
+    layer, block = model.vision_model.encoder.layers[-1], model.vision_model.post_layernorm
+    last = LastBlock(layer, block, model.visual_projection, torch.float64)
+    hidden, rows = torch.randn(1 + 12, WIDTH).double(), torch.randn(6, 20).double().requires_grad_()
+    mask, scale = torch.randint(0, 3, (1, 9, 12)), 10.0
+    competing = [0, 1, 3, 5]
+
+    features = Features((3, 4), torch.zeros(0), {}, [last.forward(hidden)])
+    maps = softmax_gradcam(features, [rows[competing]], [2], scale, everything=rows, epsilon=0.1)
+    loss = activation_loss(maps, [[1, 2]], mask)
+    (found,) = torch.autograd.grad(loss, rows)
+
+    tokens = layer.layer_norm1(hidden).detach().requires_grad_()
+    projections = (layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj)
+    query, key, value = (f(tokens).unflatten(-1, (HEADS, -1)).transpose(0, 1) for f in projections)
+    attention = torch.softmax(query @ key.transpose(1, 2) / (WIDTH // HEADS) ** 0.5, dim=-1)
+    stream = hidden + layer.self_attn.out_proj((attention @ value).transpose(0, 1).flatten(1))
+    stream = stream + layer.mlp(layer.layer_norm2(stream))
+    pooled = model.visual_projection(block(stream)[1:]).mean(dim=0)
+    logits = scale * F.normalize(rows, dim=1) @ F.normalize(pooled, dim=0)
+    exponentials = (logits - logits.max()).exp()
+    probabilities = exponentials / (exponentials[competing].sum() + 0.1)
+    assert int(logits.argmax()) not in competing
+    weights = [
+        torch.autograd.grad(probabilities[own], tokens, create_graph=True)[0][1:].mean(dim=0)
+        for own in (0, 1)
+    ]
+    expected_maps = (torch.stack(weights) @ tokens.detach()[1:].T).view(2, 3, 4)
+    expected_loss = activation_loss([expected_maps], [[1, 2]], mask)
+    (expected,) = torch.autograd.grad(expected_loss, rows)
+
+    torch.testing.assert_close(maps[0], expected_maps, rtol=1e-10, atol=1e-14)
+    assert expected.abs().max() > 1e-3
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
