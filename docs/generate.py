@@ -13,6 +13,7 @@ import click
 from wsss_pipeline.cli import main
 from wsss_pipeline.config import RelabelConfig, Settings, default, description, fields, recipe_names
 from wsss_pipeline.methods import load_method, method_names
+from wsss_pipeline.prompts.config import RECIPES, PromptConfig
 from wsss_pipeline.regions.proposals import PRESETS, ProposalConfig
 from wsss_pipeline.regions.superpixels import SlicConfig
 from wsss_pipeline.segmentation.train_config import TrainConfig
@@ -48,6 +49,8 @@ def settings_page() -> str:
         parts.append(f"## {title}\n\nPresets: {presets or 'none'}.\n\n{_table(method.Config)}")
     recipes = ", ".join(f"`{name}`" for name in recipe_names())
     parts.append(f"## train-seg\n\nRecipes: {recipes}.\n\n{_table(TrainConfig)}")
+    prompt_recipes = ", ".join(f"`{name}`" for name in RECIPES)
+    parts.append(f"## learn-prompts\n\nRecipes: {prompt_recipes}.\n\n{_table(PromptConfig)}")
     parts.append(f"## relabel\n\n{_table(RelabelConfig)}")
     parts.append(f"## propose-regions\n\nPresets: {', '.join(f'`{name}`' for name in PRESETS)}.\n")
     parts.append(_table(ProposalConfig))

@@ -26,8 +26,9 @@ def test_defaults_are_those_of_clip_es() -> None:
 
 def test_presets_load_and_name_their_class_set() -> None:
     names = ("coco14", "demo", "voc12")
-    expected = [f"{method}/{name}" for method in ("clip-es", "excel", "weclip") for name in names]
-    assert preset_names() == sorted([*expected, "weclip/plus-coco14", "weclip/plus-voc12"])
+    expected = [f"{method}/{name}" for method in ("clip-es", "excel", "fma", "weclip") for name in names]
+    others = ["weclip/plus-coco14", "weclip/plus-voc12", "fma/coco14-coarse", "fma/voc12-coarse"]
+    assert preset_names() == sorted([*expected, *others])
     assert load_config("clip-es/coco14").classes == "coco14"
     assert load_config("clip-es/coco14").cam.threshold == 0.7
 

@@ -31,6 +31,7 @@ ORDER = [
     "regions",
     "refine",
     "segmentation",
+    "prompts",
 ]
 ORDER += [
     "methods",

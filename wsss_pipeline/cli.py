@@ -27,11 +27,22 @@ from wsss_pipeline.runtime.output import one_line
 
 # each is a module of wsss_pipeline.commands, written with underscores, that holds a command called ``command``
 COMMANDS = (
-    *("generate-masks", "propose-regions", "train-seg", "evaluate", "predict", "relabel", "export-model"),
-    *("export-masks", "preview", "cache", "select-prompt", "attributes", "config", "doctor", "run", "demo"),
+    *("generate-masks", "propose-regions", "learn-prompts", "train-seg", "evaluate", "predict", "relabel"),
+    *("export-model", "export-masks", "preview", "cache", "select-prompt", "attributes", "config", "doctor"),
+    *("run", "demo"),
 )
 # the only ones that ever fetch anything: weights, and only without --offline
-FETCHING = ("generate-masks", "propose-regions", "train-seg", "select-prompt", "attributes", "run")
+FETCHING = (
+    *(
+        "generate-masks",
+        "propose-regions",
+        "learn-prompts",
+        "train-seg",
+        "select-prompt",
+        "attributes",
+        "run",
+    ),
+)
 
 
 class CommandGroup(click.Group):

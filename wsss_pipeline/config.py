@@ -33,6 +33,7 @@ RefinerName = Literal["auto", "crf", "par", "vote", "none"]
 NetworkRefinerName = Literal["auto", "crf", "par", "none"]
 CrfBackend = Literal["auto", "pydensecrf", "lattice", "none"]
 CrfImage = Literal["bgr", "reference"]
+ContextLayout = Literal["end", "front"]  # of a learned prompt: where the class's text stands
 
 Layer = tuple[
     str, Mapping[str, Any]
@@ -190,6 +191,14 @@ class MaskConfig(Settings):
     @classmethod
     def _one_text_is_a_list_of_one(cls, value: Any) -> Any:
         return (value,) if isinstance(value, str) else value
+
+
+class PromptedMaskConfig(MaskConfig):
+    """Settings of a method whose class texts may be learned prompts."""
+
+    prompts: str = Field(
+        "", description="File of learn-prompts, whose learned texts stand in for templates; empty for none."
+    )
 
 
 class RelabelConfig(Settings):

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
-from wsss_pipeline.cam.gradcam import softmax_gradcam
-from wsss_pipeline.cam.scores import min_max, normalise_cams
+from wsss_pipeline.cam.gradcam import probability_gradients, softmax_gradcam
+from wsss_pipeline.cam.scores import min_max, normalise_cams, upscale_cams
 from wsss_pipeline.clip.trunk import Features
+
+GOLDEN = Path(__file__).parent.parent / "golden"
 
 
 def example(batch: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -107,3 +111,40 @@ def test_a_weak_map_stays_weak_and_a_strong_one_peaks_just_below_1() -> None:
 
 def test_a_map_without_a_positive_cell_is_0() -> None:
     assert not normalise_cams(torch.tensor([[[-3.0, -1.0], [-2.0, -5.0]]])).any()
+
+
+def test_gradients_with_an_epsilon_are_those_of_the_published_masked_softmax() -> None:
+    """Rows of which each has its logit along the embedding and a direction of its own, which shows its gradient."""
+    with np.load(GOLDEN / "fma" / "masked_softmax.npz") as file:
+        stored = {key: torch.from_numpy(file[key]) for key in file.files}
+    scale = 100.0
+    for logits, allowed, weights, expected in zip(
+        stored["logits"].double(), stored["allowed"], stored["weights"].double(), stored["grad"], strict=True
+    ):
+        count = len(logits)
+        cosines = (logits / scale)[:, None]
+        rows = torch.cat([cosines, (1 - cosines.square()).sqrt() * torch.eye(count)], dim=1)
+        embedding = torch.eye(1 + count, dtype=torch.float64)[0]
+        classes = int(allowed.sum())
+        gradients = probability_gradients(embedding, rows[allowed], classes, scale, everything=rows)
+        at_logits = weights[allowed] @ gradients[:, 1:] / (1 - cosines[:, 0].square()).sqrt() / scale
+        assert (at_logits - expected).abs().max() < 2e-6
+
+
+def test_an_absent_class_that_leads_makes_the_maps_weak() -> None:
+    embedding = torch.eye(3)[0]
+    rows = torch.tensor([[0.1, 1, 0], [0.1, 0, 1], [0.5, 0.5, 0.5]])
+    alone = probability_gradients(embedding, rows[:2], 1, 100.0)
+    led = probability_gradients(embedding, rows[:2], 1, 100.0, everything=rows)
+    unled = probability_gradients(embedding, rows[:2], 1, 100.0, everything=rows[:2])
+    assert led.abs().max() < 1e-6 * alone.abs().max()
+    assert torch.allclose(unled, alone, rtol=1e-4)
+
+
+def test_maps_of_either_sign_are_clamped_once_they_are_scaled() -> None:
+    maps = torch.tensor([[[-1.0, 1.0]], [[-3.0, -1.0]], [[1.0, 3.0]]])
+    scaled = upscale_cams(maps, (1, 4))
+    # bilinear between -1 and 1 first: a quarter of the way beyond the centre is still negative
+    assert torch.allclose(scaled[0], torch.tensor([[0.0, 0.0, 0.5, 1.0]]), atol=1e-6)
+    assert not scaled[1].any()
+    assert torch.allclose(scaled[2], torch.tensor([[0.0, 0.25, 0.75, 1.0]]), atol=1e-6)

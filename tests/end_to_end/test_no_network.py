@@ -31,6 +31,14 @@ NETWORK = (
 # every command in the order of work, for each reads what one before it wrote
 LINES: list[tuple[str, ...]] = [
     ("generate-masks", *DATA, *CLIP, "--workers", "0"),
+    (
+        *("learn-prompts", *DATA, *CLIP, "--out", "prompts", "--workers", "0"),
+        *("--iterations", "1", "--batch-size", "2", "--set", "augmentation.crop=48"),
+    ),
+    (
+        *("generate-masks", *DATA, *CLIP, "--workers", "0", "--method", "fma", "--refine", "none"),
+        *("--prompts", "prompts/prompts.safetensors", "--cache", "prompted"),
+    ),
     ("attributes", "check", "--classes", "demo", *CLIP),
     ("select-prompt", *DATA, *CLIP, "--template", "a {}.", "--limit", "4"),
     ("cache", "ls"),

@@ -96,7 +96,7 @@ def test_superpixels_vote_where_there_is_no_sam(root: Path, tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (("--refine", "vote"), "--refine vote needs regions; give --regions slic"),
+        (("--refine", "vote"), "the region vote needs regions; give --regions slic"),
         (("--regions", "slic"), "--regions is of use to --refine vote alone"),
         (("--refine", "vote", "--regions", "nowhere"), "--regions nowhere: no such folder"),
         (("--refine", "vote", "--regions", "{root}/JPEGImages"), "failed"),

@@ -31,7 +31,7 @@ def test_a_preset_resolves_and_a_class_set_of_its_name_brings_it(preset: str) ->
     brought = load_mask_config(flags={"method": name, "classes": config.classes})
     # one that isn't called what its class set is has to be asked for, as weclip/plus-voc12
     assert brought == (config if short == config.classes else load_mask_config(f"{name}/{config.classes}"))
-    assert short.removeprefix("plus-") == config.classes
+    assert short.removeprefix("plus-").removesuffix("-coarse") == config.classes
     for key, value in load_method(name).presets[short].items():
         found = getattr(config, key)
         assert (found.model_dump() if hasattr(found, "model_dump") else found) == (
@@ -57,7 +57,7 @@ def test_a_method_is_called_what_its_file_is(name: str) -> None:
 
 
 @every_method
-def test_maps_are_one_for_each_label_in_their_order_and_never_negative(name: str) -> None:
+def test_maps_are_one_for_each_label_in_their_order(name: str) -> None:
     made = generator(name)
     scene = SCENES[0]
     image = made.prepare(scene.image, scene.labels)
@@ -68,7 +68,6 @@ def test_maps_are_one_for_each_label_in_their_order_and_never_negative(name: str
     assert maps.dtype == torch.float32
     assert maps.ndim == 3
     assert len(maps) == len(scene.labels) == 3
-    assert (maps >= 0).all()
     assert maps.amax(dim=(1, 2)).min() > 0
     torch.testing.assert_close(reversed_maps.flip(0), maps, rtol=1e-3, atol=1e-5)
 

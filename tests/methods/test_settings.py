@@ -26,6 +26,11 @@ from safetensors.torch import load_file, save_file
 
 from tests.methods import toy_method
 from wsss_pipeline.cache.manifest import fingerprint
+from wsss_pipeline.clip.learned_prompts import (
+    LearnedPrompts,
+    initial_context,
+    text_tower_digest,
+)
 from wsss_pipeline.clip.sources import ClipFiles, locate_clip
 from wsss_pipeline.clip.weights import Clip, load_clip
 from wsss_pipeline.config import ClipConfig, fields
@@ -177,10 +182,38 @@ def network(bias: float = 0.0) -> Callable[[Path], str]:
     return make
 
 
+def prompts(background: bool = True, add: float = 0.0) -> Callable[[Path], str]:
+    """A file of prompts for the demo's classes, of a seeded context, to which so much is added."""
+
+    def make(folder: Path) -> str:
+        classes, clip = load_class_set("demo"), loaded(locate_clip(ClipConfig(weights="demo"), offline=True))
+        words = classes.background if background else ("",) * 3
+        shape = (4, 128) if background else (len(classes.names) + 3, 4, 128)
+        context = initial_context(shape, 0.3, "7") + add
+        texts = tuple(entry.texts() for entry in classes.classes)
+        made = LearnedPrompts(context, "end", classes.names, texts, words, text_tower_digest(clip))
+        made.save(folder / "prompts.safetensors")
+        return str(folder / "prompts.safetensors")
+
+    return make
+
+
 PATCHES = {"excel.affinity": False}
 GUIDED = {"excel.checkpoint": NETWORK}
 GATED = {"weclip.checkpoint": NETWORK}
 WEIGHED = {**GATED, "weclip.prior": True}
+UNSPREAD = {"fma.affinity": "none"}
+# a file of prompts; see ``prompts``
+LEARNED = {"prompts": "{prompts}"}
+PROMPTS = {
+    "prompts": [
+        Row(prompts(), CHANGES),
+        Row(prompts(), SAME, LEARNED),  # in another folder
+        Row(prompts(add=0.1), CHANGES, LEARNED),
+        Row(prompts(background=False), CHANGES, LEARNED),
+    ],
+    "templates": [Row(("a drawing of the {}",), SAME, LEARNED)],
+}
 # 320 pixels are many of the demo CLIP's patches
 SMALL: dict[str, dict[str, Any]] = {"excel": {"excel.side": 128}}
 
@@ -240,6 +273,7 @@ OWN: dict[str, dict[str, list[Row]]] = {
         "cam.affinity_iterations": [Row(3, CHANGES), Row(3, SAME, {"cam.affinity": False})],
         "cam.sinkhorn_rounds": [Row(1, CHANGES), Row(1, SAME, {"cam.affinity": False})],
         "cam.threshold": [Row(0.8, CHANGES), Row(0.8, SAME, {"cam.affinity": False})],
+        **PROMPTS,
     },
     "excel": {
         "crf.backend": [Row("none", SAME)],
@@ -286,6 +320,16 @@ OWN: dict[str, dict[str, list[Row]]] = {
             Row(network(bias=0.5), CHANGES, GATED),
             Row(network(bias=0.5), CHANGES, WEIGHED),
         ],
+        **PROMPTS,
+    },
+    "fma": {
+        "crf.backend": [Row("none", CHANGES)],
+        "fma.affinity": [Row("score", CHANGES), Row("none", CHANGES)],
+        "fma.affinity_layers": [Row(2, CHANGES), Row(2, SAME, UNSPREAD)],
+        "fma.affinity_iterations": [Row(3, CHANGES), Row(3, SAME, UNSPREAD)],
+        "fma.sinkhorn_rounds": [Row(3, CHANGES), Row(3, SAME, UNSPREAD)],
+        "fma.threshold": [Row(0.8, CHANGES), Row(0.8, SAME, UNSPREAD)],
+        **PROMPTS,
     },
     TOY: {"crf.backend": [Row("none", SAME)], "sharpness": [Row(10.0, CHANGES)]},
 }
@@ -368,15 +412,26 @@ def region_folder(tmp_path_factory: pytest.TempPathFactory) -> str:
     return regions()(tmp_path_factory.mktemp("regions"))
 
 
+@pytest.fixture(scope="module")
+def prompts_file(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return prompts()(tmp_path_factory.mktemp("prompts"))
+
+
 @pytest.mark.parametrize(("method", "key", "row"), rows())
 def test_the_fingerprint_changes_with_the_masks_and_only_then(
-    method: str, key: str, row: Row, tmp_path: Path, network_folder: str, region_folder: str
+    method: str,
+    key: str,
+    row: Row,
+    tmp_path: Path,
+    network_folder: str,
+    region_folder: str,
+    prompts_file: str,
 ) -> None:
     if row.value == "pydensecrf" and not has_pydensecrf():
         pytest.skip("the optional package pydensecrf isn't installed")
     value = row.value(tmp_path) if callable(row.value) else row.value
-    folders = {NETWORK: network_folder, REGIONS: region_folder}
-    given = {name: folders.get(str(value), value) for name, value in row.given.items()}
+    made_before = {NETWORK: network_folder, REGIONS: region_folder, LEARNED["prompts"]: prompts_file}
+    given = {name: made_before.get(str(value), value) for name, value in row.given.items()}
     before, masks_before = unchanged(method, tuple(given.items()))
     after, masks = made(method, {**given, key: value})
     assert (after == before) == (row.outcome == SAME), "the fingerprint"

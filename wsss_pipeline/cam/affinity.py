@@ -27,16 +27,16 @@ def refine_cams(
     together, so the cost is a few products of the attention with K columns.
 
     Args:
-        cams: float32 (K, h, w) in [0, 1].
+        cams: float32 (K, h, w) in [0, 1]; of any range without a threshold.
         attention: float32 (hw, hw), at least 0.
         threshold: bound of the box mask, see ``box_masks``; None for no mask.
         iterations: t, how often the CAM is spread; at least 1.
         rounds: number of rounds of Sinkhorn normalisation.
         prior: float32 (K, h, w), at least 0, a factor on each map before it is spread (WeCLIP+: the probability that
-            a network gives the class). The box mask doesn't look at it.
+            a network gives the class; FMA-WSSS: boxes of other maps than these). The box mask doesn't look at it.
 
     Returns:
-        float32 (K, h, w), at least 0, not normalised; all 0 where the box mask is empty.
+        float32 (K, h, w), at least 0 if the maps are, not normalised; all 0 where the box mask is empty.
     """
     rows, columns = sinkhorn_scaling(attention, rounds)
     rows, columns = rows[:, None], columns[:, None]

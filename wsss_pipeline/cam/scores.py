@@ -26,11 +26,14 @@ def normalise_cams(raw: Tensor) -> Tensor:
 
 
 def upscale_cams(cams: Tensor, size: tuple[int, int]) -> Tensor:
-    """CAMs (K, h, w) of any positive range to float32 (K, H, W) in [0, 1] at ``size`` (H, W).
+    """CAMs (K, h, w) of any range to float32 (K, H, W) in [0, 1] at ``size`` (H, W).
 
-    Normalised at low resolution and not again after it, as in the published code; bilinear.
+    Normalised at low resolution and not again after it, as in the published code; bilinear. What speaks against a
+    class counts as 0, though only after scaling, as in FMA-WSSS; a map without a positive cell is 0.
     """
-    return F.interpolate(min_max(cams)[None], size=size, mode="bilinear", align_corners=False)[0]
+    shifted = cams - cams.amin(dim=(-2, -1), keepdim=True).clamp_min(0)
+    normalised = shifted / (EPSILON + shifted.amax(dim=(-2, -1), keepdim=True).clamp_min(0))
+    return F.interpolate(normalised[None], size=size, mode="bilinear", align_corners=False)[0].clamp_min_(0)
 
 
 def assemble(cams: Tensor, background_power: float = 1.0) -> Tensor:

@@ -91,10 +91,14 @@ def class_embeddings(
     prompts = [template.replace("{}", text) for texts in groups for text in texts for template in templates]
     rows = encode(prompts)
     per_text = F.normalize(rows.view(-1, len(templates), rows.shape[-1]).mean(dim=1), dim=1)
-    parts = torch.split(per_text, [len(texts) for texts in groups])
-    fused = F.normalize(torch.stack([part.mean(dim=0) for part in parts]), dim=1)
+    fused = fuse(per_text, [len(texts) for texts in groups])
     count = len(classes.classes)
     return ClassEmbeddings(fused[:count], fused[count:])
+
+
+def fuse(rows: Tensor, counts: Sequence[int]) -> Tensor:
+    """Unit rows of classes, (C, P): the mean, made a unit again, of ``counts[c]`` consecutive rows of (N, P)."""
+    return F.normalize(torch.stack([part.mean(dim=0) for part in torch.split(rows, list(counts))]), dim=1)
 
 
 def built_in_templates() -> tuple[str, ...]:

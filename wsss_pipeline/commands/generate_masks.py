@@ -124,6 +124,11 @@ def command(
         overwrite=overwrite,
         check_bytes=check_bytes,
     )
+    name = job.config.refine if job.config.refine != "auto" else load_method(job.config.method).refiner
+    if settings["vote.regions"] and name != "vote":
+        raise ConfigError(
+            f"--regions is of use to --refine vote alone, and here it is {name}; drop one of them"
+        )
     if dry_run:
         say("\n".join(describe_plan(plan_masks(job))))
         return

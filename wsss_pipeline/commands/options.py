@@ -24,6 +24,7 @@ from wsss_pipeline.config import (
     MaskConfig,
     NetworkRefinerName,
     Precision,
+    PromptedMaskConfig,
     RefinerName,
     RelabelConfig,
     Settings,
@@ -137,9 +138,8 @@ clip_options = all_of(
 )
 
 
-def _file_options(
-    example: str, listed: str = "`wsss config show` lists them"
-) -> Callable[[Command], Command]:
+def file_options(example: str, listed: str = "`wsss config show` lists them") -> Callable[[Command], Command]:
+    """``--config`` and ``--set``, with an example of a setting and where all of them are listed."""
     return all_of(
         _path("--config", "config_file", type=PATH, help="YAML file of settings."),
         _path(
@@ -154,7 +154,7 @@ def _file_options(
 
 layer_options = all_of(
     _path("--preset", metavar="NAME", help="Published settings of stage one, such as clip-es/voc12."),
-    _file_options("cam.threshold=0.7"),
+    file_options("cam.threshold=0.7"),
 )
 
 config_options = all_of(
@@ -194,6 +194,7 @@ def _refiner_options(kind: type[MaskConfig | RelabelConfig], names: Any) -> Call
 method_options = all_of(
     setting(MaskConfig, "method", "--method", metavar="NAME"),
     attributes_option,
+    setting(PromptedMaskConfig, "prompts", "--prompts", metavar="FILE"),
     _refiner_options(MaskConfig, RefinerName),
     setting(MaskConfig, "vote.regions", "--regions", metavar="DIR|slic"),
 )
@@ -285,7 +286,7 @@ inference_options = all_of(
 relabel_options = all_of(
     _look_options(RelabelConfig, "inference.", ""),
     _refiner_options(RelabelConfig, NetworkRefinerName),
-    _file_options("crf.iterations=5", "docs/settings.md lists them"),
+    file_options("crf.iterations=5", "docs/settings.md lists them"),
 )
 
 
@@ -293,7 +294,7 @@ proposal_options = all_of(
     _path(
         "--preset", metavar="NAME", help="Settings: fma, as FMA-WSSS published them, or fast.  [default: fma]"
     ),
-    _file_options("smallest_area=0", "docs/settings.md lists them"),
+    file_options("smallest_area=0", "docs/settings.md lists them"),
 )
 
 

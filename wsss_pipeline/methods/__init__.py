@@ -37,6 +37,9 @@ class Method(Protocol):
         presets: name to the settings of a preset, nested by key; that of a built-in class set's name comes with it.
         refiner: meaning of ``refine: auto``.
         background_power: p in the background's score (1 - max)^p.
+
+    Where several classes score alike, the first of the image's labels wins; with ``ties = "index"``, an attribute
+    that a method may have, the first in the class set.
     """
 
     name: ClassVar[str]
@@ -55,7 +58,7 @@ class Method(Protocol):
         """The part of the fingerprint that is its own; settings of what is switched off are left out.
 
         A method that takes more from a class set than names, prompts and background words also has a class method
-        ``class_determinants(config, class_set)``, with what enters the fingerprint of that.
+        ``class_determinants(config, class_set)``, with what enters the fingerprint of that, in place of these too.
         """
 
     def prepare(self, image: NDArray[np.uint8]) -> Prepared:
@@ -69,8 +72,8 @@ class Method(Protocol):
             present: per image its present classes as mask values 1..C, at least one, in label order.
 
         Returns:
-            Per image float32 (K, h', w') at least 0, a map for each present class, affinity done. Whether they are
-            finite is looked at by who asked for them.
+            Per image float32 (K, h', w'), a map for each present class, affinity done. What is under 0 counts as 0
+            once the map is scaled to the image. Whether they are finite is looked at by who asked for them.
         """
 
 

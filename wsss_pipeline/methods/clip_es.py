@@ -17,10 +17,10 @@ from torch import Tensor
 from wsss_pipeline.cam.affinity import refine_cams
 from wsss_pipeline.cam.gradcam import softmax_gradcam
 from wsss_pipeline.cam.scores import normalise_cams
-from wsss_pipeline.clip.text import TextEncoder, class_embeddings
+from wsss_pipeline.clip.learned_prompts import class_rows, prompt_determinants
 from wsss_pipeline.clip.trunk import Trunk
 from wsss_pipeline.clip.weights import Clip
-from wsss_pipeline.config import MaskConfig, RefinerName, ResolvedPrecision, Settings
+from wsss_pipeline.config import PromptedMaskConfig, RefinerName, ResolvedPrecision, Settings
 from wsss_pipeline.data.classes import ClassSet
 from wsss_pipeline.data.transforms import Prepared, prepare_image
 
@@ -46,7 +46,7 @@ class CamConfig(Settings):
     )
 
 
-class ClipEsConfig(MaskConfig):
+class ClipEsConfig(PromptedMaskConfig):
     """Settings of CLIP-ES."""
 
     cam: CamConfig = CamConfig()
@@ -82,7 +82,7 @@ class ClipEs:
         self._config = config
         self._trunk = Trunk(clip.vision, precision)
         self._logit_scale = clip.logit_scale
-        rows = class_embeddings(class_set, config.templates, TextEncoder(clip.text, clip.tokenizer).encode)
+        rows = class_rows(config, class_set, clip)
         self._foreground = rows.foreground.to(self._trunk.device)
         self._background = rows.background.to(self._trunk.device)
 
@@ -90,6 +90,11 @@ class ClipEs:
     def determinants(cls, config: ClipEsConfig) -> Mapping[str, Any]:
         """See ``Method``."""
         return {"cam": config.cam.model_dump() if config.cam.affinity else {"affinity": False}}
+
+    @classmethod
+    def class_determinants(cls, config: ClipEsConfig, class_set: ClassSet) -> Mapping[str, Any]:
+        """See ``Method``."""
+        return prompt_determinants(config, class_set)
 
     def prepare(self, image: NDArray[np.uint8]) -> Prepared:
         """See ``Method``."""

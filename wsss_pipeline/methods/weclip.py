@@ -20,10 +20,10 @@ from torch import Tensor
 from wsss_pipeline.cam.affinity import gated_attention, refine_cams
 from wsss_pipeline.cam.gradcam import softmax_gradcam
 from wsss_pipeline.cam.scores import normalise_cams
-from wsss_pipeline.clip.text import TextEncoder, class_embeddings
+from wsss_pipeline.clip.learned_prompts import class_rows, prompt_determinants
 from wsss_pipeline.clip.trunk import Features, Trunk
 from wsss_pipeline.clip.weights import Clip
-from wsss_pipeline.config import MaskConfig, RefinerName, ResolvedPrecision, Settings
+from wsss_pipeline.config import PromptedMaskConfig, RefinerName, ResolvedPrecision, Settings
 from wsss_pipeline.data.classes import ClassSet
 from wsss_pipeline.data.transforms import IMAGENET_STATISTICS, Prepared, prepare_image
 from wsss_pipeline.segmentation.checkpoint import decoder_digest, load_frozen_clip
@@ -57,7 +57,7 @@ class WeClipSettings(Settings):
     )
 
 
-class WeClipConfig(MaskConfig):
+class WeClipConfig(PromptedMaskConfig):
     """Settings of WeCLIP."""
 
     weclip: WeClipSettings = WeClipSettings()
@@ -102,7 +102,7 @@ class WeClip:
         if config.weclip.checkpoint:
             path = Path(config.weclip.checkpoint)
             self._network = load_frozen_clip(path, clip, precision, class_set.names, self.name, self.encoding)
-        rows = class_embeddings(class_set, config.templates, TextEncoder(clip.text, clip.tokenizer).encode)
+        rows = class_rows(config, class_set, clip)
         self._foreground = rows.foreground.to(self._trunk.device)
         self._background = rows.background.to(self._trunk.device)
 
@@ -117,6 +117,11 @@ class WeClip:
         return (
             {**found, "network": decoder_digest(Path(settings.checkpoint))} if settings.checkpoint else found
         )
+
+    @classmethod
+    def class_determinants(cls, config: WeClipConfig, class_set: ClassSet) -> Mapping[str, Any]:
+        """See ``Method``."""
+        return prompt_determinants(config, class_set)
 
     def prepare(self, image: NDArray[np.uint8]) -> Prepared:
         """See ``Method``: as CLIP-ES, with ImageNet's statistics."""

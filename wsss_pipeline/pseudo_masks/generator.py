@@ -15,7 +15,7 @@ from wsss_pipeline.cache import MaskSet
 from wsss_pipeline.cam.scores import assemble, upscale_cams
 from wsss_pipeline.clip.sources import locate_clip
 from wsss_pipeline.clip.weights import Clip, load_clip
-from wsss_pipeline.config import MaskConfig
+from wsss_pipeline.config import MaskConfig, PromptedMaskConfig
 from wsss_pipeline.data.classes import ClassSet, check_template, load_class_set
 from wsss_pipeline.data.images import AnyImage, as_pixels
 from wsss_pipeline.data.masks import PseudoMask
@@ -131,10 +131,15 @@ class MaskGenerator:
     def lines(self) -> list[str]:
         """The choices that decide over the masks, as a person reads them."""
         names, background = self.class_set.names, self.class_set.background
-        return [
-            f"classes ({len(names)}): {', '.join(names)}",
+        texts = [
             f"background words ({len(background)}): {', '.join(background) or 'none'}",
             f"templates ({len(self.config.templates)}): {' | '.join(self.config.templates)}",
+        ]
+        if isinstance(self.config, PromptedMaskConfig) and self.config.prompts:
+            texts = [f"prompts: learned, {self.config.prompts}"]
+        return [
+            f"classes ({len(names)}): {', '.join(names)}",
+            *texts,
             f"method: {self._method_type.name}; CLIP: {self.config.clip.weights}, {self.precision} on {self.device}",
             self.refiner.description,
         ]
@@ -205,13 +210,14 @@ class MaskGenerator:
             own = image.prepared.seen
             seen.append(resize(image.pixels, width, height) if own is None else own)
             # half precision is what the cache stores and what the published CRF reads
-            scores.append(assemble(upscale_cams(cams, (height, width)).half(), power))
+            upscaled = upscale_cams(cams[self._order(image)], (height, width))
+            scores.append(assemble(upscaled.half(), power))
         regions = [image.regions for image in batch if image.regions is not None]
         posteriors = self.refiner(seen, scores, regions)
         on_host: list[tuple[Tensor, Tensor, Tensor | None]] = []
         for image, cams, posterior in zip(batch, maps, posteriors, strict=True):
             size = (image.pixels.shape[0], image.pixels.shape[1])
-            mask, confidence = label(posterior, image.classes, size)
+            mask, confidence = label(posterior, [image.classes[place] for place in self._order(image)], size)
             stored = upscale_cams(cams, size).half().to("cpu", non_blocking=True) if with_cams else None
             on_host.append(
                 (mask.to("cpu", non_blocking=True), confidence.to("cpu", non_blocking=True), stored)
@@ -222,3 +228,9 @@ class MaskGenerator:
             Generated(image.labels or (), *tensors, marks, 1 / len(batch))
             for image, tensors in zip(batch, on_host, strict=True)
         ]
+
+    def _order(self, image: LabelledImage) -> list[int]:
+        """The order in which an image's classes win where several score alike, as places among its labels."""
+        places = list(range(len(image.classes)))
+        is_by_index = getattr(self.method, "ties", "label") == "index"
+        return sorted(places, key=image.classes.__getitem__) if is_by_index else places

@@ -76,17 +76,13 @@ def load_refiner(config: MaskConfig | RelabelConfig, default: RefinerName) -> Re
     if config.refine == "crf" and config.crf.backend == "none":
         raise ConfigError("--refine crf and --crf none contradict each other; drop one of them")
     name = default if config.refine == "auto" else config.refine
-    regions = config.vote.regions if isinstance(config, MaskConfig) else ""
-    if regions and name != "vote":
-        raise ConfigError(
-            f"--regions is of use to --refine vote alone, and here it is {name}; drop one of them"
-        )
     if isinstance(config, MaskConfig) and name == "vote":
-        if not regions:
+        if not config.vote.regions:
             raise ConfigError(
-                "--refine vote needs regions; give --regions slic, or a folder that propose-regions wrote"
+                "the region vote needs regions; give --regions slic, or a folder that propose-regions wrote, "
+                "or another --refine"
             )
-        return RegionVote(config.vote, config.crf, open_regions(regions, config.slic))
+        return RegionVote(config.vote, config.crf, open_regions(config.vote.regions, config.slic))
     if name == "none" or (name == "crf" and config.crf.backend == "none"):
         return Unrefined()
     return Par(config.par) if name == "par" else DenseCrf(config.crf)

@@ -29,6 +29,11 @@ class Augmentation:
     mean: tuple[float, ...]
     std: tuple[float, ...]
 
+    @property
+    def crop(self) -> int:
+        """Side of the square, pixels."""
+        return self.config.crop
+
     def __call__(self, image: Tensor, mask: Tensor, confidence: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """One training sample.
 

@@ -7,7 +7,7 @@ import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import count, islice
-from typing import TypedDict
+from typing import Protocol, TypedDict
 
 import torch
 from torch import Tensor
@@ -17,7 +17,6 @@ from wsss_pipeline.data.image_files import ImageFile
 from wsss_pipeline.data.images import read_image
 from wsss_pipeline.data.masks import IGNORE, MaskSource
 from wsss_pipeline.errors import ImageError, MaskError, TrainingError
-from wsss_pipeline.segmentation.augmentation import Augmentation
 
 logger = logging.getLogger(__name__)
 
@@ -31,8 +30,7 @@ class Sample(TypedDict):
         image: float32 (3, S, S), normalised.
         mask: int64 (S, S), 255 where there is no label.
         confidence: uint8 (S, S), half percents.
-        present: bool (1+C,), classes of the whole image, where image-level labels are all that is known; else all
-            False, and the mask says it.
+        present: bool (1+C,), classes of the whole image by its image-level labels; all False where none are known.
         image_id: id of the image.
         damaged: True where image or mask couldn't be used; every pixel is then 255.
     """
@@ -65,6 +63,17 @@ class ImageLabels:
         return image_id in self.present
 
 
+class JointAugmentation(Protocol):
+    """Random changes of an image and what belongs to its pixels."""
+
+    @property
+    def crop(self) -> int:
+        """Side of what comes out, pixels."""
+
+    def __call__(self, image: Tensor, mask: Tensor, confidence: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """One training sample, see ``Augmentation``."""
+
+
 @dataclass
 class SegmentationDataset(Dataset[Sample]):
     """Samples by (epoch, position); a function of ``seed`` and these two alone, whichever process asks.
@@ -75,14 +84,14 @@ class SegmentationDataset(Dataset[Sample]):
         images: image id to file.
         masks: masks of these images; or their labels, which give a mask of 0 inside the image.
         image_ids: ids to train on; a position is one in this list.
-        augmentation: random changes, see ``Augmentation``.
+        augmentation: random changes.
         seed: seed of all random numbers.
     """
 
     images: Mapping[str, ImageFile]
     masks: MaskSource | ImageLabels
     image_ids: Sequence[str]
-    augmentation: Augmentation
+    augmentation: JointAugmentation
     seed: int
     _warned: set[str] = field(default_factory=set)
 
@@ -101,6 +110,7 @@ class SegmentationDataset(Dataset[Sample]):
             else:
                 labelled = self.masks[image_id]
                 mask, confidence = torch.tensor(labelled.mask), torch.tensor(labelled.confidence)
+                present[1:] = torch.tensor([name in labelled.labels for name in self.masks.class_names])
             if image.shape[:2] != mask.shape:
                 raise ImageError(
                     f"the image is {image.shape[1]}x{image.shape[0]}, its mask {mask.shape[1]}x{mask.shape[0]}: "
@@ -110,7 +120,8 @@ class SegmentationDataset(Dataset[Sample]):
             if image_id not in self._warned:
                 self._warned.add(image_id)
                 logger.warning("%s: counts nothing in training: %s", image_id, error)
-            damaged, side = True, self.augmentation.config.crop
+            present[:] = False
+            damaged, side = True, self.augmentation.crop
             # noise: where all is zero, each layer norm of a fresh SegFormer multiplies the gradient by a thousand
             noise = torch.Generator().manual_seed(_seed(self.seed, epoch, position))
             pixels = torch.randn(3, side, side, generator=noise)

@@ -144,7 +144,7 @@ class Trainer:
             worker_init_fn=_leave_signals_to_the_trainer,
         )
         batches = iter(loader)
-        unusable = _UnusableSamples(config.max_unusable, len(self._dataset))
+        unusable = UnusableSamples(config.max_unusable, len(self._dataset))
         with StopRequest() as stop, progress if accelerator.is_main_process else nullcontext():
             while state.step < updates:
                 started = time.monotonic()
@@ -197,7 +197,7 @@ class Trainer:
         sums = torch.zeros(2, dtype=torch.float64, device=accelerator.device)
         seen: list[str] = []
         for part in range(chosen.accumulate):
-            batch = _next(batches)
+            batch = next_batch(batches)
             seen += batch["image_id"]
             is_last = part == chosen.accumulate - 1
             with nullcontext() if is_last else accelerator.no_sync(self._forward):
@@ -267,7 +267,7 @@ class Trainer:
             save_network(self._kept(), self._out / name, self._config.network, names, {"step": step, **extra})
 
 
-class _UnusableSamples:
+class UnusableSamples:
     """Ends a training that sees too little, before it ends well on nothing."""
 
     def __init__(self, largest_share: float, images: int) -> None:
@@ -292,7 +292,7 @@ class _UnusableSamples:
         )
 
 
-def _next(batches: Iterator[Any]) -> Any:
+def next_batch(batches: Iterator[Any]) -> Any:
     """The next batch, with one line for what the processes that load it die of."""
     try:
         return next(batches)

@@ -34,7 +34,7 @@ from wsss_pipeline.runtime.output import one_line, printable
 
 logger = logging.getLogger(__name__)
 
-_PLACE = re.compile(r"\{(\w+)\}")
+_PLACE = re.compile(r"\{([\w-]+)\}")
 SOME_FAILED, INTERRUPTED = 1, 130  # exit codes
 
 

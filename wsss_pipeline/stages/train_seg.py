@@ -6,8 +6,8 @@ import hashlib
 import json
 import logging
 import statistics
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,6 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedDataParallelKwargs
 
-from wsss_pipeline.config import differing_keys, to_yaml
 from wsss_pipeline.data.datasets import read_split
 from wsss_pipeline.data.image_files import ImageFile
 from wsss_pipeline.data.image_ids import find_images
@@ -26,46 +25,35 @@ from wsss_pipeline.data.images import read_image
 from wsss_pipeline.data.labels import read_labels
 from wsss_pipeline.data.masks import IGNORE, MaskFolder, MaskSource, half_percent_threshold
 from wsss_pipeline.errors import (
-    CheckpointError,
     ConfigError,
     EvaluationError,
     ImageError,
     MaskError,
     MissingDependencyError,
-    TrainingError,
 )
 from wsss_pipeline.evaluation.metrics import Scores, check_sizes, confusion_matrix
 from wsss_pipeline.evaluation.result import id_digest
-from wsss_pipeline.files import read_bytes, read_json
 from wsss_pipeline.methods import load_mask_config, load_method, method_names
 from wsss_pipeline.pseudo_masks.generator import MaskGenerator
 from wsss_pipeline.runtime.device import is_out_of_memory, resolve_device, resolve_precision
-from wsss_pipeline.runtime.locks import ProcessLock
-from wsss_pipeline.runtime.output import MARK, check_apart, is_temporary, one_line, write_file, writing
+from wsss_pipeline.runtime.output import check_apart, one_line
 from wsss_pipeline.segmentation.augmentation import Augmentation
-from wsss_pipeline.segmentation.checkpoint import BEST, LAST, check_frozen, remove_checkpoint, settle
+from wsss_pipeline.segmentation.checkpoint import BEST, LAST, check_frozen
 from wsss_pipeline.segmentation.dataset import ImageLabels, SegmentationDataset, usable_ids
 from wsss_pipeline.segmentation.frozen_clip import FrozenClip
 from wsss_pipeline.segmentation.inference import Segmenter
 from wsss_pipeline.segmentation.network import SegmentationNetwork
 from wsss_pipeline.segmentation.networks import build_network
 from wsss_pipeline.segmentation.pretrained import load_pretrained
+from wsss_pipeline.segmentation.run_folder import run_folder
 from wsss_pipeline.segmentation.targets import OnlineTarget
 from wsss_pipeline.segmentation.train_config import TRANSFORMERS, OnlineConfig, TrainConfig, load_train_config
-from wsss_pipeline.segmentation.trainer import LOG, NAN, STATE, Trainer
+from wsss_pipeline.segmentation.trainer import STATE, Trainer
 
 logger = logging.getLogger(__name__)
 
 MASKS_LOOKED_AT = 32  # for what a confidence threshold leaves of them
 LEAST_COUNTED = 0.05  # of the objects' pixels; with less a network learns the background
-CONFIG, DATA, LOCK = "config.yaml", "data.json", "run.lock"
-MAX_FILE_BYTES = 2**32  # of a log; the others are small
-# with what each of a run's files begins, in this version and in earlier ones
-_BEGINNINGS = {
-    CONFIG: (f"# {MARK}".encode(), b"version: 1\nnetwork:\n"),
-    DATA: (f'{{\n  "program": "{MARK}"'.encode(), b'{\n  "masks": '),
-    LOG: (b'{"step": ',),
-}
 
 
 @dataclass(frozen=True)
@@ -385,17 +373,10 @@ def _accelerator(job: TrainJob) -> Accelerator:
     return accelerator
 
 
-@contextmanager
 def _run_folder(
     job: TrainJob, masks: MaskSource | ImageLabels, ids: Sequence[str], accelerator: Accelerator
-) -> Iterator[None]:
-    """The run's folder, this process's alone, with what the run is written into it.
-
-    Raises:
-        TrainingError: another process trains into it; or it holds another run, or anything else.
-        CheckpointError: it isn't known what run it holds.
-    """
-    out = job.out
+) -> AbstractContextManager[None]:
+    """The run's folder, this process's alone; see ``run_folder``."""
     data = {
         "masks": masks.identity,
         "classes": list(masks.class_names),
@@ -403,71 +384,9 @@ def _run_folder(
         "ids": id_digest(ids),
         "processes": accelerator.num_processes,
     }
-    with writing(out):
-        out.mkdir(parents=True, exist_ok=True)
-        if not _is_own(out):
-            raise TrainingError(f"{out} holds something else than a run; give an empty folder")
-    lock = ProcessLock(out / LOCK)
-    if not lock.acquire():
-        raise TrainingError(
-            f"{out} is being trained into by {lock.owner}; wait for it or stop it, or give another --out"
-        )
-    try:
-        with writing(out):
-            for name in (LAST, BEST, STATE, NAN):
-                settle(out / name)
-                if job.overwrite:
-                    remove_checkpoint(out / name)
-            has_results = any((out / name).exists() for name in (LAST, BEST, STATE))
-            if not has_results:
-                (out / LOG).unlink(missing_ok=True)
-                for entry in filter(is_temporary, out.iterdir()):
-                    if entry.name.startswith((CONFIG, DATA)):
-                        entry.unlink()
-        if has_results:
-            _check_same(out, job.config, data)
-        else:
-            # a run that saved nothing has nothing to lose, whatever its settings were
-            write_file(out / DATA, json.dumps({"program": MARK, **data}, indent=2, ensure_ascii=False) + "\n")
-            write_file(out / CONFIG, f"# {MARK}: settings of this run\n{to_yaml(job.config)}")
-        yield
-    finally:
-        lock.release()
-
-
-def _is_own(out: Path) -> bool:
-    """Whether a folder is empty or a run, by the names of its files and by what stands in them."""
-    entries = {entry.name: entry for entry in out.iterdir()}
-    for name, beginnings in _BEGINNINGS.items():
-        if name in entries:
-            content = b"" if entries[name].is_symlink() else read_bytes(entries[name], MAX_FILE_BYTES)
-            # the other way round: a kill or a full disk may have cut it, to nothing at worst
-            is_own = any(content.startswith(text) or text.startswith(content) for text in beginnings)
-            if entries[name].is_symlink() or not is_own:
-                return False
-    if {DATA, CONFIG} <= entries.keys():
-        return True  # whatever lies beside
-    known = {*_BEGINNINGS, LOCK, LOCK.replace(".lock", ".owner")}
-    return all(name in known or name.startswith((CONFIG, DATA)) for name in entries)
-
-
-def _check_same(out: Path, config: TrainConfig, data: Mapping[str, Any]) -> None:
-    """A TrainingError where the run in a folder is another one, a CheckpointError where it isn't known which."""
-    try:
-        former = dict(read_json(out / DATA, MAX_FILE_BYTES))
-        changes = differing_keys(load_train_config(file=out / CONFIG), config)
-    except (OSError, ValueError, TypeError, ConfigError) as error:
-        raise CheckpointError(
-            f"{out}: its {CONFIG} or {DATA} can't be read ({one_line(error)[:200]}); start anew with --overwrite"
-        ) from error
-    changes += [
-        f"{key}: {former.get(key)!s:.200}, {new}" for key, new in data.items() if former.get(key) != new
-    ]
-    if changes:
-        raise TrainingError(
-            f"{out} holds a run with other settings ({'; '.join(changes)}): give another --out, the former "
-            "settings, or --overwrite"
-        )
+    return run_folder(
+        job.out, job.config, data, lambda file: load_train_config(file=file), overwrite=job.overwrite
+    )
 
 
 def _validation(

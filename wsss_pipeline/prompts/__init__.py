@@ -1,0 +1,1 @@
+"""Learning prompts: what they are learned by, from and how; the prompts themselves are in ``clip``."""
