@@ -4,8 +4,8 @@
 crops of 224 pixels, the classes of voc12 with a context for each of them and 25 free background rows, masks of 1 to
 3 classes.
 The plain way works as the published code does: all texts at their full 77 tokens, the CAM as a gradient that keeps
-its graph, class by class over the batch, and a backward pass through that graph and the text tower. The blocks before the
-last one are the same in both ways, without gradients, and are timed apart. Ways take turns.
+its graph, class by class over the batch, and a backward pass through that graph and the text tower. The blocks before
+the last one are the same in both ways, without gradients, and are timed apart. Ways take turns.
 """
 
 from __future__ import annotations

@@ -51,10 +51,11 @@ from benchmarks.plain_online import (
     step,
 )
 from tests.segmentation.published_decoder import renamed
+from wsss_pipeline.clip import learned_prompts
 from wsss_pipeline.clip.text import ClassEmbeddings
 from wsss_pipeline.clip.weights import Clip
 from wsss_pipeline.data.classes import load_class_set
-from wsss_pipeline.methods import excel, load_mask_config, load_method, weclip
+from wsss_pipeline.methods import excel, load_mask_config, load_method
 from wsss_pipeline.refine import load_refiner
 from wsss_pipeline.segmentation.frozen_clip import FrozenClip
 from wsss_pipeline.segmentation.objectives import weighted_losses
@@ -160,7 +161,7 @@ def ours(given: Setting, precision: Literal["fp32", "bf16"] = "fp32") -> Run:
     vision = given.vision if precision == "fp32" else deepcopy(given.vision)
     clip = Clip(vision, SimpleNamespace(), None, math.exp(LOGIT_SCALE))
     with ExitStack() as stack:
-        for module in (excel, weclip):
+        for module in (excel, learned_prompts):
             stack.enter_context(patch.object(module, "class_embeddings", lambda *_: rows))
             stack.enter_context(patch.object(module, "TextEncoder", lambda *_: SimpleNamespace(encode=None)))
         kind: Any = load_method(given.method)

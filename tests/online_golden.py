@@ -16,13 +16,14 @@ from torch import Tensor
 from transformers import CLIPVisionModelWithProjection
 
 from tests.segmentation.published_decoder import own_name, renamed
+from wsss_pipeline.clip import learned_prompts
 from wsss_pipeline.clip.attributes import enriched
 from wsss_pipeline.clip.text import ClassEmbeddings
 from wsss_pipeline.clip.weights import Clip
 from wsss_pipeline.data.classes import load_class_set
 from wsss_pipeline.data.masks import CERTAIN
 from wsss_pipeline.data.transforms import IMAGENET_STATISTICS, normalise
-from wsss_pipeline.methods import excel, load_mask_config, load_method, weclip
+from wsss_pipeline.methods import excel, load_mask_config, load_method
 from wsss_pipeline.refine import load_refiner
 from wsss_pipeline.segmentation.frozen_clip import FrozenClip
 from wsss_pipeline.segmentation.objectives import weighted_losses
@@ -108,7 +109,7 @@ def published(
         foreground, background = enriched(rows[:20], torch.from_numpy(texts["voc_bank"].T)), rows[20:]
     scale = load_file(clip_folder / "model.safetensors").get("logit_scale", LOGIT_SCALE)
     clip = Clip(vision.requires_grad_(False).eval(), SimpleNamespace(), None, float(np.exp(float(scale))))
-    for module in (excel, weclip):
+    for module in (excel, learned_prompts):
         monkeypatch.setattr(module, "class_embeddings", lambda *_: ClassEmbeddings(foreground, background))
         monkeypatch.setattr(module, "TextEncoder", lambda *_: SimpleNamespace(encode=None))
     attributes = ["excel.attributes=none"] if name == "excel" else []

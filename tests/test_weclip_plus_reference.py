@@ -27,6 +27,7 @@ from tests.segmentation.published_decoder import own_name, renamed
 from wsss_pipeline.cam.affinity import gated_attention, refine_cams
 from wsss_pipeline.cam.gradcam import softmax_gradcam
 from wsss_pipeline.cam.scores import assemble, normalise_cams, upscale_cams
+from wsss_pipeline.clip import learned_prompts
 from wsss_pipeline.clip.text import ClassEmbeddings
 from wsss_pipeline.clip.weights import Clip
 from wsss_pipeline.config import ParConfig
@@ -77,8 +78,8 @@ class Reference:
         rows = ClassEmbeddings(text[f"{kind}_fg"], text[f"{kind}_bg"])
         config = load_mask_config(f"weclip/{preset}", overrides=["clip.weights=demo"])
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(weclip, "class_embeddings", lambda *_: rows)
-            patch.setattr(weclip, "TextEncoder", lambda *_: SimpleNamespace(encode=None))
+            patch.setattr(learned_prompts, "class_embeddings", lambda *_: rows)
+            patch.setattr(learned_prompts, "TextEncoder", lambda *_: SimpleNamespace(encode=None))
             return weclip.WeClip(config, self.clip, load_class_set(config.classes), "fp32")  # type: ignore[arg-type]
 
     def target(self, preset: str = "plus-voc12", kind: str = "voc", recipe: str = "voc12") -> OnlineTarget:

@@ -58,7 +58,7 @@ def test_masks_equal_the_published_ones(
     """The golden text rows stand in for a text tower; all else is the command's own."""
     with np.load(GOLDEN / "expected" / "text.npz") as text:
         rows = ClassEmbeddings(torch.from_numpy(text["fg"]), torch.from_numpy(text["bg"]))
-    monkeypatch.setattr("wsss_pipeline.methods.clip_es.class_embeddings", lambda *arguments: rows)
+    monkeypatch.setattr("wsss_pipeline.clip.learned_prompts.class_embeddings", lambda *arguments: rows)
     path = mask_set(generate("--store-cams", "--crf", crf, "--crf-image", crf_image, "--precision", "fp32"))
     with MaskCache.open(path) as cache:
         for name in LABELS:

@@ -215,7 +215,8 @@ PROMPTS = {
     "templates": [Row(("a drawing of the {}",), SAME, LEARNED)],
 }
 # 320 pixels are many of the demo CLIP's patches
-SMALL: dict[str, dict[str, Any]] = {"excel": {"excel.side": 128}}
+# and the regions that vote in fma have to come from somewhere
+SMALL: dict[str, dict[str, Any]] = {"excel": {"excel.side": 128}, "fma": {"vote.regions": "slic"}}
 
 # settings that every method has
 COMMON: dict[str, list[Row]] = {
@@ -323,7 +324,7 @@ OWN: dict[str, dict[str, list[Row]]] = {
         **PROMPTS,
     },
     "fma": {
-        "crf.backend": [Row("none", CHANGES)],
+        "crf.backend": [Row("none", SAME)],
         "fma.affinity": [Row("score", CHANGES), Row("none", CHANGES)],
         "fma.affinity_layers": [Row(2, CHANGES), Row(2, SAME, UNSPREAD)],
         "fma.affinity_iterations": [Row(3, CHANGES), Row(3, SAME, UNSPREAD)],

@@ -25,4 +25,4 @@ def published_text(monkeypatch: pytest.MonkeyPatch) -> None:
     ) -> ClassEmbeddings:
         return ClassEmbeddings(foreground[[voc.index(name) - 1 for name in classes.names]], background)
 
-    monkeypatch.setattr("wsss_pipeline.methods.clip_es.class_embeddings", rows)
+    monkeypatch.setattr("wsss_pipeline.clip.learned_prompts.class_embeddings", rows)

@@ -133,7 +133,9 @@ class Recorder:
     def determinants(self) -> dict[str, object]:
         return {}
 
-    def __call__(self, images: Sequence[np.ndarray], scores: Sequence[Tensor]) -> list[Tensor]:
+    def __call__(
+        self, images: Sequence[np.ndarray], scores: Sequence[Tensor], regions: Sequence[object] = ()
+    ) -> list[Tensor]:
         self.images += images
         self.scores += scores
         return self._refiner(images, scores)
@@ -183,7 +185,9 @@ def test_a_posterior_that_is_no_number_is_a_mask_error(clip: Path) -> None:
 
 
 class Broken(Recorder):
-    def __call__(self, images: Sequence[np.ndarray], scores: Sequence[Tensor]) -> list[Tensor]:
+    def __call__(
+        self, images: Sequence[np.ndarray], scores: Sequence[Tensor], regions: Sequence[object] = ()
+    ) -> list[Tensor]:
         return [score.float().fill_(float("nan")) for score in scores]
 
 
