@@ -174,13 +174,14 @@ def test_the_statistics_are_those_of_the_preprocessor(
 
 
 def test_a_model_of_blue_first_sees_blue_first(tmp_path: Path) -> None:
-    plain = make(tmp_path, "mobilevit").eval()
+    plain = make(tmp_path, "segformer").eval()
     (tmp_path / "preprocessor_config.json").write_text('{"do_flip_channel_order": true}')
-    network = build_network(config_of(tmp_path, "mobilevit"), 4).eval()
+    network = build_network(config_of(tmp_path, "segformer"), 4).eval()
     network.load_state_dict(plain.state_dict())
-    save_network(network, tmp_path / "last", config_of(tmp_path, "mobilevit"), NAMES)
+    save_network(network, tmp_path / "last", config_of(tmp_path, "segformer"), NAMES)
     images = torch.randn(1, 3, 64, 64)
     with torch.no_grad():
+        assert not torch.equal(plain(images), plain(images.flip(1)))
         for one in (network, load_network(tmp_path / "last").network):
             assert torch.equal(one(images), plain(images.flip(1)))
 
@@ -288,8 +289,10 @@ def test_a_checkpoint_is_built_from_what_it_holds(
     values = json.loads((saved / "last/config.json").read_text())
     spoil(values)
     (saved / "last/config.json").write_text(json.dumps(values))
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     with pytest.raises(CheckpointError, match=message):
         load_network(saved / "last")
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 500_000, "kilobytes"
 
 
 @pytest.mark.parametrize(
@@ -362,13 +365,13 @@ def test_where_no_query_claims_a_pixel_no_class_is_surer_than_another(tmp_path: 
 
     def nothing(**given: Any) -> Any:
         output = forward(**given)
-        output.masks_queries_logits = torch.full_like(output.masks_queries_logits, -200.0)
+        output.masks_queries_logits = torch.full_like(output.masks_queries_logits, -25.0)
         return output
 
     network.model.forward = nothing
     with torch.no_grad():
         probability = network(torch.randn(1, 3, 64, 64)).softmax(dim=1)
-    assert torch.allclose(probability, torch.full_like(probability, 0.25))
+    assert torch.allclose(probability, torch.full_like(probability, 0.25), atol=1e-3)
 
 
 @pytest.mark.parametrize("kind", ["upernet", "mask2former", "eomt"])

@@ -608,6 +608,9 @@ def test_two_processes_are_one_with_twice_the_batch(
     if name != "deeplabv2":
         encoder = str(write_model(tmp_path / encoder, encoder, **changes))
     more: tuple[object, ...] = ("--network", name, "--encoder", encoder, "--iterations", 2, "--lr", 0.01)
+    if name == "mask2former":
+        # its norms over four cells make gradients of 600,000, after which rounding shows
+        more += ("--set", "optimisation.clip_norm=1")
     more += ("--seeds", 2, "--val-gt", root / "SegmentationClass", "--val-split", tmp_path / "seven.txt")
     alone = wsss(*train_arguments(root, tmp_path / "one", *more, "--batch-size", 4))
     process = in_two_processes(root, tmp_path / "two", *more, "--batch-size", 2)

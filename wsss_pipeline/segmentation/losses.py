@@ -331,8 +331,8 @@ def query_losses(
         total: see :func:`segmentation_loss`.
     """
     below, right = (size - side for size, side in zip(queries.size, target.shape[-2:], strict=True))
-    labels = F.pad(target[:, None], (0, right, 0, below), value=IGNORE)
-    weights = F.pad(weights[:, None], (0, right, 0, below))
+    # padding weighs nothing, whatever its label
+    labels, weights = (F.pad(plane[:, None], (0, right, 0, below)) for plane in (target, weights))
     if queries.side is not None:
         labels, weights = tiles(labels, queries.side), tiles(weights, queries.side)
     height, width = queries.layers[0][1].shape[-2:]
