@@ -1,6 +1,6 @@
 """Methods and their parts on fresh drawn scenes with the embedded CLIP.
 
-    OMP_WAIT_POLICY=PASSIVE python benchmarks/demo_methods.py [--scenes 200] [--seeds 3]
+    OMP_WAIT_POLICY=PASSIVE python benchmarks/demo_methods.py [--scenes 200] [--seeds 3] [--only TEXT]
 
 Every variant sees the same scenes, those of ``demo_ablations.py``, and goes through ``MaskGenerator`` as a user's do;
 mIoU over all scenes of a seed by the rule of ``wsss evaluate``, as mean and 95 % confidence interval over the seeds.
@@ -21,6 +21,7 @@ from wsss_pipeline.evaluation.metrics import Scores, confusion_matrix
 from wsss_pipeline.pseudo_masks.generator import MaskGenerator
 
 CAM, PAR, CRF = {"refine": "none"}, {"refine": "par"}, {"refine": "crf"}
+VOTE = {"refine": "vote", "vote.regions": "slic"}
 WITH_AFFINITY = {"excel.affinity": True, "excel.affinity_iterations": 1}
 PLAIN = {"excel.attributes": "none"}
 SQUARE = {"excel.size": "square", "excel.side": 160}
@@ -28,9 +29,11 @@ VARIANTS: dict[str, tuple[str, Mapping[str, Any]]] = {
     "CAM": ("excel", CAM),
     "CAM + PAR": ("excel", PAR),
     "CAM + CRF": ("excel", CRF),
+    "CAM + vote of superpixels": ("excel", VOTE),
     "CAM + affinity": ("excel", {**CAM, **WITH_AFFINITY}),
     "CAM + affinity + PAR": ("excel", {**PAR, **WITH_AFFINITY}),
     "CAM + affinity + CRF": ("excel", {**CRF, **WITH_AFFINITY}),
+    "CAM + affinity + vote of superpixels": ("excel", {**VOTE, **WITH_AFFINITY}),
     "without attributes: CAM": ("excel", {**CAM, **PLAIN}),
     "without attributes: CAM + PAR": ("excel", {**PAR, **PLAIN}),
     "without attributes: CAM + CRF": ("excel", {**CRF, **PLAIN}),
@@ -43,6 +46,11 @@ VARIANTS: dict[str, tuple[str, Mapping[str, Any]]] = {
     "clip-es: CAM + CAA": ("clip-es", CAM),
     "clip-es: CAM + CAA + PAR": ("clip-es", PAR),
     "clip-es: CAM + CAA + CRF": ("clip-es", CRF),
+    "clip-es: CAM + vote of superpixels": ("clip-es", {**VOTE, "cam.affinity": False}),
+    "clip-es: CAM + CAA + vote of superpixels": ("clip-es", VOTE),
+    "fma: CAM + affinity": ("fma", CAM),
+    "fma: CAM + affinity + CRF": ("fma", CRF),
+    "fma: CAM + affinity + vote of superpixels": ("fma", VOTE),
 }
 
 
@@ -66,10 +74,13 @@ def main() -> None:
     )
     parser.add_argument("--scenes", type=int, default=200, help="per seed")
     parser.add_argument("--seeds", type=int, default=3, choices=(1, 2, 3, 4, 5), help="how many")
+    parser.add_argument("--only", default="", metavar="TEXT", help="variants whose name holds it")
     options = parser.parse_args()
     print(f"{options.seeds} x {options.scenes} scenes\n")
     print("| variant | mIoU % |\n| --- | ---: |")
     for name, (method, settings) in VARIANTS.items():
+        if options.only not in name:
+            continue
         found = [
             measure(method, settings, FIRST_SEED + seed, options.scenes) for seed in range(options.seeds)
         ]
