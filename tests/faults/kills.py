@@ -1,6 +1,6 @@
 """kill -9 at random moments, over every command that writes for long: ``python -m tests.faults.kills``.
 
-Campaigns: generate-masks with each method in 1 and in 4 processes, merge, train-seg. In each, the command is
+Campaigns: generate-masks with each method in 1 and in 4 processes, propose-regions, merge, train-seg. In each, the command is
 started again and again and killed after a random part of the time that it takes undisturbed. After each kill what was
 finished before must still be there, whole and the same; a last run must then end with what an undisturbed one made.
 Each run is a fork of this process, which has imported everything: the kills fall into the work, not into the imports.
@@ -65,6 +65,20 @@ def masks(folder: Path) -> State:
     }
 
 
+def regions(folder: Path) -> State:
+    """Of all finished shards, which must be sound, image id to digest of the run lengths."""
+    from wsss_pipeline.cache import verify
+    from wsss_pipeline.regions.store import StoredRegions
+
+    (path,) = folder.glob("regions-*") or [None]
+    if path is None or not list(path.glob("shard-*.h5")):
+        return {}
+    report = verify(path)
+    assert report.ok, report
+    with StoredRegions.open(path) as found:
+        return {i: hashlib.sha256(found.read(i).counts.tobytes()).hexdigest() for i in found}
+
+
 def network(folder: Path) -> State:
     """Digest of the network at the end of training, once it is there."""
     file = folder / "last" / "model.safetensors"
@@ -74,6 +88,7 @@ def network(folder: Path) -> State:
 
 
 STEPS = 24
+SAM = Path(__file__).parent.parent / "golden" / "fma" / "sam_tiny"
 
 
 def share(root: Path, method: str, folder: Path, index: int, count: int) -> list[str]:
@@ -105,12 +120,22 @@ def campaigns(root: Path) -> list[Campaign]:
     online = ["train-seg", "--online", "weclip", "--labels", str(voc / "Annotations"), *common]
     online += ["--set", f"online.gate_from={STEPS // 2}"]
 
+    propose = ["propose-regions", "--sam", str(SAM), "--images", str(voc / "JPEGImages"), "--device", "cpu"]
+    propose += ["--set", "points=[3]", "--set", "iou_threshold=0.5", "--set", "stability_threshold=0.3"]
+
     def merge(folder: Path) -> list[list[str]]:
         sources = [str(root / f"share-{index}") for index in range(2)]
         return [["cache", "merge", *sources, "--into", str(folder)]]
 
     return [
         *(generating(root, method, count) for method in method_names() for count in (1, 4)),
+        Campaign(
+            "propose-regions, 2 processes",
+            lambda folder: [[*propose, "--out", str(folder), "--shard", f"{index}/2"] for index in range(2)],
+            regions,
+            True,
+            "regions",
+        ),
         Campaign("cache merge", merge, masks, True, "merged"),
         Campaign("train-seg", lambda folder: [[*train, "--out", str(folder)]], network, False, "network"),
         Campaign(
@@ -218,7 +243,7 @@ def main() -> None:
 
     from wsss_pipeline.cache import writer
 
-    for module in ("generate_masks", "train_seg", "evaluate"):
+    for module in ("generate_masks", "propose_regions", "train_seg", "evaluate"):
         importlib.import_module(f"wsss_pipeline.stages.{module}")
     for name in method_names():
         load_method(name)

@@ -115,16 +115,23 @@ def test_an_image_for_which_memory_runs_out_is_skipped(world: Path, monkeypatch:
     generate, calls = Proposer.generate, []
 
     def starved(self: Proposer, batch: Any, with_cams: bool) -> Any:
-        calls.append(threading.current_thread())
+        calls.append((threading.current_thread(), torch.get_num_threads()))
         if len(calls) == 2:
             raise MemoryError
         return generate(self, batch, with_cams)
 
     monkeypatch.setattr(Proposer, "generate", starved)
-    report = propose_regions(job())
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        report = propose_regions(job())
+    finally:
+        torch.set_num_threads(before)
     assert (report.computed, list(report.failed)) == (2, ["a/two"])
     assert "--points-per-batch" in report.failed["a/two"]
-    assert set(calls) == {threading.main_thread()}, "a predictor looks at one image at a time"
+    assert set(calls) == {(threading.main_thread(), 2)}, (
+        "a predictor looks at one image at a time, with all cores"
+    )
 
 
 def test_a_signal_finishes_the_image_and_says_how_to_go_on(

@@ -107,7 +107,7 @@ def verify_sets(context: click.Context, mask_sets: list[Path]) -> None:
         )
         damaged |= not report.ok
     if damaged:
-        say("the command that made them makes the damaged ones anew: run it again", err=True)
+        say("the same generate-masks, relabel or propose-regions again makes the damaged ones anew", err=True)
         context.exit(1)
 
 
