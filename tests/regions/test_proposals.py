@@ -335,7 +335,7 @@ def test_specks_are_filled_and_dropped() -> None:
 
 @pytest.mark.slow
 def test_memory_is_bounded_for_large_pictures() -> None:
-    """All masks of 4000 x 3000 pixels at a time would take 36 GB; its regions, one at a time, less than one."""
+    """The logits of all 108 masks, of 4000 x 3000 pixels, would take 5 GB."""
     code = (
         "import resource, numpy as np, torch\n"
         "from wsss_pipeline.regions.proposals import ProposalConfig, propose\n"
@@ -344,10 +344,10 @@ def test_memory_is_bounded_for_large_pictures() -> None:
         f"small = np.load({str(GOLDEN / 'sam_tiny.npz')!r})['image']\n"
         "image = np.kron(small, np.ones((25, 23, 1), np.uint8))[:3000, :4000]\n"
         "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
-        "regions = propose(image, predictor, ProposalConfig(points=(16,), part_filter=False))\n"
+        "regions = propose(image, predictor, ProposalConfig(points=(6,), part_filter=False))\n"
         "print(len(regions), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     number, kilobytes = map(int, done.stdout.split())
-    assert number > 5
-    assert kilobytes < 1_000_000
+    assert number
+    assert kilobytes < 500_000

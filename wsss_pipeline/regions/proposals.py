@@ -22,7 +22,7 @@ from torchvision.ops import nms
 
 from wsss_pipeline.config import Settings
 from wsss_pipeline.regions.regions import PART, SUB_PART, WHOLE, Regions
-from wsss_pipeline.runtime.device import is_out_of_memory
+from wsss_pipeline.runtime.device import give_back_memory, is_out_of_memory
 
 # presets by name: settings, by key, that differ from the defaults
 PRESETS: Mapping[str, Mapping[str, Any]] = {"fma": {}, "fast": {"points": (16,)}}
@@ -227,6 +227,7 @@ def _regions_of_crop(
             batch //= 2
         else:
             done += batch
+            give_back_memory()
     regions = Regions.joined((crop.height, crop.width), parts)
     boxes = regions.boxes() + np.tile(corner, 2)
     edges = np.array([crop.x, crop.y, crop.x + crop.width, crop.y + crop.height])
@@ -267,6 +268,8 @@ def _answers(
             stability=stability[kept].cpu().numpy(),
             points=some_points[kept.cpu()].numpy(),
         )
+        if crop.width * crop.height > LEAST_ENLARGED:
+            give_back_memory()
 
 
 def suppress(boxes: NDArray[np.int64], scores: Tensor, threshold: float) -> NDArray[np.int64]:
