@@ -173,7 +173,7 @@ def test_answers_are_those_of_transformers(kind: str, tmp_path: Path) -> None:
     points = np.array([[30.0, 20.0], [171.5, 100.25], [90.0, 60.0]])
     logits, iou = predictor.predict(points)
     height, width = (64, 64) if kind == "Sam2" else (43, 64)
-    seen = np.asarray(Image.fromarray(IMAGE).resize((width, height), Image.Resampling.BILINEAR))
+    seen = np.array(Image.fromarray(IMAGE).resize((width, height), Image.Resampling.BILINEAR))
     pixels = (torch.from_numpy(seen).float() / 255 - torch.tensor([0.485, 0.456, 0.406])) / torch.tensor(
         [0.229, 0.224, 0.225]
     )

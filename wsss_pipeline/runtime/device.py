@@ -116,8 +116,8 @@ def is_out_of_memory(error: BaseException) -> bool:
 def give_back_memory() -> None:
     """Freed memory goes back to the system where the C library can be told to; elsewhere nothing happens.
 
-    glibc before 2.38 finds no use for freed blocks of up to 32 MB where the next one is wanted aligned, as torch wants
-    all: they pile up as long as something small that was made in between is kept.
+    glibc before 2.38 finds no use for freed blocks of up to 32 MB where the next one is wanted aligned, as torch
+    wants all: they pile up as long as something small that was made in between is kept.
     """
     trim = _malloc_trim()
     if trim is not None:
