@@ -25,7 +25,7 @@ from wsss_pipeline.config import user_layers
     "--sam",
     metavar="ID_OR_PATH",
     required=True,
-    help="SAM, SAM-HQ, SAM 2 or EdgeTAM: a hub id such as facebook/sam-vit-huge, or its folder.",
+    help="SAM, SAM-HQ or SAM 2: a hub id such as facebook/sam-vit-huge, or its folder.",
 )
 @click.option(
     "--images",
