@@ -1,9 +1,10 @@
 """kill -9 at random moments, over every command that writes for long: ``python -m tests.faults.kills``.
 
-Campaigns: generate-masks with each method in 1 and in 4 processes, propose-regions, merge, train-seg. In each, the command
-is started again and again and killed after a random part of the time that it takes undisturbed. After each kill what was
-finished before must still be there, whole and the same; a last run must then end with what an undisturbed one made.
-Each run is a fork of this process, which has imported everything: the kills fall into the work, not into the imports.
+Campaigns: generate-masks with each method in 1 and in 4 processes, propose-regions, merge, train-seg. In each, the
+command is started again and again and killed after a random part of the time that it takes undisturbed. After each
+kill what was finished before must still be there, whole and the same; a last run must then end with what an
+undisturbed one made. Each run is a fork of this process, which has imported everything: the kills fall into the work,
+not into the imports.
 
     python -m tests.faults.kills --kills 100 --seed 0
 """
