@@ -1,6 +1,6 @@
 """An update of learn-prompts beside one written plainly, by autograd of the second order.
 
-``python benchmarks/learn_prompts.py [--updates 2] [--device cpu]``. A CLIP ViT-B/16 of seeded weights, 16 seeded
+``python benchmarks/learn_prompts.py [--updates 2] [--precision bf16]``. A CLIP ViT-B/16 of seeded weights, 16 seeded
 crops of 224 pixels, the classes of voc12 with a context for each of them and 25 free background rows, masks of 1 to 3
 classes. The plain way works as the published code does: all texts at their full 77 tokens, the CAM as a gradient that
 keeps its graph, class by class over the batch, and a backward pass through that graph and the text tower. The blocks
@@ -13,6 +13,7 @@ import argparse
 import tempfile
 import time
 from collections import defaultdict
+from copy import deepcopy
 from pathlib import Path
 
 import torch
@@ -25,7 +26,7 @@ from wsss_pipeline.clip.learned_prompts import PromptEncoder, initial_context
 from wsss_pipeline.clip.sources import locate_clip
 from wsss_pipeline.clip.trunk import Features, Trunk
 from wsss_pipeline.clip.weights import Clip, load_clip
-from wsss_pipeline.config import ClipConfig
+from wsss_pipeline.config import ClipConfig, ResolvedPrecision
 from wsss_pipeline.data.classes import load_class_set
 from wsss_pipeline.prompts.losses import activation_loss
 
@@ -87,12 +88,13 @@ def main() -> None:
     )
     parser.add_argument("--updates", type=int, default=2, help="of each way")
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--precision", default="fp32", choices=("fp32", "bf16"), help="of ours")
     arguments = parser.parse_args()
     device = torch.device(arguments.device)
     with tempfile.TemporaryDirectory() as folder:
         files = locate_clip(ClipConfig(weights=str(write_clip(Path(folder) / "clip"))), offline=True)
         clip = load_clip(files, device)
-        seconds = measured(clip, device, arguments.updates)
+        seconds = measured(clip, device, arguments.updates, arguments.precision)
     for way, parts in seconds.items():
         listed = ", ".join(
             f"{part} {1000 * value / arguments.updates:.0f} ms" for part, value in parts.items()
@@ -104,11 +106,14 @@ def main() -> None:
     print(f"without the blocks before the last: {(plain - trunk) / (ours - trunk):.2f}")
 
 
-def measured(clip: Clip, device: torch.device, updates: int) -> dict[str, dict[str, float]]:
+def measured(
+    clip: Clip, device: torch.device, updates: int, precision: ResolvedPrecision
+) -> dict[str, dict[str, float]]:
     """Seconds of each part of each way; both give the same gradient."""
     torch.manual_seed(0)
     texts = [*(entry.texts() for entry in load_class_set("voc12").classes), *[("",)] * FREE]
     encoder, trunk = PromptEncoder(clip, texts, "front", LENGTH), Trunk(clip.vision, rounded_positions=False)
+    trunks = {"plain": trunk, "ours": Trunk(deepcopy(clip.vision), precision, rounded_positions=False)}
     plain = Plain(clip, encoder)
     shape = (len(texts), LENGTH, int(clip.text.config.hidden_size))
     context = initial_context(shape, 0.0125, "0").to(device).requires_grad_()
@@ -123,9 +128,11 @@ def measured(clip: Clip, device: torch.device, updates: int) -> dict[str, dict[s
         for way, parts in seconds.items():
             clock = Clock(parts, device)
             with torch.no_grad():
+                trunk = trunks[way]
                 before = trunk.encode(images, taps=[trunk.depth - 2], attention="none").taps[trunk.depth - 2]
             clock.part("blocks before the last")
-            rows = plain.rows(context) if way == "plain" else encoder(context)
+            with torch.autocast(device.type, torch.bfloat16, enabled=way == "ours" and precision == "bf16"):
+                rows = plain.rows(context) if way == "plain" else encoder(context).float()
             clock.part("texts")
             leaf = rows.detach().requires_grad_()
             loss = (
@@ -140,7 +147,7 @@ def measured(clip: Clip, device: torch.device, updates: int) -> dict[str, dict[s
             clock.part("texts, backward")
             gradients[way], context.grad = context.grad, None
         difference = (gradients["plain"] - gradients["ours"]).abs().max() / gradients["plain"].abs().max()
-        assert float(difference) < 1e-3, float(difference)
+        assert float(difference) < (1e-3 if precision == "fp32" else 0.2), float(difference)
     return seconds
 
 

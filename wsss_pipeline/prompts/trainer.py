@@ -24,6 +24,7 @@ from wsss_pipeline.cam.gradcam import softmax_gradcam
 from wsss_pipeline.clip.learned_prompts import LearnedPrompts, PromptEncoder, seed_number
 from wsss_pipeline.clip.trunk import Trunk
 from wsss_pipeline.clip.weights import Clip
+from wsss_pipeline.config import ResolvedPrecision
 from wsss_pipeline.errors import CheckpointError, TrainingError
 from wsss_pipeline.prompts.config import PromptConfig, PromptOptimisationConfig
 from wsss_pipeline.prompts.losses import activation_loss, contrastive_loss
@@ -107,6 +108,7 @@ class PromptTrainer:
         dataset: samples to learn from.
         out: folder of the run.
         workers: number of processes that load samples.
+        precision: type of the text tower's matrix products; those of fp16 are float32.
 
     Attributes:
         state: progress of the run, with all that it goes on with.
@@ -125,9 +127,11 @@ class PromptTrainer:
         dataset: SegmentationDataset,
         out: Path,
         workers: int = 0,
+        precision: ResolvedPrecision = "fp32",
     ) -> None:
         self._config, self._prompts, self._dataset = config, prompts, dataset
         self._out, self._workers, self._device = out, workers, trunk.device
+        self._precision = precision
         # contrastive learning doesn't look at the background
         words = prompts.background if config.objective == "cam" else ()
         texts = [*prompts.texts, *((word,) for word in words)]
@@ -201,7 +205,9 @@ class PromptTrainer:
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(self.state.step, chosen)
         context = self._learned.context
-        rows = self._encoder(context[: self._num_texts] if context.ndim == 3 else context)
+        # in half precision the gradients of so small a loss would vanish; bfloat16 has float32's range
+        with torch.autocast(self._device.type, torch.bfloat16, enabled=self._precision == "bf16"):
+            rows = self._encoder(context[: self._num_texts] if context.ndim == 3 else context).float()
         # the texts are the same for all batches: what each wants of them is summed, and goes back once
         at_rows = rows.detach().requires_grad_()
         total, pairs, damaged = 0.0, 0, 0

@@ -200,7 +200,7 @@ def learn_prompts(job: PromptJob) -> PromptResult:
         dataset = SegmentationDataset(
             job.images, masks, ids, PromptAugmentation(config.augmentation), seed_number(config.seed)
         )
-        trainer = PromptTrainer(config, clip, trunk, prompts, dataset, job.out, job.workers)
+        trainer = PromptTrainer(config, clip, trunk, prompts, dataset, job.out, job.workers, precision)
         chosen, state = config.optimisation, trainer.state
         kind = "a context for each class" if context.per_class else "one context for all classes"
         logger.info(f"prompts: {kind}, {prompts.context.numel():,} numbers, layout {context.layout}")
