@@ -62,6 +62,11 @@ def generate_arguments(world: Path, clip: Path, cache: str = "cache") -> list[ob
     ]
 
 
+def with_method(method: str) -> tuple[str, ...]:
+    """Options of a method, with what it can't do without."""
+    return ("--method", method, *(("--regions", "slic") if method == "fma" else ()))
+
+
 def wsss(*arguments: object) -> Result:
     """One command in this process; a traceback is never what a user should get."""
     result = CliRunner().invoke(main, [str(argument) for argument in arguments])

@@ -27,6 +27,7 @@ def main() -> None:
     # what a run imports late: the children are to be killed at work, not while they import
     importlib.import_module("yaml")
     importlib.import_module("wsss_pipeline.stages.generate_masks")
+    importlib.import_module("skimage.segmentation")
     for method in method_names():
         load_method(method)
     assert transformers.CLIPTextModelWithProjection

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.end_to_end.conftest import mask_set, wsss
+from tests.end_to_end.conftest import mask_set, with_method, wsss
 from tests.faults.kills import State, masks
 from wsss_pipeline.data.classes import load_class_set
 from wsss_pipeline.data.labels import read_labels
@@ -56,7 +56,7 @@ Options = tuple[str, ...]
 def expected(request: pytest.FixtureRequest, root: Path) -> tuple[Options, State]:
     """Method and precision as options, and what a plain run makes with them."""
     method, precision = request.param
-    options, cache = ("--method", method, "--precision", precision), root / f"{method} {precision}"
+    options, cache = (*with_method(method), "--precision", precision), root / f"{method} {precision}"
     generate(root, cache, *options)
     found = masks(cache)
     assert len(found) == SCENES

@@ -149,7 +149,7 @@ def test_a_mask_set_of_another_refiner_went_through_no_crf(root: Path, tmp_path:
             writer.write(image_id, mask, image_digest="0" * 64, seconds=0.1)
         writer.finish(IDS)
     done = wsss("evaluate", "--cache", tmp_path, "--gt", root / "truth", "--json", "-")
-    assert json.loads(done.stdout)["crf"] == {"backend": "none"}
+    assert json.loads(done.stdout)["crf"] == {"backend": "none", "instead": "PAR"}
 
 
 def test_confidence_counts_for_a_mask_set_and_a_network_but_not_for_a_folder(root: Path) -> None:

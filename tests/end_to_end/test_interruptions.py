@@ -16,7 +16,15 @@ from pathlib import Path
 import h5py
 import pytest
 
-from tests.end_to_end.conftest import LABELS, Run, for_each_method, generate_arguments, mask_set, write_labels
+from tests.end_to_end.conftest import (
+    LABELS,
+    Run,
+    for_each_method,
+    generate_arguments,
+    mask_set,
+    with_method,
+    write_labels,
+)
 from wsss_pipeline.cache import MaskCache, verify
 from wsss_pipeline.demo.voc_folder import write_voc_folder
 from wsss_pipeline.methods import method_names
@@ -61,7 +69,11 @@ def test_kills_at_random_moments_lose_nothing_that_was_finished(
     }
     codes = interrupted_runs(
         [
-            (world / method, moments[method], [*generate_arguments(world, clip, method), "--method", method])
+            (
+                world / method,
+                moments[method],
+                [*generate_arguments(world, clip, method), *with_method(method)],
+            )
             for method in moments
         ]
     )
@@ -75,8 +87,8 @@ def test_kills_at_random_moments_lose_nothing_that_was_finished(
                 pass
         assert verify(path).ok
         assert 0 < len(records(path)) < IMAGES, "the kills came too early, or too late, to test anything"
-        assert mask_set(generate("--method", method, cache=method)) == path
-        other = mask_set(generate("--method", method, cache="undisturbed"))
+        assert mask_set(generate(*with_method(method), cache=method)) == path
+        other = mask_set(generate(*with_method(method), cache="undisturbed"))
         assert len(records(path)) == IMAGES
         assert records(path) == records(other)
 

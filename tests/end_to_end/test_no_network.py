@@ -69,6 +69,7 @@ LINES: list[tuple[str, ...]] = [
     ("export-model", "--checkpoint", "run", "--out", "hf", "--format", "huggingface"),
     ("export-model", "--checkpoint", "run", "--out", "network.onnx"),
     ("config", "show"),
+    ("run", "clip-es/demo", "out=chain", "--dry-run"),
     ("doctor", "--clip", "demo"),
 ]
 # run in a process of its own, for a hook can't be taken out again

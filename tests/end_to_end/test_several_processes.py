@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.end_to_end.conftest import LABELS, Run, for_each_method, generate_arguments, mask_set
+from tests.end_to_end.conftest import LABELS, Run, for_each_method, generate_arguments, mask_set, with_method
 from tests.end_to_end.runs_in_turn import ended, write_list
 from tests.end_to_end.test_interruptions import ROOT, many_images, records
 from wsss_pipeline.methods import method_names
@@ -26,7 +26,12 @@ each_method = pytest.mark.parametrize("method", method_names())
 def runs(world: Path, clip: Path, *further: object) -> Path:
     """The list of a run with each method, each into a cache of its own."""
     arguments = {
-        method: [*generate_arguments(world, clip, f"cache-{method}"), "--method", method, "--json", *further]
+        method: [
+            *generate_arguments(world, clip, f"cache-{method}"),
+            *with_method(method),
+            "--json",
+            *further,
+        ]
         for method in method_names()
     }
     return write_list(world / "runs", arguments)
@@ -60,18 +65,18 @@ def test_torchrun_divides_the_images_and_one_bad_one_stops_nobody(
         assert sum(len(summary["failed"]) for summary in summaries) == 1
         (path,) = (world / f"cache-{method}").glob("voc12-*")
         assert {name.name.split("-")[1] for name in path.glob("shard-*.h5")} == {"0of2", "1of2"}
-        assert records(path) == records(mask_set(generate("--method", method, cache="alone")))
+        assert records(path) == records(mask_set(generate(*with_method(method), cache="alone")))
 
     for_each_method(check)
 
 
 @each_method
 def test_shares_of_any_number_give_the_masks_of_one_run(generate: Run, method: str) -> None:
-    expected = records(mask_set(generate("--method", method, cache="alone")))
+    expected = records(mask_set(generate(*with_method(method), cache="alone")))
     assert set(expected) == set(LABELS)
     for count in (2, 3):
         for index in range(count):
-            result = generate("--method", method, "--shard", f"{index}/{count}", cache=f"of{count}")
+            result = generate(*with_method(method), "--shard", f"{index}/{count}", cache=f"of{count}")
             assert result.exit_code == 0, result.stderr
         assert records(mask_set(result)) == expected
         assert json.loads((mask_set(result) / "manifest.json").read_text())["completion"]["complete"]
@@ -131,8 +136,8 @@ def test_ray_goes_on_when_a_worker_is_killed_half_way(world: Path, clip: Path, g
         assert found.summary["computed"] + found.summary["reused"] == RAY_IMAGES - 1
         assert list(found.summary["failed"]) == ["tiny_odd_4"]
         (path,) = (world / f"cache-{method}").glob("voc12-*")
-        assert records(path) == records(mask_set(generate("--method", method, cache="alone")))
-        again = generate("--method", method, "--json", cache=f"cache-{method}").stdout.splitlines()[0]
+        assert records(path) == records(mask_set(generate(*with_method(method), cache="alone")))
+        again = generate(*with_method(method), "--json", cache=f"cache-{method}").stdout.splitlines()[0]
         assert (json.loads(again)["reused"], json.loads(again)["computed"]) == (RAY_IMAGES - 1, 0)
 
     for_each_method(check)

@@ -246,6 +246,7 @@ def main() -> None:
 
     for module in ("generate_masks", "propose_regions", "train_seg", "evaluate"):
         importlib.import_module(f"wsss_pipeline.stages.{module}")
+    importlib.import_module("skimage.segmentation")
     for name in method_names():
         load_method(name)
     assert transformers.CLIPModel
