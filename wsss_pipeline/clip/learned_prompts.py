@@ -60,9 +60,7 @@ class PromptEncoder:
     def __init__(
         self, clip: Clip, texts: Sequence[Sequence[str]], layout: ContextLayout, length: int
     ) -> None:
-        self._projection = clip.text.text_projection
-        tower = clip.text.text_model
-        self._layers, self._final_norm = list(tower.encoder.layers), tower.final_layer_norm
+        self._text = clip.text
         longest = int(clip.text.config.max_position_embeddings)
         start, *_, end = clip.tokenizer("")["input_ids"]
         room = [0] * length
@@ -80,18 +78,14 @@ class PromptEncoder:
                     f"the text '{one_line(text, 80)}' has {len(rows[-1])} tokens with a context of {length}, CLIP "
                     f"reads {longest}; shorten it, or lower context.length"
                 )
-        device = self._projection.weight.device
+        device = clip.text.text_projection.weight.device
         self._counts = [len(several) for several in texts]
         self._owners = torch.arange(len(texts)).repeat_interleave(torch.tensor(self._counts)).to(device)
         widest = max(map(len, rows), default=2)
         self.tokens = torch.tensor([row + [0] * (widest - len(row)) for row in rows], device=device)
         self.places = torch.tensor(before, device=device)[:, None] + torch.arange(length, device=device)
         self.ends = torch.tensor([len(row) - 1 for row in rows], device=device)
-        embeddings = tower.embeddings
-        self._words = embeddings.token_embedding(self.tokens)
-        self._positions = embeddings.position_embedding.weight[:widest]
-        # no token sees those behind it
-        self._mask = torch.full((widest, widest), -torch.inf, device=device).triu(1)
+        self._words = clip.text.text_model.embeddings.token_embedding(self.tokens)
 
     def embedded(self, context: Tensor) -> Tensor:
         """Token embeddings before the position embeddings, float32 (N, T, D); ``context`` as for a call."""
@@ -102,11 +96,27 @@ class PromptEncoder:
 
     def __call__(self, context: Tensor) -> Tensor:
         """Unit rows, float32 (C, P), out of one context (length, D), or one for each class, (C, length, D)."""
-        hidden = self.embedded(context) + self._positions
-        for layer in self._layers:
-            hidden = layer(hidden, self._mask[None, None])
-        taken = self._final_norm(hidden[torch.arange(len(hidden)), self.ends])
-        return fuse(F.normalize(self._projection(taken), dim=1), self._counts)
+        features = text_features(self._text, self.embedded(context), self.ends)
+        return fuse(F.normalize(features, dim=1), self._counts)
+
+
+def text_features(text_model: Any, embedded: Tensor, ends: Tensor) -> Tensor:
+    """What a text tower makes of token embeddings, float32 (N, P), not normalised; differentiable in all of it.
+
+    Args:
+        text_model: a ``transformers.CLIPTextModelWithProjection``.
+        embedded: float32 (N, T, D), before the position embeddings.
+        ends: int64 (N,), place of each text's end token.
+    """
+    tower, length = text_model.text_model, embedded.shape[1]
+    hidden = embedded + tower.embeddings.position_embedding.weight[:length]
+    # no token sees those behind it
+    mask = torch.full((length, length), -torch.inf, device=embedded.device).triu(1)
+    for layer in tower.encoder.layers:
+        hidden = layer(hidden, mask[None, None])
+    taken = tower.final_layer_norm(hidden[torch.arange(len(hidden), device=hidden.device), ends])
+    features: Tensor = text_model.text_projection(taken)
+    return features
 
 
 # with sentence fusion all synonyms of a class are one

@@ -70,13 +70,20 @@ class Trunk:
         precision: type of the blocks' matrix products. Residual stream, normalisation and softmax stay in
             float32, and so does what leads from the tokens to the class activation maps.
         rounded_positions: choice to round the position table to half precision, as CLIP-ES's results were made.
+        class_embeddings: number of times that the class embedding is added (WeakCLIP: 2).
     """
 
     def __init__(
-        self, vision: Any, precision: ResolvedPrecision = "fp32", *, rounded_positions: bool = True
+        self,
+        vision: Any,
+        precision: ResolvedPrecision = "fp32",
+        *,
+        rounded_positions: bool = True,
+        class_embeddings: int = 1,
     ) -> None:
         model = vision.vision_model
         self._rounded_positions = rounded_positions
+        self._class_embeddings = class_embeddings
         self.patch_size = int(vision.config.patch_size)
         self._embeddings = model.embeddings
         self._pre_norm = model.pre_layrnorm
@@ -114,6 +121,7 @@ class Trunk:
         *,
         middle: Collection[int] = (),
         left_out: int = 0,
+        stochastic_depth: float = 0.0,
     ) -> Features:
         """Dense features of a batch. Gradients are the caller's business: the weights ask for none.
 
@@ -134,6 +142,8 @@ class Trunk:
             middle: blocks, from 0, of which the stream before the MLP is wanted.
             left_out: number of blocks that what goes into the last block hasn't been through (WeCLIP+: 1). Its
                 attention is then that of this way; all else is as ever.
+            stochastic_depth: share of tokens that the last block's attention and MLP are left out for, drawn for
+                each place, the same in all images; it rises from 0 in the first block (WeakCLIP, in training: 0.1).
 
         Raises:
             ValueError: H or W isn't a multiple of the patch size, or there is no such block.
@@ -169,8 +179,9 @@ class Trunk:
             own = [tap for tap in taps if tap % depth == index]
             # beside the calibrated stream nothing but the class token is read of the last block
             goes_on = 1 if is_calibrated and index == depth - 1 and not own and index not in middle else None
+            dropped = stochastic_depth * index / max(1, depth - 1)
             hidden, inside, alike = self._block(
-                layer, hidden, total, values if is_calibrated else None, goes_on
+                layer, hidden, total, values if is_calibrated else None, goes_on, dropped
             )
             stream = hidden if alike is None else stream + alike
             tapped |= dict.fromkeys(own, hidden)
@@ -183,7 +194,7 @@ class Trunk:
                 maps.div_(count)
             tokens = torch.cat([hidden[:, :1], stream[:, 1:]], dim=1)
             features = maps if attention != "mean" else maps[0]
-            return Features(grid, features, tapped, [], between, tokens, values, self._projected(tokens))
+            return Features(grid, features, tapped, [], between, tokens, values, self.projected(tokens))
         passes: list[LastBlockPass] = []
         if needs_passes:
             passes = [self._last.forward(image) for image in before_last]
@@ -214,9 +225,9 @@ class Trunk:
         heads = int(self._layers[-1].self_attn.num_heads)
         tokens = features.stream.clone()
         tokens[:, 1:] += heads * guide @ features.values
-        return self._projected(tokens)
+        return self.projected(tokens)
 
-    def _projected(self, tokens: Tensor) -> Tensor:
+    def projected(self, tokens: Tensor) -> Tensor:
         """Tokens (B, N, D) in the space of the texts, (B, N, P)."""
         projected: Tensor = self._last.post_norm(tokens) @ self._last.projection.T
         return projected
@@ -224,20 +235,27 @@ class Trunk:
     def _embedded(self, images: Tensor, grid: tuple[int, int]) -> Tensor:
         """What goes into the first block, float32 (B, 1+hw, D)."""
         patches = self._embeddings.patch_embedding(images).flatten(2).transpose(1, 2)
-        class_token = self._embeddings.class_embedding.expand(images.shape[0], 1, -1)
+        class_token = self._class_embeddings * self._embeddings.class_embedding.expand(images.shape[0], 1, -1)
         weights = self._embeddings.position_embedding.weight
         table = resize_position_table(weights, grid, rounded=self._rounded_positions)
         embedded: Tensor = self._pre_norm(torch.cat([class_token, patches], dim=1) + table)
         return embedded
 
     def _block(
-        self, layer: Any, hidden: Tensor, total: Tensor | None, values: Tensor | None, goes_on: int | None
+        self,
+        layer: Any,
+        hidden: Tensor,
+        total: Tensor | None,
+        values: Tensor | None,
+        goes_on: int | None,
+        dropped: float,
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """A block's output for the first ``goes_on`` tokens, for all where None (B, n, D); the same before its MLP;
         and what all tokens (B, 1+hw, D) add to the calibrated stream, None where that isn't wanted.
 
         Its attention (B, hw, hw), the mean over heads, is added to ``total``; what the patches' values become by the
-        output projection (B, hw, D) to ``values``, which says that the block is calibrated.
+        output projection (B, hw, D) to ``values``, which says that the block is calibrated. ``dropped`` is the share
+        of tokens that attention and MLP are left out for.
         """
         heads, (batch, length, _) = layer.self_attn.num_heads, hidden.shape
         normed = layer.layer_norm1(hidden).to(self._dtype)
@@ -266,8 +284,18 @@ class Trunk:
             projected = F.linear(value.transpose(1, 2).flatten(2), layer.self_attn.out_proj.weight)
             values += projected[:, 1:]
             alike = ((likeness / 3).to(self._dtype) @ projected).float() + layer.self_attn.out_proj.bias
-        inside = hidden[:, :goes_on] + layer.self_attn.out_proj(mixed.transpose(1, 2).flatten(2))
-        return inside + layer.mlp(layer.layer_norm2(inside).to(self._dtype)), inside, alike
+        attended = layer.self_attn.out_proj(mixed.transpose(1, 2).flatten(2))
+        inside = hidden[:, :goes_on] + _without(attended, dropped)
+        changed = layer.mlp(layer.layer_norm2(inside).to(self._dtype))
+        return inside + _without(changed, dropped), inside, alike
+
+
+def _without(branch: Tensor, dropped: float) -> Tensor:
+    """A branch (B, N, D) with a share of its tokens 0, the same in all images, and the others as much larger."""
+    if not dropped:
+        return branch
+    kept = torch.rand(1, branch.shape[1], 1, device=branch.device) >= dropped
+    return branch * kept / (1 - dropped)
 
 
 def _heads_together(heads: int, hidden: Tensor) -> list[slice]:

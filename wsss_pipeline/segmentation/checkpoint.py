@@ -31,6 +31,7 @@ from wsss_pipeline.data.classes import MAX_CLASSES
 from wsss_pipeline.errors import CheckpointError, NetworkError, OutputError, ResourceError, WeightsError
 from wsss_pipeline.files import check_plain, open_plain, read_json
 from wsss_pipeline.runtime.output import one_line, open_new, printable, writing
+from wsss_pipeline.segmentation.clip_network import ClipNetwork
 from wsss_pipeline.segmentation.frozen_clip import FrozenClip
 from wsss_pipeline.segmentation.hf_networks import TransformersNetwork
 from wsss_pipeline.segmentation.network import SegmentationNetwork
@@ -77,7 +78,7 @@ def save_network(
     """
     names = dict(enumerate(("background", *class_names)))
     frozen: dict[str, Any] = {}
-    if isinstance(network, FrozenClip):
+    if isinstance(network, ClipNetwork):
         frozen = {"frozen": network.frozen_digests()}
     elif isinstance(network, TransformersNetwork):
         frozen = {"architecture": network.architecture}
@@ -246,6 +247,7 @@ def load_network(
             build_network,
             chosen,
             len(config.names),
+            class_names=config.names[1:],
             clip=clip,
             precision=precision,
             architecture=config.architecture,
@@ -266,7 +268,7 @@ def load_network(
             f"checkpoint {folder} needs its frozen encoder, which can't be had: {one_line(error)[:300]}; where CLIP "
             "lies elsewhere now, give --clip"
         ) from error
-    if isinstance(network, FrozenClip):
+    if isinstance(network, ClipNetwork):
         _check_frozen(network, config.frozen, folder)
     try:
         if config.architecture is not None:
@@ -286,8 +288,8 @@ def load_network(
     return LoadedNetwork(network.to(device).eval(), tuple(config.names[1:]), content)
 
 
-def check_frozen(network: FrozenClip, folder: Path) -> None:
-    """A CheckpointError where a checkpoint's decoder wasn't trained on this network's CLIP and DINOv2."""
+def check_frozen(network: ClipNetwork, folder: Path) -> None:
+    """A CheckpointError where a checkpoint wasn't trained on this network's CLIP and DINOv2."""
     try:
         stored = _Config.model_validate(read_json(folder / CONFIG, MAX_CONFIG_BYTES)).frozen
     except (OSError, ValueError) as error:
@@ -297,11 +299,11 @@ def check_frozen(network: FrozenClip, folder: Path) -> None:
     _check_frozen(network, stored, folder)
 
 
-def _check_frozen(network: FrozenClip, stored: Mapping[str, str | None], folder: Path) -> None:
+def _check_frozen(network: ClipNetwork, stored: Mapping[str, str | None], folder: Path) -> None:
     files = network.frozen.clip.files
     names = {
         "clip": ("CLIP", files.name if files else "this"),
-        "dino": ("DINOv2", network.config.dino or "none"),
+        "dino": ("DINOv2", (isinstance(network, FrozenClip) and network.config.dino) or "none"),
     }
     for key, digest in network.frozen_digests().items():
         what, given = names[key]
@@ -362,7 +364,7 @@ def decoder_digest(path: Path) -> str:
     folder = find_checkpoint(path)
     try:
         content = read_json(folder / CONFIG, MAX_CONFIG_BYTES)
-        if "frozen" not in content:
+        if content["network"]["name"] != "frozen-clip":
             raise CheckpointError(
                 f"{folder} holds no network on a frozen CLIP; give a run of --network frozen-clip"
             )

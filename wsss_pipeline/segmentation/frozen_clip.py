@@ -7,7 +7,7 @@ the code is followed.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,8 +19,8 @@ from wsss_pipeline.clip.trunk import Features, Trunk
 from wsss_pipeline.clip.weights import Clip
 from wsss_pipeline.config import ResolvedPrecision
 from wsss_pipeline.errors import NetworkError
+from wsss_pipeline.segmentation.clip_network import ClipNetwork, Frozen
 from wsss_pipeline.segmentation.dino import Dino
-from wsss_pipeline.segmentation.network import SegmentationNetwork
 from wsss_pipeline.segmentation.train_config import FrozenClipConfig
 
 SHARPNESS = 3.0  # of the centred affinity
@@ -41,15 +41,13 @@ class Encoded:
     dino: Tensor | None
 
 
-class _Frozen:
-    """What isn't trained. It is no module, so it is in no checkpoint; copies of a network share it."""
+class _Frozen(Frozen):
+    """CLIP, and DINOv2 where there is one."""
 
     def __init__(self, clip: Clip, precision: ResolvedPrecision, dino: Dino | None) -> None:
-        self.clip, self.dino = clip, dino
+        super().__init__(clip, [clip.vision] if dino is None else [clip.vision, dino.model])
+        self.dino = dino
         self.trunk = Trunk(clip.vision, precision, rounded_positions=False)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> _Frozen:
-        return self
 
 
 class _Fusion(nn.Module):
@@ -103,7 +101,7 @@ def _quick_gelu(inputs: Tensor) -> Tensor:
     return inputs * torch.sigmoid(1.702 * inputs)
 
 
-class FrozenClip(SegmentationNetwork):
+class FrozenClip(ClipNetwork):
     """A decoder on the features of a frozen CLIP's blocks.
 
     Attributes:
@@ -122,6 +120,8 @@ class FrozenClip(SegmentationNetwork):
     """
 
     model: nn.ModuleDict
+    config: FrozenClipConfig
+    frozen: _Frozen
 
     def __init__(
         self,
@@ -133,7 +133,6 @@ class FrozenClip(SegmentationNetwork):
     ) -> None:
         super().__init__()
         self.config = config
-        self._clip_digest: str | None = None
         self.frozen = _Frozen(clip, precision, dino)
         trunk, channels = self.frozen.trunk, int(clip.vision.config.hidden_size)
         first, last = (block % trunk.depth for block in (config.first_block, config.last_block))
@@ -159,10 +158,8 @@ class FrozenClip(SegmentationNetwork):
 
     def frozen_digests(self) -> dict[str, str | None]:
         """Digests of CLIP and DINOv2, without which the decoder is of no use; reads CLIP's files."""
-        files, dino = self.frozen.clip.files, self.frozen.dino
-        if self._clip_digest is None and files is not None:
-            self._clip_digest = files.digest()
-        return {"clip": self._clip_digest, "dino": None if dino is None else dino.digest}
+        dino = self.frozen.dino
+        return {**super().frozen_digests(), "dino": None if dino is None else dino.digest}
 
     def check_method(self, name: str, encoding: Mapping[str, Any]) -> None:
         """A NetworkError where one pass of CLIP can't serve both this network and a method's CAMs.
@@ -177,14 +174,6 @@ class FrozenClip(SegmentationNetwork):
                 f"network.frozen.in_place fuses {own} calibrated blocks, and {name} has {its or 'none'}: give a "
                 "method with as many (excel, excel.calibrated_blocks), or train with network.frozen.in_place=false"
             )
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FrozenClip:
-        """Also to what is frozen: it has to lie on the decoder's device."""
-        self.frozen.clip.vision._apply(fn)
-        if self.frozen.dino is not None:
-            self.frozen.dino.model._apply(fn)
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        return self
 
     @torch.no_grad()
     def encode(self, images: Tensor, **wanted: Any) -> Encoded:

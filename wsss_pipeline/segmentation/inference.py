@@ -31,7 +31,7 @@ from wsss_pipeline.errors import MaskError
 from wsss_pipeline.refine import DenseCrf, Refiner, Unrefined, label
 from wsss_pipeline.runtime.device import resolve_device
 from wsss_pipeline.segmentation.checkpoint import find_checkpoint, load_network
-from wsss_pipeline.segmentation.frozen_clip import FrozenClip
+from wsss_pipeline.segmentation.clip_network import ClipNetwork
 from wsss_pipeline.segmentation.hf_networks import TransformersNetwork
 from wsss_pipeline.segmentation.network import SegmentationNetwork
 
@@ -154,7 +154,7 @@ def network_digest(network: SegmentationNetwork) -> str:
     """64 hexadecimal digits that stand for a network's weights as they are now, with those of what is frozen in it,
     and its pixel statistics."""
     kind: list[Any] = [type(network).__name__, network.image_mean, network.image_std]
-    if isinstance(network, FrozenClip):
+    if isinstance(network, ClipNetwork):
         kind += [network.frozen_digests(), network.config.model_dump(exclude={"dino"})]
     if isinstance(network, TransformersNetwork):
         kind.append(network.architecture)

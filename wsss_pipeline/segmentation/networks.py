@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from itertools import accumulate
 from operator import mul
@@ -24,7 +24,8 @@ from wsss_pipeline.segmentation.frozen_clip import FrozenClip
 from wsss_pipeline.segmentation.hf_networks import HfNetwork, read_architecture
 from wsss_pipeline.segmentation.mask_classification import MaskClassification
 from wsss_pipeline.segmentation.network import BatchNorm, SegmentationNetwork, resized
-from wsss_pipeline.segmentation.train_config import TRANSFORMERS, NetworkConfig
+from wsss_pipeline.segmentation.train_config import ON_CLIP, TRANSFORMERS, NetworkConfig
+from wsss_pipeline.segmentation.weakclip import WeakClip
 
 # name -> hidden sizes, depths, decoder's hidden size (Xie et al., "SegFormer", NeurIPS 2021, table 6)
 MIT_ENCODERS = {
@@ -68,7 +69,7 @@ class DecoderNetwork(SegmentationNetwork):
                 [
                     "deeplabv2",
                     "segformer",
-                    "frozen-clip",
+                    *ON_CLIP,
                     *TRANSFORMERS,
                     *sorted(set(smp.MODEL_ARCHITECTURES_MAPPING)),
                 ]
@@ -245,6 +246,7 @@ def build_network(
     config: NetworkConfig,
     num_classes: int,
     *,
+    class_names: Sequence[str] = (),
     clip: Clip | None = None,
     precision: ResolvedPrecision = "fp32",
     offline: bool = True,
@@ -255,7 +257,8 @@ def build_network(
     Args:
         config: ``weights`` isn't looked at here.
         num_classes: number of classes with the background.
-        clip: frozen CLIP of ``frozen-clip``, in place of the one that ``config.encoder`` names.
+        class_names: names of mask values 1..C, which ``weakclip`` has prompts of.
+        clip: CLIP of ``frozen-clip`` and ``weakclip``, in place of the one that ``config.encoder`` names.
         precision: type of the matrix products of what is frozen.
         offline: choice to fetch no frozen encoder, and no configuration.
         architecture: what a network of transformers is built from, in place of what ``config.encoder`` holds.
@@ -264,9 +267,15 @@ def build_network(
         NetworkError: no such network or encoder, or one that is described elsewhere.
         WeightsError: a frozen encoder can't be found or loaded.
     """
-    if config.name == "frozen-clip":
+    if config.name in ON_CLIP:
         if clip is None:
             clip = load_clip(locate_clip(ClipConfig(weights=config.encoder), offline), torch.device("cpu"))
+        if config.name == "weakclip":
+            if 1 + len(class_names) != num_classes:
+                raise NetworkError(
+                    f"network weakclip has prompts of its {num_classes - 1} classes; it was given {len(class_names)} names"
+                )
+            return WeakClip(config.weakclip, class_names, clip, precision)
         dino = load_dino(config.frozen.dino, offline) if config.frozen.dino else None
         return FrozenClip(config.frozen, num_classes, clip, precision, dino)
     if config.name in TRANSFORMERS:

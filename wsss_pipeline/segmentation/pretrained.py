@@ -12,7 +12,7 @@ from wsss_pipeline.clip.tensor_files import shapes_in, tensors_in
 from wsss_pipeline.errors import NetworkError
 from wsss_pipeline.files import check_machine
 from wsss_pipeline.runtime.output import one_line
-from wsss_pipeline.segmentation.frozen_clip import FrozenClip
+from wsss_pipeline.segmentation.clip_network import ClipNetwork
 from wsss_pipeline.segmentation.hf_networks import TransformersNetwork
 from wsss_pipeline.segmentation.network import SegmentationNetwork
 from wsss_pipeline.segmentation.networks import DeepLabV2, SegFormer, mit_name
@@ -35,7 +35,7 @@ def load_pretrained(network: SegmentationNetwork, config: NetworkConfig, offline
     """
     weights, encoder = config.weights, config.encoder
     path = Path(weights).expanduser()
-    if weights == "none" or (isinstance(network, FrozenClip) and weights == "imagenet"):
+    if weights == "none" or (isinstance(network, ClipNetwork) and weights == "imagenet"):
         return  # CLIP came with its own
     if isinstance(network, TransformersNetwork):
         network.load_weights(encoder if weights == "imagenet" else weights, offline)

@@ -17,6 +17,7 @@ Confidence = Literal["hard", "soft"]
 
 MASK_CLASSIFICATION = ("mask2former", "eomt")
 TRANSFORMERS = ("hf", *MASK_CLASSIFICATION)  # networks whose encoder is a hub id or a folder
+ON_CLIP = ("frozen-clip", "weakclip")  # networks whose encoder is a CLIP
 
 
 class FrozenClipConfig(Settings):
@@ -52,19 +53,51 @@ class FrozenClipConfig(Settings):
     )
 
 
+class WeakClipConfig(Settings):
+    """``weakclip`` (WeakCLIP, IJCV 2024)."""
+
+    clip: Literal["frozen", "published"] = Field(
+        "frozen",
+        description="frozen keeps CLIP as it is; published lets it learn with a rate that rises from 0.",
+    )
+    adapter: Literal["full", "published"] = Field(
+        "full",
+        description="full trains the pyramid adapter as the rest; published with a rate that rises from 0.",
+    )
+    coattention: Literal["last-layer", "stacked"] = Field(
+        "last-layer",
+        description="last-layer has the one of three layers that acts in the published code; stacked has all three.",
+    )
+    positions: Literal["two-step", "one-step"] = Field(
+        "two-step",
+        description="two-step resizes the position table to that of 512 x 512 first, as published.",
+    )
+    contexts: int = Field(8, ge=1, le=64, description="Learned tokens before the names of all classes.")
+    width: int = Field(256, ge=8, le=2048, description="Of the co-attention.")
+    heads: int = Field(4, ge=1, le=256, description="Of the co-attention.")
+    channels: int = Field(256, ge=8, le=2048, description="Of the feature pyramid and the head.")
+    dropout: float = Field(0.1, ge=0, le=0.99, description="In co-attention and head, in training.")
+    stochastic_depth: float = Field(
+        0.1,
+        ge=0,
+        le=0.9,
+        description="Share of tokens that CLIP's last block is left out for, in training; with clip published.",
+    )
+
+
 class NetworkConfig(Settings):
     """A segmentation network."""
 
     name: str = Field(
         "deeplabv3plus",
-        description="deeplabv2, segformer, frozen-clip, hf, mask2former, eomt, or a decoder of "
+        description="deeplabv2, segformer, frozen-clip, weakclip, hf, mask2former, eomt, or a decoder of "
         "segmentation-models-pytorch: deeplabv3plus, unet, ...",
     )
     encoder: str = Field(
         "resnet50",
         description="A ResNet of timm for deeplabv2; tiny, mit-b0 to mit-b5, their hub id or a folder for segformer; "
-        "for frozen-clip a CLIP, as --clip takes it; for hf, mask2former, eomt a hub id or folder of transformers; "
-        "else an encoder of segmentation-models-pytorch.",
+        "for frozen-clip and weakclip a CLIP, as --clip takes it; for hf, mask2former, eomt a hub id or folder of "
+        "transformers; else an encoder of segmentation-models-pytorch.",
     )
     weights: str = Field(
         "imagenet",
@@ -72,6 +105,7 @@ class NetworkConfig(Settings):
         "also a hub id, and imagenet is what --encoder holds.",
     )
     frozen: FrozenClipConfig = FrozenClipConfig()
+    weakclip: WeakClipConfig = WeakClipConfig()
 
 
 class LossConfig(Settings):
@@ -198,9 +232,10 @@ class TrainConfig(Settings):
         for key, is_set in needs.items():
             if is_set and self.network.name != "frozen-clip":
                 raise ValueError(f"{key} needs --network frozen-clip, not {self.network.name}")
-        if self.network.name == "frozen-clip" and self.network.encoder == NetworkConfig().encoder:
+        if self.network.name in ON_CLIP and self.network.encoder == NetworkConfig().encoder:
             raise ValueError(
-                "--network frozen-clip needs a CLIP: give --encoder, a hub id, a folder, an OpenAI .pt file or demo"
+                f"--network {self.network.name} needs a CLIP: give --encoder, a hub id, a folder, an OpenAI .pt file "
+                "or demo"
             )
         if self.network.name in TRANSFORMERS and self.network.encoder == NetworkConfig().encoder:
             raise ValueError(

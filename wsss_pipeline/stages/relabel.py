@@ -30,7 +30,7 @@ from wsss_pipeline.pseudo_masks.run import run_share
 from wsss_pipeline.refine import load_refiner
 from wsss_pipeline.runtime.device import resolve_device
 from wsss_pipeline.segmentation.checkpoint import find_checkpoint, load_network
-from wsss_pipeline.segmentation.frozen_clip import FrozenClip
+from wsss_pipeline.segmentation.clip_network import ClipNetwork
 from wsss_pipeline.segmentation.inference import Segmenter, network_digest
 
 NAME = "relabel"  # of the mask sets: a checkpoint has class names, but no name for them
@@ -163,7 +163,7 @@ class RelabelJob(Job):
         # how several looks are combined means nothing where there is one
         unused = {"combine"} if len(set(inference.scales)) == 1 and not inference.flip else set()
         # what a frozen encoder is, its digest says, wherever it lies
-        is_frozen = isinstance(loaded.network, FrozenClip)
+        is_frozen = isinstance(loaded.network, ClipNetwork)
         told = ["name"] if is_frozen else ["name", "encoder"]
         architecture = {key: loaded.config["network"][key] for key in told}
         determinants = {

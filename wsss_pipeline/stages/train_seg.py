@@ -39,6 +39,7 @@ from wsss_pipeline.runtime.device import is_out_of_memory, resolve_device, resol
 from wsss_pipeline.runtime.output import check_apart, one_line
 from wsss_pipeline.segmentation.augmentation import Augmentation
 from wsss_pipeline.segmentation.checkpoint import BEST, LAST, check_frozen
+from wsss_pipeline.segmentation.clip_network import ClipNetwork
 from wsss_pipeline.segmentation.dataset import ImageLabels, SegmentationDataset, usable_ids
 from wsss_pipeline.segmentation.frozen_clip import FrozenClip
 from wsss_pipeline.segmentation.inference import Segmenter
@@ -209,15 +210,18 @@ def _train(
     network = build_network(
         config.network,
         1 + len(masks.class_names),
+        class_names=masks.class_names,
         clip=None if generator is None else generator.loaded_clip,
         precision=resolve_precision(config.precision, accelerator.device),
         offline=job.offline,
     )
-    if isinstance(network, FrozenClip):
-        if (crop := config.augmentation.crop) % network.multiple:
+    if isinstance(network, ClipNetwork):
+        crop, patch, smallest = config.augmentation.crop, network.multiple, network.smallest
+        if crop % patch or crop < smallest:
+            least = f" of at least {smallest}" if smallest > patch else ""
             raise ConfigError(
-                f"--crop {crop} isn't a multiple of {network.multiple}, the patch of this CLIP; "
-                f"{max(1, crop // network.multiple) * network.multiple} is"
+                f"--crop {crop} isn't a multiple of {patch}, the patch of this CLIP{least and ','}{least}; "
+                f"{max(smallest, crop // patch * patch)} is"
             )
         if (out / LAST).exists():
             check_frozen(network, out / LAST)
@@ -234,9 +238,10 @@ def _train(
         precision = accelerator.mixed_precision.replace("no", "fp32")
         balanced = ", balanced" if loss.balanced else ""
         encoder, ending = chosen.encoder, f", weights {chosen.weights}"
-        if isinstance(network, FrozenClip):
-            frozen = " and ".join(filter(None, (chosen.encoder, chosen.frozen.dino)))
-            encoder, ending = f"{frozen} (frozen)", " to train"
+        if isinstance(network, ClipNetwork):
+            dino = chosen.frozen.dino if isinstance(network, FrozenClip) else ""
+            built_on = " and ".join(filter(None, (chosen.encoder, dino)))
+            encoder, ending = built_on + (" (frozen)" if network.frozen.modules else ""), " to train"
         logger.info(f"network: {chosen.name}, {encoder}, {millions:.2f} M parameters{ending}")
         kind = "data" if isinstance(masks, ImageLabels) else "masks"
         logger.info(f"{kind}: {masks.description}, {len(ids):,} images (ids {id_digest(ids)})")
