@@ -73,9 +73,9 @@ class WeakClipConfig(Settings):
         description="two-step resizes the position table to that of 512 x 512 first, as published.",
     )
     contexts: int = Field(8, ge=1, le=64, description="Learned tokens before the names of all classes.")
-    width: int = Field(256, ge=8, le=2048, description="Of the co-attention.")
+    width: int = Field(256, ge=8, le=1024, description="Of the co-attention.")
     heads: int = Field(4, ge=1, le=256, description="Of the co-attention.")
-    channels: int = Field(256, ge=8, le=2048, description="Of the feature pyramid and the head.")
+    channels: int = Field(256, ge=8, le=1024, description="Of the feature pyramid and the head.")
     dropout: float = Field(0.1, ge=0, le=0.99, description="In co-attention and head, in training.")
     stochastic_depth: float = Field(
         0.1,

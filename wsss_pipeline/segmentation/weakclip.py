@@ -326,7 +326,9 @@ class WeakClip(ClipNetwork):
         with torch.autocast(contexts.device.type, enabled=False):
             words = text_model.text_model.embeddings.token_embedding(self.tokens)
             between = contexts.expand(len(words), -1, -1)
-            rows = text_features(text_model, torch.cat([words[:, :1], between, words[:, 1:]], dim=1), self.ends)
+            rows = text_features(
+                text_model, torch.cat([words[:, :1], between, words[:, 1:]], dim=1), self.ends
+            )
         if state:
             self._kept_text = state, rows
         return rows
