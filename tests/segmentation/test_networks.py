@@ -21,12 +21,14 @@ NETWORKS = [
     ("segformer", "tiny"),
     ("unet", "mobilenet_v2"),
     ("frozen-clip", "demo"),
+    ("weakclip", "demo"),
 ]
 
 
 def make(name: str, encoder: str, weights: str = "none") -> SegmentationNetwork:
     torch.manual_seed(0)
-    return build_network(NetworkConfig(name=name, encoder=encoder, weights=weights), 4)
+    config = NetworkConfig(name=name, encoder=encoder, weights=weights)
+    return build_network(config, 4, class_names=("cat", "dog", "bird"))
 
 
 @pytest.mark.parametrize(("name", "encoder"), NETWORKS)

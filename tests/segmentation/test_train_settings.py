@@ -84,6 +84,13 @@ AFTER = {"second loss", "trained", "kept"}  # of what helps from the second upda
 ALL = {"loss", *AFTER}
 IN_PLACE = {"network__frozen__in_place": True}
 SURE = {"online__override_from": 2, "online__override_above": 0.0}
+WEAKCLIP = {
+    "network__name": "weakclip",
+    "network__weakclip__width": 32,
+    "network__weakclip__channels": 32,
+    "loss__affinity": 0.0,
+}
+LEARNING_CLIP = {**WEAKCLIP, "network__weakclip__clip": "published"}
 
 
 @dataclass(frozen=True)
@@ -115,6 +122,20 @@ FROZEN_ROWS: dict[str, list[Row]] = {
     "network.frozen.dropout": [Row("weclip", 0.5, ALL)],
     "network.frozen.affinity": [Row("weclip", "centred", ALL)],
     "network.frozen.affinity_mean": [Row("excel", "image", ALL), Row("weclip", "image", set())],
+    "network.weakclip.clip": [Row("masks", "published", {"architecture", *ALL}, WEAKCLIP)],
+    "network.weakclip.adapter": [Row("masks", "published", AFTER, WEAKCLIP)],
+    "network.weakclip.coattention": [Row("masks", "stacked", {"architecture", *ALL}, WEAKCLIP)],
+    # nothing to the demo's CLIP, or too little for every loss: see test_weakclip_reference.py, test_weakclip.py
+    "network.weakclip.positions": [],
+    "network.weakclip.heads": [],
+    "network.weakclip.contexts": [Row("masks", 4, {"architecture", *ALL}, WEAKCLIP)],
+    "network.weakclip.width": [Row("masks", 24, {"architecture", *ALL}, WEAKCLIP)],
+    "network.weakclip.channels": [Row("masks", 24, {"architecture", *ALL}, WEAKCLIP)],
+    "network.weakclip.dropout": [Row("masks", 0.5, ALL, WEAKCLIP)],
+    "network.weakclip.stochastic_depth": [
+        Row("masks", 0.5, ALL, LEARNING_CLIP),
+        Row("masks", 0.5, set(), WEAKCLIP),
+    ],
     "online.method": [Row("weclip", "excel", ALL)],
     "online.settings": [Row("weclip", ("weclip.threshold=0.9",), ALL)],
     "online.gate_from": [Row("weclip", 2, AFTER), Row("excel", 2, AFTER)],

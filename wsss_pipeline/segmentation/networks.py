@@ -273,7 +273,7 @@ def build_network(
         if config.name == "weakclip":
             if 1 + len(class_names) != num_classes:
                 raise NetworkError(
-                    f"network weakclip has prompts of its {num_classes - 1} classes; it was given {len(class_names)} names"
+                    f"network weakclip has prompts of its classes: {num_classes - 1}, with {len(class_names)} names"
                 )
             return WeakClip(config.weakclip, class_names, clip, precision)
         dino = load_dino(config.frozen.dino, offline) if config.frozen.dino else None

@@ -7,7 +7,7 @@ paper and published code differ, the code is followed; where the code does what 
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -101,7 +101,8 @@ class _CoAttention(nn.Module):
     def forward(self, tokens: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
         """What texts (B, K, P) and what tokens (B, 1+hw, P) are to gain, out of tokens and text (K, P)."""
         memory = self.memory(tokens)
-        queries = self.queries(text).expand(len(tokens), -1, -1)
+        # not len(): an exported network would take this number of images alone
+        queries = self.queries(text).expand(tokens.shape[0], -1, -1)
         found = []
         for layers, start, other in (
             (self.text_layers, queries, memory),
@@ -230,8 +231,6 @@ class WeakClip(ClipNetwork):
 
     model: nn.ModuleDict
     config: WeakClipConfig
-    tokens: Tensor
-    ends: Tensor
 
     def __init__(
         self,
@@ -276,10 +275,15 @@ class WeakClip(ClipNetwork):
         # of 12 blocks 3, 5, 7 and 11
         self._taps = [max(0, blocks - 1) for blocks in (depth // 3, depth // 2, 2 * depth // 3, depth)]
         self.multiple, self.smallest = patch, 2 * patch  # the coarsest level halves the grid
-        tokens, ends = _tokens((BACKGROUND, *class_names), clip, config.contexts)
-        self.register_buffer("tokens", tokens, persistent=False)
-        self.register_buffer("ends", ends, persistent=False)
+        # no buffers: an average of the weights would be taken of them too
+        self.tokens, self.ends = _tokens((BACKGROUND, *class_names), clip, config.contexts)
         self._kept_text: tuple[tuple[int, ...], Tensor] | None = None
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> WeakClip:
+        """Also to the tokens."""
+        self.tokens, self.ends = fn(self.tokens), fn(self.ends)
+        super()._apply(fn, recurse)
+        return self
 
     def parameter_groups(self, lr: float, weight_decay: float, head_factor: float) -> list[dict[str, Any]]:
         """What learns at ``lr``; then CLIP and the adapter where their rate starts at 0. All with weight decay.
@@ -362,7 +366,7 @@ class WeakClip(ClipNetwork):
         with torch.autocast(images.device.type, enabled=False):
             texts = F.normalize(text + decoder.gamma * text_gain.float(), dim=-1)
             patches = F.normalize((tokens.float() + decoder.beta * token_gain.float())[:, 1:], dim=-1)
-            score = (texts @ patches.transpose(1, 2)).reshape(len(images), -1, *features.grid)
+            score = (texts @ patches.transpose(1, 2)).reshape(images.shape[0], -1, *features.grid)
         levels = []
         for adapt, tap in zip(decoder.adapter, self._taps, strict=True):
             patches = features.taps[tap][:, 1:].transpose(1, 2)

@@ -218,9 +218,9 @@ def _train(
     if isinstance(network, ClipNetwork):
         crop, patch, smallest = config.augmentation.crop, network.multiple, network.smallest
         if crop % patch or crop < smallest:
-            least = f" of at least {smallest}" if smallest > patch else ""
+            least = f", from {smallest} on" if smallest > patch else ""
             raise ConfigError(
-                f"--crop {crop} isn't a multiple of {patch}, the patch of this CLIP{least and ','}{least}; "
+                f"--crop {crop} isn't a multiple of {patch}, the patch of this CLIP{least}; "
                 f"{max(smallest, crop // patch * patch)} is"
             )
         if (out / LAST).exists():
