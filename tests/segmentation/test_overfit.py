@@ -27,6 +27,7 @@ CASES = [
     ("deeplabv3plus", "resnet18", 2e-3, 50, 72, 8),
     ("segformer", "tiny", 3e-3, 130, 64, 8),
     pytest.param("deeplabv2", "resnet10t", 2e-3, 180, 208, 2, marks=pytest.mark.slow),
+    pytest.param("weakclip", "demo", 2e-3, 80, 96, 8, marks=pytest.mark.slow),
     *(
         pytest.param(network_of(kind), kind, 3e-3, iterations, 64, 8, marks=pytest.mark.slow)
         for kind, iterations in (("upernet", 130), ("mask2former", 300), ("eomt", 400))
