@@ -625,6 +625,20 @@ def test_two_processes_are_one_with_twice_the_batch(
         assert two[-1]["miou"] == pytest.approx(one[-1]["miou"], abs=1e-4)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("form", ["frozen", "published"])
+def test_two_processes_train_weakclip(root: Path, tmp_path: Path, form: str) -> None:
+    """Every weight has a gradient, or the second update would fail; batch norm's statistics are each one's own."""
+    settings = {"clip": form, "width": 32, "channels": 32}
+    more: list[object] = ["--network", "weakclip", "--encoder", "demo", "--iterations", 3, "--batch-size", 2]
+    for key, value in settings.items():
+        more += ["--set", f"network.weakclip.{key}={value}"]
+    process = in_two_processes(root, tmp_path / "run", *more)
+    _, stderr = process.communicate(timeout=300)
+    assert process.returncode == 0, stderr
+    assert [line["step"] for line in log_of(tmp_path / "run")] == [1, 2, 3]
+
+
 @pytest.mark.skipif(not Path("/proc").is_dir(), reason="finds the two processes in /proc")
 def test_a_signal_to_one_of_two_processes_stops_both(root: Path, tmp_path: Path) -> None:
     """As a scheduler sends it, or a Ctrl-C that reaches them one after the other.

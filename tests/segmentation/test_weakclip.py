@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -275,6 +276,28 @@ def test_half_precision_is_close(demo_clip: Clip, form: str) -> None:
     for name, value in exact.items():
         difference = (half[name].float() - value).abs().max()
         assert 0 < difference < 0.05 * value.abs().max(), name
+
+
+@each_form
+def test_all_of_it_goes_to_the_networks_device(demo_clip: Clip, form: str) -> None:
+    own = replace(demo_clip, text=copy.deepcopy(demo_clip.text))
+    network = made(own, clip=form).to("meta")
+    tensors = [network.tokens, network.ends, *network.state_dict().values()]
+    for module in network.frozen.modules:
+        tensors += module.state_dict().values()
+    assert {value.device.type for value in tensors} == {"meta"}
+    assert len(network.frozen.modules) == (2 if form == "frozen" else 0)
+
+
+def test_a_frozen_clip_computes_in_the_precision_it_was_given(demo_clip: Clip) -> None:
+    network, images = made(demo_clip), torch.randn(1, 3, 64, 64)
+    torch.manual_seed(0)
+    half = WeakClip(config().weakclip, NAMES, demo_clip, "bf16").eval()
+    half.load_state_dict(network.state_dict())
+    exact = answer(network, images)
+    difference = (answer(half, images) - exact).abs().max()
+    assert 0 < difference < 0.05 * exact.abs().max()
+    assert {value.dtype for value in demo_clip.vision.parameters()} == {torch.float32}
 
 
 class Killed(BaseException):
