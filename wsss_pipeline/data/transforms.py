@@ -7,6 +7,7 @@ of the patch size, Pillow's bicubic filter on uint8, then CLIP's mean and standa
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -127,3 +128,21 @@ def normalise(image: NDArray[np.uint8], statistics: PixelStatistics) -> Tensor:
         table = (values - np.float32(mean)) / np.float32(std)
         np.take(table, image[..., channel], out=tensor[channel], mode="clip")
     return torch.from_numpy(tensor)
+
+
+def fitted_size(size: Sequence[int], scale: float, short_side: int, long_side: int) -> tuple[int, int]:
+    """Height and width of an image in a frame, its aspect kept to rounding (mmcv; WeakCLIP).
+
+    It is as large as the frame allows at ``scale``: neither is its shorter side longer than that of the frame, nor
+    its longer one.
+
+    Args:
+        size: height and width of the image.
+        scale: factor on the sides of the frame, which are cut off to whole pixels.
+        short_side: shorter side of the frame at scale 1, pixels.
+        long_side: longer side, pixels.
+    """
+    low, high = sorted(size)
+    factor = min(int(long_side * scale) / high, int(short_side * scale) / low)
+    height, width = (max(1, int(side * factor + 0.5)) for side in size)
+    return height, width

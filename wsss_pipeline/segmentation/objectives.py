@@ -19,6 +19,16 @@ from wsss_pipeline.segmentation.losses import (
     segmentation_loss,
 )
 from wsss_pipeline.segmentation.train_config import TrainConfig
+from wsss_pipeline.segmentation.weakclip_losses import (
+    Pictures,
+    boundary_loss,
+    crf_pictures,
+    crf_posterior,
+    grid_probabilities,
+    score_loss,
+    seeding_loss,
+    without_absent,
+)
 
 
 def weighted_losses(
@@ -28,6 +38,7 @@ def weighted_losses(
     config: TrainConfig,
     update: int,
     total: Callable[[Tensor], Tensor],
+    pictures: Pictures | None = None,
 ) -> dict[str, Tensor]:
     """This process's part of each loss, by name; their sum is what is learnt by.
 
@@ -38,18 +49,22 @@ def weighted_losses(
         config: settings.
         update: number of the update, from 1.
         total: see ``losses``.
+        pictures: what the crops are; needed where the settings weigh seeding, boundary or score.
     """
     chosen, online = config.loss, config.online
     weights = confidence_weights(confidence, chosen.confidence, chosen.min_confidence)
     if "queries" in outputs:
         return query_losses(outputs["queries"], target, weights, total=total)
+    if chosen.restrict_to_labels and pictures is not None:
+        target = without_absent(target, pictures.present)
     counted = target.masked_fill(weights == 0, IGNORE)
     labels = target
     if 0 < online.override_from <= update:
         labels = override_labels(target, outputs["logits"], online.override_above)
-    found = {
-        "segmentation": segmentation_loss(outputs, labels, weights, balanced=chosen.balanced, total=total)
-    }
+    found = {}
+    if chosen.segmentation:
+        loss = segmentation_loss(outputs, labels, weights, balanced=chosen.balanced, total=total)
+        found["segmentation"] = chosen.segmentation * loss
     if "auxiliary" in outputs:
         loss = segmentation_loss(
             {"logits": outputs["auxiliary"]}, labels, weights, balanced=chosen.balanced, total=total
@@ -68,4 +83,19 @@ def weighted_losses(
     if chosen.cross:
         branches = outputs["clip_logits"], outputs["dino_logits"]
         found["cross"] = chosen.cross * cross_pseudo_loss(*branches, target != IGNORE, total=total)
+    if not (chosen.seeding or chosen.boundary or chosen.score):
+        return found
+    assert pictures is not None
+    count = total(pictures.counted.sum()[None].float())[0].clamp(min=1)
+    if chosen.seeding or chosen.boundary:
+        probability = grid_probabilities(outputs["logits"], chosen.grid)
+    if chosen.seeding:
+        found["seeding"] = chosen.seeding * seeding_loss(probability, labels, weights, count)
+    if chosen.boundary:
+        present = pictures.present if chosen.restrict_to_labels else None
+        posterior = crf_posterior(crf_pictures(pictures, chosen.grid), probability.detach(), present)
+        loss = boundary_loss(probability, posterior, pictures.counted, count)
+        found["boundary"] = chosen.boundary * loss
+    if chosen.score:
+        found["score"] = chosen.score * score_loss(outputs["score"], labels, weights, count)
     return found

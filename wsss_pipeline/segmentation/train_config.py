@@ -109,7 +109,7 @@ class NetworkConfig(Settings):
 
 
 class LossConfig(Settings):
-    """Confidence-guided cross entropy (CLIP-ES, arXiv 2212.09506, section 3.5)."""
+    """Confidence-guided cross entropy (CLIP-ES, arXiv 2212.09506, section 3.5), and further losses with weights."""
 
     confidence: Confidence = Field(
         "hard",
@@ -119,6 +119,12 @@ class LossConfig(Settings):
     balanced: bool = Field(
         False,
         description="Background and foreground count half each; DeepLabV2 from ImageNet weights may diverge without.",
+    )
+    segmentation: float = Field(
+        1.0,
+        ge=0,
+        le=1000,
+        description="Weight of the cross entropy; 0 where others take its place (WeakCLIP).",
     )
     affinity: float = Field(
         0.0, ge=0, le=1000, description="Weight of the affinity loss of frozen-clip (WeCLIP, ExCEL: 0.1)."
@@ -132,6 +138,31 @@ class LossConfig(Settings):
         ge=0,
         le=1000,
         description="Weight of what CLIP's and DINOv2's branch learn from each other (WeCLIP+: 0.1).",
+    )
+    seeding: float = Field(
+        0.0,
+        ge=0,
+        le=1000,
+        description="Weight of the seeding loss, in which each picture's background and foreground count alike (WeakCLIP: 1).",
+    )
+    boundary: float = Field(
+        0.0,
+        ge=0,
+        le=1000,
+        description="Weight of the boundary loss, which learns from a dense CRF of the network's own (WeakCLIP: 1).",
+    )
+    score: float = Field(
+        0.0,
+        ge=0,
+        le=1000,
+        description="Weight of the score map's cross entropy, of weakclip (WeakCLIP: 0.4).",
+    )
+    grid: int = Field(
+        64, ge=2, le=1024, description="Side of the grid on which seeding and boundary loss look."
+    )
+    restrict_to_labels: bool = Field(
+        False,
+        description="Learn no class that an image hasn't got by its labels, from its mask or by boundary.",
     )
 
 
@@ -170,6 +201,24 @@ class AugmentationConfig(Settings):
     """What happens to an image before the network sees it."""
 
     crop: int = Field(320, ge=16, le=4096, description="Side of the square training image, pixels.")
+    style: Literal["torchvision", "opencv"] = Field(
+        "torchvision",
+        description="What resizes and colours: torchvision, or OpenCV as in mmsegmentation (WeakCLIP). There, scales are of a "
+        "frame of short_side x long_side, and crops are drawn for their classes.",
+    )
+    short_side: int = Field(
+        512,
+        ge=16,
+        le=10_000,
+        description="With opencv, the frame at scale 1 that images are fitted into, pixels.",
+    )
+    long_side: int = Field(2048, ge=16, le=100_000, description="Its other side.")
+    largest_share: float = Field(
+        0.75,
+        ge=0,
+        le=1,
+        description="With opencv, a crop of which a class covers so much is drawn anew, ten times at most; 0 is never.",
+    )
     scale_min: float = Field(0.5, ge=0.05, le=20, description="Smallest random scale.")
     scale_max: float = Field(1.5, ge=0.05, le=20, description="Largest random scale.")
     flip: bool = Field(True, description="Mirror every second image.")
@@ -179,6 +228,8 @@ class AugmentationConfig(Settings):
     def _scales_in_order(self) -> AugmentationConfig:
         if self.scale_min > self.scale_max:
             raise ValueError("scale_min is larger than scale_max")
+        if self.short_side > self.long_side:
+            raise ValueError("short_side is larger than long_side")
         return self
 
 
@@ -190,9 +241,15 @@ class OptimisationConfig(Settings):
     momentum: float = Field(0.9, ge=0, le=1, description="Of sgd.")
     weight_decay: float = Field(5e-4, ge=0, le=10, description="Of all but biases and norms.")
     head_lr_factor: float = Field(10.0, ge=0, le=1000, description="Times lr, for all but the encoder.")
-    schedule: Literal["poly", "cosine", "poly-total"] = Field(
+    schedule: Literal["poly", "cosine", "poly-total", "cosine-total"] = Field(
         "poly",
-        description="How the rate falls after the warm-up; with poly-total its updates count too (WeCLIP, ExCEL).",
+        description="How the rate falls after the warm-up; with -total, its updates count too (as published).",
+    )
+    min_lr: float = Field(
+        0.0,
+        ge=0,
+        le=1000,
+        description="Rate at which cosine-total ends; one that begins lower rises to it (WeakCLIP: 1e-6).",
     )
     power: float = Field(0.9, ge=0, le=10, description="Of the poly schedule.")
     warm_up: int = Field(0, ge=0, le=10**9, description="Updates in which the rate rises.")
@@ -243,11 +300,24 @@ class TrainConfig(Settings):
                 "with a config.json"
             )
         if self.network.name in MASK_CLASSIFICATION:
-            for key, is_set in {"balanced": self.loss.balanced, "dice": self.loss.dice > 0}.items():
-                if is_set:
+            others = ("balanced", "dice", "seeding", "boundary", "score", "restrict_to_labels")
+            for key in ("segmentation", *others):
+                if getattr(self.loss, key) != getattr(LossConfig(), key):
                     raise ValueError(
                         f"loss.{key} isn't for {self.network.name}, which has losses of its own: leave it out"
                     )
+        loss = self.loss
+        optimisation = self.optimisation
+        if optimisation.min_lr and optimisation.schedule != "cosine-total":
+            raise ValueError(
+                "optimisation.min_lr is for the schedule cosine-total: give that, or set it to 0"
+            )
+        if not (loss.segmentation or loss.dice or loss.seeding or loss.boundary or loss.score):
+            raise ValueError(
+                "loss.segmentation is 0 and no other loss learns from the masks: give one a weight"
+            )
+        if loss.score and self.network.name != "weakclip":
+            raise ValueError(f"loss.score needs --network weakclip, not {self.network.name}")
         starts = ("gate_from", "guide_from", "self_affinity_from", "override_from")
         if not self.online.method and (chosen := [name for name in starts if getattr(self.online, name)]):
             raise ValueError(

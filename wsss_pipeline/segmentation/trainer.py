@@ -29,6 +29,7 @@ from wsss_pipeline.segmentation.network import SegmentationNetwork
 from wsss_pipeline.segmentation.objectives import weighted_losses
 from wsss_pipeline.segmentation.targets import OnlineTarget
 from wsss_pipeline.segmentation.train_config import OptimisationConfig, TrainConfig
+from wsss_pipeline.segmentation.weakclip_losses import Pictures
 
 SAMPLES_TO_JUDGE = 100  # before the share of those that can't be used is held against its bound
 UPDATES_IN_VAIN = 10
@@ -192,7 +193,7 @@ class Trainer:
         """
         accelerator, chosen = self._accelerator, self._config.optimisation
         for group in self._optimizer.param_groups:
-            group["lr"] = group["peak"] * schedule(self.state.step, chosen)
+            group["lr"] = learning_rate(group["peak"], self.state.step, chosen)
         # of samples that can't be used, of requests to stop, of each loss
         sums = torch.zeros(2, dtype=torch.float64, device=accelerator.device)
         seen: list[str] = []
@@ -243,7 +244,12 @@ class Trainer:
         if self._online is not None:
             present = [torch.nonzero(row)[:, 0].tolist() for row in batch["present"]]
             target, confidence = self._online(images, outputs, present, target == IGNORE, update)
-        return weighted_losses(outputs, target, confidence, self._config, update, accelerator.reduce)
+        mean, std, device = self._network.image_mean, self._network.image_std, accelerator.device
+        counted, present = ~batch["damaged"].to(device), batch["present"].to(device)
+        pictures = Pictures(images, mean, std, present, counted)
+        return weighted_losses(
+            outputs, target, confidence, self._config, update, accelerator.reduce, pictures
+        )
 
     def _validate(self, validate: Callable[[SegmentationNetwork], float]) -> float:
         network, state = self._kept(), self.state
@@ -307,6 +313,23 @@ def next_batch(batches: Iterator[Any]) -> Any:
         raise
 
 
+def learning_rate(peak: float, step: int, config: OptimisationConfig) -> float:
+    """Rate of parameters at update ``step``, counted from 0.
+
+    With ``cosine-total`` it goes from ``peak`` to ``min_lr``, downwards or upwards: the published WeakCLIP gives what
+    it means to freeze the peak 0.
+    """
+    if config.schedule != "cosine-total":
+        return peak * schedule(step, config)
+    cosine = 0.5 * (1 + math.cos(math.pi * step / config.iterations))
+    return (config.min_lr + (peak - config.min_lr) * cosine) * _warm_up_of_a_millionth(step, config)
+
+
+def _warm_up_of_a_millionth(step: int, config: OptimisationConfig) -> float:
+    """Factor of the warm-up that begins at a millionth."""
+    return 1 - (1 - step / config.warm_up) * (1 - 1e-6) if step < config.warm_up else 1.0
+
+
 def schedule(step: int, config: OptimisationConfig) -> float:
     """Share of the peak learning rate at update ``step``, counted from 0.
 
@@ -316,7 +339,7 @@ def schedule(step: int, config: OptimisationConfig) -> float:
     """
     if config.schedule == "poly-total":
         if step < config.warm_up:
-            return 1 - (1 - step / config.warm_up) * (1 - 1e-6)
+            return _warm_up_of_a_millionth(step, config)
         return float((1 - step / config.iterations) ** config.power)
     if step < config.warm_up:
         return (step + 1) / config.warm_up

@@ -37,7 +37,7 @@ from wsss_pipeline.methods import load_mask_config, load_method, method_names
 from wsss_pipeline.pseudo_masks.generator import MaskGenerator
 from wsss_pipeline.runtime.device import is_out_of_memory, resolve_device, resolve_precision
 from wsss_pipeline.runtime.output import check_apart, one_line
-from wsss_pipeline.segmentation.augmentation import Augmentation
+from wsss_pipeline.segmentation.augmentation import Augmentation, OpenCvAugmentation
 from wsss_pipeline.segmentation.checkpoint import BEST, LAST, check_frozen
 from wsss_pipeline.segmentation.clip_network import ClipNetwork
 from wsss_pipeline.segmentation.dataset import ImageLabels, SegmentationDataset, usable_ids
@@ -227,7 +227,8 @@ def _train(
             check_frozen(network, out / LAST)
     if not (out / STATE).exists():
         load_pretrained(network, config.network, job.offline)
-    augmentation = Augmentation(config.augmentation, network.image_mean, network.image_std)
+    augment = OpenCvAugmentation if config.augmentation.style == "opencv" else Augmentation
+    augmentation = augment(config.augmentation, network.image_mean, network.image_std)
     dataset = SegmentationDataset(images, masks, ids, augmentation, config.seed)
     online = None if generator is None else _online_target(config, network, generator)
     trainer = Trainer(accelerator, config, network, dataset, out, job.workers, online)
@@ -255,7 +256,10 @@ def _train(
             )
         further = "".join(
             f", {name} {weight:g}"
-            for name, weight in (("affinity", loss.affinity), ("Dice", loss.dice), ("cross", loss.cross))
+            for name, weight in (
+                *(("affinity", loss.affinity), ("Dice", loss.dice), ("cross", loss.cross)),
+                *(("seeding", loss.seeding), ("boundary", loss.boundary), ("score", loss.score)),
+            )
             if weight
         )
         logger.info(
