@@ -17,7 +17,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from pydantic_core import ErrorDetails
 
 from wsss_pipeline.errors import ConfigError
@@ -32,7 +32,7 @@ ResolvedPrecision = Literal["fp32", "bf16", "fp16"]
 RefinerName = Literal["auto", "crf", "par", "vote", "none"]
 NetworkRefinerName = Literal["auto", "crf", "par", "none"]
 CrfBackend = Literal["auto", "pydensecrf", "lattice", "none"]
-CrfImage = Literal["bgr", "reference"]
+CrfImage = Literal["bgr", "reference", "rgb"]
 ContextLayout = Literal["end", "front"]  # of a learned prompt: where the class's text stands
 
 Layer = tuple[
@@ -71,7 +71,12 @@ class CrfConfig(Settings):
         "auto", description="auto is lattice, our own; pydensecrf, to compare with; none switches it off."
     )
     image: CrfImage = Field(
-        "bgr", description="What it sees: the plain image, or the image as the published script alters it."
+        "bgr",
+        description="What it sees: the plain image, in either order of colours (WeakCLIP: rgb), or the image as the "
+        "published script alters it.",
+    )
+    half_scores: bool = Field(
+        True, description="Round scores to half precision first, as CLIP-ES does; WeakCLIP doesn't."
     )
     iterations: int = Field(10, ge=0, le=1000, description="Rounds of mean-field inference.")
     gaussian_sxy: float = Field(
@@ -152,6 +157,19 @@ class InferenceConfig(Settings):
     window: int | None = Field(
         None, ge=16, le=100_000, description="Slide a window of this side over it, half overlapping."
     )
+    window_stride: int | None = Field(
+        None, ge=1, le=100_000, description="Pixels between windows, in place of half of one (WeakCLIP: 341)."
+    )
+    short_side: int | None = Field(
+        None,
+        ge=16,
+        le=10_000,
+        description="Scales are of a frame with this shorter side (WeakCLIP: 512), resized by OpenCV.",
+    )
+    long_side: int = Field(2048, ge=16, le=100_000, description="Longer side of that frame.")
+    winners_only: bool = Field(
+        False, description="Refine the classes alone that are the most probable ones somewhere (WeakCLIP)."
+    )
     combine: Literal["mean", "max", "logits"] = Field(
         "mean",
         description="Mean of probabilities; maximum of logits, as DeepLabV2 was published; mean of logits, as WeCLIP "
@@ -161,9 +179,35 @@ class InferenceConfig(Settings):
     @property
     def name(self) -> str:
         """What a table calls the result: ``raw`` where the image is looked at once, as it is."""
-        if self.scales == (1.0,) and not self.flip:
+        if self.scales == (1.0,) and not self.flip and self.short_side is None:
             return "raw"
-        return f"scales {','.join(f'{scale:g}' for scale in self.scales)}" + (" flip" if self.flip else "")
+        frame = "" if self.short_side is None else f"short side {self.short_side}, "
+        return f"{frame}scales {','.join(f'{scale:g}' for scale in self.scales)}" + (
+            " flip" if self.flip else ""
+        )
+
+    @model_validator(mode="after")
+    def _windows_without_gaps(self) -> InferenceConfig:
+        if self.window_stride is not None and self.window_stride > (self.window or 0):
+            raise ValueError(
+                f"inference.window_stride {self.window_stride} goes with a window of at least that side; give "
+                "inference.window, or a smaller one"
+            )
+        if self.short_side is not None and self.short_side > self.long_side:
+            raise ValueError("inference.short_side is larger than inference.long_side")
+        return self
+
+    def determinants(self) -> dict[str, Any]:
+        """What decides over a result, for its fingerprint: all but settings that do nothing here.
+
+        Of those that came later, so that what was made before keeps its fingerprint; and how several looks are
+        combined, where there is one.
+        """
+        unused = {"combine"} if len(set(self.scales)) == 1 and not self.flip else set()
+        unused |= {"window_stride"} if self.window_stride is None else set()
+        unused |= {"short_side", "long_side"} if self.short_side is None else set()
+        unused |= set() if self.winners_only else {"winners_only"}
+        return self.model_dump(mode="json", exclude=unused)
 
 
 class MaskConfig(Settings):

@@ -154,7 +154,7 @@ def test_each_pixel_of_a_large_image_is_decided_on_once_and_far_from_where_its_t
     tiles = list(inference._tiles(network, image, config, "cpu", raw=True))
     shapes = {tuple(part.stop - part.start for part in tile.seen) for tile in tiles}
     assert all(
-        inference._bytes_needed(network, shape, 21, config, raw=True) <= inference.MOST_BYTES
+        inference._bytes_needed(network, shape, size, 21, config, raw=True) <= inference.MOST_BYTES
         for shape in shapes
     )
     if size in ((1, 1), (900, 1400)) and max(config.scales) == 1:

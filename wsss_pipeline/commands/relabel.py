@@ -21,7 +21,7 @@ from wsss_pipeline.commands.options import (
     say,
     shard_option,
 )
-from wsss_pipeline.config import RelabelConfig, resolve, user_layers
+from wsss_pipeline.config import user_layers
 
 
 @click.command("relabel", short_help="A trained network's masks as a new mask set, for the next network.")
@@ -90,11 +90,12 @@ def command(
     \b
     Example:
       wsss relabel --checkpoint run --images photos --labels labels.csv --cache cache --scales 0.5,1,1.5 --flip
+      wsss relabel --checkpoint run --images photos --labels labels.csv --cache cache --preset weakclip/voc12
     """
     from wsss_pipeline.pseudo_masks.job import describe_plan, plan_masks
     from wsss_pipeline.runtime.device import images_at_a_time
     from wsss_pipeline.runtime.share import parse_share, share_of_environment
-    from wsss_pipeline.stages.relabel import RelabelJob, relabel
+    from wsss_pipeline.stages.relabel import RelabelJob, relabel, relabel_config
 
     paths = given_paths(context)
     layers = user_layers(paths["config_file"], paths["overrides"], given_settings(context))
@@ -107,7 +108,7 @@ def command(
             classes=classes,
             split=split,
             any_class=any_class,
-            config=resolve(RelabelConfig, layers),
+            config=relabel_config(paths["preset"], layers),
             device=device,
             clip=clip,
         ),

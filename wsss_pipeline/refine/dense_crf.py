@@ -50,8 +50,8 @@ class DenseCrf:
         self.description = f"CRF: {backend}, {config.image} image"
 
     def determinants(self) -> Mapping[str, Any]:
-        """All settings, the backend resolved."""
-        return {"crf": self.config.model_dump()}
+        """All settings, the backend resolved; without ``half_scores`` where it is as it always was."""
+        return {"crf": self.config.model_dump(exclude={"half_scores"} if self.config.half_scores else set())}
 
     def __call__(
         self, images: Sequence[NDArray[np.uint8]], scores: Sequence[Tensor], regions: Sequence[Regions] = ()
@@ -64,7 +64,7 @@ class DenseCrf:
         """
         check_arrays(images, scores, "the dense CRF")
         seen = [crf_image(image, self.config.image) for image in images]
-        unaries = [unary_from_scores(score) for score in scores]
+        unaries = [unary_from_scores(score, half=self.config.half_scores) for score in scores]
         if scores[0].device.type != "cpu" and self.config.backend == "lattice":
             device = scores[0].device
             on_device = [torch.from_numpy(image).to(device, non_blocking=True) for image in seen]
@@ -96,18 +96,19 @@ def check_arrays(
             )
 
 
-def unary_from_scores(scores: Tensor) -> Tensor:
+def unary_from_scores(scores: Tensor, *, half: bool = True) -> Tensor:
     """Energies -log p from scores, in half precision as the published script does it.
 
     Args:
         scores: (1+K, H, W) in [0, 1], background first; they need not sum to 1. Rounded to float16 first, which
             is also what the cache stores.
+        half: False for single precision throughout, as WeakCLIP has it.
 
     Returns:
-        float32 (1+K, H, W) whose values are float16 numbers, between 0 and 11.51.
+        float32 (1+K, H, W), between 0 and 11.52; values that are float16 numbers, with ``half``.
     """
     # 0 minus, not a sign change: log 1 gives 0 and not -0
-    return (0 - scores.half().clamp(LEAST_SCORE, 1).log()).float()
+    return (0 - (scores.half() if half else scores.float()).clamp(LEAST_SCORE, 1).log()).float()
 
 
 def crf_image(rgb: NDArray[np.uint8], kind: CrfImage) -> NDArray[np.uint8]:
@@ -115,13 +116,15 @@ def crf_image(rgb: NDArray[np.uint8], kind: CrfImage) -> NDArray[np.uint8]:
 
     Args:
         rgb: uint8 (H, W, 3).
-        kind: ``bgr`` the plain image; ``reference`` minus the Caffe mean, truncated toward zero and
+        kind: ``bgr`` and ``rgb`` the plain image; ``reference`` minus the Caffe mean, truncated toward zero and
             taken modulo 256, which is what the published script's cast of negative floats to uint8 does
             on x86 (C leaves it undefined; here it is the same everywhere).
 
     Returns:
-        uint8 (H, W, 3), BGR, contiguous.
+        uint8 (H, W, 3), contiguous; BGR unless ``rgb`` is asked for.
     """
+    if kind == "rgb":
+        return np.ascontiguousarray(rgb)
     bgr = np.ascontiguousarray(rgb[..., ::-1])
     if kind == "bgr":
         return bgr

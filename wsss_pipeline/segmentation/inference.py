@@ -17,6 +17,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import cv2
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -27,6 +28,7 @@ from wsss_pipeline.config import CrfConfig, InferenceConfig
 from wsss_pipeline.data.image_files import ImageFile
 from wsss_pipeline.data.images import AnyImage, as_pixels, read_image
 from wsss_pipeline.data.masks import PseudoMask
+from wsss_pipeline.data.transforms import fitted_size
 from wsss_pipeline.errors import MaskError
 from wsss_pipeline.refine import DenseCrf, Refiner, Unrefined, label
 from wsss_pipeline.runtime.device import resolve_device
@@ -36,12 +38,12 @@ from wsss_pipeline.segmentation.hf_networks import TransformersNetwork
 from wsss_pipeline.segmentation.network import SegmentationNetwork
 
 RAW, CRF, REFINED = "raw", "+CRF", "refined"
-_PLAIN = (1.0, False)  # scale 1, not mirrored
-
 MOST_BYTES = 11 * 2**28  # with what the libraries take, a process stays at some 4 GiB
 # a pixel that a network looks at, beside its logits: measured, SegFormer's larger heads, the hungriest; DeepLabV3+
 # with ResNet-50 takes a third
 NETWORK_BYTES = 1700
+# that a GPU looks at together, as far as the memory of one image allows; a CPU is no faster with several
+WINDOWS_AT_A_TIME = 16
 MARGIN_PART = 8  # an eighth of a tile on each side is left to the tile beside it
 _MOST_CLASSES = 256  # with the background: an index of a mask is a byte
 
@@ -104,7 +106,7 @@ class Segmenter:
     def identity(self) -> str:
         """Digest of the weights as they are now, the class names, and what is done beside the network."""
         refiner = None if self.refiner is None else dict(self.refiner.determinants())
-        settings = [network_digest(self.network), self.class_names, self.inference.model_dump(), refiner]
+        settings = [network_digest(self.network), self.class_names, self.inference.determinants(), refiner]
         return f"network {hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:12]}"
 
     def __call__(self, image: AnyImage, classes: Sequence[int] | None = None) -> PseudoMask:
@@ -136,11 +138,20 @@ class Segmenter:
         found: dict[str, tuple[NDArray[np.uint8], NDArray[np.uint8]]] = {}
         for tile in _tiles(self.network, image, self.inference, self.device, raw=raw):
             part = image[tile.seen]
-            posteriors = _probabilities(self.network, part, self.inference, self.device, raw=raw)
+            posteriors = _probabilities(
+                self.network, part, image.shape[:2], self.inference, self.device, raw=raw
+            )
             if classes is not None:
                 posteriors = {name: _restricted(full, present) for name, full in posteriors.items()}
             if self.refiner is not None:
-                (posteriors[refined],) = self.refiner([part], [posteriors[self.inference.name]])
+                scores = posteriors[self.inference.name]
+                if self.inference.winners_only:
+                    winners = torch.unique(scores.argmax(dim=0))
+                    full = torch.zeros_like(scores)
+                    (full[winners],) = self.refiner([part], [scores[winners]])
+                    posteriors[refined] = full
+                else:
+                    (posteriors[refined],) = self.refiner([part], [scores])
             for name, posterior in posteriors.items():
                 arrays = label(posterior, present, part.shape[:2])
                 size = image.shape[:2]
@@ -232,11 +243,11 @@ def _tiles(
 ) -> Iterator[_Tile]:
     """One tile for an image that fits into ``MOST_BYTES``, else as many as it takes, of one size."""
     sides = height, width = image.shape[:2]
-    if _bytes_needed(network, sides, _MOST_CLASSES, config, raw) > MOST_BYTES:
+    if _bytes_needed(network, sides, sides, _MOST_CLASSES, config, raw) > MOST_BYTES:
         with torch.no_grad():
             outputs = network(torch.zeros(1, 3, 1, 1, device=device)).shape[1]
         while max(height, width) > 2 * MARGIN_PART and (
-            _bytes_needed(network, (height, width), outputs, config, raw) > MOST_BYTES
+            _bytes_needed(network, (height, width), sides, outputs, config, raw) > MOST_BYTES
         ):
             height, width = (side if side < max(height, width) else side * 7 // 8 for side in (height, width))
     for seen_rows, kept_rows, inner_rows in _stretches(sides[0], height):
@@ -258,19 +269,19 @@ def _stretches(side: int, at_most: int) -> Iterator[tuple[slice, slice, slice]]:
 def _bytes_needed(
     network: SegmentationNetwork,
     size: tuple[int, int],
+    whole: tuple[int, int],
     outputs: int,
     config: InferenceConfig,
     raw: bool,
 ) -> float:
-    """Of memory, to get from a part of an image, (H, W), to its probabilities."""
-    scale = max((*config.scales, _PLAIN[0]) if raw else config.scales)
-    scaled = [max(1, round(side * scale)) for side in size]
+    """Of memory, to get from a part, (H, W), of a ``whole`` image to its probabilities."""
+    looks = {*_looks(config, size, whole), *([(size, False)] if raw else [])}
+    scaled = max((own for own, _ in looks), key=math.prod)
     looked_at = scaled if config.window is None else [min(side, config.window) for side in scaled]
     padded = [
         max(network.smallest, math.ceil(side / network.multiple) * network.multiple) for side in looked_at
     ]
-    looks = len({*_looks(config), *([_PLAIN] if raw else [])})
-    logits = 4 * outputs * (2 * math.prod(scaled) + (2 * looks + 2) * math.prod(size))
+    logits = 4 * outputs * (2 * math.prod(scaled) + (2 * len(looks) + 2) * math.prod(size))
     return (NETWORK_BYTES + network.query_bytes) * math.prod(padded) + logits
 
 
@@ -278,21 +289,46 @@ def _bytes_needed(
 def _probabilities(
     network: SegmentationNetwork,
     image: NDArray[np.uint8],
+    whole: tuple[int, int],
     config: InferenceConfig,
     device: torch.device | str,
     *,
     raw: bool,
 ) -> dict[str, Tensor]:
-    """Probabilities (1+C, H, W) as ``config`` says, by its name; before them, with ``raw``, the plain pass's."""
+    """Probabilities (1+C, H, W) of a part of a ``whole`` image as ``config`` says, by its name; before them, with
+    ``raw``, the plain pass's."""
     mean, std = (torch.tensor(row)[:, None, None] for row in (network.image_mean, network.image_std))
-    values = torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1).float() / 255
-    pixels = ((values - mean) / std)[None].to(device)
-    looks = _looks(config)
-    logits = {
-        look: _upscaled(network, pixels, *look, config.window)
-        for look in dict.fromkeys([*looks, *([_PLAIN] if raw else [])])
-    }
-    probabilities = {RAW: logits[_PLAIN].softmax(dim=0)} if raw else {}
+    image = np.ascontiguousarray(image)
+    size = height, width = image.shape[:2]
+
+    def normalised(levels: NDArray[np.uint8]) -> Tensor:
+        values = torch.from_numpy(levels).permute(2, 0, 1).float() / 255
+        return ((values - mean) / std)[None].to(device)
+
+    pixels = normalised(image)
+    looks, plain = _looks(config, size, whole), (size, False)
+    wanted = dict.fromkeys([*looks, *([plain] if raw else [])])
+    logits: dict[_Look, Tensor] = {}
+    for scaled in dict.fromkeys(own for own, _ in wanted):
+        seen = pixels
+        if scaled != size and config.short_side is not None:
+            resized = cv2.resize(image, (scaled[1], scaled[0]), interpolation=cv2.INTER_LINEAR)
+            seen = normalised(np.asarray(resized, np.uint8))
+        elif scaled != size:
+            is_smaller = scaled[0] < height or scaled[1] < width
+            seen = F.interpolate(pixels, scaled, mode="bilinear", align_corners=False, antialias=is_smaller)
+        mirrors = [mirrored for own, mirrored in wanted if own == scaled]
+        batch = torch.cat([seen.flip(-1) if mirrored else seen for mirrored in mirrors])
+        if config.window is None:
+            found = torch.cat([network(one[None]) for one in batch])
+        else:
+            found = _in_windows(network, batch, config.window, config.window_stride or config.window // 2)
+        for mirrored, one in zip(mirrors, found, strict=True):
+            own = (one.flip(-1) if mirrored else one)[None]
+            if scaled != size:
+                own = F.interpolate(own, size=size, mode="bilinear", align_corners=False)
+            logits[scaled, mirrored] = own[0].float()
+    probabilities = {RAW: logits[plain].softmax(dim=0)} if raw else {}
     if config.name not in probabilities:
         several = torch.stack([logits[look] for look in looks])
         if config.combine == "mean":
@@ -303,44 +339,48 @@ def _probabilities(
     return probabilities
 
 
-def _looks(config: InferenceConfig) -> list[tuple[float, bool]]:
-    """Scale of each look at an image, and whether it is mirrored."""
-    return [(scale, mirrored) for scale in config.scales for mirrored in (False, True)[: 1 + config.flip]]
+_Look = tuple[
+    tuple[int, int], bool
+]  # height and width at which an image is looked at, and whether it is mirrored
 
 
-def _upscaled(
-    network: SegmentationNetwork, pixels: Tensor, scale: float, mirrored: bool, window: int | None
-) -> Tensor:
-    """Logits (1+C, H, W) at the size of ``pixels`` (1, 3, H, W)."""
-    height, width = pixels.shape[-2:]
-    size = (max(1, round(height * scale)), max(1, round(width * scale)))
-    scaled = pixels
-    if size != (height, width):
-        scaled = F.interpolate(pixels, size=size, mode="bilinear", align_corners=False, antialias=scale < 1)
-    if mirrored:
-        scaled = scaled.flip(-1)
-    logits = network(scaled) if window is None else _in_windows(network, scaled, window)
-    if mirrored:
-        logits = logits.flip(-1)
-    if size != (height, width):
-        logits = F.interpolate(logits, size=(height, width), mode="bilinear", align_corners=False)
-    return logits[0].float()
+def _looks(config: InferenceConfig, size: tuple[int, int], whole: tuple[int, int]) -> list[_Look]:
+    """Looks at a part, (H, W), of a ``whole`` image."""
+    looks: list[_Look] = []
+    for scale in config.scales:
+        factors = (scale, scale)
+        if config.short_side is not None:
+            fitted = fitted_size(whole, scale, config.short_side, config.long_side)
+            factors = (fitted[0] / whole[0], fitted[1] / whole[1])
+        height, width = (max(1, round(side * factor)) for side, factor in zip(size, factors, strict=True))
+        looks += [((height, width), mirrored) for mirrored in (False, True)[: 1 + config.flip]]
+    return looks
 
 
-def _in_windows(network: SegmentationNetwork, pixels: Tensor, window: int) -> Tensor:
-    """Mean of the logits of windows that overlap by half; a smaller image is one window."""
+def _in_windows(network: SegmentationNetwork, pixels: Tensor, window: int, stride: int) -> Tensor:
+    """Mean of the logits of windows, (N, 1+C, H, W) for as many images; a smaller image is one window."""
+    count, _, height, width = pixels.shape
     tops, lefts = (
-        sorted({*range(0, side - window, window // 2), max(0, side - window)}) for side in pixels.shape[-2:]
+        sorted({*range(0, side - window, stride), max(0, side - window)}) for side in (height, width)
     )
+    places = [
+        (number, slice(None), slice(top, top + window), slice(left, left + window))
+        for number in range(count)
+        for top in tops
+        for left in lefts
+    ]
+    bytes_of_one = (NETWORK_BYTES + network.query_bytes) * min(height, window) * min(width, window)
+    fitting = max(1, min(WINDOWS_AT_A_TIME, int(MOST_BYTES // bytes_of_one)))
+    together = 1 if pixels.device.type == "cpu" else fitting
     total: Tensor | None = None
-    count = pixels.new_zeros(1, 1, *pixels.shape[-2:])
-    for top in tops:
-        for left in lefts:
-            part = (..., slice(top, top + window), slice(left, left + window))
-            logits = network(pixels[part])
-            if total is None:
-                total = logits.new_zeros(1, logits.shape[1], *pixels.shape[-2:])
-            total[part] += logits
-            count[part] += 1
+    overlap = pixels.new_zeros(count, 1, height, width)
+    for start in range(0, len(places), together):
+        chosen = places[start : start + together]
+        found = network(torch.stack([pixels[place] for place in chosen]))
+        if total is None:
+            total = found.new_zeros(count, found.shape[1], height, width)
+        for place, logits in zip(chosen, found, strict=True):
+            total[place] += logits
+            overlap[place] += 1
     assert total is not None
-    return total / count
+    return total / overlap

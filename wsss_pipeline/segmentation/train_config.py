@@ -72,6 +72,11 @@ class WeakClipConfig(Settings):
         "two-step",
         description="two-step resizes the position table to that of 512 x 512 first, as published.",
     )
+    edges: Literal["padded", "cut"] = Field(
+        "padded",
+        description="What isn't whole patches at an image's edge is padded; or cut off, and the answer stretched over it, as "
+        "published.",
+    )
     contexts: int = Field(8, ge=1, le=64, description="Learned tokens before the names of all classes.")
     width: int = Field(256, ge=8, le=1024, description="Of the co-attention.")
     heads: int = Field(4, ge=1, le=256, description="Of the co-attention.")
@@ -143,7 +148,7 @@ class LossConfig(Settings):
         0.0,
         ge=0,
         le=1000,
-        description="Weight of the seeding loss, in which each picture's background and foreground count alike (WeakCLIP: 1).",
+        description="Weight of the seeding loss: a picture's background and foreground count alike (WeakCLIP: 1).",
     )
     boundary: float = Field(
         0.0,
@@ -203,7 +208,7 @@ class AugmentationConfig(Settings):
     crop: int = Field(320, ge=16, le=4096, description="Side of the square training image, pixels.")
     style: Literal["torchvision", "opencv"] = Field(
         "torchvision",
-        description="What resizes and colours: torchvision, or OpenCV as in mmsegmentation (WeakCLIP). There, scales are of a "
+        description="What resizes and colours: torchvision, or OpenCV as in WeakCLIP. There, scales are of a "
         "frame of short_side x long_side, and crops are drawn for their classes.",
     )
     short_side: int = Field(
@@ -217,7 +222,7 @@ class AugmentationConfig(Settings):
         0.75,
         ge=0,
         le=1,
-        description="With opencv, a crop of which a class covers so much is drawn anew, ten times at most; 0 is never.",
+        description="With opencv, a crop is drawn anew where a class covers so much, ten times; 0 is never.",
     )
     scale_min: float = Field(0.5, ge=0.05, le=20, description="Smallest random scale.")
     scale_max: float = Field(1.5, ge=0.05, le=20, description="Largest random scale.")

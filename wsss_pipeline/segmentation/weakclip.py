@@ -375,6 +375,17 @@ class WeakClip(ClipNetwork):
             levels.append(torch.cat([level, guide.to(level.dtype)], dim=1))
         return {"logits": decoder.head(decoder.neck(levels)), "score": score}
 
+    def at_input_size(self, images: Tensor, look: Callable[[Tensor], Tensor]) -> Tensor:
+        """See ``SegmentationNetwork``; with ``edges: cut`` only images of less than two patches are padded."""
+        if self.config.edges == "padded":
+            return super().at_input_size(images, look)
+        height, width = images.shape[-2:]
+        rows: Any = torch.sym_max(height, self.smallest)
+        columns: Any = torch.sym_max(width, self.smallest)
+        padded = F.pad(images, (0, columns - width, 0, rows - height))
+        whole = padded[..., : rows // self.multiple * self.multiple, : columns // self.multiple * self.multiple]
+        return resized(look(whole), size=(rows, columns))[..., :height, :width]
+
     def logits(self, images: Tensor) -> Tensor:
         """Four for each patch's side."""
         return self.decode(images)["logits"]

@@ -6,7 +6,7 @@ The loop, its resuming and its faults are those of ``generate_masks``; what make
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 
 from wsss_pipeline.cache import MaskSet
-from wsss_pipeline.config import RelabelConfig, resolve
+from wsss_pipeline.config import Layer, RelabelConfig, resolve
 from wsss_pipeline.data.classes import ClassSet, builtin_class_sets, load_class_set
 from wsss_pipeline.data.datasets import read_split
 from wsss_pipeline.data.image_ids import find_images
@@ -35,6 +35,42 @@ from wsss_pipeline.segmentation.inference import Segmenter, network_digest
 
 NAME = "relabel"  # of the mask sets: a checkpoint has class names, but no name for them
 VERSION = 1  # to be raised when the same settings give other masks
+# as WeakCLIP's published code makes its masks of the images that it was trained on
+_VIEWS = {
+    "scales": (0.5, 0.75, 1.0, 1.25, 1.5, 1.75),
+    "flip": True,
+    "window": 512,
+    "window_stride": 341,
+    "short_side": 512,
+    "long_side": 2048,
+    "winners_only": True,
+}
+_CRF = {"image": "rgb", "half_scores": False, "iterations": 10, "gaussian_weight": 3.0}
+PRESETS: Mapping[str, Mapping[str, Any]] = {
+    "weakclip/voc12": {
+        "inference": _VIEWS,
+        "crf": {
+            **_CRF,
+            **{"gaussian_sxy": 3.0, "bilateral_sxy": 83.0, "bilateral_srgb": 5.0, "bilateral_weight": 3.0},
+        },
+    },
+    "weakclip/coco14": {
+        "inference": _VIEWS,
+        "crf": {
+            **_CRF,
+            **{"gaussian_sxy": 1.0, "bilateral_sxy": 67.0, "bilateral_srgb": 3.0, "bilateral_weight": 4.0},
+        },
+    },
+}
+
+
+def relabel_config(preset: str | None, layers: Iterable[Layer] = ()) -> RelabelConfig:
+    """The settings of a preset, if any, under those of the layers; a ConfigError where one can't be had."""
+    if preset is None:
+        return resolve(RelabelConfig, layers)
+    if preset not in PRESETS:
+        raise ConfigError(f"--preset {preset:.60}: unknown; known are {', '.join(PRESETS)}")
+    return resolve(RelabelConfig, [(f"preset {preset}", PRESETS[preset]), *layers])
 
 
 class NetworkMaker:
@@ -160,8 +196,6 @@ class RelabelJob(Job):
         folder = find_checkpoint(checkpoint)
         class_set = _class_set(loaded.class_names, classes, folder)
         inference, is_restricted = config.inference, labels is not None and not any_class
-        # how several looks are combined means nothing where there is one
-        unused = {"combine"} if len(set(inference.scales)) == 1 and not inference.flip else set()
         # what a frozen encoder is, its digest says, wherever it lies
         is_frozen = isinstance(loaded.network, ClipNetwork)
         told = ["name"] if is_frozen else ["name", "encoder"]
@@ -171,7 +205,7 @@ class RelabelJob(Job):
             "network": {**architecture, "digest": network_digest(loaded.network)},
             "precision": "fp32",
             "classes": list(class_set.names),
-            "inference": inference.model_dump(mode="json", exclude=unused),
+            "inference": inference.determinants(),
             **refiner.determinants(),
         }
         lines = [
