@@ -90,6 +90,7 @@ WEAKCLIP = {
     "network__weakclip__channels": 32,
     "loss__affinity": 0.0,
 }
+OPENCV = {"augmentation__style": "opencv"}
 LEARNING_CLIP = {**WEAKCLIP, "network__weakclip__clip": "published"}
 
 
@@ -128,6 +129,7 @@ FROZEN_ROWS: dict[str, list[Row]] = {
     # nothing to the demo's CLIP, or too little for every loss: see test_weakclip_reference.py, test_weakclip.py
     "network.weakclip.positions": [],
     "network.weakclip.heads": [],
+    "network.weakclip.edges": [],  # of no crop, see test_weakclip_masks.py
     "network.weakclip.contexts": [Row("masks", 4, {"architecture", *ALL}, WEAKCLIP)],
     "network.weakclip.width": [Row("masks", 24, {"architecture", *ALL}, WEAKCLIP)],
     "network.weakclip.channels": [Row("masks", 24, {"architecture", *ALL}, WEAKCLIP)],
@@ -151,9 +153,26 @@ FROZEN_ROWS: dict[str, list[Row]] = {
     "loss.dice": [Row("weclip", 1.0, ALL)],
     "loss.cross": [Row("weclip", 0.5, ALL, {"network__frozen__dino": "{dino}"})],
     "network.frozen.dino": [Row("weclip", "{dino}", {"architecture", *ALL})],
+    "loss.segmentation": [Row("masks", 0.5, ALL)],
+    "loss.seeding": [Row("masks", 1.0, ALL)],
+    "loss.boundary": [Row("masks", 1.0, ALL)],
+    "loss.score": [Row("masks", 0.5, ALL, WEAKCLIP)],
+    "loss.grid": [Row("masks", 16, ALL, {"loss__seeding": 1.0}), Row("masks", 16, set())],
+    "loss.restrict_to_labels": [
+        Row("weclip", True, ALL, {"loss__boundary": 1.0}),
+        Row("masks", True, set(), {"loss__boundary": 1.0}),  # whose labels aren't known
+    ],
+    "augmentation.style": [Row("masks", "opencv", ALL)],
+    "augmentation.short_side": [Row("masks", 128, ALL, OPENCV), Row("masks", 128, set())],
+    "augmentation.long_side": [Row("masks", 600, ALL, OPENCV), Row("masks", 600, set())],
+    "augmentation.largest_share": [Row("masks", 0.0, ALL, OPENCV), Row("masks", 0.0, set())],
+    "optimisation.min_lr": [
+        Row("masks", 0.01, {"rates", "trained", "kept"}, {"optimisation__schedule": "cosine-total"})
+    ],
     "optimisation.schedule": [
         Row("weclip", "poly-total", {"rates", *AFTER}, {"optimisation__warm_up": 1}),
         Row("weclip", "poly-total", set()),
+        Row("masks", "cosine-total", {"rates", "trained", "kept"}),
     ],
 }
 

@@ -74,8 +74,8 @@ class WeakClipConfig(Settings):
     )
     edges: Literal["padded", "cut"] = Field(
         "padded",
-        description="What isn't whole patches at an image's edge is padded; or cut off, and the answer stretched over it, as "
-        "published.",
+        description="What isn't whole patches at an image's edge is padded; or, as published, cut off, and "
+        "the answer stretched over it.",
     )
     contexts: int = Field(8, ge=1, le=64, description="Learned tokens before the names of all classes.")
     width: int = Field(256, ge=8, le=1024, description="Of the co-attention.")

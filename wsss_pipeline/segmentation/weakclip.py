@@ -383,7 +383,9 @@ class WeakClip(ClipNetwork):
         rows: Any = torch.sym_max(height, self.smallest)
         columns: Any = torch.sym_max(width, self.smallest)
         padded = F.pad(images, (0, columns - width, 0, rows - height))
-        whole = padded[..., : rows // self.multiple * self.multiple, : columns // self.multiple * self.multiple]
+        whole = padded[
+            ..., : rows // self.multiple * self.multiple, : columns // self.multiple * self.multiple
+        ]
         return resized(look(whole), size=(rows, columns))[..., :height, :width]
 
     def logits(self, images: Tensor) -> Tensor:

@@ -51,14 +51,20 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
         "inference": _VIEWS,
         "crf": {
             **_CRF,
-            **{"gaussian_sxy": 3.0, "bilateral_sxy": 83.0, "bilateral_srgb": 5.0, "bilateral_weight": 3.0},
+            "gaussian_sxy": 3.0,
+            "bilateral_sxy": 83.0,
+            "bilateral_srgb": 5.0,
+            "bilateral_weight": 3.0,
         },
     },
     "weakclip/coco14": {
         "inference": _VIEWS,
         "crf": {
             **_CRF,
-            **{"gaussian_sxy": 1.0, "bilateral_sxy": 67.0, "bilateral_srgb": 3.0, "bilateral_weight": 4.0},
+            "gaussian_sxy": 1.0,
+            "bilateral_sxy": 67.0,
+            "bilateral_srgb": 3.0,
+            "bilateral_weight": 4.0,
         },
     },
 }
