@@ -322,7 +322,11 @@ def _probabilities(
         if config.window is None:
             found = torch.cat([network(one[None]) for one in batch])
         else:
-            found = _in_windows(network, batch, config.window, config.window_stride or config.window // 2)
+            stride = config.window_stride or config.window // 2
+            side = min(config.window, max(scaled))
+            fitting = int(MOST_BYTES // ((NETWORK_BYTES + network.query_bytes) * side**2))
+            together = 1 if pixels.device.type == "cpu" else max(1, min(WINDOWS_AT_A_TIME, fitting))
+            found = _in_windows(network, batch, config.window, stride, together)
         for mirrored, one in zip(mirrors, found, strict=True):
             own = (one.flip(-1) if mirrored else one)[None]
             if scaled != size:
@@ -357,8 +361,13 @@ def _looks(config: InferenceConfig, size: tuple[int, int], whole: tuple[int, int
     return looks
 
 
-def _in_windows(network: SegmentationNetwork, pixels: Tensor, window: int, stride: int) -> Tensor:
-    """Mean of the logits of windows, (N, 1+C, H, W) for as many images; a smaller image is one window."""
+def _in_windows(
+    network: SegmentationNetwork, pixels: Tensor, window: int, stride: int, together: int
+) -> Tensor:
+    """Mean of the logits of windows, (N, 1+C, H, W) for as many images; a smaller image is one window.
+
+    The network sees ``together`` windows at a time.
+    """
     count, _, height, width = pixels.shape
     tops, lefts = (
         sorted({*range(0, side - window, stride), max(0, side - window)}) for side in (height, width)
@@ -369,9 +378,6 @@ def _in_windows(network: SegmentationNetwork, pixels: Tensor, window: int, strid
         for top in tops
         for left in lefts
     ]
-    bytes_of_one = (NETWORK_BYTES + network.query_bytes) * min(height, window) * min(width, window)
-    fitting = max(1, min(WINDOWS_AT_A_TIME, int(MOST_BYTES // bytes_of_one)))
-    together = 1 if pixels.device.type == "cpu" else fitting
     total: Tensor | None = None
     overlap = pixels.new_zeros(count, 1, height, width)
     for start in range(0, len(places), together):
