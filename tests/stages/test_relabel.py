@@ -181,10 +181,15 @@ ROWS: dict[str, tuple[Any, Mapping[str, Any]]] = {
     "inference.scales": ((0.5, 1.0), {}),
     "inference.flip": (True, {}),
     "inference.window": (32, {}),
+    "inference.window_stride": (10, {"inference.window": 32}),
+    "inference.short_side": (60, {}),
+    "inference.long_side": (64, {"inference.short_side": 60}),
+    "inference.winners_only": (True, CRF),
     "inference.combine": ("max", LOOKS),
     "refine": ("crf", {}),
     "crf.backend": ("none", {"refine": "auto"}),
     "crf.image": ("reference", CRF),
+    "crf.half_scores": (False, CRF),
     "crf.iterations": (2, CRF),
     "crf.gaussian_sxy": (3.0, CRF),
     "crf.gaussian_weight": (20.0, CRF),
@@ -217,7 +222,8 @@ def test_a_setting_changes_masks_and_fingerprint(root: Path, tmp_path: Path, key
 def test_what_means_nothing_changes_neither(root: Path, tmp_path: Path) -> None:
     """Settings of what is switched off, and how a single look is combined."""
     plain = identity_and_mask(job(root, tmp_path))
-    for key, value in {"crf.iterations": 3, "par.iterations": 3, "inference.combine": "max"}.items():
+    unused = {"crf.iterations": 3, "par.iterations": 3, "inference.combine": "max", "inference.long_side": 99}
+    for key, value in unused.items():
         values = {"refine": "none", key: value}
         other = identity_and_mask(job(root, tmp_path, config=resolve(RelabelConfig, [("test", values)])))
         assert plain[0] == other[0], key

@@ -1,0 +1,186 @@
+"""Speed of WeakCLIP: one training step, and one image's masks out of twelve views.
+
+    OMP_WAIT_POLICY=PASSIVE python -m benchmarks.weakclip --part step|image|loss [--batch 2] [--classes 20]
+        [--repeats 3] [--device cuda] [--precision fp32|bf16]
+
+A CLIP ViT-B/16 with seeded random weights, drawn images: speed doesn't depend on what they mean. *plain* computes in
+the published way: the CRF of the loss by pydensecrf, image after image on one core; texts encoded for each window, a
+window at a time; and a CRF by pydensecrf. *ours* is what ``train-seg`` and ``relabel`` do. ``loss`` is the boundary
+loss's CRF alone. The ways take turns within one run; the first call of each warms up. Seconds: median and range.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+from unittest.mock import patch
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModelWithProjection,
+    CLIPVisionConfig,
+    CLIPVisionModelWithProjection,
+)
+
+from wsss_pipeline.clip.weights import Clip
+from wsss_pipeline.refine.dense_crf import infer_by_pydensecrf
+from wsss_pipeline.segmentation import inference, objectives
+from wsss_pipeline.segmentation.inference import Segmenter
+from wsss_pipeline.segmentation.objectives import weighted_losses
+from wsss_pipeline.segmentation.train_config import load_train_config
+from wsss_pipeline.segmentation.weakclip import WeakClip
+from wsss_pipeline.segmentation.weakclip_losses import BOUNDARY_CRF, Pictures, crf_posterior
+from wsss_pipeline.stages.relabel import relabel_config
+
+CROP, GRID = 512, 64
+Way = Callable[[], object]
+
+
+def drawn_network(recipe: str, classes: int, device: str, precision: Any) -> WeakClip:
+    """Seeded; a name is two tokens."""
+    torch.manual_seed(0)
+    width = {"hidden_size": 768, "intermediate_size": 3072, "projection_dim": 512}
+    vision = CLIPVisionModelWithProjection(CLIPVisionConfig(**width, num_attention_heads=12, patch_size=16))
+    text = CLIPTextModelWithProjection(CLIPTextConfig(eos_token_id=49407, bos_token_id=49406))
+    towers: list[Any] = [tower.eval().requires_grad_(False) for tower in (vision, text)]
+    clip = Clip(*towers, lambda *_, **__: {"input_ids": [49406, 320, 321, 49407]}, 100.0)
+    config = load_train_config(recipe).network.weakclip
+    names = [f"class {value}" for value in range(classes)]
+    return WeakClip(config, names, clip, precision).to(device)
+
+
+def plain_posterior(seen: Tensor, probability: Tensor, present: Tensor | None = None) -> Tensor:
+    """As ``crf_posterior``, one image after another."""
+    energy = -probability.clamp(min=1e-4).log().cpu()
+    found = [
+        infer_by_pydensecrf(image.cpu().numpy(), own.numpy(), BOUNDARY_CRF)
+        for image, own in zip(seen, energy, strict=True)
+    ]
+    posterior = torch.from_numpy(np.stack(found)).to(probability.device).clamp(min=1e-4)
+    return posterior / posterior.sum(dim=1, keepdim=True)
+
+
+def step(arguments: argparse.Namespace) -> dict[str, Way]:
+    """A forward and a backward pass with all losses, and the update."""
+    device = arguments.device
+    config = load_train_config("weakclip/voc12")
+    pixels = torch.randn(arguments.batch, 3, CROP, CROP, device=device)
+    mask = torch.randint(0, 1 + arguments.classes, (arguments.batch, 16, 16), device=device)
+    target = mask.repeat_interleave(32, dim=1).repeat_interleave(32, dim=2)
+    certain = torch.full_like(target, 200)
+
+    def way(recipe: str, posterior: Callable[..., Tensor], precision: str) -> Way:
+        network = drawn_network(recipe, arguments.classes, device, precision).train()
+        chosen = config.optimisation
+        groups = network.parameter_groups(chosen.lr, chosen.weight_decay, chosen.head_lr_factor)
+        optimizer = torch.optim.AdamW(groups)
+        known = torch.zeros(arguments.batch, 1 + arguments.classes, dtype=torch.bool, device=device)
+        counted = torch.ones(arguments.batch, dtype=torch.bool, device=device)
+        pictures = Pictures(pixels, network.image_mean, network.image_std, known, counted)
+
+        def run() -> float:
+            with patch.object(objectives, "crf_posterior", posterior):
+                with torch.autocast(device, torch.bfloat16, enabled=precision == "bf16"):
+                    outputs = network.training_outputs(pixels)
+                losses = weighted_losses(outputs, target, certain, config, 1, lambda sums: sums, pictures)
+            total = torch.stack(list(losses.values())).sum()
+            total.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            return float(total.detach())
+
+        return run
+
+    return {
+        "plain, published": way("weakclip/voc12", plain_posterior, "fp32"),
+        "ours, published": way("weakclip/voc12", crf_posterior, "fp32"),
+        "ours, frozen": way("weakclip/voc12-frozen", crf_posterior, arguments.precision),
+    }
+
+
+def image(arguments: argparse.Namespace) -> dict[str, Way]:
+    """Masks of a picture of 500x375."""
+    config, names = relabel_config("weakclip/voc12"), [f"class {value}" for value in range(arguments.classes)]
+    coarse = np.random.default_rng(0).integers(0, 256, (24, 32, 3), np.uint8)
+    pixels = coarse.repeat(16, axis=0).repeat(16, axis=1)[:375, :500]
+
+    def way(recipe: str, backend: str, precision: str) -> Way:
+        network = drawn_network(recipe, arguments.classes, arguments.device, precision).eval()
+        crf = config.crf.model_copy(update={"backend": backend})
+        segmenter = Segmenter(network, names, arguments.device, config.inference, crf)
+
+        def run() -> object:
+            if backend == "auto":
+                return segmenter(pixels)
+            encode = WeakClip.text
+
+            def anew(self: Any) -> Tensor:
+                self._kept_text = None
+                return encode(self)
+
+            with patch.object(WeakClip, "text", anew), patch.object(inference, "WINDOWS_AT_A_TIME", 1):
+                return segmenter(pixels)
+
+        return run
+
+    return {
+        "plain, fp32": way("weakclip/voc12", "pydensecrf", "fp32"),
+        "ours, fp32": way("weakclip/voc12", "auto", "fp32"),
+        "ours, frozen": way("weakclip/voc12-frozen", "auto", arguments.precision),
+    }
+
+
+def loss(arguments: argparse.Namespace) -> dict[str, Way]:
+    """The posterior that the boundary loss learns from."""
+    coarse = torch.randn(arguments.batch, 1 + arguments.classes, 8, 8, device=arguments.device)
+    probability = torch.nn.functional.interpolate(3 * coarse, (GRID, GRID), mode="bilinear").softmax(dim=1)
+    seen = torch.randint(0, 256, (arguments.batch, 8, 8, 3), dtype=torch.uint8, device=arguments.device)
+    seen = seen.repeat_interleave(8, dim=1).repeat_interleave(8, dim=2).contiguous()
+    present = torch.zeros(arguments.batch, 1 + arguments.classes, dtype=torch.bool, device=arguments.device)
+    present[:, 1:3] = True
+
+    def waited(function: Callable[..., Tensor], *more: Tensor) -> Way:
+        return lambda: float(function(seen, probability, *more).sum())
+
+    return {
+        "plain": waited(plain_posterior),
+        "ours": waited(crf_posterior),
+        "ours, two labels": waited(crf_posterior, present),
+    }
+
+
+def main() -> None:
+    """Print seconds of each way."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--part", choices=["step", "image", "loss"], required=True)
+    parser.add_argument("--batch", type=int, default=2)
+    parser.add_argument("--classes", type=int, default=20)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--precision", default="fp32", choices=["fp32", "bf16"])
+    arguments = parser.parse_args()
+    ways = SimpleNamespace(step=step, image=image, loss=loss).__dict__[arguments.part](arguments)
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    for number in range(1 + arguments.repeats):
+        for name, run in ways.items():
+            start = time.monotonic()
+            run()
+            if arguments.device != "cpu":
+                torch.cuda.synchronize()
+            if number:
+                seconds[name].append(time.monotonic() - start)
+    for name, values in seconds.items():
+        print(f"{name}: {statistics.median(values):.3f} s ({min(values):.3f} to {max(values):.3f})")
+
+
+if __name__ == "__main__":
+    main()
