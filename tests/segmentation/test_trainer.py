@@ -461,6 +461,30 @@ def test_a_sample_that_cannot_be_used_changes_nothing_else(
     assert all(value.isfinite().all() for value in load_file(run / "model.safetensors").values())
 
 
+def test_losses_know_the_crops_and_which_of_them_are_copies(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = changed(CONFIG, max_unusable=1.0, loss__seeding=1.0, loss__boundary=1.0, loss__grid=8)
+    weighted, batches = trainer_module.weighted_losses, list[Any]()
+
+    def recorded(*arguments: Any) -> dict[str, torch.Tensor]:
+        batches.append(arguments)
+        return weighted(*arguments)
+
+    monkeypatch.setattr(trainer_module, "weighted_losses", recorded)
+    run = train_seg(half(make(config=config), "0", "1", "2")).checkpoint
+    lines = log_of(run.parent)
+    assert {1, 0} <= {line["damaged"] for line in lines}
+    for (outputs, target, *_, pictures), line in zip(batches, lines, strict=True):
+        assert (~pictures.counted).sum() == line["damaged"]
+        assert (target[~pictures.counted] == 255).all()
+        assert pictures.pixels.shape == (2, 3, 48, 48)
+        assert pictures.present.shape == (2, outputs["logits"].shape[1])
+        assert line["loss"] == pytest.approx(
+            line["loss_segmentation"] + line["loss_seeding"] + line["loss_boundary"]
+        )
+
+
 def test_a_run_with_a_checkpoint_that_is_not_known_any_more_is_refused(make: Make, tmp_path: Path) -> None:
     job = make(config=changed(CONFIG, optimisation__iterations=1))
     train_seg(job)
@@ -608,6 +632,8 @@ def test_two_processes_are_one_with_twice_the_batch(
     if name != "deeplabv2":
         encoder = str(write_model(tmp_path / encoder, encoder, **changes))
     more: tuple[object, ...] = ("--network", name, "--encoder", encoder, "--iterations", 2, "--lr", 0.01)
+    if name == "deeplabv2":
+        more += ("--set", "loss.seeding=1", "--set", "loss.boundary=1", "--set", "loss.grid=16")
     if name == "mask2former":
         # its norms over four cells make gradients of 600,000, after which rounding shows
         more += ("--set", "optimisation.clip_norm=1")
