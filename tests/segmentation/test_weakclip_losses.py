@@ -264,6 +264,24 @@ def test_a_gpus_lattice_gives_the_loss_of_the_cpus(
     assert largest(own, crf_posterior(pictures, probability)) > 1e-3
 
 
+def test_the_losses_of_a_step_are_the_published_ones() -> None:
+    """Of the small network, with the recipe's weights."""
+    golden = np.load(GOLDEN / "weakclip" / "golden.npz")
+    images, mask = published_pixels(golden["image"]), torch.from_numpy(golden["train/mask"]).long()
+    outputs = published_network().train().training_outputs(images)
+    losses = weighted_losses(
+        outputs,
+        mask,
+        torch.full_like(mask, 200),
+        load_train_config("weakclip/voc12"),
+        1,
+        lambda sums: sums,
+        seen(images, 5),
+    )
+    for name, stored in (("boundary", "boundary"), ("seeding", "seeding"), ("score", "score_ce")):
+        assert float(losses[name].detach()) == pytest.approx(float(golden[f"train/loss_{stored}"]), abs=1e-5)
+
+
 @both
 def test_rates_are_the_published_ones(folder: Path) -> None:
     golden = np.load(folder / "lr_schedule.npz")
