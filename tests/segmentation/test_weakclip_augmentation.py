@@ -130,7 +130,9 @@ def test_a_picture_of_one_class_ends_after_ten_tries(monkeypatch: pytest.MonkeyP
     drawn: list[int] = []
     draw = module.integer
     monkeypatch.setattr(module, "integer", lambda low, high: drawn.append(high) or draw(low, high))
-    sample(torch.zeros(64, 400, dtype=torch.uint8), 0, photometric=False)
+    mask = torch.zeros(64, 400, dtype=torch.uint8)
+    mask[:, ::2] = 255  # no class
+    sample(mask, 0, photometric=False)
     assert len(drawn) == 2 * 11
 
 
