@@ -238,6 +238,7 @@ COMMON: dict[str, list[Row]] = {
         Row("none", SAME, PAR),
     ],
     "crf.image": [Row("reference", CHANGES, CRF), Row("reference", SAME, UNREFINED)],
+    "crf.half_scores": [Row(False, ROUNDING, CRF), Row(False, SAME, UNREFINED)],
     "crf.iterations": [Row(2, CHANGES, CRF), Row(2, SAME, UNREFINED), Row(2, SAME, PAR)],
     "crf.gaussian_sxy": [Row(3.0, CHANGES, CRF), Row(1, SAME, CRF), Row(3.0, SAME, UNREFINED)],
     "crf.gaussian_weight": [Row(6.0, CHANGES, CRF), Row(6.0, SAME, UNREFINED)],

@@ -83,8 +83,8 @@ def loaded_once(files: ClipFiles) -> Clip:
 
 @pytest.fixture(scope="session")
 def demo_clip() -> Clip:
-    """The CLIP of all tests here that train on labels."""
-    return loaded_once(locate_clip(ClipConfig(weights="demo"), offline=True))
+    """In float32: not the one of ``loaded_once``, which a generator in bfloat16 may have cast."""
+    return load_clip(locate_clip(ClipConfig(weights="demo"), offline=True), torch.device("cpu"))
 
 
 def other_clip(folder: Path, added: float = 0.1) -> Path:

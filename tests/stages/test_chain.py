@@ -40,7 +40,9 @@ def test_every_chain_consists_of_commands_as_they_are(name: str) -> None:
         assert words[0] in COMMANDS, stage
         command = main.get_command(click.Context(main), words[0])
         assert command is not None
-        command.make_context(words[0], [*words[1:], "--offline"])
+        # below the group, for a command remembers the names of its help option
+        group = click.Context(main, **main.context_settings)
+        command.make_context(words[0], [*words[1:], "--offline"], parent=group)
         for option, known in (("--recipe", recipe_names()), ("--preset", preset_names())):
             if option in words and words[0] not in ("propose-regions", "learn-prompts"):
                 assert words[words.index(option) + 1] in known, stage
