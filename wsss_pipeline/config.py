@@ -33,6 +33,26 @@ RefinerName = Literal["auto", "crf", "par", "vote", "none"]
 NetworkRefinerName = Literal["auto", "crf", "par", "none"]
 CrfBackend = Literal["auto", "pydensecrf", "lattice", "none"]
 CrfImage = Literal["bgr", "reference", "rgb"]
+LabelFormat = Literal[
+    "json",
+    "json-onehot",
+    "records",
+    "records-onehot",
+    "csv",
+    "csv-onehot",
+    "txt",
+    "txt-onehot",
+    "npy",
+    "coco",
+    "voc-xml",
+    "voc-lists",
+    "labelme",
+    "label-studio",
+    "cvat",
+    "yolo",
+    "createml",
+    "fiftyone",
+]
 ContextLayout = Literal["end", "front"]  # of a learned prompt: where the class's text stands
 
 Layer = tuple[

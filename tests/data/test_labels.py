@@ -44,8 +44,8 @@ def test_json_keeps_the_order_of_images_and_labels(tmp_path: Path) -> None:
 
 
 def test_csv_in_all_its_forms(tmp_path: Path) -> None:
-    joined = write(tmp_path, "l.csv", "\ufeffimage,labels\r\nb/c.jpg,cat; sofa\r\n\r\na,\r\nb/c,dog;cat\r\n")
-    assert read_labels(joined, IMAGES, VOC) == {"b/c": ("cat", "sofa", "dog"), "a": ()}
+    joined = write(tmp_path, "l.csv", "\ufeffimage,labels\r\nb/c.jpg,cat; sofa\r\n\r\na,\r\n")
+    assert read_labels(joined, IMAGES, VOC) == {"b/c": ("cat", "sofa"), "a": ()}
     rows = write(tmp_path, "l.csv", 'Image,Label,comment\na,cat,x\n"b/c",dog,\na.JPG,sofa,"y, z"\n')
     assert read_labels(rows, IMAGES, VOC) == {"a": ("cat", "sofa"), "b/c": ("dog",)}
     swapped = write(tmp_path, "l.csv", "labels,image\ntraffic light;stop sign,a\n")
@@ -53,9 +53,11 @@ def test_csv_in_all_its_forms(tmp_path: Path) -> None:
 
 
 def test_txt_takes_names_and_indices_from_0(tmp_path: Path) -> None:
-    path = write(tmp_path, "l.txt", "a.jpg cat\tsofa\n\nb/c 0 79 44\nunlabelled\na dog\n")
+    path = write(tmp_path, "l.txt", "a.jpg cat\tsofa\n\nb/c 0 79 44\nunlabelled\n")
+    rows = write(tmp_path, "rows.txt", "a cat\nb/c dog\na.jpg sofa\na cat\n")
+    assert read_labels(rows, IMAGES, COCO) == {"a": ("cat", "sofa"), "b/c": ("dog",)}
     assert read_labels(path, IMAGES, COCO) == {
-        "a": ("cat", "sofa", "dog"),
+        "a": ("cat", "sofa"),
         "b/c": ("person", "toothbrush", "spoon"),
         "unlabelled": (),
     }
@@ -144,11 +146,11 @@ def test_coco_instances_by_name_alias_or_id(tmp_path: Path) -> None:
         ({"annotations": [{"image_id": 7, "category_id": 99}]}, "categories[3]: unknown class 'ufo'"),
         ({"annotations": [{"image_id": 8, "category_id": 1}]}, "annotations[0]: image_id 8"),
         ({"annotations": [{"image_id": 7, "category_id": 2}]}, "category_id 2"),
-        ({"annotations": [{"image_id": "7", "category_id": 1}]}, "'image_id' is '7'"),
+        ({"annotations": [{"image_id": "7", "category_id": 1}]}, "image_id '7' isn't among"),
         ({"annotations": [[]]}, "annotations[0]: expected an object"),
         ({"annotations": {}}, "'annotations' takes a list"),
         ({"images": [{"id": 1}]}, "'file_name' is None"),
-        ({"images": [{"id": 1, "file_name": "../../etc/passwd"}]}, "'..'"),
+        ({"images": [{"id": 1, "file_name": "../../etc/passwd"}], "annotations": []}, "'..'"),
         ({"images": [{"id": 1, "file_name": "a"}, {"id": 1, "file_name": "b"}]}, "id 1 occurs twice"),
         ({"categories": [{"id": True}]}, "'id' is True"),
     ],
@@ -182,7 +184,7 @@ def test_class_folders_need_known_names() -> None:
     ("name", "content", "reason"),
     [
         ("l.json", '{"a": ["caat"]}', "l.json, image 'a': unknown class 'caat'; did you mean 'cat'"),
-        ("l.json", '{"a": "cat"}', "not a list"),
+        ("l.json", '{"a": 3}', "not a list"),
         ("l.json", '{"a": [3]}', "3 in its list isn't text"),
         ("l.json", '["a"]', "found list"),
         ("l.json", "{}", "holds no image"),
@@ -196,7 +198,7 @@ def test_class_folders_need_known_names() -> None:
         ("l.json", b'{"a": \x00}', "line 1: NUL"),
         ("l.csv", "image,labels\na,cat;caat\n", "l.csv line 2: unknown class 'caat'"),
         ("l.csv", "a,cat\n", "expected the header image,labels"),
-        ("l.csv", "image;labels\na;cat\n", "expected the header image,labels"),
+        ("l.csv", "image:labels\na:cat\n", "expected the header image,labels"),
         ("l.csv", "", "expected the header"),
         ("l.csv", "image,labels\n", "holds no image"),
         ("l.csv", "image,labels\na\n", "line 2: 1 cells where the header has 2"),

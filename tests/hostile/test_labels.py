@@ -115,7 +115,7 @@ def test_strange_ids_are_names_and_nothing_else(tmp_path: Path, clip: Path) -> N
     for name in usable:
         (images / f"{name}.png").parent.mkdir(parents=True, exist_ok=True)
         (images / f"{name}.png").write_bytes(content)
-    write_labels(tmp_path, {name: [] for name in STRANGE_IDS})
+    write_labels(tmp_path, {name: ["cat"] if name == "~root" else [] for name in STRANGE_IDS})
     result = wsss(
         *("generate-masks", "--images", images, "--labels", tmp_path / "labels.json", "--classes", "voc12"),
         *("--clip", clip, "--cache", tmp_path / "cache", "--workers", 0),

@@ -36,7 +36,7 @@ ids = st.text(min_size=1, max_size=40).filter(
     )
 )
 names = st.lists(st.sampled_from(VOC.names), unique=True, max_size=5).map(tuple)
-labels = st.dictionaries(ids, names, min_size=1, max_size=8)
+labels = st.dictionaries(ids, names, min_size=1, max_size=8).filter(lambda table: any(table.values()))
 
 
 @given(labels)
@@ -64,7 +64,7 @@ def test_lines_say_the_same_where_ids_have_no_white_space(
     tmp_path_factory: pytest.TempPathFactory, table: dict[str, tuple[str, ...]]
 ) -> None:
     table = {image: found for image, found in table.items() if len(image.split()) == 1}
-    if not table:
+    if not any(table.values()):
         return
     file = tmp_path_factory.mktemp("labels") / "l.txt"
     file.write_text("".join(f"{image} {' '.join(found)}\n" for image, found in table.items()), "utf-8")

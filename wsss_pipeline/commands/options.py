@@ -21,6 +21,7 @@ from wsss_pipeline.config import (
     CrfBackend,
     CrfImage,
     InferenceConfig,
+    LabelFormat,
     MaskConfig,
     NetworkRefinerName,
     Precision,
@@ -110,6 +111,14 @@ def choice(names: Any) -> click.Choice[str]:
     return click.Choice(get_args(names))
 
 
+LABELS_FORMAT: dict[str, Any] = {
+    "type": choice(LabelFormat),
+    "metavar": "NAME",
+    "help": "Form of the labels: csv, npy, yolo, ..., see docs/inputs.md.  [default: what the content shows]",
+}
+
+labels_format_option = click.option("--labels-format", **LABELS_FORMAT)
+
 input_options = all_of(
     _path(
         "--images",
@@ -119,9 +128,11 @@ input_options = all_of(
     _path(
         "--labels",
         type=PATH,
-        help="Image-level labels: .json, .csv, .txt, a folder of VOC XML, or COCO instances JSON. "
-        "Without it they lie beside the images in the archives, or the images in one folder per class.",
+        help="Image-level labels: .json, .jsonl, .csv, .tsv, .txt, .npy, .xml, or a folder of VOC XML, LabelMe or "
+        "YOLO files; docs/inputs.md lists the forms. Without it they lie beside the images in the archives, or the "
+        "images in one folder per class.",
     ),
+    _path("--labels-format", **LABELS_FORMAT),
     _path("--classes", help="voc12, coco14, demo, a YAML file, or names: cat,dog."),
     _path("--voc", type=PATH, help="VOC2012 folder, instead of --images and --labels."),
     _path("--coco", type=PATH, help="COCO folder, instead of --images and --labels."),

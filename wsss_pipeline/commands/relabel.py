@@ -14,6 +14,7 @@ from wsss_pipeline.commands.options import (
     frozen_clip_option,
     given_paths,
     given_settings,
+    labels_format_option,
     offline_guarantee,
     relabel_options,
     report_masks,
@@ -21,7 +22,7 @@ from wsss_pipeline.commands.options import (
     say,
     shard_option,
 )
-from wsss_pipeline.config import user_layers
+from wsss_pipeline.config import LabelFormat, user_layers
 
 
 @click.command("relabel", short_help="A trained network's masks as a new mask set, for the next network.")
@@ -39,6 +40,7 @@ from wsss_pipeline.config import user_layers
     help="Image-level labels, in any form that generate-masks reads: a mask then has no class but its image's. "
     "Without them it may have any class.",
 )
+@labels_format_option
 @click.option(
     "--any-class", is_flag=True, help="With --labels: take from them which images to do, and nothing else."
 )
@@ -65,6 +67,7 @@ def command(
     checkpoint: Path,
     images: Path,
     labels: Path | None,
+    labels_format: LabelFormat | None,
     any_class: bool,
     classes: str | None,
     split: Path | None,
@@ -105,6 +108,7 @@ def command(
             images,
             Path(paths["cache"]),
             labels=labels,
+            labels_format=labels_format,
             classes=classes,
             split=split,
             any_class=any_class,

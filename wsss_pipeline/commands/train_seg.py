@@ -9,8 +9,16 @@ from pathlib import Path
 
 import click
 
-from wsss_pipeline.commands.options import PATH, choice, device_option, given_settings, say, setting
-from wsss_pipeline.config import Precision
+from wsss_pipeline.commands.options import (
+    PATH,
+    choice,
+    device_option,
+    given_settings,
+    labels_format_option,
+    say,
+    setting,
+)
+from wsss_pipeline.config import LabelFormat, Precision
 from wsss_pipeline.segmentation.train_config import Confidence, TrainConfig
 
 
@@ -23,6 +31,7 @@ from wsss_pipeline.segmentation.train_config import Confidence, TrainConfig
     type=PATH,
     help="With --online: image-level labels, as generate-masks takes them.  [default: one folder per class]",
 )
+@labels_format_option
 @click.option("--classes", help="With --online or --gt-masks: voc12, coco14, demo, a YAML file, or names.")
 @click.option("--images", type=PATH, required=True, help="Folder of the images.")
 @click.option("--split", type=PATH, help="Text file of image ids to train on.  [default: all images]")
@@ -64,6 +73,7 @@ def command(
     cache: Path | None,
     gt_masks: Path | None,
     labels: Path | None,
+    labels_format: LabelFormat | None,
     classes: str | None,
     images: Path,
     split: Path | None,
@@ -120,6 +130,8 @@ def command(
             "give the masks once: --cache DIR, --online METHOD to make them in training, or --gt-masks DIR for "
             "ground truth"
         )
+    if labels_format is not None and labels is None:
+        raise ConfigError("--labels-format goes with --labels")
     if labels is not None and not config.online.method:
         raise ConfigError("--labels is for --online METHOD; the masks of a cache hold their labels")
     if cache is not None:
@@ -136,6 +148,7 @@ def command(
         out,
         config,
         labels=labels,
+        labels_format=labels_format,
         classes=classes,
         split=split,
         val_gt=val_gt,

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal, TypedDict, Unpack
 
 from wsss_pipeline.cache import FinishedImages, is_mask_set
-from wsss_pipeline.config import MaskConfig
+from wsss_pipeline.config import LabelFormat, MaskConfig
 from wsss_pipeline.data.classes import ClassSet, load_class_set
 from wsss_pipeline.data.datasets import coco_inputs, voc_inputs
 from wsss_pipeline.data.image_files import ImageFile, is_there, reading_order
@@ -39,6 +39,7 @@ class JobPaths(TypedDict, total=False):
     Attributes:
         images: folder, or WebDataset archives such as ``shards/{000..127}.tar``.
         labels: file or folder of image-level labels; left out where the images bring theirs.
+        labels_format: name of the labels' form; left out where their content shows it.
         voc, coco: folder of a data set, in place of images, labels and classes.
         split: part of that data set.
         classes: built-in class set, YAML file, or names with commas between.
@@ -50,6 +51,7 @@ class JobPaths(TypedDict, total=False):
 
     images: Path | str | None
     labels: Path | str | None
+    labels_format: LabelFormat | None
     voc: Path | str | None
     coco: Path | str | None
     split: str | None
@@ -156,6 +158,9 @@ class MaskJob(Job):
             )
         if labels is not None and images is None:
             raise ConfigError("--labels goes with --images; --voc and --coco bring their own labels")
+        labels_format = paths.get("labels_format")
+        if labels_format is not None and labels is None:
+            raise ConfigError("--labels-format goes with --labels")
         if paths.get("preset") is None and classes is None:
             classes = "voc12" if voc is not None else "coco14" if coco is not None else None
         config = load_mask_config(
@@ -169,7 +174,7 @@ class MaskJob(Job):
         class_set = load_class_set(config.classes)
         if images is not None:
             files = find_images(Path(images))
-            names = read_labels(None if labels is None else Path(labels), files, class_set)
+            names = read_labels(None if labels is None else Path(labels), files, class_set, labels_format)
         elif voc is not None:
             files, names = voc_inputs(Path(voc), str(split), class_set)
         else:

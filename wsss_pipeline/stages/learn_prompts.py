@@ -118,10 +118,10 @@ def _coarse(masks: Path | None, paths: JobPaths) -> Inputs:
         raise ConfigError(
             "--objective cam needs --cache, a coarse mask set of generate-masks, and --images, its images' folder"
         )
-    for option in ("labels", "voc", "coco", "split"):
+    for option in ("labels", "labels_format", "voc", "coco", "split"):
         if paths.get(option) is not None:
             raise ConfigError(
-                f"--{option} isn't for --objective cam: the mask set says which images and classes"
+                f"--{option.replace('_', '-')} isn't for --objective cam: the mask set says which images and classes"
             )
     source = MaskCache.open(masks)
     name = paths.get("classes") or source.manifest.mask_set.name

@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 
 from wsss_pipeline.cache import MaskSet
-from wsss_pipeline.config import Layer, RelabelConfig, resolve
+from wsss_pipeline.config import LabelFormat, Layer, RelabelConfig, resolve
 from wsss_pipeline.data.classes import ClassSet, builtin_class_sets, load_class_set
 from wsss_pipeline.data.datasets import read_split
 from wsss_pipeline.data.image_ids import find_images
@@ -165,6 +165,7 @@ class RelabelJob(Job):
         cache: Path,
         *,
         labels: Path | None = None,
+        labels_format: LabelFormat | None = None,
         classes: str | None = None,
         split: Path | None = None,
         any_class: bool = False,
@@ -179,6 +180,7 @@ class RelabelJob(Job):
             images: folder, searched with all below it, or WebDataset archives.
             cache: folder that holds mask sets.
             labels: image-level labels, of which a mask then has no other classes; without them it may have any.
+            labels_format: name of the labels' form; None for what their content shows.
             classes: class set of the labels, where they use its aliases; it must have the network's classes.
             split: text file of the ids of the images to do; all of them, where None.
             any_class: choice to take from the labels only which images to do.
@@ -193,8 +195,9 @@ class RelabelJob(Job):
             MissingDependencyError: the refiner isn't installed.
         """
         config = config or RelabelConfig()
-        if labels is None and (any_class or classes is not None):
-            option = "--any-class" if any_class else "--classes"
+        only = {"--any-class": any_class, "--classes": classes, "--labels-format": labels_format}
+        if labels is None and any(only.values()):
+            option = next(option for option, given in only.items() if given)
             raise ConfigError(f"{option} goes with --labels; without them a mask may have any of the classes")
         where = resolve_device(device)
         refiner = load_refiner(config, "crf")
@@ -227,7 +230,7 @@ class RelabelJob(Job):
             raise ImageError(f"{images} holds no image; check --images")
         names: Mapping[str, tuple[str, ...] | None] = dict.fromkeys(files)
         if labels is not None:
-            names = read_labels(labels, files, class_set)
+            names = read_labels(labels, files, class_set, labels_format)
         if split is not None:
             wanted = read_split(split)
             names = {i: names.get(i) for i in wanted if labels is None or i in names}

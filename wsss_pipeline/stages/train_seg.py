@@ -18,6 +18,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedDataParallelKwargs
 
+from wsss_pipeline.config import LabelFormat
 from wsss_pipeline.data.datasets import read_split
 from wsss_pipeline.data.image_files import ImageFile
 from wsss_pipeline.data.image_ids import find_images
@@ -68,6 +69,7 @@ class TrainJob:
         out: folder of the run; one that holds the same run goes on.
         config: settings, see ``TrainConfig``.
         labels: image-level labels, see ``read_labels``, for targets that are made in training.
+        labels_format: name of the labels' form; None for what their content shows.
         classes: class set of such targets, as ``--classes`` has it; None for that of the method's preset.
         split: text file of the ids to train on; None for all images.
         val_gt: folder of ground-truth index masks to validate on; None for no validation.
@@ -86,6 +88,7 @@ class TrainJob:
     out: Path
     config: TrainConfig = field(default_factory=TrainConfig)
     labels: Path | None = None
+    labels_format: LabelFormat | None = None
     classes: str | None = None
     split: Path | None = None
     val_gt: Path | None = None
@@ -187,7 +190,7 @@ def _image_labels(job: TrainJob, images: Mapping[str, ImageFile], generator: Mas
     class_set, mask_set = generator.class_set, generator.mask_set
     present = {
         image_id: tuple(sorted(map(class_set.index, names)))
-        for image_id, names in read_labels(job.labels, images, class_set).items()
+        for image_id, names in read_labels(job.labels, images, class_set, job.labels_format).items()
     }
     digest = hashlib.sha256(json.dumps(sorted(present.items())).encode()).hexdigest()[:12]
     identity = f"online {mask_set.fingerprint[:12]}, labels {digest}"

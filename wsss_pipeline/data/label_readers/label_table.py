@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
-from collections import Counter
-from collections.abc import Container, Iterator
+from collections import Counter, defaultdict
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
 from wsss_pipeline import files
 from wsss_pipeline.data.classes import ClassEntry, ClassSet
+from wsss_pipeline.data.few_warnings import FewWarnings
 from wsss_pipeline.data.image_ids import check_image_id, without_image_suffix
 from wsss_pipeline.errors import LabelError
 from wsss_pipeline.files import MIB, check_machine
 from wsss_pipeline.runtime.output import one_line
+
+logger = logging.getLogger(__name__)
 
 MOST_BYTES = 2048 * MIB  # of a label file: those of a million images take a twentieth
 
@@ -28,9 +32,12 @@ class LabelTable:
         images: the known image ids. An id of the file may carry the suffix of the image; what fits no
             known image is kept all the same.
         classes: the classes that may occur, by name or alias.
+
+    Attributes:
+        repeated: warnings of records that say again what an earlier one said; to be entered by who fills the table.
     """
 
-    def __init__(self, images: Container[str], classes: ClassSet) -> None:
+    def __init__(self, images: Collection[str], classes: ClassSet) -> None:
         self.classes = classes
         self._images = images
         self._find = cache(classes.find)  # a file may name the same few classes a million times
@@ -38,6 +45,8 @@ class LabelTable:
         self._shared: dict[
             tuple[str, ...], tuple[str, ...]
         ] = {}  # of a million images many have the same labels
+        self._records: dict[str, str] = {}  # image id to where its one record stands
+        self.repeated = FewWarnings(logger, "records of images that have one already")
 
     def add_image(self, text: str, where: str) -> str:
         """Makes an entry for an image, without labels so far, and gives its id; a LabelError if that is unsafe."""
@@ -54,6 +63,67 @@ class LabelTable:
         if entry.name not in names:
             names = (*names, entry.name)
             self._labels[image_id] = self._shared.setdefault(names, names)
+
+    def add_record(
+        self,
+        image: str,
+        names: Iterable[str],
+        where: str,
+        *,
+        adds_up: bool = False,
+        or_numbered: bool = False,
+    ) -> None:
+        """Adds all that a source says of an image in one place.
+
+        Args:
+            image: id or path of the image.
+            names: names or aliases of its classes.
+            where: file and line, for messages.
+            adds_up: True in forms with a record for each label. Else an image has one record: the same again is
+                passed over with a warning.
+            or_numbered: as in ``class_named``.
+
+        Raises:
+            LabelError: an unsafe id, an unknown class, or other classes than an earlier record of the image has.
+        """
+        image_id = self.add_image(image, where)
+        entries = [self.class_named(name, where, or_numbered=or_numbered) for name in names]
+        if adds_up or image_id not in self._records:
+            for entry in entries:
+                self.add_class(image_id, entry)
+            self._records.setdefault(image_id, where)
+            return
+        first = self._records[image_id]
+        before, now = self._labels[image_id], {entry.name for entry in entries}
+        shown = one_line(image_id, 100)
+        if set(before) != now:
+            said = " and ".join(f"{', '.join(sorted(known)) or 'no class':.60}" for known in (before, now))
+            raise LabelError(
+                f"{first} and {where}: image '{shown}' has two records, {said}; keep the right one"
+            )
+        self.repeated.warn(
+            "%s: image '%s' again, with the same labels as in %s; passed over", where, shown, first
+        )
+
+    def has_image(self, text: str) -> bool:
+        """Whether an image of that id is known; the text may carry the image's suffix."""
+        return text in self._images or without_image_suffix(text) in self._images
+
+    def images_numbered(self, number: int) -> list[str]:
+        """Ids of the known images whose name holds this number: in all its digits together, or in the last group.
+
+        Code bases keep ``2007_000032`` as 2007000032, and ``COCO_train2014_000000000009`` as 9.
+        """
+        return self._numbered.get(number, [])
+
+    @cached_property
+    def _numbered(self) -> dict[int, list[str]]:
+        numbered: dict[int, list[str]] = defaultdict(list)
+        for image_id in self._images:
+            if groups := re.findall("[0-9]{1,100}", image_id.rpartition("/")[2]):
+                for number in {int("".join(groups)[:100]), int(groups[-1])}:
+                    numbered[number].append(image_id)
+        return numbered
 
     def class_named(self, name: str, where: str, *, or_numbered: bool = False) -> ClassEntry:
         """The class of that name or alias; ``or_numbered``, without one, of that index, counted from 0.
@@ -107,19 +177,23 @@ def read_text(file: Path, at_most: int = MOST_BYTES) -> str:
 
 
 def read_json(file: Path) -> Any:
-    """The content of a JSON file; a LabelError: as ``read_text``, it isn't JSON, a key occurs twice in one object."""
+    """The content of a JSON file, see ``parse_json``; a LabelError: as ``read_text`` too."""
+    return parse_json(read_text(file), str(file))
+
+
+def parse_json(text: str, where: str) -> Any:
+    """JSON text; a LabelError: it isn't JSON, or a key occurs twice in one object."""
 
     def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         values = dict(pairs)  # which silently keeps the last of two
         if len(values) < len(pairs):
             (twice, _), *_ = Counter(key for key, _ in pairs).most_common(1)
-            raise LabelError(f"{file}: key {twice!r:.60} occurs twice in one object; merge the two entries")
+            raise LabelError(f"{where}: key {twice!r:.60} occurs twice in one object; merge the two entries")
         return values
 
-    text = read_text(file)
     try:
         return json.loads(text, object_pairs_hook=unique_keys)
     except RecursionError as error:
-        raise LabelError(f"{file}: not valid JSON: nested too deep") from error
+        raise LabelError(f"{where}: not valid JSON: nested too deep") from error
     except ValueError as error:
-        raise LabelError(f"{file}: not valid JSON: {error}") from error
+        raise LabelError(f"{where}: not valid JSON: {error}") from error
