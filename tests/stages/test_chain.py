@@ -19,6 +19,7 @@ from wsss_pipeline.config import recipe_names
 from wsss_pipeline.errors import ConfigError
 from wsss_pipeline.methods import method_names, preset_names
 from wsss_pipeline.stages.chain import Chain, chain_names, commands, load_chain
+from wsss_pipeline.stages.relabel import PRESETS
 
 INPUTS = {"out": {"about": "folder"}, "seed": {"about": "number", "default": "0"}}
 
@@ -43,13 +44,15 @@ def test_every_chain_consists_of_commands_as_they_are(name: str) -> None:
         # below the group, for a command remembers the names of its help option
         group = click.Context(main, **main.context_settings)
         command.make_context(words[0], [*words[1:], "--offline"], parent=group)
-        for option, known in (("--recipe", recipe_names()), ("--preset", preset_names())):
+        presets = PRESETS if words[0] == "relabel" else preset_names()
+        for option, known in (("--recipe", recipe_names()), ("--preset", presets)):
             if option in words and words[0] not in ("propose-regions", "learn-prompts"):
                 assert words[words.index(option) + 1] in known, stage
 
 
-def test_every_method_has_a_chain_for_voc_and_the_demo() -> None:
-    assert {f"{method}/{data}" for method in method_names() for data in ("voc12", "demo")} <= set(
+def test_every_published_system_has_a_chain_for_each_data_set() -> None:
+    systems = (*method_names(), "weakclip")  # which is a network, on the masks of a method
+    assert {f"{system}/{data}" for system in systems for data in ("voc12", "coco14", "demo")} == set(
         chain_names()
     )
 
