@@ -106,8 +106,12 @@ def other_vocabulary(folder: Path) -> None:
 
 def pixels(mean: list[float]) -> Callable[[Path], None]:
     """A preprocessor's file with this mean, and else what OpenAI's has."""
-    values = {"image_mean": mean, "image_std": [0.26862954, 0.26130258, 0.27577711]}
-    return lambda folder: (folder / "preprocessor_config.json").write_text(json.dumps(values)) and None
+
+    def change(folder: Path) -> None:
+        values = {"image_mean": mean, "image_std": [0.26862954, 0.26130258, 0.27577711]}
+        (folder / "preprocessor_config.json").write_text(json.dumps(values))
+
+    return change
 
 
 def nothing(folder: Path) -> None:
@@ -232,8 +236,6 @@ COMMON: dict[str, list[Row]] = {
     "clip.weights": [
         Row(clip_folder(other_weights), CHANGES),
         Row(clip_folder(nothing), SAME),
-        Row(clip_folder(pixels([0.5, 0.5, 0.5])), CHANGES),
-        Row(clip_folder(pixels([0.48145466, 0.4578275, 0.40821073])), SAME),
     ],
     "clip.tokenizer": [Row(clip_folder(other_vocabulary), CHANGES), Row(clip_folder(nothing), SAME)],
     "clip.activation": [Row("gelu", CHANGES), Row("quick_gelu", SAME)],
@@ -283,6 +285,10 @@ COMMON: dict[str, list[Row]] = {
 # by method: settings of its own, and what comes of the others for it alone
 OWN: dict[str, dict[str, list[Row]]] = {
     "clip-es": {
+        "clip.weights": [
+            Row(clip_folder(pixels([0.5, 0.5, 0.5])), CHANGES),
+            Row(clip_folder(pixels([0.48145466, 0.4578275, 0.40821073])), SAME),
+        ],
         "crf.backend": [Row("none", CHANGES)],
         "cam.affinity": [Row(False, CHANGES)],
         "cam.affinity_layers": [Row(2, CHANGES), Row(2, SAME, {"cam.affinity": False})],
