@@ -14,8 +14,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPVisionModelWithProjection
 
-from wsss_pipeline.clip.openai_names import BLOCK_NAMES, NAMES, TRANSPOSED
 from wsss_pipeline.clip.sources import locate_clip
+from wsss_pipeline.clip.tensor_names import BLOCK_NAMES, NAMES, TRANSPOSED
 from wsss_pipeline.clip.weights import Clip, load_clip
 from wsss_pipeline.config import ClipConfig
 from wsss_pipeline.data.classes import load_class_set

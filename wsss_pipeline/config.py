@@ -29,6 +29,7 @@ _MOST_DIGITS = 100  # of a number
 
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 ResolvedPrecision = Literal["fp32", "bf16", "fp16"]
+ClipActivation = Literal["quick_gelu", "gelu"]
 RefinerName = Literal["auto", "crf", "par", "vote", "none"]
 NetworkRefinerName = Literal["auto", "crf", "par", "none"]
 CrfBackend = Literal["auto", "pydensecrf", "lattice", "none"]
@@ -74,10 +75,19 @@ class ClipConfig(Settings):
 
     weights: str = Field(
         "openai/clip-vit-base-patch16",
-        description="Hub id, Hugging Face folder, OpenAI .pt file, or demo for the one in the package.",
+        description="Hub id or folder of Hugging Face or OpenCLIP, file of weights, or demo for the package's own.",
     )
     tokenizer: str | None = Field(
         None, description="Hub id or folder of its vocabulary, where the weights don't bring their own."
+    )
+    activation: ClipActivation | None = Field(
+        None, description="Of its MLPs, in place of what its files say; for a file of tensors alone."
+    )
+    head_width: int | None = Field(
+        None, ge=1, le=1024, description="Of its image tower's attention, likewise (OpenAI's: 64)."
+    )
+    text_head_width: int | None = Field(
+        None, ge=1, le=1024, description="Of its text tower's attention, likewise (OpenAI's: 64)."
     )
     precision: Precision = Field(
         "auto", description="Of its matrix products; auto is bf16 where the device is fast at it, else fp32."

@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 import torch
 
-from wsss_pipeline.clip.openai_archive import read_openai_weights, read_state_dict
+from wsss_pipeline.clip.openai_archive import is_torchscript, read_torchscript
+from wsss_pipeline.clip.tensor_files import read_tensor_files, tensors_in
 from wsss_pipeline.errors import WeightsError
 
 FLOATS = torch.arange(6, dtype=torch.float32)
@@ -78,7 +79,7 @@ def archive(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
 
 def test_tensors_have_the_names_of_their_modules(archive: Any) -> None:
     tree = Node(visual=Node(proj=Placed((2, 3), (3, 1)), training=False), scale=Placed((), (), 5))
-    found = read_openai_weights(archive(tree))
+    found = read_torchscript(archive(tree))
     assert found.keys() == {"visual.proj", "scale"}
     assert torch.equal(found["visual.proj"], FLOATS.view(2, 3))
     assert found["scale"].item() == 5
@@ -86,7 +87,7 @@ def test_tensors_have_the_names_of_their_modules(archive: Any) -> None:
 
 def test_layers_may_share_a_mask(archive: Any) -> None:
     mask = Placed((3, 2), (1, 3))
-    found = read_openai_weights(archive(Node(first=Node(mask=mask), second=Node(mask=mask))))
+    found = read_torchscript(archive(Node(first=Node(mask=mask), second=Node(mask=mask))))
     assert torch.equal(found["first.mask"], FLOATS.view(2, 3).T)
     assert torch.equal(found["first.mask"], found["second.mask"])
 
@@ -114,7 +115,7 @@ def test_layers_may_share_a_mask(archive: Any) -> None:
 )
 def test_a_tensor_never_leaves_its_storage(archive: Any, tensor: Placed) -> None:
     with pytest.raises(WeightsError, match=r"ViT\.pt can't be read") as caught:
-        read_openai_weights(archive(Node(weight=tensor)))
+        read_torchscript(archive(Node(weight=tensor)))
     assert "\n" not in str(caught.value)
 
 
@@ -123,7 +124,7 @@ def test_each_module_is_entered_once(archive: Any) -> None:
     for _ in range(60):  # 2**60 ways lead to the tensor
         node = Node(left=node, right=node)
     node.itself = node
-    assert len(read_openai_weights(archive(node))) == 1
+    assert len(read_torchscript(archive(node))) == 1
 
 
 def test_endless_names_are_refused(archive: Any) -> None:
@@ -131,22 +132,22 @@ def test_endless_names_are_refused(archive: Any) -> None:
     for _ in range(12):
         node = Node(**{"a" * 100: node})
     with pytest.raises(WeightsError, match="nested deeper"):
-        read_openai_weights(archive(node))
+        read_torchscript(archive(node))
 
 
 def test_other_objects_are_refused_by_name(archive: Any) -> None:
     with pytest.raises(WeightsError, match=r"refers to .*Path, which weights never need"):
-        read_openai_weights(archive(Node(weight=Path("a"))))
+        read_torchscript(archive(Node(weight=Path("a"))))
 
 
-@pytest.mark.parametrize("read", [read_openai_weights, read_state_dict])
-def test_a_file_that_cannot_be_opened(tmp_path: Path, read: Any) -> None:
+def test_a_file_that_cannot_be_opened(tmp_path: Path) -> None:
+    assert not is_torchscript(tmp_path / "ViT.pt")
     with pytest.raises(WeightsError, match="can't be read: No such file"):
-        read(tmp_path / "ViT.pt")
+        read_torchscript(tmp_path / "ViT.pt")
 
 
 def test_torchs_advice_to_trust_a_file_is_not_passed_on(tmp_path: Path) -> None:
     torch.save({"weight": torch.zeros(1), "path": Path("a")}, tmp_path / "ViT.pt")
     with pytest.raises(WeightsError, match="more than plain tensors") as caught:
-        read_state_dict(tmp_path / "ViT.pt")
+        read_tensor_files((tmp_path / "ViT.pt",), tensors_in)
     assert "do those steps" not in str(caught.value)

@@ -7,6 +7,7 @@ import pickle
 import shutil
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -30,13 +31,20 @@ PROMPTS = [
 ]
 
 
+# what a file of tensors alone doesn't tell
+OPENAI: dict[str, Any] = {"activation": "quick_gelu", "head_width": 64, "text_head_width": 64}
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_tiny_clip(tmp_path_factory.mktemp("clip") / "hf", layers=3, width=128)
 
 
 def features(weights: Path, tokenizer: Path | None = None) -> tuple[Tensor, Tensor, Tensor, float]:
-    config = ClipConfig(weights=str(weights), tokenizer=None if tokenizer is None else str(tokenizer))
+    stated = OPENAI if weights.suffix == ".pt" else {}
+    config = ClipConfig(
+        weights=str(weights), tokenizer=None if tokenizer is None else str(tokenizer), **stated
+    )
     clip = load_clip(locate_clip(config, offline=True), torch.device("cpu"))
     images = torch.randn(1, 3, 48, 80, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
@@ -99,6 +107,11 @@ def test_an_archive_without_a_vocabulary_says_what_to_give(
     assert "\n" not in str(caught.value)
 
 
+def located_and_loaded(source: Path, tokenizer: Path) -> None:
+    config = ClipConfig(weights=str(source), tokenizer=str(tokenizer), **OPENAI)
+    load_clip(locate_clip(config, offline=True), torch.device("cpu"))
+
+
 class Harmful:
     """Unpickling it would make a file."""
 
@@ -121,9 +134,8 @@ def test_code_in_a_file_does_not_run(folder: Path, tmp_path: Path, kind: str) ->
         with zipfile.ZipFile(source, "w") as archive:
             archive.writestr("ViT/data.pkl", pickle.dumps(Harmful(witness)))
             archive.writestr("ViT/constants.pkl", b"")
-    files = locate_clip(ClipConfig(weights=str(source), tokenizer=str(folder)), offline=True)
     with pytest.raises(WeightsError, match=r"ViT\.pt"):
-        load_clip(files, torch.device("cpu"))
+        located_and_loaded(source, folder)
     assert not witness.exists()
 
 
@@ -132,9 +144,8 @@ def test_damaged_archives_give_one_line(folder: Path, tmp_path: Path, keep: floa
     whole = write_torchscript(openai_state_dict(folder), tmp_path / "whole.pt").read_bytes()
     source = tmp_path / "cut.pt"
     source.write_bytes(whole[: int(keep * len(whole)) if isinstance(keep, float) else keep])
-    files = locate_clip(ClipConfig(weights=str(source), tokenizer=str(folder)), offline=True)
     with pytest.raises(WeightsError) as caught:
-        load_clip(files, torch.device("cpu"))
+        located_and_loaded(source, folder)
     assert "\n" not in str(caught.value)
     assert "cut.pt" in str(caught.value)
 
@@ -167,9 +178,8 @@ def test_an_archive_that_would_unpack_to_far_more_than_its_size_is_refused(
 def test_a_resnet_is_refused(tmp_path: Path, folder: Path) -> None:
     source = tmp_path / "RN50.pt"
     torch.save({"visual.layer1.0.conv1.weight": torch.zeros(1)}, source)
-    files = locate_clip(ClipConfig(weights=str(source), tokenizer=str(folder)), offline=True)
     with pytest.raises(WeightsError, match="ResNet CLIP"):
-        load_clip(files, torch.device("cpu"))
+        located_and_loaded(source, folder)
 
 
 def test_weights_with_a_tensor_missing_are_refused(tmp_path: Path, folder: Path) -> None:
@@ -177,9 +187,8 @@ def test_weights_with_a_tensor_missing_are_refused(tmp_path: Path, folder: Path)
     del tensors["visual.ln_post.bias"]
     source = tmp_path / "ViT.pt"
     torch.save(tensors, source)
-    files = locate_clip(ClipConfig(weights=str(source), tokenizer=str(folder)), offline=True)
     with pytest.raises(WeightsError, match="post_layernorm"):
-        load_clip(files, torch.device("cpu"))
+        located_and_loaded(source, folder)
 
 
 @pytest.mark.parametrize(

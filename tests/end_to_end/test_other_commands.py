@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import yaml
 from PIL import Image
 
@@ -237,6 +238,20 @@ def test_doctor_looks_and_changes_nothing(world: Path, clip: Path, no_hub: None)
     assert "not on this machine yet" in absent.stdout
     checks = json.loads(wsss("doctor", "--json", "--clip", clip).stdout)
     assert all({"name", "status", "text"} <= set(check) for check in checks)
+
+
+def test_doctor_says_what_a_clip_computes_with_and_where_that_stands(clip: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "clip"
+    shutil.copytree(clip, copy)
+    values = {"image_mean": [0.5] * 3, "image_std": [0.25] * 3}
+    (copy / "preprocessor_config.json").write_text(json.dumps(values))
+    told = wsss("doctor", "--cache", tmp_path, "--clip", copy, "--set", "clip.activation=gelu").stdout
+    assert "gelu, heads 64 wide (text: 64); from clip.activation, config.json" in told
+    assert "0.5/0.5/0.5, 0.25/0.25/0.25; from preprocessor_config.json" in told
+    torch.save({"fc.weight": torch.zeros(1)}, tmp_path / "model.pt")
+    refused = wsss("doctor", "--cache", tmp_path, "--clip", tmp_path / "model.pt")
+    assert refused.exit_code == 1
+    assert "fail  clip" in refused.stdout
 
 
 @pytest.mark.parametrize("is_there", [True, False])

@@ -104,6 +104,16 @@ def other_vocabulary(folder: Path) -> None:
     file.write_text(json.dumps(content), "utf-8")
 
 
+def pixels(mean: list[float]) -> Callable[[Path], None]:
+    """A preprocessor's file with this mean, and else what OpenAI's has."""
+
+    def change(folder: Path) -> None:
+        values = {"image_mean": mean, "image_std": [0.26862954, 0.26130258, 0.27577711]}
+        (folder / "preprocessor_config.json").write_text(json.dumps(values))
+
+    return change
+
+
 def nothing(folder: Path) -> None:
     (folder / "README.md").write_text("another place, the same bytes\n")
 
@@ -223,8 +233,14 @@ COMMON: dict[str, list[Row]] = {
     "method": [Row(TOY, CHANGES)],
     "classes": [Row(class_set(lambda values: values["classes"].reverse()), CHANGES)],
     "templates": [Row(("a drawing of the {}",), CHANGES), Row(("a photo of a {}.",), SAME)],
-    "clip.weights": [Row(clip_folder(other_weights), CHANGES), Row(clip_folder(nothing), SAME)],
+    "clip.weights": [
+        Row(clip_folder(other_weights), CHANGES),
+        Row(clip_folder(nothing), SAME),
+    ],
     "clip.tokenizer": [Row(clip_folder(other_vocabulary), CHANGES), Row(clip_folder(nothing), SAME)],
+    "clip.activation": [Row("gelu", CHANGES), Row("quick_gelu", SAME)],
+    "clip.head_width": [Row(64, CHANGES), Row(32, SAME)],
+    "clip.text_head_width": [Row(64, CHANGES), Row(32, SAME)],
     "clip.precision": [Row("bf16", CHANGES)],
     "refine": [
         Row("none", CHANGES, CRF),
@@ -269,6 +285,10 @@ COMMON: dict[str, list[Row]] = {
 # by method: settings of its own, and what comes of the others for it alone
 OWN: dict[str, dict[str, list[Row]]] = {
     "clip-es": {
+        "clip.weights": [
+            Row(clip_folder(pixels([0.5, 0.5, 0.5])), CHANGES),
+            Row(clip_folder(pixels([0.48145466, 0.4578275, 0.40821073])), SAME),
+        ],
         "crf.backend": [Row("none", CHANGES)],
         "cam.affinity": [Row(False, CHANGES)],
         "cam.affinity_layers": [Row(2, CHANGES), Row(2, SAME, {"cam.affinity": False})],
@@ -383,8 +403,9 @@ def unchanged(method: str, given: tuple[tuple[str, Any], ...]) -> tuple[str, str
 
 
 def is_shown_by(method: str, key: str) -> bool:
-    """Refiners know no method, so that what their settings do is shown with one alone."""
-    return method == method_names()[0] or key.partition(".")[0] not in ("crf", "par", "vote", "slic")
+    """Refiners, and the form of CLIP, know no method, so that what their settings do is shown with one alone."""
+    of_none = ("crf.", "par.", "vote.", "slic.", "clip.activation", "clip.head_width", "clip.text_head_width")
+    return method == method_names()[0] or not key.startswith(of_none)
 
 
 def rows() -> list[Any]:

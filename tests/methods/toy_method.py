@@ -17,7 +17,7 @@ class PatchText:
         sharpness: float = Field(20.0, ge=0, le=1000, description="Factor on the cosine of patch and text.")
 
     def __init__(self, config, clip, classes, precision):
-        self.config, self.trunk = config, Trunk(clip.vision, precision)
+        self.config, self.clip, self.trunk = config, clip, Trunk(clip.vision, precision)
         self.text = class_embeddings(classes, config.templates, TextEncoder(clip.text, clip.tokenizer).encode)
 
     @classmethod
@@ -25,7 +25,7 @@ class PatchText:
         return {"sharpness": config.sharpness}
 
     def prepare(self, image):
-        return prepare_image(image, self.trunk.patch_size, self.config.max_pixels)
+        return prepare_image(image, self.trunk.patch_size, self.config.max_pixels, self.clip.statistics)
 
     def scores(self, batch, present):
         features, maps = self.trunk.encode(batch), []

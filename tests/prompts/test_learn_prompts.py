@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 from collections.abc import Callable
 from dataclasses import replace
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -105,8 +107,14 @@ def test_a_run_that_was_interrupted_ends_bit_equal(
     assert any(line["pairs"] > 0 for line in log)
 
 
-def test_what_is_learned_depends_on_each_setting(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_learned_depends_on_each_setting(
+    make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A setting that reaches nothing would give the same context."""
+    own_pixels = tmp_path / "clip"
+    shutil.copytree(str(resources.files("wsss_pipeline") / "demo" / "clip"), own_pixels)
+    values = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+    (own_pixels / "preprocessor_config.json").write_text(json.dumps(values))
     monkeypatch.setitem(SMALL, "optimisation.iterations", 3)
     monkeypatch.setitem(SMALL, "labels", "image")  # so that each crop counts
     base = context(make("cam", "base"))
@@ -114,6 +122,7 @@ def test_what_is_learned_depends_on_each_setting(make: Make, monkeypatch: pytest
     for number, (key, value) in enumerate(
         {
             "seed": "真",
+            "clip.weights": str(own_pixels),
             "labels": "mask",
             "context.layout": "front",
             "context.per_class": True,

@@ -7,9 +7,11 @@ import json
 import shutil
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -18,6 +20,7 @@ from torch import Tensor
 from wsss_pipeline.clip.sources import locate_clip
 from wsss_pipeline.clip.weights import Clip, load_clip
 from wsss_pipeline.config import ClipConfig
+from wsss_pipeline.data.transforms import IMAGENET_STATISTICS, PixelStatistics, normalise
 from wsss_pipeline.errors import CheckpointError, WeightsError
 from wsss_pipeline.segmentation.checkpoint import load_network, save_network
 from wsss_pipeline.segmentation.dino import load_dino
@@ -105,6 +108,18 @@ def test_a_network_sees_the_patches_and_nothing_else(tmp_path: Path, clip: Clip,
     others = 1 if kind == "Dinov2" else 5
     assert tokens.shape[1] == others + 24
     assert torch.allclose(maps[0].flatten(1).T, tokens[0, others:], atol=1e-6)
+
+
+def test_it_gets_its_own_pixels_where_clip_has_others(folder: Path, clip: Clip) -> None:
+    own = PixelStatistics((0.5, 0.5, 0.5), (0.25, 0.5, 0.5))
+    image = np.random.default_rng(0).integers(0, 256, (32, 48, 3)).astype(np.uint8)
+    maps = []
+    for statistics in (None, own):
+        network = make(folder, replace(clip, own_statistics=statistics))
+        maps.append(network.encode(normalise(image, statistics or IMAGENET_STATISTICS)[None]).dino)
+    assert maps[0] is not None
+    assert maps[1] is not None
+    assert torch.allclose(maps[0], maps[1], atol=1e-5)
 
 
 def test_half_precision_files_and_parts_and_pickles_are_read(folder: Path, tmp_path: Path) -> None:

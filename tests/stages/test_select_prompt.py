@@ -21,7 +21,7 @@ from wsss_pipeline.clip.weights import load_clip
 from wsss_pipeline.config import ClipConfig, MaskConfig
 from wsss_pipeline.data.classes import ClassEntry, ClassSet
 from wsss_pipeline.data.images import read_image
-from wsss_pipeline.data.transforms import prepare_image
+from wsss_pipeline.data.transforms import CLIP_STATISTICS, PixelStatistics, prepare_image
 from wsss_pipeline.errors import ClassSetError, ConfigError
 from wsss_pipeline.methods import load_mask_config
 from wsss_pipeline.pseudo_masks.job import MaskJob
@@ -53,12 +53,14 @@ def rank(config: MaskConfig, templates: Sequence[str] = tuple(TEMPLATES), **chan
     return select_prompt(replace(job, **changes), templates)
 
 
-def sharpness_by_definition(config: MaskConfig, template: str) -> float:
+def sharpness_by_definition(
+    config: MaskConfig, template: str, statistics: PixelStatistics = CLIP_STATISTICS
+) -> float:
     """Equation 9, with the softmax over the classes of the image and all background words."""
     clip = load_clip(locate_clip(config.clip, offline=True), torch.device("cpu"))
     texts, total = TextEncoder(clip.text, clip.tokenizer), 0.0
     for image_id in (FIRST, THIRD):
-        pixels = prepare_image(read_image(IMAGES[image_id]), 16, config.max_pixels).pixels
+        pixels = prepare_image(read_image(IMAGES[image_id]), 16, config.max_pixels, statistics).pixels
         feature = F.normalize(Trunk(clip.vision).encode(pixels[None]).last[0].pooled, dim=0)
         words = [*LABELS[image_id], *CLASSES.background]
         rows = texts.encode([template.replace("{}", word) for word in words])
@@ -77,6 +79,17 @@ def test_the_ranking_follows_the_definition(config: MaskConfig) -> None:
         assert value == pytest.approx(expected[template], rel=1e-3)
     assert ranking.images == 2, "the image with one class says nothing"
     assert ranking.failed == {}
+
+
+def test_images_are_seen_with_the_models_own_pixel_statistics(tmp_path: Path) -> None:
+    folder = write_tiny_clip(tmp_path / "clip")
+    values = {"image_mean": [0.5] * 3, "image_std": [0.25] * 3}
+    (folder / "preprocessor_config.json").write_text(json.dumps(values))
+    config = MaskConfig(clip=ClipConfig(weights=str(folder), precision="fp32"), max_pixels=16384)
+    ((_, found),) = rank(config, TEMPLATES[:1]).ranked
+    own = PixelStatistics((0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
+    assert found == pytest.approx(sharpness_by_definition(config, TEMPLATES[0], own), rel=1e-3)
+    assert found != pytest.approx(sharpness_by_definition(config, TEMPLATES[0]), rel=1e-2)
 
 
 def test_each_image_goes_through_clip_once(config: MaskConfig, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,7 +2,7 @@
 
 The published files are TorchScript archives: a zip with a pickle of the module tree and the tensors' bytes
 beside it. The pickle is read by an unpickler that makes inert records and containers and nothing else; the
-tensors are read from the zip after that. A plain state dict goes through ``torch.load(weights_only=True)``.
+tensors are read from the zip after that.
 """
 
 from __future__ import annotations
@@ -12,19 +12,17 @@ import math
 import pickle
 import zipfile
 from collections import OrderedDict
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from wsss_pipeline.clip.sources import MOST_ARCHIVE_BYTES
-from wsss_pipeline.clip.tensor_files import DAMAGED, ROOM, RefusedError, check_unpacked, tensors_in
+from wsss_pipeline.clip.tensor_files import DAMAGED, ROOM, RefusedError, check_unpacked
 from wsss_pipeline.errors import WeightsError, WsssError
-from wsss_pipeline.files import check_machine, check_plain
+from wsss_pipeline.files import MIB, check_machine, check_plain
 
+MOST_ARCHIVE_BYTES = 4 * 1024 * MIB  # of OpenAI's files the largest has 1.3 GiB
 DTYPES = {
     "FloatStorage": torch.float32,
     "HalfStorage": torch.float16,
@@ -37,39 +35,30 @@ DTYPES = {
 MAX_NAME = 1000
 
 
-def read_openai_weights(file: Path) -> dict[str, Tensor]:
-    """The tensors of an OpenAI CLIP file by name, as stored (published files hold float16).
+def is_torchscript(file: Path) -> bool:
+    """True for a zip with what only TorchScript puts into one; False also for what can't be read."""
+    try:
+        check_plain(file, MOST_ARCHIVE_BYTES)
+        with zipfile.ZipFile(file) as archive:
+            return any(name.endswith("/constants.pkl") for name in archive.namelist())
+    except Exception as error:  # whatever damaged files make zipfile raise
+        check_machine(error)
+        return False
+
+
+def read_torchscript(file: Path) -> dict[str, Tensor]:
+    """The tensors of a TorchScript archive by name, as stored (OpenAI's files hold float16).
 
     Raises:
         WeightsError: not such a file, damaged, or with content that only running code could read.
     """
-    with _explained(file):
-        check_plain(file, MOST_ARCHIVE_BYTES)
-        if zipfile.is_zipfile(file):
-            with zipfile.ZipFile(file) as archive:
-                if any(name.endswith("/constants.pkl") for name in archive.namelist()):
-                    return _read_torchscript(archive, file.stat().st_size + ROOM)
-    return read_state_dict(file)
-
-
-def read_state_dict(file: Path) -> dict[str, Tensor]:
-    """The tensors of a file that ``torch.save`` made of a state dict, bare or under ``state_dict``.
-
-    Raises:
-        WeightsError: as ``read_openai_weights``.
-    """
-    with _explained(file):
-        return {name.removeprefix("module."): value for name, value in tensors_in(file).items()}
-
-
-@contextmanager
-def _explained(file: Path) -> Iterator[None]:
-    """One line for what damaged files make zipfile and pickle raise, which is nearly anything."""
     try:
-        yield
+        check_plain(file, MOST_ARCHIVE_BYTES)
+        with zipfile.ZipFile(file) as archive:
+            return _read(archive, file.stat().st_size + ROOM)
     except (WsssError, MemoryError):
         raise
-    except Exception as error:
+    except Exception as error:  # zipfile and pickle raise nearly anything on damaged files
         check_machine(error)
         if isinstance(error, OSError) and error.strerror:
             raise WeightsError(f"{file} can't be read: {error.strerror}") from error
@@ -130,7 +119,7 @@ class _TreeUnpickler(pickle.Unpickler):
         return _Storage(str(key), dtype, count)
 
 
-def _read_torchscript(archive: zipfile.ZipFile, limit: int) -> dict[str, Tensor]:
+def _read(archive: zipfile.ZipFile, limit: int) -> dict[str, Tensor]:
     check_unpacked(archive, limit)
     (index,) = [name for name in archive.namelist() if name.endswith("/data.pkl") and name.count("/") == 1]
     tree = _TreeUnpickler(io.BytesIO(archive.read(index))).load()

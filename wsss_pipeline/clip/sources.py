@@ -1,6 +1,7 @@
-"""Finding a CLIP: hub id, local Hugging Face folder, OpenAI's ``.pt`` file, or the package's own small one.
+"""Finding a CLIP: hub id or folder of Hugging Face or OpenCLIP, a file of weights, or the package's own small one.
 
-Nothing is loaded here.
+Nothing is loaded here, but all is found out that determines what it computes: files, activation, width of the heads,
+pixel statistics.
 """
 
 from __future__ import annotations
@@ -9,22 +10,30 @@ import contextlib
 import difflib
 import hashlib
 import json
+import logging
+import math
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from wsss_pipeline.clip.open_clip_config import open_clip_form
+from wsss_pipeline.clip.openai_archive import MOST_ARCHIVE_BYTES, is_torchscript
+from wsss_pipeline.clip.tensor_files import MOST_WEIGHT_BYTES, read_tensor_files, shapes_in
+from wsss_pipeline.clip.tensor_names import MEND, OPENAI_FORM, Form, plain_names
 from wsss_pipeline.config import ClipConfig
+from wsss_pipeline.data.transforms import CLIP_STATISTICS, PixelStatistics
 from wsss_pipeline.errors import WeightsError
 from wsss_pipeline.files import MIB, check_machine, check_plain, open_plain, read_json
 from wsss_pipeline.runtime.output import one_line
 
+logger = logging.getLogger(__name__)
+
 MOST_CONFIG_BYTES = 16 * MIB
 MOST_TOKENIZER_BYTES = 256 * MIB
-MOST_WEIGHT_BYTES = 64 * 1024 * MIB
 MOST_LAYERS, MOST_PARAMETERS = 1000, 10**10  # the largest CLIP has 48, and 2.5 billion
-MOST_ARCHIVE_BYTES = 4 * 1024 * MIB  # of OpenAI's .pt files the largest has 1.3 GiB
 # all of OpenAI's models share one vocabulary
 OPENAI_TOKENIZER = "openai/clip-vit-base-patch16"
 # their vision transformers, by OpenAI's own names for them
@@ -42,12 +51,26 @@ DEMO_CLIP = "demo"  # trained on the demo's drawn scenes, part of the package
 # read without running anything in them; the others only with torch's weights_only
 SAFE_WEIGHT_FILES = ("model.safetensors", "model-*-of-*.safetensors")
 WEIGHT_FILES = (*SAFE_WEIGHT_FILES, "pytorch_model.bin", "pytorch_model-*-of-*.bin")
+CONFIG, OPEN_CLIP_CONFIG = "config.json", "open_clip_config.json"
+OPEN_CLIP_WEIGHTS = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
+PROCESSORS = ("preprocessor_config.json", "processor_config.json")
+CONFIGS = (CONFIG, OPEN_CLIP_CONFIG, *PROCESSORS)
 # what of a config.json changes the computation
 ARCHITECTURE = (
     *("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "patch_size"),
     *("image_size", "hidden_act", "layer_norm_eps", "max_position_embeddings", "vocab_size", "eos_token_id"),
 )
 TOWERS = ("vision_config", "text_config")
+# of transformers, where a configuration leaves them out: width and number of heads
+DEFAULTS = {"vision_config": (768, 12), "text_config": (512, 8)}
+# what comes of models that people take for a CLIP; others are named by their type
+OTHER_TYPES = {
+    "siglip": "a SigLIP has no class token",
+    "siglip2": "a SigLIP has no class token",
+    "metaclip_2": "a MetaCLIP 2 has a vocabulary of many languages, which isn't read",
+    "clip_vision_model": "it is an image tower without its text tower",
+    "clip_vision_model_with_projection": "it is an image tower without its text tower",
+}
 
 
 @dataclass(frozen=True)
@@ -57,28 +80,62 @@ class ClipFiles:
     Attributes:
         name: text that the user gave.
         weights: one or several files.
-        config: config.json, or None for OpenAI's ``.pt``, whose tensors say it all.
+        config: Hugging Face's config.json, or None where the tensors' shapes and ``form`` say it all.
         tokenizer: folder of the vocabulary.
+        form: activation and width of the heads.
+        form_origin: where that stands.
+        own_statistics: mean and standard deviation of its pixels; None for OpenAI's.
+        statistics_origin: where these stand.
     """
 
     name: str
     weights: tuple[Path, ...]
     config: Path | None
     tokenizer: Path
+    form: Form = OPENAI_FORM
+    form_origin: str = ""
+    own_statistics: PixelStatistics | None = None
+    statistics_origin: str = ""
+
+    @property
+    def configuration(self) -> dict[str, Any] | None:
+        """Values of config.json with ``form`` in them, None without such a file.
+
+        Raises:
+            WeightsError: it can't be read.
+        """
+        if self.config is None:
+            return None
+        values = read_config(self.config)
+        said = _form(values, self.config)
+        for place, tower in enumerate(TOWERS):
+            for part in (values[tower], values.get(f"{tower}_dict")):
+                if part is None:
+                    continue
+                if said.activations[place] != self.form.activations[place]:
+                    part["hidden_act"] = self.form.activations[place]
+                if said.head_widths[place] != self.form.head_widths[place]:
+                    width = part.get("hidden_size", DEFAULTS[tower][0])
+                    part["num_attention_heads"] = max(1, width // self.form.head_widths[place])
+        return values
 
     def digest(self) -> str:
-        """SHA-256 (hexadecimal) of all that determines features and text rows: weights, architecture, vocabulary.
+        """SHA-256 (hexadecimal) of what determines features and text rows but the pixels' statistics.
+
+        That is weights, architecture, vocabulary; of a CLIP without config.json the form where it isn't OpenAI's.
 
         Raises:
             WeightsError: a file can't be read.
         """
-        architecture = None
-        if self.config is not None:
-            values = read_config(self.config)
+        architecture: dict[str, Any] | None = None
+        values = self.configuration
+        if values is not None:
             architecture = {
                 tower: {key: value for key, value in values.get(tower, {}).items() if key in ARCHITECTURE}
                 for tower in TOWERS
             }
+        elif self.form != OPENAI_FORM:
+            architecture = self.form._asdict()
         vocabulary = [self.tokenizer / name for name in VOCABULARY_FILES]
         content = {
             "weights": [file_digest(path, MOST_WEIGHT_BYTES) for path in self.weights],
@@ -89,49 +146,251 @@ class ClipFiles:
         }
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
+    @property
+    def determinants(self) -> dict[str, Any]:
+        """The part of a fingerprint that is CLIP's; WeightsError where a file can't be read."""
+        if self.own_statistics is None:
+            return {"clip": self.digest()}
+        return {"clip": self.digest(), "pixels": [list(row) for row in self.own_statistics]}
+
 
 def locate_clip(config: ClipConfig, offline: bool = False) -> ClipFiles:
     """Find the files, fetching them from the hub where needed and allowed.
 
     Args:
-        config: names weights and maybe a tokenizer.
+        config: names weights and maybe a tokenizer; what it states of the form goes before what files say.
         offline: choice to use only what is on this machine, the hub's own cache included.
 
     Raises:
-        WeightsError: not found, not reachable, or not a CLIP.
+        WeightsError: not found, not reachable, not a CLIP, or one of which files don't say what it computes.
     """
     weights = config.weights
     if weights == DEMO_CLIP:
         path = Path(str(resources.files("wsss_pipeline") / "demo" / "clip"))
     else:
         path = local_path(weights, "--clip")
-    if path.is_file():
-        if path.suffix in (".safetensors", ".bin"):
-            raise WeightsError(
-                f"CLIP weights {weights} are a file of a model; give its folder, {path.parent}"
-            )
-        check_file(path, MOST_ARCHIVE_BYTES)
-        return ClipFiles(weights, (path,), None, _locate_tokenizer(config.tokenizer, path.parent, offline))
-    if path.exists() and not path.is_dir():
+    if path.exists() and not path.is_file() and not path.is_dir():
         raise WeightsError(f"CLIP weights {weights} are neither a file nor a folder; give one of them")
-    if not path.is_dir():
-        if weights.endswith(".pt") or weights.count("/") > 1 or weights[:1] in (".", "/", "~"):
+    if not path.exists():
+        if (
+            weights.endswith((".pt", ".safetensors"))
+            or weights.count("/") > 1
+            or weights[:1] in (".", "/", "~")
+        ):
             raise WeightsError(
-                f"CLIP weights {weights} don't exist; give a folder, an OpenAI .pt file or a hub id{_hint(weights)}"
+                f"CLIP weights {weights} don't exist; give a folder, a file of weights or a hub id{_hint(weights)}"
             )
-        path = fetch_model(weights, offline, TOKENIZER_FILES)
-    if not (path / "config.json").exists():
-        raise WeightsError(f"{weights}: no config.json in {path}; give a Hugging Face folder of a CLIP model")
-    values = read_config(path / "config.json")
-    kind = values.get("model_type", "clip")
-    if kind != "clip" or not all(isinstance(values.get(tower), dict) for tower in TOWERS):
-        raise WeightsError(f"{weights} is of type {kind}, not a whole CLIP with vision and text tower")
-    files = weight_files(path)
-    if not files:
-        raise WeightsError(f"{weights}: no model.safetensors in {path}; fetch the weights as well")
-    _check_sizes(files, values)
-    tokenizer = _locate_tokenizer(config.tokenizer, path, offline)
-    return ClipFiles(weights, files, path / "config.json", tokenizer)
+        path = _fetch_clip(weights, offline)
+    folder = path if path.is_dir() else path.parent
+    values = _clip_config(folder)
+    open_clip = _open_clip_config(folder)
+    if path.is_dir():
+        files, is_converted = _weights_of(path, weights, values is not None, open_clip is not None)
+    else:
+        files, is_converted = (path,), values is not None
+        check_file(path, MOST_WEIGHT_BYTES)
+    form, origin = None, ""
+    if not path.is_dir() and is_torchscript(path):
+        form, origin, is_converted = OPENAI_FORM, "TorchScript archive, as OpenAI's are", False
+        check_file(path, MOST_ARCHIVE_BYTES)
+    else:
+        if not path.is_dir():
+            known, _ = plain_names(read_tensor_files(files, shapes_in), weights)
+            is_custom = any(name.removesuffix(plain).endswith("text.") for name, plain in known.items())
+            if is_custom and open_clip is None:
+                raise WeightsError(
+                    f"{weights} has its text tower under 'text.', as OpenCLIP's models of other kinds; put its "
+                    f"{OPEN_CLIP_CONFIG} beside it"
+                )
+        if values is not None and is_converted:
+            _check_sizes(files, values)
+            form, origin = _form(values, folder / CONFIG), CONFIG
+        if open_clip is not None:
+            said = open_clip_form(open_clip, weights)
+            if form is None:
+                form, origin = said, OPEN_CLIP_CONFIG
+            elif said.activations != form.activations and config.activation is None:
+                raise WeightsError(
+                    f"{weights}: {CONFIG} says {form.activations[0]}, {OPEN_CLIP_CONFIG} {said.activations[0]}; "
+                    "state the right one (clip.activation), or remove the wrong file"
+                )
+    form, origin = _stated(config, form, origin)
+    statistics, statistics_origin = _pixel_statistics(folder, open_clip)
+    return ClipFiles(
+        weights,
+        files,
+        folder / CONFIG if is_converted else None,
+        _locate_tokenizer(config.tokenizer, folder, offline),
+        form,
+        origin,
+        statistics,
+        statistics_origin,
+    )
+
+
+def _clip_config(folder: Path) -> dict[str, Any] | None:
+    """Values of a config.json of a whole CLIP; None where there is none, or one of something else."""
+    if not (folder / CONFIG).exists():
+        return None
+    values = read_config(folder / CONFIG)
+    is_whole = all(isinstance(values.get(tower), dict) for tower in TOWERS)
+    return values if is_whole and values.get("model_type", "clip") == "clip" else None
+
+
+def _open_clip_config(folder: Path) -> dict[str, Any] | None:
+    return read_config(folder / OPEN_CLIP_CONFIG) if (folder / OPEN_CLIP_CONFIG).exists() else None
+
+
+def _weights_of(
+    folder: Path, name: str, is_clip: bool, has_open_clip_config: bool
+) -> tuple[tuple[Path, ...], bool]:
+    """Files of a folder's weights, and whether they are those of its config.json."""
+    files = weight_files(folder) if is_clip else ()
+    if files:
+        return files, True
+    for path in map(folder.joinpath, OPEN_CLIP_WEIGHTS):
+        if has_open_clip_config and path.exists():
+            check_file(path, MOST_WEIGHT_BYTES)
+            return (path,), False
+    if has_open_clip_config and not is_clip:
+        raise WeightsError(f"{name}: no {OPEN_CLIP_WEIGHTS[0]} in {folder}; fetch the weights as well")
+    if is_clip:
+        raise WeightsError(f"{name}: no model.safetensors in {folder}; fetch the weights as well")
+    if (folder / "adapter_config.json").exists():
+        raise WeightsError(f"{name} is a LoRA adapter; merge it into its CLIP, and give the merged one")
+    if not (folder / CONFIG).exists():
+        raise WeightsError(
+            f"{name}: no {CONFIG} in {folder}; give a Hugging Face folder of a CLIP model, one of OpenCLIP with "
+            f"{OPEN_CLIP_CONFIG}, or a file of weights"
+        )
+    kind = one_line(read_config(folder / CONFIG).get("model_type", "clip"), 40)
+    reason = f": {OTHER_TYPES[kind]}" if kind in OTHER_TYPES else ""
+    raise WeightsError(
+        f"{name} is of type {kind}, not a whole CLIP with vision and text tower{reason}; {MEND}"
+    )
+
+
+def _form(values: Mapping[str, Any], origin: Path) -> Form:
+    """Activation and width of the heads as ``CLIPConfig`` makes them of a config.json."""
+    activations, widths = [], []
+    for tower in TOWERS:
+        # the older of its two places goes before the other
+        older = values.get(f"{tower}_dict")
+        part = values[tower] if older is None else older
+        if not isinstance(part, dict):
+            raise WeightsError(
+                f"{one_line(origin, 200)}: {tower}_dict holds no configuration; fetch it again"
+            )
+        width, heads = (
+            part.get(name, default)
+            for name, default in zip(("hidden_size", "num_attention_heads"), DEFAULTS[tower], strict=True)
+        )
+        activation = part.get("hidden_act", "quick_gelu")
+        if type(width) is not int or type(heads) is not int or not 0 < heads <= width or width % heads:
+            told = f"{one_line(heads, 40)} heads for a width of {one_line(width, 40)}"
+            raise WeightsError(f"{one_line(origin, 200)}: {tower} has {told}; fetch it again")
+        if not isinstance(activation, str):
+            raise WeightsError(f"{one_line(origin, 200)}: {tower}.hidden_act is no name; fetch it again")
+        activations.append(activation)
+        widths.append(width // heads)
+    return Form((activations[0], activations[1]), (widths[0], widths[1]))
+
+
+def _stated(config: ClipConfig, form: Form | None, origin: str) -> tuple[Form, str]:
+    """The form that settings state, and files where these don't; a WeightsError where neither do."""
+    stated = {
+        "clip.activation": config.activation,
+        "clip.head_width": config.head_width,
+        "clip.text_head_width": config.text_head_width,
+    }
+    given = [key for key, value in stated.items() if value is not None]
+    if form is None:
+        if missing := [key for key, value in stated.items() if value is None]:
+            raise WeightsError(
+                f"{config.weights} holds tensors alone, which don't tell what the model computes: put its {CONFIG} "
+                f"or {OPEN_CLIP_CONFIG} beside it, or state {', '.join(missing)} (OpenAI's: quick_gelu, 64, 64)"
+            )
+        form = OPENAI_FORM
+    activation, head_width, text_head_width = config.activation, config.head_width, config.text_head_width
+    return Form(
+        form.activations if activation is None else (activation, activation),
+        (head_width or form.head_widths[0], text_head_width or form.head_widths[1]),
+    ), ", ".join(filter(None, [" and ".join(given), origin]))
+
+
+def _pixel_statistics(
+    folder: Path, open_clip: Mapping[str, Any] | None
+) -> tuple[PixelStatistics | None, str]:
+    """A CLIP's own mean and standard deviation of pixels, None for OpenAI's; and where they stand."""
+    found: dict[str, PixelStatistics] = {}
+    said = (open_clip or {}).get("preprocess_cfg")
+    if isinstance(said, dict) and "mean" in said:
+        values = {"image_mean": said["mean"], "image_std": said.get("std")}
+        found[OPEN_CLIP_CONFIG] = pixel_statistics(values, one_line(folder / OPEN_CLIP_CONFIG, 200))
+    for path in map(folder.joinpath, PROCESSORS):
+        if path.exists():
+            values = read_config(path)
+            values = values.get("image_processor", values)
+            if isinstance(values, dict) and ("image_mean" in values or values.get("do_normalize") is False):
+                found.setdefault(path.name, pixel_statistics(values, one_line(path, 200)))
+    if not found:
+        return None, "OpenAI, since no file says otherwise"
+    origin, statistics = next(iter(found.items()))
+    for other, its in found.items():
+        if not _are_alike(statistics, its):
+            logger.warning(
+                "%s: %s and %s have other pixel statistics; taken: %s of %s",
+                *(one_line(folder, 200), origin, other, statistics.mean, origin),
+            )
+    return None if _are_alike(statistics, CLIP_STATISTICS) else statistics, origin
+
+
+def _are_alike(one: PixelStatistics, other: PixelStatistics) -> bool:
+    return all(
+        math.isclose(value, its, abs_tol=1e-6)
+        for row, its_row in zip(one, other, strict=True)
+        for value, its in zip(row, its_row, strict=True)
+    )
+
+
+def pixel_statistics(processor: Mapping[str, Any], origin: str) -> PixelStatistics:
+    """Statistics for values in [0, 1] from a preprocessor's, which come after its own scale.
+
+    Args:
+        processor: values of a preprocessor_config.json.
+        origin: file, for the message.
+
+    Raises:
+        WeightsError: it has no mean and standard deviation of three channels.
+    """
+    scale: Any = processor.get("rescale_factor", 1 / 255) if processor.get("do_rescale", True) else 1
+    mean, std = processor.get("image_mean"), processor.get("image_std")
+    if not processor.get("do_normalize", mean is not None):
+        mean, std = [0.0] * 3, [1.0] * 3
+    rows = [row if isinstance(row, list) else [row] * 3 for row in (mean, std)]
+    numbers = [*rows[0], *rows[1], scale]
+    is_plain = len(numbers) == 7 and all(type(number) in (int, float) for number in numbers)
+    if not is_plain or not all(map(math.isfinite, numbers)) or min(*rows[1], scale) <= 0:
+        raise WeightsError(f"{origin} has no mean and standard deviation of three channels")
+    first, second = (tuple(number / (255 * scale) for number in row) for row in rows)
+    return PixelStatistics((first[0], first[1], first[2]), (second[0], second[1], second[2]))
+
+
+def _fetch_clip(hub_id: str, offline: bool) -> Path:
+    """The folder of a CLIP in the hub's own cache, its weights as safetensors where it has them."""
+    beside = (*CONFIGS, *TOKENIZER_FILES)
+    # first what says whose weights to fetch: a repository may hold an image tower's beside the whole model's
+    folder = fetch_files(hub_id, offline, beside)
+    if _clip_config(folder) is not None:
+        folder = fetch_model(hub_id, offline, beside)
+        if weight_files(folder):
+            return folder
+    if _open_clip_config(folder) is not None:
+        for name in OPEN_CLIP_WEIGHTS:
+            folder = fetch_files(hub_id, offline, (*beside, name))
+            if (folder / name).exists():
+                break
+    return folder
 
 
 def check_file(path: Path, at_most: int) -> None:
@@ -245,7 +504,7 @@ def fetch_model(hub_id: str, offline: bool, beside: tuple[str, ...] = ()) -> Pat
     Raises:
         WeightsError: it isn't in the cache and can't be fetched, or isn't to be.
     """
-    wanted = ("config.json", *beside)
+    wanted = (CONFIG, *beside)
     path = fetch_files(hub_id, offline, (*wanted, *SAFE_WEIGHT_FILES))
     # older repositories have no other weights
     return path if weight_files(path) else fetch_files(hub_id, offline, (*wanted, *WEIGHT_FILES))

@@ -8,21 +8,24 @@ from __future__ import annotations
 import pickle
 import warnings
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from wsss_pipeline.clip.sources import MOST_WEIGHT_BYTES
-from wsss_pipeline.files import MIB, check_plain
+from wsss_pipeline.errors import WeightsError
+from wsss_pipeline.files import MIB, check_machine, check_plain
+from wsss_pipeline.runtime.output import one_line
 
+Value = TypeVar("Value")
+MOST_WEIGHT_BYTES = 64 * 1024 * MIB
 MOST_WHOLE_BYTES = 4096 * MIB  # of a file that is read whole before its shapes are known
 # what a zip archive may hold beyond its own size: its code is compressed, and layers share their mask
 ROOM = 2**24
 DAMAGED = "damaged, or more than plain tensors"
-_UNDER = ("state_dict", "model")  # where checkpoints of other programs keep the tensors
+_UNDER = ("state_dict", "model", "model_state_dict")  # where checkpoints of other programs keep the tensors
 
 
 class RefusedError(pickle.UnpicklingError):
@@ -42,7 +45,7 @@ def shapes_in(file: Path) -> dict[str, tuple[int, ...]]:
 
 
 def tensors_in(file: Path) -> dict[str, Tensor]:
-    """Tensors by name, bare or under ``state_dict`` or ``model``.
+    """Tensors by name, bare or under ``state_dict``, ``model`` or ``model_state_dict``.
 
     Raises:
         OSError: the file can't be read, is no plain file or too large.
@@ -72,6 +75,21 @@ def tensors_in(file: Path) -> dict[str, Tensor]:
     if not isinstance(content, Mapping) or not all(isinstance(name, str) for name in content):
         raise RefusedError("they hold no tensors by name")
     return {name: value for name, value in content.items() if isinstance(value, Tensor)}
+
+
+def read_tensor_files(files: tuple[Path, ...], read: Callable[[Path], dict[str, Value]]) -> dict[str, Value]:
+    """What ``read``, a function of this module, finds in all the files; WeightsError where one can't be read."""
+    found: dict[str, Value] = {}
+    for path in files:
+        try:
+            found |= read(path)
+        except MemoryError:
+            raise
+        except Exception as error:  # what a damaged or hostile file raises is up to its format
+            check_machine(error)
+            reason = one_line(getattr(error, "strerror", None) or error, 200)
+            raise WeightsError(f"{path} can't be read ({reason}); fetch it again") from error
+    return found
 
 
 def check_unpacked(archive: zipfile.ZipFile, limit: int) -> None:

@@ -2,25 +2,26 @@
 
 from __future__ import annotations
 
-import logging as stdlib_logging
-from collections.abc import Callable, Iterator, Mapping
+import logging
+import math
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from wsss_pipeline.clip.openai_archive import read_openai_weights
-from wsss_pipeline.clip.openai_names import to_hugging_face
-from wsss_pipeline.clip.sources import ClipFiles, read_config
-from wsss_pipeline.clip.tensor_files import shapes_in, tensors_in
+from wsss_pipeline.clip.openai_archive import is_torchscript, read_torchscript
+from wsss_pipeline.clip.sources import MOST_PARAMETERS, ClipFiles
+from wsss_pipeline.clip.tensor_files import read_tensor_files, shapes_in, tensors_in
+from wsss_pipeline.clip.tensor_names import configuration, plain_names, to_hugging_face
+from wsss_pipeline.data.transforms import CLIP_STATISTICS, PixelStatistics
 from wsss_pipeline.errors import WeightsError, WsssError
 from wsss_pipeline.files import check_machine
 from wsss_pipeline.runtime.output import one_line
 
-Value = TypeVar("Value")
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,8 @@ class Clip:
         tokenizer: tokenizer of the text tower.
         logit_scale: factor on the cosine, already exponentiated.
         files: origin of it all; None where it didn't come from files.
+        own_statistics: mean and standard deviation of its pixels, None for OpenAI's. Where it has its own, they go
+            before those that a method or a network was published with.
     """
 
     vision: Any
@@ -39,13 +42,19 @@ class Clip:
     tokenizer: Any
     logit_scale: float
     files: ClipFiles | None = None
+    own_statistics: PixelStatistics | None = None
+
+    @property
+    def statistics(self) -> PixelStatistics:
+        """Mean and standard deviation of its pixels."""
+        return self.own_statistics or CLIP_STATISTICS
 
 
 def load_clip(files: ClipFiles, device: torch.device) -> Clip:
     """Load both towers and the tokenizer.
 
-    Weights come as safetensors or, in older repositories, as ``pytorch_model.bin``, which is a pickle and is
-    read by ``torch.load(weights_only=True)``: no code in it runs.
+    Weights come as safetensors, as a TorchScript archive, which is read as data, or as another pickle, which
+    ``torch.load(weights_only=True)`` reads: no code in them runs.
 
     Raises:
         WeightsError: damaged, incomplete, not a vision transformer CLIP, or with another model's vocabulary.
@@ -54,14 +63,30 @@ def load_clip(files: ClipFiles, device: torch.device) -> Clip:
 
     transformers: Any = library  # which knows the tokenizer's name only at run time
     with loading(f"CLIP {files.name}"):
-        tensors: dict[str, Tensor] = {}
-        if files.config is None:
-            values, tensors = to_hugging_face(read_openai_weights(files.weights[0]), files.name)
-            shapes = {name: tuple(value.shape) for name, value in tensors.items()}
+        stored: dict[str, Tensor] = {}
+        if files.config is None and is_torchscript(files.weights[0]):
+            stored = read_torchscript(files.weights[0])
+            sizes = {name: tuple(value.shape) for name, value in stored.items()}
         else:
-            values, shapes = read_config(files.config), read_tensor_files(files.weights, shapes_in)
-        if shapes.get("logit_scale") not in ((), (1,)):
-            raise WeightsError(f"{files.name} has no logit_scale; it isn't a whole CLIP model")
+            sizes = read_tensor_files(files.weights, shapes_in)
+        known, others = plain_names(sizes, files.name)
+        if others:
+            logger.warning(
+                "%s: %d tensors are no part of a CLIP and are left out, such as %s",
+                *(files.name, len(others), one_line(others[0], 100)),
+            )
+        if any(sizes[name] not in ((), (1,)) for name, plain in known.items() if plain == "logit_scale"):
+            raise WeightsError(f"{files.name}: its logit_scale isn't one number; fetch it again")
+        # without memory, shapes take the same way as numbers
+        empty = {plain: torch.empty(sizes[name], device="meta") for name, plain in known.items()}
+        shapes = {name: tuple(value.shape) for name, value in to_hugging_face(empty).items()}
+        values = files.configuration
+        if values is None:
+            if sum(map(math.prod, shapes.values())) > MOST_PARAMETERS:
+                raise WeightsError(
+                    f"{files.name} has more than {MOST_PARAMETERS:,} parameters; no CLIP has so many"
+                )
+            values = configuration(shapes, files.form, files.name)
         config = transformers.CLIPConfig(**values)
         vision_config, text_config = config.vision_config, config.text_config
         tokenizer = transformers.CLIPTokenizerFast.from_pretrained(files.tokenizer, local_files_only=True)
@@ -83,25 +108,16 @@ def load_clip(files: ClipFiles, device: torch.device) -> Clip:
         ]
         # before any tensor is read: a file that takes no room on the disk may be larger than the memory
         names = [checked_names(*tower, shapes, files.name, "CLIP") for tower in towers]
-        tensors = tensors or read_tensor_files(files.weights, tensors_in)
+        if unused := sorted(shapes.keys() - {*names[0], *names[1], "logit_scale"}):
+            raise WeightsError(
+                f"{files.name} has {len(unused)} tensors more than its configuration says, such as {unused[0]}; "
+                "weights and configuration belong to different models"
+            )
+        stored = stored or read_tensor_files(files.weights, tensors_in)
+        tensors = to_hugging_face({plain: stored[name] for name, plain in known.items()})
         vision, text = (frozen_model(*tower, own, tensors) for tower, own in zip(towers, names, strict=True))
         scale = float(tensors["logit_scale"].float().exp())
-        return Clip(vision.to(device), text.to(device), tokenizer, scale, files)
-
-
-def read_tensor_files(files: tuple[Path, ...], read: Callable[[Path], dict[str, Value]]) -> dict[str, Value]:
-    """What ``read``, a function of ``tensor_files``, finds in all the files; WeightsError where one can't be read."""
-    found: dict[str, Value] = {}
-    for path in files:
-        try:
-            found |= read(path)
-        except MemoryError:
-            raise
-        except Exception as error:  # what a damaged or hostile file raises is up to its format
-            check_machine(error)
-            reason = one_line(getattr(error, "strerror", None) or error, 200)
-            raise WeightsError(f"{path} can't be read ({reason}); fetch it again") from error
-    return found
+        return Clip(vision.to(device), text.to(device), tokenizer, scale, files, files.own_statistics)
 
 
 def checked_names(
@@ -155,11 +171,11 @@ def loading(what: str) -> Iterator[None]:
 
     Their warnings and bars are about their own loading; what matters is said by our errors.
     """
-    from transformers.utils import logging
+    from transformers.utils import logging as library_logging
 
-    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity(stdlib_logging.ERROR)
-    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    verbosity, bars = library_logging.get_verbosity(), library_logging.is_progress_bar_enabled()
+    library_logging.set_verbosity(logging.ERROR)
+    library_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     try:
         yield
     except (WsssError, MemoryError):
@@ -169,6 +185,6 @@ def loading(what: str) -> Iterator[None]:
         reason = one_line(error, 200) or type(error).__name__
         raise WeightsError(f"{what} can't be loaded: {reason}") from error
     finally:
-        logging.set_verbosity(verbosity)
+        library_logging.set_verbosity(verbosity)
         if bars:
-            logging.enable_progress_bar()  # type: ignore[no-untyped-call]
+            library_logging.enable_progress_bar()  # type: ignore[no-untyped-call]

@@ -8,12 +8,21 @@ from pathlib import Path
 
 import click
 
-from wsss_pipeline.commands.options import PATH, clip_options, given_settings, json_option, say
+from wsss_pipeline.commands.options import (
+    PATH,
+    clip_options,
+    file_options,
+    given_paths,
+    given_settings,
+    json_option,
+    say,
+)
 
 
 @click.command("doctor", short_help="Say what is installed here and what is missing.")
 @click.option("--cache", type=PATH, default="cache", show_default=True, help="Where masks are to be written.")
 @clip_options
+@file_options("clip.activation=gelu")
 @json_option
 @click.pass_context
 def command(context: click.Context, /, cache: Path, as_json: bool) -> None:
@@ -25,11 +34,14 @@ def command(context: click.Context, /, cache: Path, as_json: bool) -> None:
     Example:
       wsss doctor --cache cache
     """
-    from wsss_pipeline.config import MaskConfig, resolve, user_layers
+    from wsss_pipeline.methods import load_mask_config
     from wsss_pipeline.runtime.output import printable
     from wsss_pipeline.stages.doctor import doctor
 
-    config = resolve(MaskConfig, user_layers(None, (), given_settings(context)))
+    paths = given_paths(context)
+    config = load_mask_config(
+        None, paths.get("config_file"), paths.get("overrides") or (), given_settings(context)
+    )
     checks = doctor(cache, config.clip)
     if as_json:
         say(json.dumps([asdict(check) for check in checks]))

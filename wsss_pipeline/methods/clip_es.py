@@ -82,6 +82,7 @@ class ClipEs:
         self._config = config
         self._trunk = Trunk(clip.vision, precision)
         self._logit_scale = clip.logit_scale
+        self._statistics = clip.statistics
         rows = class_rows(config, class_set, clip)
         self._foreground = rows.foreground.to(self._trunk.device)
         self._background = rows.background.to(self._trunk.device)
@@ -98,7 +99,7 @@ class ClipEs:
 
     def prepare(self, image: NDArray[np.uint8]) -> Prepared:
         """See ``Method``."""
-        return prepare_image(image, self._trunk.patch_size, self._config.max_pixels)
+        return prepare_image(image, self._trunk.patch_size, self._config.max_pixels, self._statistics)
 
     def scores(self, batch: Tensor, present: Sequence[Sequence[int]]) -> list[Tensor]:
         """See ``Method``: normalised CAMs, or with affinity the refined ones, which aren't normalised."""

@@ -108,6 +108,7 @@ class Excel:
     ) -> None:
         self._config = config
         self._trunk = Trunk(clip.vision, precision, rounded_positions=False)
+        self._statistics = clip.own_statistics or IMAGENET_STATISTICS
         self._heads = int(clip.vision.config.num_attention_heads)
         self._network = None
         if config.excel.checkpoint:
@@ -151,18 +152,18 @@ class Excel:
         return {"attributes": {"sentences": digest, "clusters": config.excel.clusters}}
 
     def prepare(self, image: NDArray[np.uint8]) -> Prepared:
-        """See ``Method``: bilinear without antialiasing, ImageNet's statistics."""
+        """See ``Method``: bilinear without antialiasing, ImageNet's statistics where CLIP has none of its own."""
         patch, settings = self._trunk.patch_size, self._config.excel
         size = clip_input_size(image.shape[1], image.shape[0], patch, self._config.max_pixels)
         if settings.size == "native":
             return Prepared(
-                _resized(normalise(image, IMAGENET_STATISTICS), (size.height, size.width)), size.scale
+                _resized(normalise(image, self._statistics), (size.height, size.width)), size.scale
             )
         side = patch * max(1, round(settings.side / patch))
-        pixels, seen = _resized(normalise(image, IMAGENET_STATISTICS), (side, side)), None
+        pixels, seen = _resized(normalise(image, self._statistics), (side, side)), None
         if settings.refine_on == "square":
             height, width = (max(1, round(end * size.scale)) for end in image.shape[:2])
-            mean, deviation = (torch.tensor(row)[:, None, None] for row in IMAGENET_STATISTICS)
+            mean, deviation = (torch.tensor(row)[:, None, None] for row in self._statistics)
             levels = _resized(255 * (pixels * deviation + mean), (height, width), align_corners=True)
             levels = levels.permute(1, 2, 0).contiguous()
             # rounding would move a thousandth of the pixels; but the CRF takes bytes

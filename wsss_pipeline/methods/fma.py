@@ -111,6 +111,7 @@ class Fma:
         self._config = config
         self._trunk = Trunk(clip.vision, precision, rounded_positions=False)
         self._logit_scale = clip.logit_scale
+        self._statistics = clip.statistics
         if not config.prompts:
             logger.info("prompts: none learned (--prompts FILE), the class set's templates stand in for them")
         rows = class_rows(config, class_set, clip)
@@ -130,7 +131,7 @@ class Fma:
 
     def prepare(self, image: NDArray[np.uint8]) -> Prepared:
         """See ``Method``."""
-        return prepare_image(image, self._trunk.patch_size, self._config.max_pixels)
+        return prepare_image(image, self._trunk.patch_size, self._config.max_pixels, self._statistics)
 
     def scores(self, batch: Tensor, present: Sequence[Sequence[int]]) -> list[Tensor]:
         """See ``Method``: raw CAMs, or what affinity made of them or of their scores; neither is normalised."""

@@ -98,6 +98,7 @@ class WeClip:
         self._config = config
         self._trunk = Trunk(clip.vision, precision, rounded_positions=False)
         self._logit_scale = clip.logit_scale
+        self._statistics = clip.own_statistics or IMAGENET_STATISTICS
         self._network = None
         if config.weclip.checkpoint:
             path = Path(config.weclip.checkpoint)
@@ -124,8 +125,8 @@ class WeClip:
         return prompt_determinants(config, class_set)
 
     def prepare(self, image: NDArray[np.uint8]) -> Prepared:
-        """See ``Method``: as CLIP-ES, with ImageNet's statistics."""
-        return prepare_image(image, self._trunk.patch_size, self._config.max_pixels, IMAGENET_STATISTICS)
+        """See ``Method``: as CLIP-ES, with ImageNet's statistics where CLIP has none of its own."""
+        return prepare_image(image, self._trunk.patch_size, self._config.max_pixels, self._statistics)
 
     @property
     def encoding(self) -> Mapping[str, Any]:

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from wsss_pipeline.data.transforms import CLIP_STATISTICS, normalise, resize
+from wsss_pipeline.data.transforms import CLIP_STATISTICS, PixelStatistics, normalise, resize
 from wsss_pipeline.prompts.config import CropConfig
 
 
@@ -26,9 +26,11 @@ class PromptAugmentation:
 
     Attributes:
         config: settings, see ``CropConfig``.
+        statistics: mean and standard deviation of CLIP's pixels.
     """
 
     config: CropConfig
+    statistics: PixelStatistics = CLIP_STATISTICS
 
     @property
     def crop(self) -> int:
@@ -66,7 +68,7 @@ class PromptAugmentation:
         if config.flip and torch.rand(()).item() < 0.5:
             planes = [plane[:, ::-1] for plane in planes]
         labels, certainty = (torch.from_numpy(plane.copy()) for plane in planes[1:])
-        return normalise(planes[0], CLIP_STATISTICS), labels, certainty
+        return normalise(planes[0], self.statistics), labels, certainty
 
 
 def varied_colours(image: NDArray[np.uint8]) -> NDArray[np.uint8]:

@@ -36,7 +36,7 @@ class MaskGenerator:
         classes: built-in class set, YAML file or names with commas between, as ``--classes`` has it, or a list of
             names, or a class set.
         method: name of a method, or module path of one's own.
-        clip: hub id, Hugging Face folder, OpenAI ``.pt`` file, or ``demo``.
+        clip: hub id or folder of Hugging Face or OpenCLIP, file of weights, or ``demo``.
         preset: published settings, such as ``clip-es/voc12``.
         settings: dotted key to value, such as ``{"cam.threshold": 0.5}``.
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
@@ -110,7 +110,7 @@ class MaskGenerator:
             name=self.class_set.name,
             determinants={
                 "method": {"name": self._method_type.name, "version": self._method_type.version},
-                "clip": self.clip.digest(),
+                **self.clip.determinants,
                 "precision": self.precision,
                 "classes": [
                     {"name": entry.name, "texts": list(entry.texts()), "fuse": entry.fuse}

@@ -22,7 +22,6 @@ from PIL import Image
 from torch import Tensor
 
 from wsss_pipeline.clip.sources import (
-    MOST_WEIGHT_BYTES,
     check_file,
     fetch_model,
     file_digest,
@@ -30,8 +29,8 @@ from wsss_pipeline.clip.sources import (
     read_config,
     weight_files,
 )
-from wsss_pipeline.clip.tensor_files import shapes_in, tensors_in
-from wsss_pipeline.clip.weights import checked_names, frozen_model, loading, read_tensor_files
+from wsss_pipeline.clip.tensor_files import MOST_WEIGHT_BYTES, read_tensor_files, shapes_in, tensors_in
+from wsss_pipeline.clip.weights import checked_names, frozen_model, loading
 from wsss_pipeline.data.transforms import IMAGENET_STATISTICS, PixelStatistics, normalise, resize
 from wsss_pipeline.errors import WeightsError
 from wsss_pipeline.files import MIB

@@ -23,11 +23,11 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 from wsss_pipeline import __version__
-from wsss_pipeline.clip.sources import MOST_WEIGHT_BYTES
-from wsss_pipeline.clip.tensor_files import check_unpacked, shapes_in, tensors_in
+from wsss_pipeline.clip.tensor_files import MOST_WEIGHT_BYTES, check_unpacked, shapes_in, tensors_in
 from wsss_pipeline.clip.weights import Clip
 from wsss_pipeline.config import ResolvedPrecision
 from wsss_pipeline.data.classes import MAX_CLASSES
+from wsss_pipeline.data.transforms import IMAGENET_STATISTICS
 from wsss_pipeline.errors import CheckpointError, NetworkError, OutputError, ResourceError, WeightsError
 from wsss_pipeline.files import check_plain, open_plain, read_json
 from wsss_pipeline.runtime.output import one_line, open_new, printable, writing
@@ -291,12 +291,17 @@ def load_network(
 def check_frozen(network: ClipNetwork, folder: Path) -> None:
     """A CheckpointError where a checkpoint wasn't trained on this network's CLIP and DINOv2."""
     try:
-        stored = _Config.model_validate(read_json(folder / CONFIG, MAX_CONFIG_BYTES)).frozen
+        stored = _Config.model_validate(read_json(folder / CONFIG, MAX_CONFIG_BYTES))
     except (OSError, ValueError) as error:
         raise CheckpointError(
             f"checkpoint {folder}: {CONFIG} can't be read: {one_line(error)[:200]}"
         ) from error
-    _check_frozen(network, stored, folder)
+    _check_frozen(network, stored.frozen, folder)
+    if (stored.image_mean, tuple(stored.image_std)) != (network.image_mean, network.image_std):
+        raise CheckpointError(
+            f"checkpoint {folder} was trained on pixels of mean {stored.image_mean}, and its CLIP is for "
+            f"{network.image_mean}; train it anew"
+        )
 
 
 def _check_frozen(network: ClipNetwork, stored: Mapping[str, str | None], folder: Path) -> None:
@@ -347,6 +352,12 @@ def load_frozen_clip(
         raise CheckpointError(
             f"{path} was trained on other classes than those that masks are to be made of: it knows {known:.200}; "
             "give these with --classes, or a network that was trained on yours"
+        )
+    own = clip.own_statistics or IMAGENET_STATISTICS
+    if (loaded.network.image_mean, loaded.network.image_std) != tuple(own):
+        raise CheckpointError(
+            f"{path} was trained on pixels of mean {loaded.network.image_mean}, and {method} has {own.mean} for this "
+            "CLIP; train it anew"
         )
     try:
         loaded.network.check_method(method, encoding)

@@ -33,11 +33,19 @@ class ClipNetwork(SegmentationNetwork):
     Attributes:
         config: settings of what is trained.
         frozen: what no checkpoint holds.
+
+    Args:
+        clip: CLIP, whose own pixel statistics go before ImageNet's.
     """
 
     config: Settings
     frozen: Frozen
     _clip_digest: str | None = None
+
+    def __init__(self, clip: Clip) -> None:
+        super().__init__()
+        if clip.own_statistics is not None:
+            self.image_mean, self.image_std = clip.own_statistics
 
     def frozen_digests(self) -> dict[str, str | None]:
         """Digests of the models that the network was built on, by name; reads CLIP's files."""

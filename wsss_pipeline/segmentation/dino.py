@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from wsss_pipeline.clip.sources import (
-    MOST_WEIGHT_BYTES,
     check_file,
     fetch_model,
     file_digest,
@@ -23,8 +22,8 @@ from wsss_pipeline.clip.sources import (
     read_config,
     weight_files,
 )
-from wsss_pipeline.clip.tensor_files import shapes_in, tensors_in
-from wsss_pipeline.clip.weights import checked_names, frozen_model, loading, read_tensor_files
+from wsss_pipeline.clip.tensor_files import MOST_WEIGHT_BYTES, read_tensor_files, shapes_in, tensors_in
+from wsss_pipeline.clip.weights import checked_names, frozen_model, loading
 from wsss_pipeline.errors import WeightsError
 from wsss_pipeline.files import MIB
 

@@ -21,6 +21,7 @@ from wsss_pipeline.config import ResolvedPrecision
 from wsss_pipeline.errors import NetworkError
 from wsss_pipeline.segmentation.clip_network import ClipNetwork, Frozen
 from wsss_pipeline.segmentation.dino import Dino
+from wsss_pipeline.segmentation.network import IMAGE_MEAN, IMAGE_STD
 from wsss_pipeline.segmentation.train_config import FrozenClipConfig
 
 SHARPNESS = 3.0  # of the centred affinity
@@ -131,7 +132,7 @@ class FrozenClip(ClipNetwork):
         precision: ResolvedPrecision = "fp32",
         dino: Dino | None = None,
     ) -> None:
-        super().__init__()
+        super().__init__(clip)
         self.config = config
         self.frozen = _Frozen(clip, precision, dino)
         trunk, channels = self.frozen.trunk, int(clip.vision.config.hidden_size)
@@ -205,8 +206,18 @@ class FrozenClip(ClipNetwork):
             ]
             maps = None
             if dino is not None:
-                maps = self._dino_maps(dino.model, images)
+                maps = self._dino_maps(dino.model, self._for_dino(images))
         return Encoded(features, [layer[:, 1:] for layer in layers if layer is not None], maps)
+
+    def _for_dino(self, images: Tensor) -> Tensor:
+        """Images as DINOv2 was trained with them, where CLIP has pixel statistics of its own."""
+        if (self.image_mean, self.image_std) == (IMAGE_MEAN, IMAGE_STD):
+            return images
+        own_mean, own_std, mean, std = (
+            images.new_tensor(row)[:, None, None]
+            for row in (self.image_mean, self.image_std, IMAGE_MEAN, IMAGE_STD)
+        )
+        return (images * own_std + own_mean - mean) / std
 
     def _dino_maps(self, dino: Any, images: Tensor) -> Tensor:
         """DINOv2's normalised patches, (B, D', h', w'), of images at the next smaller multiple of its patch."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -11,16 +10,16 @@ import torch
 from torch import Tensor, nn
 
 from wsss_pipeline.clip.sources import (
-    MOST_WEIGHT_BYTES,
     check_file,
     fetch_files,
     fetch_model,
     local_path,
+    pixel_statistics,
     read_config,
     weight_files,
 )
-from wsss_pipeline.clip.tensor_files import tensors_in
-from wsss_pipeline.clip.weights import loading, read_tensor_files
+from wsss_pipeline.clip.tensor_files import MOST_WEIGHT_BYTES, read_tensor_files, tensors_in
+from wsss_pipeline.clip.weights import loading
 from wsss_pipeline.errors import NetworkError, WeightsError
 from wsss_pipeline.runtime.output import one_line
 from wsss_pipeline.segmentation.network import SegmentationNetwork, resized
@@ -66,28 +65,13 @@ def read_architecture(encoder: str, offline: bool) -> dict[str, Any]:
             raise WeightsError(f"no {CONFIG} in {one_line(folder, 200)}")
         values = read_config(folder / CONFIG)
         if (folder / PROCESSOR).is_file():
-            values |= _statistics(read_config(folder / PROCESSOR))
+            processor = read_config(folder / PROCESSOR)
+            mean, std = pixel_statistics(processor, f"its {PROCESSOR}")
+            values |= {"image_mean": list(mean), "image_std": list(std)}
+            values["is_bgr"] = bool(processor.get("do_flip_channel_order", False))
     except WeightsError as error:
         raise NetworkError(f"--encoder {one_line(encoder, 100)}: {one_line(error, 300)}") from error
     return values
-
-
-def _statistics(processor: Mapping[str, Any]) -> dict[str, Any]:
-    """Statistics for values in [0, 1] from a preprocessor's, which come after its own scale."""
-    scale: Any = processor.get("rescale_factor", 1 / 255) if processor.get("do_rescale", True) else 1
-    mean, std = processor.get("image_mean"), processor.get("image_std")
-    if not processor.get("do_normalize", mean is not None):
-        mean, std = [0.0] * 3, [1.0] * 3
-    rows = [row if isinstance(row, list) else [row] * 3 for row in (mean, std)]
-    numbers = [*rows[0], *rows[1], scale]
-    is_plain = len(numbers) == 7 and all(type(number) in (int, float) for number in numbers)
-    if not is_plain or not all(map(math.isfinite, numbers)) or min(*rows[1], scale) <= 0:
-        raise WeightsError(f"its {PROCESSOR} has no mean and standard deviation of three channels")
-    found = {
-        name: [number / (255 * scale) for number in row]
-        for name, row in zip(("image_mean", "image_std"), rows, strict=True)
-    }
-    return {**found, "is_bgr": bool(processor.get("do_flip_channel_order", False))}
 
 
 def _cleaned(values: Any, key: str = "") -> Any:

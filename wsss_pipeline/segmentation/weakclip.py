@@ -239,7 +239,7 @@ class WeakClip(ClipNetwork):
         clip: Clip,
         precision: ResolvedPrecision = "fp32",
     ) -> None:
-        super().__init__()
+        super().__init__(clip)
         self.config = config
         if config.width % config.heads:
             raise NetworkError(

@@ -12,8 +12,9 @@ from importlib import metadata
 from pathlib import Path
 from typing import Literal
 
-from wsss_pipeline.clip.sources import locate_clip
+from wsss_pipeline.clip.sources import DEMO_CLIP, locate_clip
 from wsss_pipeline.config import ClipConfig, CrfConfig
+from wsss_pipeline.data.transforms import CLIP_STATISTICS
 from wsss_pipeline.errors import WsssError
 from wsss_pipeline.refine import DenseCrf
 
@@ -120,8 +121,18 @@ def _clip(clip: ClipConfig) -> Iterator[Check]:
     try:
         files = locate_clip(clip, offline=True)
     except WsssError as error:
-        yield Check("clip", "note", f"not on this machine yet: {error}")
+        if clip.weights == DEMO_CLIP or Path(clip.weights).expanduser().exists():
+            yield Check("clip", "fail", str(error))
+        else:
+            yield Check("clip", "note", f"not on this machine yet: {error}")
         return
     size = sum(path.stat().st_size for path in files.weights) / 2**20
     text = f"{clip.weights}: {files.weights[0]}, {size:.0f} MiB; words from {files.tokenizer}"
     yield Check("clip", "ok", text)
+    (image, words), (image_heads, text_heads) = files.form
+    activation = image if image == words else f"{image} (text: {words})"
+    heads = f"heads {image_heads} wide (text: {text_heads})"
+    yield Check("clip", "ok", f"{activation}, {heads}; from {files.form_origin}")
+    mean, std = files.own_statistics or CLIP_STATISTICS
+    numbers = ", ".join("/".join(f"{number:.4g}" for number in row) for row in (mean, std))
+    yield Check("clip", "ok", f"pixels' mean and deviation {numbers}; from {files.statistics_origin}")

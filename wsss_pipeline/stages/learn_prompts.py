@@ -174,7 +174,7 @@ def learn_prompts(job: PromptJob) -> PromptResult:
         "background": list(background),
         "images": len(ids),
         "ids": id_digest(ids),
-        "clip": files.digest(),
+        **files.determinants,
         "precision": precision,
     }
     with run_folder(
@@ -197,8 +197,13 @@ def learn_prompts(job: PromptJob) -> PromptResult:
             background,
             text_tower_digest(clip),
         )
+        augmentation = PromptAugmentation(config.augmentation, clip.statistics)
         dataset = SegmentationDataset(
-            job.images, masks, ids, PromptAugmentation(config.augmentation), seed_number(config.seed)
+            job.images,
+            masks,
+            ids,
+            augmentation,
+            seed_number(config.seed),
         )
         trainer = PromptTrainer(config, clip, trunk, prompts, dataset, job.out, job.workers, precision)
         chosen, state = config.optimisation, trainer.state

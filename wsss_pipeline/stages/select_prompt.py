@@ -84,7 +84,7 @@ def select_prompt(job: MaskJob, templates: Sequence[str]) -> PromptRanking:
                 logger.warning("%s: %s", image_id, failed[image_id])
                 progress.advance(failed=1)
                 continue
-            pixels = prepare_image(image, trunk.patch_size, job.config.max_pixels).pixels
+            pixels = prepare_image(image, trunk.patch_size, job.config.max_pixels, clip.statistics).pixels
             (last,) = trunk.encode(pixels[None].to(trunk.device)).last
             embeddings[image_id] = F.normalize(last.pooled, dim=0).cpu()
             progress.advance()
