@@ -14,11 +14,19 @@ from torch.utils.data import DataLoader
 from wsss_pipeline.data.classes import load_class_set
 from wsss_pipeline.data.image_ids import find_images
 from wsss_pipeline.data.images import read_image
-from wsss_pipeline.data.masks import MaskFolder, PseudoMask
+from wsss_pipeline.data.masks import WIDE_IGNORE, MaskFolder, PseudoMask
 from wsss_pipeline.demo.voc_folder import write_voc_folder
 from wsss_pipeline.errors import MaskError, TrainingError
-from wsss_pipeline.segmentation.augmentation import Augmentation
-from wsss_pipeline.segmentation.dataset import SegmentationDataset, sample_order, usable_ids
+from wsss_pipeline.prompts.augmentation import PromptAugmentation
+from wsss_pipeline.prompts.config import CropConfig
+from wsss_pipeline.segmentation.augmentation import Augmentation, OpenCvAugmentation
+from wsss_pipeline.segmentation.dataset import (
+    ImageLabels,
+    JointAugmentation,
+    SegmentationDataset,
+    sample_order,
+    usable_ids,
+)
 from wsss_pipeline.segmentation.train_config import AugmentationConfig
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.25, 0.2, 0.1)
@@ -170,3 +178,39 @@ def test_a_scaled_mask_lies_where_the_scaled_image_does() -> None:
     pixels, labels, _ = Augmentation(config, MEAN, STD)(image, mask, torch.ones(32, 32, dtype=torch.uint8))
     bright = pixels[0] * STD[0] + MEAN[0] > 0.5
     assert torch.equal(bright, labels == 1)
+
+
+@pytest.mark.parametrize(
+    "style", [Augmentation, OpenCvAugmentation, None], ids=["plain", "opencv", "prompts"]
+)
+def test_with_more_than_254_classes_255_is_one_and_nothing_beyond_the_edge_is(
+    root: Path, style: type[Augmentation | OpenCvAugmentation] | None
+) -> None:
+    images = find_images(root / "JPEGImages")
+
+    class Many:
+        class_names = tuple(map(str, range(1, 301)))
+        identity = description = "made"
+
+        def __contains__(self, image_id: object) -> bool:
+            return True
+
+        def __getitem__(self, image_id: str) -> PseudoMask:
+            mask = np.full(read_image(images[image_id]).shape[:2], 255, np.uint16)
+            mask[:, ::2] = 300
+            return PseudoMask(mask, np.full(mask.shape, 200, np.uint8), ("300",))
+
+    config = AugmentationConfig(crop=640, scale_min=1, scale_max=1)
+    augmentation: JointAugmentation = PromptAugmentation(CropConfig())
+    if style is not None:
+        augmentation = style(config, MEAN, STD)
+    data = SegmentationDataset(images, Many(), list(images), augmentation, 0)
+    sample = data[(0, 0)]
+    expected = {255, 300} if style is None else {255, 300, WIDE_IGNORE}
+    assert set(sample["mask"].unique().tolist()) == expected
+    assert sample["present"].nonzero().flatten().tolist() == [300]
+    labels = ImageLabels(Many.class_names, dict.fromkeys(images, (300,)), "made", "made")
+    blank = SegmentationDataset(images, labels, list(images), augmentation, 0)[(0, 0)]
+    assert set(blank["mask"].unique().tolist()) == expected - {255, 300} | {0}
+    images[data.image_ids[0]] = root / "gone.png"
+    assert set(data[(0, 0)]["mask"].unique().tolist()) == {WIDE_IGNORE}

@@ -151,7 +151,7 @@ def test_each_pixel_of_a_large_image_is_decided_on_once_and_far_from_where_its_t
 ) -> None:
     network = build_network(NetworkConfig(name="segformer", encoder="tiny", weights="none"), 21).eval()
     image = np.broadcast_to(np.uint8(0), (*size, 3))
-    tiles = list(inference._tiles(network, image, config, "cpu", raw=True))
+    tiles = list(inference._tiles(network, image, config, 21, raw=True))
     shapes = {tuple(part.stop - part.start for part in tile.seen) for tile in tiles}
     assert all(
         inference._bytes_needed(network, shape, size, 21, config, raw=True) <= inference.MOST_BYTES

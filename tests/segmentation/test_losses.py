@@ -7,7 +7,13 @@ import math
 import pytest
 import torch
 
-from wsss_pipeline.segmentation.losses import confidence_weights, segmentation_loss
+from wsss_pipeline.data.masks import WIDE_IGNORE
+from wsss_pipeline.segmentation.losses import (
+    confidence_weights,
+    dice_loss,
+    override_labels,
+    segmentation_loss,
+)
 
 
 def test_hard_weights_are_all_or_nothing_and_soft_ones_the_confidence() -> None:
@@ -121,3 +127,23 @@ def test_a_single_pixel_of_small_weight_has_its_whole_mean() -> None:
     assert segmentation_loss({"logits": logits}, target, weights) == pytest.approx(
         torch.log(torch.tensor(2.0)).item()
     )
+
+
+@pytest.mark.parametrize("size", [(6, 8), (3, 4)], ids=["of the target's size", "coarser"])
+def test_with_more_than_254_classes_the_value_without_a_label_is_65535(size: tuple[int, int]) -> None:
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(2, 301, *size, generator=generator)
+    target = torch.randint(0, 301, (2, 6, 8), generator=generator)
+    target[0, :2], target[1, :4] = 255, WIDE_IGNORE
+    weights = torch.ones(2, 6, 8)
+    # of two pixels the one behind the middle
+    coarse = target if size == (6, 8) else target[:, 1::2, 1::2]
+    counted = coarse != WIDE_IGNORE
+    expected = torch.nn.functional.cross_entropy(logits.movedim(1, -1)[counted], coarse[counted])
+    assert torch.allclose(segmentation_loss({"logits": logits}, target, weights), expected)
+    if size == (6, 8):
+        whole = dice_loss(logits, target)
+        logits[1, :, :4] = torch.randn(301, 4, 8, generator=generator)
+        assert torch.equal(dice_loss(logits, target), whole), "no label, no part"
+        sure = override_labels(target, 100 * logits, 0.5)
+        assert torch.equal(sure == WIDE_IGNORE, target == WIDE_IGNORE)

@@ -321,7 +321,13 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
         "versions": manifest.versions,
         "completion": manifest.completion.model_dump(),
     }
-    write_file(folder / MANIFEST, (json.dumps(values, indent=2) + "\n").encode("ascii"))
+    content = (json.dumps(values, indent=2) + "\n").encode("ascii")
+    if len(content) > MAX_MANIFEST_BYTES:
+        raise CacheError(
+            f"{folder / MANIFEST} would have {len(content):,} bytes, and {MAX_MANIFEST_BYTES:,} are read; give the "
+            "class set fewer or shorter texts"
+        )
+    write_file(folder / MANIFEST, content)
 
 
 def update_completion(folder: Path, change: Callable[[Completion], Completion]) -> Completion:

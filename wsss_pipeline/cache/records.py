@@ -26,12 +26,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from wsss_pipeline.data.images import MAX_DECODED_PIXELS
-from wsss_pipeline.data.masks import PseudoMask
+from wsss_pipeline.data.masks import PseudoMask, mask_type
 from wsss_pipeline.errors import CacheFormatError, CacheRecordError
 from wsss_pipeline.runtime.output import one_line
 
 MAX_CAM_VALUES = 2**30  # all CAMs of an image, 2 GiB
 MAX_ATTRIBUTE_BYTES = 2**16
+MAX_LABELS = 4000  # of an image; as an attribute each takes 16 bytes
 MAX_TEXT_LENGTH = 4096
 
 _FILTERS = {"compression": "gzip", "compression_opts": 4, "shuffle": True, "fletcher32": True}
@@ -109,7 +110,7 @@ class RecordKind(Protocol[Content]):
 
 @dataclass(frozen=True)
 class MaskRecords:
-    """A ``RecordKind``: pseudo masks of these classes, values 1..C."""
+    """A ``RecordKind``: pseudo masks of these classes, values 1..C; of 16 bits where there are more than 254."""
 
     class_names: tuple[str, ...]
     holds: Literal["masks"] = "masks"
@@ -119,9 +120,14 @@ class MaskRecords:
     )
 
     def parts(self, content: PseudoMask) -> Parts:
-        """Mask, confidence and maybe CAMs; a ValueError for a class that there isn't, or too many pixels."""
+        """Mask, confidence and maybe CAMs; a ValueError for no such class, or too many pixels or labels."""
         mask, labels, cams = content.mask, content.labels, content.cams
         height, width = mask.shape
+        kind = np.dtype(mask_type(1 + len(self.class_names)))
+        if mask.dtype != kind:
+            raise ValueError(f"the mask is {mask.dtype}; of {len(self.class_names)} classes it is {kind}")
+        if len(labels) > MAX_LABELS:
+            raise ValueError(f"it has {len(labels):,} labels, the limit is {MAX_LABELS:,}")
         _check_size(height, width, 0 if cams is None else len(labels))
         if (largest := mask.max()) > len(self.class_names):
             raise ValueError(f"the mask holds {largest}, which is no class; a low confidence says it instead")
@@ -137,7 +143,8 @@ class MaskRecords:
         size = (info.height, info.width)
         _check_size(*size, len(info.labels) if info.has_cams else 0)
         cams = {"cams": ((len(info.labels), *size), "<f2")} if info.has_cams else {}
-        return {"mask": (size, "|u1"), "confidence": (size, "|u1"), **cams}
+        kind = np.dtype(mask_type(1 + len(self.class_names))).newbyteorder("<").str
+        return {"mask": (size, kind), "confidence": (size, "|u1"), **cams}
 
     def content(self, info: RecordInfo, arrays: Mapping[str, NDArray[Any]]) -> PseudoMask:
         """The pseudo mask; a ValueError or MaskError where the arrays are none."""

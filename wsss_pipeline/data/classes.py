@@ -1,6 +1,6 @@
 """Class sets: built in, from a YAML file, or named on the command line.
 
-Mask values: 0 background, 1..C classes in class-set order, 255 ignore.
+Mask values: 0 background, 1..C classes in class-set order, 255 ignore (65,535 with more than 254 classes).
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from wsss_pipeline.errors import ClassSetError, ConfigError
 _logger = logging.getLogger("wsss_pipeline.data")
 
 DEFAULT_TEMPLATE = "a clean origami {}."  # the one that CLIP-ES selected (arXiv 2212.09506, section 3.3)
-MAX_CLASSES = 254  # mask values 0 and 255 mean something else
+MAX_CLASSES = 65_534  # in 16 bits 0 and 65,535 mean something else
 MAX_LENGTH = 1000  # characters of a text
 MOST_TEXTS = 1000  # in a list of a class set; each is compared with all classes, and CLIP reads it
 NO_CLASSES = ("background", "_background_", "__ignore__")  # as label files of other tools call those two
@@ -70,10 +70,10 @@ def _as_tuple(value: object) -> object:
     return tuple(value) if isinstance(value, list) else value
 
 
-def _as_tuple_of_some(value: object) -> object:
+def _some(value: object) -> object:
     if value == []:
         raise ValueError("an empty list; give at least one entry or leave the key out")
-    return _as_tuple(value)
+    return value
 
 
 def _without_duplicates(texts: tuple[str, ...]) -> tuple[str, ...]:
@@ -85,7 +85,7 @@ def _without_duplicates(texts: tuple[str, ...]) -> tuple[str, ...]:
 
 _Text = Annotated[str, BeforeValidator(_text)]
 _Texts = Annotated[tuple[_Text, ...], BeforeValidator(_as_tuple), AfterValidator(_without_duplicates)]
-_SomeTexts = Annotated[_Texts, BeforeValidator(_as_tuple_of_some)]
+_SomeTexts = Annotated[_Texts, BeforeValidator(_some)]
 _Templates = Annotated[_SomeTexts, AfterValidator(lambda texts: tuple(map(_template, texts)))]
 _ClassName = Annotated[_Text, AfterValidator(_class_name)]
 _SetName = Annotated[_Text, AfterValidator(_set_name)]
@@ -115,7 +115,15 @@ class ClassEntry(Settings):
 
 
 def _too_many_classes(count: int) -> str:
-    return f"{count:,} classes; a mask holds {MAX_CLASSES} (0 is background, 255 ignore)"
+    return f"{count:,} classes; a mask holds {MAX_CLASSES:,} (0 is background, 65535 ignore)"
+
+
+def _tuple_of_classes(value: object) -> object:
+    if not isinstance(value, list):
+        return value
+    if len(value) > MAX_CLASSES:
+        raise ValueError(_too_many_classes(len(value)))
+    return tuple(value)
 
 
 def _fit_into_a_mask(classes: tuple[ClassEntry, ...]) -> tuple[ClassEntry, ...]:
@@ -139,7 +147,10 @@ class ClassSet(Settings):
         (), description="Words that take part in the softmax as background; none of them is a class."
     )
     classes: Annotated[
-        tuple[ClassEntry, ...], BeforeValidator(_as_tuple_of_some), AfterValidator(_fit_into_a_mask)
+        tuple[ClassEntry, ...],
+        BeforeValidator(_tuple_of_classes),
+        BeforeValidator(_some),
+        AfterValidator(_fit_into_a_mask),
     ] = Field(description="The classes, mask value 1 first.")
 
     @property
@@ -197,7 +208,7 @@ def load_class_set(text: str) -> ClassSet:
 
     Raises:
         ClassSetError: unknown set, unreadable file, an unknown or missing key, a value of the wrong type, a
-            class that occurs twice, more than 254 classes.
+            class that occurs twice, more than 65,534 classes.
     """
     text = text.strip()
     built_in = builtin_class_sets()
@@ -256,11 +267,15 @@ def _class_set(content: str | list[str], origin: str, default_name: str) -> Clas
     def words(text: str) -> str:
         return f" {' '.join(text.casefold().replace(',', ' ').split())} "
 
+    of_classes = [
+        (entry.name, [words(text) for text in (entry.name, *entry.aliases, *entry.texts())])
+        for entry in class_set.classes
+    ]
     overlaps: dict[str, str] = {}
     for word in class_set.background:
-        for entry in class_set.classes:
-            if any(words(word) in words(text) for text in (entry.name, *entry.aliases, *entry.texts())):
-                overlaps.setdefault(word, entry.name)
+        for name, texts in of_classes:
+            if any(words(word) in text for text in texts):
+                overlaps.setdefault(word, name)
     if not overlaps:
         return class_set
     _logger.warning(
@@ -280,14 +295,17 @@ def check_template(template: str, origin: str) -> str:
         raise ClassSetError(f"{origin}: {error}") from error
 
 
-def voc_palette() -> NDArray[np.uint8]:
-    """uint8 (256, 3): the RGB colour of each mask value in PASCAL VOC's development kit.
+@cache
+def voc_palette(size: int = 256) -> NDArray[np.uint8]:
+    """uint8 (size, 3): the RGB colour of each mask value in PASCAL VOC's development kit; size is up to 65,536.
 
     Bit ``7 - i`` of red, green and blue is bit ``3i``, ``3i + 1`` and ``3i + 2`` of the mask value.
     """
-    values, channels, i = np.ogrid[:256, :3, :3]
+    values, channels, i = np.ogrid[:size, :3, :6]
     bits = values >> (3 * i + channels) & 1
-    return np.asarray((bits << (7 - i)).sum(axis=2), np.uint8)
+    palette = np.asarray((bits << (7 - i)).sum(axis=2), np.uint8)
+    palette.flags.writeable = False
+    return palette
 
 
 def builtin_class_sets() -> list[str]:

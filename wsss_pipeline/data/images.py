@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from io import BufferedReader, BytesIO
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -42,6 +42,7 @@ MAX_FILE_BYTES = 2**30 + 2**20
 _FORMATS = ("BMP", "GIF", "JPEG", "PNG", TiffImageFile.format, WebPImageFile.format)
 _ORIENTATION = 0x0112
 _INDICES = "(0 background, 1.. classes, 255 ignore)"
+_WIDE_INDICES = "(0 background, 1.. classes, 65535 ignore)"
 _LONGEST_PATH = 200  # characters of one, in a message
 
 # where the file may be good, and the way to it isn't
@@ -150,14 +151,19 @@ def as_pixels(image: AnyImage) -> NDArray[np.uint8]:
     return np.repeat(image[..., None], 3, axis=2) if image.ndim == 2 else np.ascontiguousarray(image)
 
 
-def read_mask(path: ImageFile) -> NDArray[np.uint8]:
+def read_mask(path: ImageFile, *, wide: bool = False) -> NDArray[np.unsignedinteger[Any]]:
     """An index mask as uint8 (H, W): class indices as stored, 0 background, 255 ignore.
 
     Palette files give their indices, whatever the palette; 1-bit files 0 and 1; 16- and 32-bit integer
     files their values.
 
+    Args:
+        path: the file.
+        wide: whether it is of more than 254 classes: uint16 comes out, 65,535 is ignore. A file of 8 bits may then
+            hold classes up to 254; what its 255 means nobody can tell.
+
     Raises:
-        ImageError: as ``read_image``; also a colour mask, values outside 0..255, or JPEG.
+        ImageError: as ``read_image``; also a colour mask, values outside 0..255 (0..65,535), or JPEG.
     """
     with _opened(path) as (image, _):
         if image.format in ("JPEG", "MPO"):
@@ -168,12 +174,18 @@ def read_mask(path: ImageFile) -> NDArray[np.uint8]:
                 f"probably saved with the colours of the classes; save the indices {_INDICES} as an 8-bit PNG"
             )
         values = np.array(image)
-        if values.dtype.itemsize > 1 and (values.min() < 0 or values.max() > 255):
+        if wide and values.dtype.itemsize == 1 and values.max() == 255:
+            raise ImageError(
+                f"{_shown(path)}: 255 in 8 bits is class 255 or no label; with more than 254 classes save masks as "
+                f"16-bit PNGs {_WIDE_INDICES}"
+            )
+        if values.dtype.itemsize > 1 and (values.min() < 0 or values.max() > (65_535 if wide else 255)):
             raise ImageError(
                 f"{_shown(path)}: values run from {values.min()} to {values.max()}; "
-                f"a mask holds class indices {_INDICES}"
+                f"a mask holds class indices {_WIDE_INDICES if wide else _INDICES}"
             )
-        return values.astype(np.uint8)
+        kind: type[np.unsignedinteger[Any]] = np.uint16 if wide else np.uint8
+        return values.astype(kind)
 
 
 def read_label_image(path: ImageFile) -> NDArray[np.int64]:

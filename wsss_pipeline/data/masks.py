@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,10 +17,28 @@ from wsss_pipeline.data.image_ids import find_images
 from wsss_pipeline.data.images import read_mask
 from wsss_pipeline.errors import ConfigError, ImageError, MaskError
 
-IGNORE = 255
+IGNORE = 255  # in a mask of 8 bits
+WIDE_IGNORE = 65_535  # in a mask of 16 bits
 CERTAIN = 200  # half percents
 
 _CHECKED = 32  # masks of a folder, before anything is done with the others
+
+
+def ignore_value(outputs: int) -> int:
+    """The mask value of "no label" where a mask may have ``outputs`` others, 0 background and 1..C.
+
+    It follows from the number of classes alone: 255, in masks of 8 bits, up to 254 classes; 65,535, in masks of 16
+    bits, beyond.
+    """
+    return IGNORE if outputs <= IGNORE else WIDE_IGNORE
+
+
+def mask_type(outputs: int) -> type[np.unsignedinteger[Any]]:
+    """The type of masks that may have ``outputs`` values and that of "no label", see ``ignore_value``."""
+    return np.uint8 if outputs <= IGNORE else np.uint16
+
+
+Mask = NDArray[np.unsignedinteger[Any]]  # of 8 or 16 bits
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,7 +46,8 @@ class PseudoMask:
     """Mask of one image.
 
     Attributes:
-        mask: uint8 (H, W): 0 background, 1..C classes; 255 where a file says "no label", never in the cache.
+        mask: uint8 (H, W), uint16 with more than 254 classes: 0 background, 1..C classes; the type's largest value,
+            255 or 65,535, where a file says "no label", never in the cache.
         confidence: uint8 (H, W), posterior of the pixel's label in half percents, rounded down: 0..200.
         labels: the image's class names, as they were given; empty where not known.
         cams: float16 (K, H, W) in 0..1, one for each of ``labels``, before refinement; None where not stored.
@@ -37,7 +56,7 @@ class PseudoMask:
         MaskError: an array has another type, shape or range.
     """
 
-    mask: NDArray[np.uint8]
+    mask: Mask
     confidence: NDArray[np.uint8]
     labels: tuple[str, ...] = ()
     cams: NDArray[np.float16] | None = None
@@ -45,8 +64,8 @@ class PseudoMask:
     def __post_init__(self) -> None:
         mask, confidence, cams = self.mask, self.confidence, self.cams
         expected, problem = (len(self.labels), *mask.shape), ""
-        if mask.dtype != np.uint8 or mask.ndim != 2 or mask.size == 0:
-            problem = f"the mask is {mask.dtype} {mask.shape}, not uint8 (H, W)"
+        if mask.dtype not in (np.uint8, np.uint16) or mask.ndim != 2 or mask.size == 0:
+            problem = f"the mask is {mask.dtype} {mask.shape}, not uint8 or uint16 (H, W)"
         elif confidence.dtype != np.uint8 or confidence.shape != mask.shape:
             problem = f"the confidence is {confidence.dtype} {confidence.shape}, not uint8 {mask.shape}"
         elif np.max(confidence) > CERTAIN:
@@ -56,10 +75,11 @@ class PseudoMask:
         if problem:
             raise MaskError(f"not a pseudo mask: {problem}")
 
-    def with_ignore(self, min_confidence: float) -> NDArray[np.uint8]:
-        """uint8 (H, W): the mask with 255 where the confidence is under ``min_confidence``, 0 to 1."""
+    def with_ignore(self, min_confidence: float) -> Mask:
+        """The mask with its type's largest value where the confidence is under ``min_confidence``, 0 to 1."""
         certain = self.confidence >= half_percent_threshold(min_confidence)
-        return np.where(certain, self.mask, np.uint8(IGNORE))
+        ignore = self.mask.dtype.type(np.iinfo(self.mask.dtype).max)
+        return np.where(certain, self.mask, ignore)
 
 
 def half_percent_threshold(min_confidence: float) -> int:
@@ -99,7 +119,7 @@ class MaskSource(Protocol):
 
 
 class MaskFolder:
-    """A folder of index masks (0 background, 1..C classes, 255 no label), certain of every pixel.
+    """A folder of index masks (0 background, 1..C classes, 255 or 65,535 no label), certain of every pixel.
 
     Some of the masks are read at once: values that are no class say that the class set is wrong, not a mask.
 
@@ -133,8 +153,9 @@ class MaskFolder:
     def __getitem__(self, image_id: str) -> PseudoMask:
         if image_id not in self.files:
             raise MaskError(f"{self.description}: no mask of image '{image_id}'")
-        mask = read_mask(self.files[image_id])
-        largest = int(mask.max(initial=0, where=mask != IGNORE))
+        outputs = 1 + len(self.class_names)
+        mask = read_mask(self.files[image_id], wide=outputs > IGNORE)
+        largest = int(mask.max(initial=0, where=mask != ignore_value(outputs)))
         if largest > len(self.class_names):
             raise MaskError(
                 f"{self.files[image_id]} holds the value {largest}, but there are {len(self.class_names)} "

@@ -16,13 +16,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from wsss_pipeline.data.classes import voc_palette
-from wsss_pipeline.data.masks import IGNORE
+from wsss_pipeline.data.masks import IGNORE, Mask, ignore_value
 from wsss_pipeline.errors import EvaluationError
 
 
-def check_sizes(
-    prediction: NDArray[np.uint8], ground_truth: NDArray[np.uint8], origin: str = "ground truth"
-) -> None:
+def check_sizes(prediction: Mask, ground_truth: Mask, origin: str = "ground truth") -> None:
     """Passes two masks (H, W) of the same size; an EvaluationError names ``origin`` and the likely cause else."""
     if prediction.ndim != 2 or ground_truth.ndim != 2:
         shapes = f"{ground_truth.shape} and {prediction.shape}"
@@ -42,17 +40,18 @@ def check_sizes(
 
 
 def confusion_matrix(
-    prediction: NDArray[np.uint8],
-    ground_truth: NDArray[np.uint8],
+    prediction: Mask,
+    ground_truth: Mask,
     num_classes: int,
     origin: str = "ground truth",
 ) -> NDArray[np.int64]:
     """Pixel counts of one image, ready to be added up over a data set.
 
     Args:
-        prediction: uint8 (H, W), 0 background, 1..num_classes-1 classes, 255 no label.
-        ground_truth: uint8 (H, W), the same values; 255 leaves the pixel out.
-        num_classes: number of classes with the background, 1..255.
+        prediction: uint8 (H, W), 0 background, 1..num_classes-1 classes, 255 no label; with more than 255 classes
+            uint16, and 65,535 in the place of 255.
+        ground_truth: the same type and values; 255 leaves the pixel out.
+        num_classes: number of classes with the background, 1..65,535. The counts take its square times 8 bytes.
         origin: file or image id, for the messages.
 
     Returns:
@@ -63,11 +62,17 @@ def confusion_matrix(
         EvaluationError: the sizes differ, or a value is neither a class nor 255.
     """
     check_sizes(prediction, ground_truth, origin)
-    # All 65,536 pairs at once: as fast as counting the classes alone, and it finds wrong values too.
-    pairs = (ground_truth.astype(np.uint16) << 8) | prediction
-    counts = np.bincount(pairs.ravel(), minlength=1 << 16).reshape(256, 256)
-    if counts[num_classes:IGNORE].any():
-        values = {int(value) for value in np.unique(ground_truth)} - {0, IGNORE}
+    ignore = ignore_value(num_classes)
+    if ignore == IGNORE:
+        # All 65,536 pairs at once: as fast as counting the classes alone, and it finds wrong values too.
+        pairs = (ground_truth.astype(np.uint16) << 8) | prediction
+        counts = np.bincount(pairs.ravel(), minlength=1 << 16).reshape(256, 256)
+        wrong_truth, wrong_prediction = counts[num_classes:IGNORE].any(), counts[:, num_classes:IGNORE].any()
+    else:
+        wrong_truth = ((ground_truth >= num_classes) & (ground_truth != ignore)).any()
+        wrong_prediction = ((prediction >= num_classes) & (prediction != ignore)).any()
+    if wrong_truth:
+        values = {int(value) for value in np.unique(ground_truth)} - {0, ignore}
         grey = np.rint(voc_palette() @ (0.299, 0.587, 0.114)).astype(int)
         if values <= {*grey[:num_classes].tolist(), int(grey[IGNORE])}:
             cause = "these are grey levels of the VOC colours: keep the palette when the PNGs are converted"
@@ -81,16 +86,20 @@ def confusion_matrix(
             cause = "the ground truth belongs to another class set: give the one that it was made with"
         raise EvaluationError(
             f"{origin}: ground truth holds {_listed(sorted(values))}, but with {num_classes - 1} classes and the "
-            f"background it may hold 0..{num_classes - 1} and 255; {cause}"
+            f"background it may hold 0..{num_classes - 1} and {ignore}; {cause}"
         )
-    if counts[:, num_classes:IGNORE].any():
-        wrong = [value for value in np.unique(prediction) if num_classes <= value < IGNORE]
+    if wrong_prediction:
+        wrong = [value for value in np.unique(prediction) if num_classes <= value < ignore]
         raise EvaluationError(
             f"{origin}: the prediction holds {_listed(wrong)}, but with {num_classes - 1} classes and the "
             f"background the largest value is {num_classes - 1}; give the class set it was made with"
         )
-    columns = [*range(num_classes), IGNORE]
-    return counts[:num_classes, columns].astype(np.int64)
+    if ignore == IGNORE:
+        return counts[:num_classes, [*range(num_classes), IGNORE]].astype(np.int64)
+    counted = ground_truth != ignore
+    columns = np.minimum(prediction[counted], num_classes).astype(np.int64)
+    flat = ground_truth[counted] * np.int64(num_classes + 1) + columns
+    return np.bincount(flat, minlength=num_classes * (num_classes + 1)).reshape(num_classes, -1)
 
 
 @dataclass(frozen=True)
@@ -130,7 +139,9 @@ class Scores:
         in_truth = matrix.sum(axis=1)
         total = int(in_truth.sum())
         if total == 0:
-            raise EvaluationError("no pixel to score: every ground-truth pixel is 255 (ignore)")
+            raise EvaluationError(
+                f"no pixel to score: every ground-truth pixel is {ignore_value(len(matrix))} (ignore)"
+            )
         hits = np.diagonal(matrix).astype(np.float64)
         predicted = matrix[:, :-1].sum(axis=0)
         union = in_truth + predicted - hits

@@ -22,6 +22,7 @@ from wsss_pipeline.runtime.output import MARK, printable
 SHOWN = 12  # images a section
 CELL = (320, 320)  # largest width and height of an image
 CONFUSIONS_SHOWN = 10
+LARGEST_MATRIX = 256  # rows; more would be a page of many megabytes
 SMALLEST_SHOWN = 0.05  # percent: less would read 0.0
 _LIBRARIES = ("torch", "transformers", "segmentation-models-pytorch", "numpy", "h5py", "Pillow")
 
@@ -72,7 +73,7 @@ def evaluation_page(
             if confused[row, column] >= SMALLEST_SHOWN
         ],
         matrix_heads=names,
-        matrix=matrix.tolist(),
+        matrix=matrix.tolist() if len(names) <= LARGEST_MATRIX else None,
         smallest_shown=SMALLEST_SHOWN,
         sections={
             "Worst images": {image_id: notes[image_id] for image_id in worst},

@@ -11,6 +11,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from wsss_pipeline.data.classes import voc_palette
+from wsss_pipeline.data.masks import WIDE_IGNORE, Mask
 from wsss_pipeline.runtime.output import MARK
 
 Rgb = NDArray[np.uint8]
@@ -27,24 +28,24 @@ _PIXELS_AT_A_TIME = 2**20  # in floating point, some 150 bytes each
 
 def class_colour(value: int) -> Colour:
     """Colour of a mask value, that of PASCAL VOC."""
-    red, green, blue = voc_palette()[value].tolist()
+    red, green, blue = voc_palette(1 + WIDE_IGNORE)[value].tolist()
     return red, green, blue
 
 
-def mask_over_image(image: Rgb, mask: NDArray[np.uint8]) -> Rgb:
+def mask_over_image(image: Rgb, mask: Mask) -> Rgb:
     """The mask's colours over the image, white lines between the regions.
 
     Args:
         image: uint8 (H, W, 3) RGB.
-        mask: uint8 (H, W) class indices, 0 background; background stays image, but dimmed.
+        mask: uint8 or uint16 (H, W) class indices, 0 background; background stays image, but dimmed.
     """
-    result = np.empty_like(image)
+    result, palette = np.empty_like(image), voc_palette(1 + np.iinfo(mask.dtype).max)
     rows = max(1, _PIXELS_AT_A_TIME // image.shape[1])
     for part in (slice(top, top + rows) for top in range(0, len(image), rows)):
         pixels, values = image[part], mask[part]
         grey = pixels.mean(axis=2, keepdims=True)
         background = BACKGROUND_DIMMING * (0.5 * pixels + 0.5 * grey)
-        foreground = (1 - MASK_OPACITY) * pixels + MASK_OPACITY * voc_palette()[values]
+        foreground = (1 - MASK_OPACITY) * pixels + MASK_OPACITY * palette[values]
         result[part] = np.rint(np.where(values[..., None] == 0, background, foreground))
     # the last pixel of a region before the next one, to the right or below
     result[:, :-1][mask[:, :-1] != mask[:, 1:]] = 255
@@ -64,10 +65,10 @@ def coloured(values: NDArray[np.floating], colour_map: int) -> Rgb:
     return np.ascontiguousarray(cv2.applyColorMap(levels, colour_map)[..., ::-1], dtype=np.uint8)
 
 
-def index_png(mask: NDArray[np.uint8], with_palette: bool) -> bytes:
-    """A PNG of class indices (H, W): mode L, or mode P with PASCAL VOC's colours."""
+def index_png(mask: Mask, with_palette: bool) -> bytes:
+    """A PNG of class indices (H, W): mode L, or mode P with PASCAL VOC's colours; of 16 bits, grey in any case."""
     image = Image.fromarray(mask)
-    if with_palette:
+    if with_palette and mask.dtype == np.uint8:
         image.putpalette(voc_palette().tobytes(), "RGB")  # makes mode P of mode L, values as they are
     return encoded(image, "PNG")
 

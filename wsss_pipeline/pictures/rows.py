@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,7 +29,7 @@ from wsss_pipeline.runtime.device import is_out_of_memory
 
 logger = logging.getLogger(__name__)
 
-Pixels = TypeVar("Pixels", np.uint8, np.float32)
+Pixels = TypeVar("Pixels", bound=np.generic)
 
 PSEUDO_MASK, PREDICTION, GROUND_TRUTH = "Pseudo mask", "Prediction", "Ground truth"
 MOST_CAMS = 4
@@ -119,7 +119,7 @@ def make_row(
             continue
         backdrop = np.full((*mask.shape, 3), 255, np.uint8) if image is None else image
         backdrop = _fitted(backdrop, box, Image.Resampling.LANCZOS)
-        counts = np.bincount(mask.ravel(), minlength=256)
+        counts = np.bincount(mask.ravel(), minlength=1 + len(source.class_names))
         values = {name: value for value, name in enumerate(source.class_names, start=1)}
         shown = [name for name, value in values.items() if counts[value] or name in labels]
         caption = [
@@ -154,6 +154,6 @@ def _fitted(pixels: NDArray[Pixels], box: tuple[int, int], method: Image.Resampl
     return np.asarray(Image.fromarray(pixels).resize(size, method), dtype=pixels.dtype)
 
 
-def _size(pixels: NDArray[np.uint8]) -> str:
+def _size(pixels: NDArray[Any]) -> str:
     height, width = pixels.shape[:2]
     return f"{width}x{height}"

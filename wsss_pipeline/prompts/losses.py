@@ -35,7 +35,9 @@ def contrastive_loss(logits: Tensor, present: Tensor) -> Tensor:
     return losses.sum() / max(1, len(losses))
 
 
-def activation_loss(cams: Sequence[Tensor], present: Sequence[Sequence[int]], masks: Tensor) -> Tensor:
+def activation_loss(
+    cams: Sequence[Tensor], present: Sequence[Sequence[int]], masks: Tensor, ignore: int = IGNORE
+) -> Tensor:
     """How far CAMs are from even activation inside their class's mask and none outside.
 
     A map's target inside is its own largest value there, at least 0. Raw maps are small (1e-4 to 1e-2), and so is
@@ -44,7 +46,7 @@ def activation_loss(cams: Sequence[Tensor], present: Sequence[Sequence[int]], ma
     Args:
         cams: per image, float (K, h, w), raw maps of its classes.
         present: per image, mask values of these K classes.
-        masks: uint8 or int64 (B, H, W); pixels of 255 take no part. The maps are scaled to (H, W), bilinearly.
+        masks: uint8 or int64 (B, H, W); pixels of ``ignore`` take no part. The maps are scaled to (H, W), bilinearly.
 
     Returns:
         float (), a mean over all pixels of all maps; 0 without any.
@@ -55,7 +57,7 @@ def activation_loss(cams: Sequence[Tensor], present: Sequence[Sequence[int]], ma
             continue
         scaled = F.interpolate(maps[None], size=mask.shape, mode="bilinear", align_corners=False)[0]
         inside = mask == torch.tensor(values, device=mask.device)[:, None, None]
-        outside = ~inside & (mask != IGNORE)
+        outside = ~inside & (mask != ignore)
         largest = (scaled.detach() * inside).amax(dim=(1, 2), keepdim=True).clamp_min(0)
         errors += [((largest - scaled).abs() * inside).sum(), (scaled.relu() * outside).sum()]
         pixels = pixels + (inside | outside).sum()

@@ -25,6 +25,7 @@ from wsss_pipeline.clip.learned_prompts import LearnedPrompts, PromptEncoder, se
 from wsss_pipeline.clip.trunk import Trunk
 from wsss_pipeline.clip.weights import Clip
 from wsss_pipeline.config import ResolvedPrecision
+from wsss_pipeline.data.masks import ignore_value
 from wsss_pipeline.errors import CheckpointError, TrainingError
 from wsss_pipeline.prompts.config import PromptConfig, PromptOptimisationConfig
 from wsss_pipeline.prompts.losses import activation_loss, contrastive_loss
@@ -65,7 +66,8 @@ class PromptObjective:
 
         Args:
             images: float32 (B, 3, S, S), normalised with CLIP's statistics.
-            masks: uint8 (B, S, S), 255 where nothing is known; contrastive learning doesn't look at it.
+            masks: int64 (B, S, S), ``ignore_value`` of 1+C where nothing is known; contrastive learning doesn't
+                look at it.
             present: bool (B, C), classes of the images; with ``labels: mask`` it isn't looked at.
             rows: float32 (C+G, P), unit rows of classes and background; contrastive learning takes (C, P).
 
@@ -93,7 +95,8 @@ class PromptObjective:
             texts = [torch.cat([rows[own], background]) for own in places]
             counts = [len(own) for own in places]
             maps = softmax_gradcam(features, texts, counts, self._logit_scale, everything=rows)
-            loss = activation_loss(maps, [[1 + place for place in own] for own in places], masks)
+            values_in = [[1 + place for place in own] for own in places]
+            loss = activation_loss(maps, values_in, masks, ignore_value(1 + self._num_classes))
         return loss, int(present.sum())
 
 

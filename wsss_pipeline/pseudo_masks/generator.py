@@ -159,7 +159,7 @@ class MaskGenerator:
         """
         prepared = self.prepare(as_pixels(image), labels, image_id)
         if not prepared.classes:
-            return prepared.background(with_cams=True)
+            return prepared.background(with_cams=True, outputs=1 + len(self.class_set.names))
         return self.generate([prepared], with_cams=True)[0].wait()[0]
 
     def load(self) -> None:
@@ -217,7 +217,8 @@ class MaskGenerator:
         on_host: list[tuple[Tensor, Tensor, Tensor | None]] = []
         for image, cams, posterior in zip(batch, maps, posteriors, strict=True):
             size = (image.pixels.shape[0], image.pixels.shape[1])
-            mask, confidence = label(posterior, [image.classes[place] for place in self._order(image)], size)
+            values = [image.classes[place] for place in self._order(image)]
+            mask, confidence = label(posterior, values, size, 1 + len(self.class_set.names))
             stored = upscale_cams(cams, size).half().to("cpu", non_blocking=True) if with_cams else None
             on_host.append(
                 (mask.to("cpu", non_blocking=True), confidence.to("cpu", non_blocking=True), stored)

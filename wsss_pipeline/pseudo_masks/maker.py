@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from wsss_pipeline.cache import MaskSet
-from wsss_pipeline.data.masks import CERTAIN, PseudoMask
+from wsss_pipeline.data.masks import CERTAIN, PseudoMask, mask_type
 from wsss_pipeline.data.transforms import Prepared
 from wsss_pipeline.regions.regions import Regions
 from wsss_pipeline.runtime.device import seconds_between
@@ -41,11 +41,11 @@ class LabelledImage:
         """Whether no class is present, so that nothing needs to look at it."""
         return self.labels == ()
 
-    def background(self, with_cams: bool) -> PseudoMask:
-        """The mask where no class is present."""
+    def background(self, with_cams: bool, outputs: int) -> PseudoMask:
+        """The mask where no class is present; ``outputs``: number 1+C of values that masks may have."""
         size = self.pixels.shape[:2]
         cams = np.zeros((0, *size), np.float16) if with_cams else None
-        return PseudoMask(np.zeros(size, np.uint8), np.full(size, CERTAIN, np.uint8), (), cams)
+        return PseudoMask(np.zeros(size, mask_type(outputs)), np.full(size, CERTAIN, np.uint8), (), cams)
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,8 @@ class Generated:
 
     Attributes:
         labels: the image's class names.
-        mask, confidence, cams: uint8 (H, W) twice, float16 (K, H, W) or None, on the host or on the way to it.
+        mask, confidence, cams: uint8 or uint16 (H, W), uint8 (H, W), float16 (K, H, W) or None, on the host or on
+            the way to it.
         marks: times of the device's clock, before CLIP, after it, and after refiner, arg max and copies.
         share: this image's part of the batch.
     """

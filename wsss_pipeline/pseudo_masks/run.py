@@ -110,6 +110,7 @@ class _Run:
         self._job, self._maker, self._writer, self._report = plan.job, plan.maker, writer, report
         self._stop, self._progress = stop, progress
         self._warned_of_rotation = False
+        self._outputs = 1 + len(self._maker.mask_set.class_names)
 
     def compute(self, todo: list[str]) -> None:
         """Compute and write the masks of ``todo``, in order, until done or asked to stop."""
@@ -136,7 +137,7 @@ class _Run:
         def make(image_id: str) -> Made:
             read = self._read(image_id)
             if read.image.is_background:
-                return read, read.image.background(self._job.store_cams), 0.0, 0.0
+                return read, read.image.background(self._job.store_cams, self._outputs), 0.0, 0.0
             return read, *self._maker.generate([read.image], self._job.store_cams)[0].wait()
 
         return ahead(make, todo, self._job.workers, 2 * self._job.workers)
@@ -155,7 +156,7 @@ class _Run:
                     with self._one_image(image_id):
                         read = wait()
                         if read.image.is_background:
-                            mask = read.image.background(store_cams)
+                            mask = read.image.background(store_cams, self._outputs)
                             results[image_id] = partial(_same, (read, mask, 0.0, 0.0))
                         else:
                             groups.setdefault(tuple(read.image.prepared.pixels.shape), []).append(read)

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from wsss_pipeline.config import MaskConfig, RefinerName, RelabelConfig
-from wsss_pipeline.data.masks import CERTAIN
+from wsss_pipeline.data.masks import CERTAIN, mask_type
 from wsss_pipeline.errors import ConfigError
 from wsss_pipeline.refine.dense_crf import DenseCrf
 from wsss_pipeline.refine.par import Par
@@ -88,23 +88,27 @@ def load_refiner(config: MaskConfig | RelabelConfig, default: RefinerName) -> Re
     return Par(config.par) if name == "par" else DenseCrf(config.crf)
 
 
-def label(posterior: Tensor, classes: Sequence[int], size: tuple[int, int]) -> tuple[Tensor, Tensor]:
+def label(
+    posterior: Tensor, classes: Sequence[int], size: tuple[int, int], outputs: int = 255
+) -> tuple[Tensor, Tensor]:
     """Mask and confidence of an image.
 
     Args:
         posterior: float32 (1+K, h, w), background first, summing to 1.
         classes: mask value of each of the K classes.
         size: (H, W) of the mask; the posterior is scaled to it, bilinearly, where it differs from (h, w).
+        outputs: number 1+C of values that masks of the class set may have; more than 255 of them take 16 bits.
 
     Returns:
-        The arg max, uint8 (H, W), and its posterior in half percents, rounded down, uint8 (H, W): the largest n
-        in 0..200 with float32(n / 200) <= p, exactly. 255 stands for a posterior that is no number, which
+        The arg max, uint8 or uint16 (H, W), and its posterior in half percents, rounded down, uint8 (H, W): the
+        largest n in 0..200 with float32(n / 200) <= p, exactly. 255 stands for a posterior that is no number, which
         ``PseudoMask`` refuses. On the device of the posterior; nothing waits for it.
     """
     if posterior.shape[1:] != size:
         posterior = F.interpolate(posterior[None], size, mode="bilinear", align_corners=False)[0]
     largest, index = posterior.max(dim=0)
-    values = torch.tensor([0, *classes], dtype=torch.uint8).to(posterior.device, non_blocking=True)
+    values = torch.from_numpy(np.array([0, *classes], mask_type(outputs)))
+    values = values.to(posterior.device, non_blocking=True)
     thresholds = (torch.arange(CERTAIN + 1, dtype=torch.float64) / CERTAIN).float().to(posterior.device)
     steps = torch.searchsorted(thresholds, largest.contiguous(), right=True) - 1
     confidence = steps.clamp_(min=0).masked_fill_(largest.isnan(), 255).to(torch.uint8)

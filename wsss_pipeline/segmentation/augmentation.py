@@ -15,7 +15,7 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
-from wsss_pipeline.data.masks import IGNORE
+from wsss_pipeline.data.masks import IGNORE, WIDE_IGNORE
 from wsss_pipeline.data.transforms import fitted_size
 from wsss_pipeline.segmentation.train_config import AugmentationConfig
 
@@ -44,12 +44,12 @@ class Augmentation:
 
         Args:
             image: uint8 (3, H, W) RGB.
-            mask: uint8 (H, W), 255 where there is no label.
+            mask: uint8 (H, W), 255 where there is no label; or int32, 65,535 there.
             confidence: uint8 (H, W).
 
         Returns:
-            float32 (3, S, S) normalised, uint8 (S, S) and uint8 (S, S), S the crop; beyond the image's edge the
-            mean colour, 255 and 0.
+            float32 (3, S, S) normalised, the mask (S, S) and uint8 (S, S), S the crop; beyond the image's edge the
+            mean colour, no label and 0.
         """
         config = self.config
         height, width = image.shape[-2:]
@@ -71,11 +71,15 @@ class Augmentation:
         beyond = (-left, left + config.crop - size[1], -top, top + config.crop - size[0])  # negative: cut off
         planes = [
             pad(plane.as_subclass(Tensor), beyond, value=fill)
-            for plane, fill in ((pixels, 0), (planes[0], IGNORE), (planes[1], 0))
+            for plane, fill in ((pixels, 0), (planes[0], _ignored(mask)), (planes[1], 0))
         ]
         if config.flip and torch.rand(()).item() < 0.5:
             planes = [plane.flip(-1) for plane in planes]
         return planes[0], planes[1][0], planes[2][0]
+
+
+def _ignored(mask: Tensor) -> int:
+    return IGNORE if mask.dtype == torch.uint8 else WIDE_IGNORE
 
 
 CROPS = 10  # that are drawn for their classes, before one is taken as it comes
@@ -132,7 +136,11 @@ class OpenCvAugmentation:
         beyond = (0, config.crop - normalised.shape[1], 0, config.crop - normalised.shape[0])
         filled = [
             pad(torch.from_numpy(np.ascontiguousarray(plane)), beyond, value=fill)
-            for plane, fill in ((normalised.transpose(2, 0, 1), 0), (planes[0], IGNORE), (planes[1], 0))
+            for plane, fill in (
+                (normalised.transpose(2, 0, 1), 0),
+                (planes[0], _ignored(mask)),
+                (planes[1], 0),
+            )
         ]
         return filled[0], filled[1], filled[2]
 
@@ -140,7 +148,7 @@ class OpenCvAugmentation:
         """Whether a crop has several classes, none of which covers too much of what is labelled."""
         if not self.config.largest_share:
             return True
-        counts = np.bincount(mask[mask != IGNORE])
+        counts = np.bincount(mask[mask != (IGNORE if mask.dtype == np.uint8 else WIDE_IGNORE)])
         return bool((counts > 0).sum() > 1 and counts.max() < self.config.largest_share * counts.sum())
 
 

@@ -15,7 +15,7 @@ from torch.utils.data import Dataset
 
 from wsss_pipeline.data.image_files import ImageFile
 from wsss_pipeline.data.images import read_image
-from wsss_pipeline.data.masks import IGNORE, MaskSource
+from wsss_pipeline.data.masks import IGNORE, MaskSource, ignore_value
 from wsss_pipeline.errors import ImageError, MaskError, TrainingError
 
 logger = logging.getLogger(__name__)
@@ -28,11 +28,11 @@ class Sample(TypedDict):
 
     Attributes:
         image: float32 (3, S, S), normalised.
-        mask: int64 (S, S), 255 where there is no label.
+        mask: int64 (S, S), 255 where there is no label, 65,535 with more than 254 classes.
         confidence: uint8 (S, S), half percents.
         present: bool (1+C,), classes of the whole image by its image-level labels; all False where none are known.
         image_id: id of the image.
-        damaged: True where image or mask couldn't be used; every pixel is then 255.
+        damaged: True where image or mask couldn't be used; no pixel then has a label.
     """
 
     image: Tensor
@@ -101,15 +101,19 @@ class SegmentationDataset(Dataset[Sample]):
     def __getitem__(self, key: tuple[int, int]) -> Sample:
         epoch, position = key
         image_id = self.image_ids[position]
-        present = torch.zeros(1 + len(self.masks.class_names), dtype=torch.bool)
+        outputs = 1 + len(self.masks.class_names)
+        present = torch.zeros(outputs, dtype=torch.bool)
+        # more than 254 classes take 16 bits, and torch can do little with uint16
+        kind = torch.uint8 if outputs <= IGNORE else torch.int32
         try:
             image = torch.tensor(read_image(self.images[image_id]))
             if isinstance(self.masks, ImageLabels):
-                mask = confidence = torch.zeros(image.shape[:2], dtype=torch.uint8)
+                mask = torch.zeros(image.shape[:2], dtype=kind)
+                confidence = torch.zeros(image.shape[:2], dtype=torch.uint8)
                 present[list(self.masks.present[image_id])] = True
             else:
                 labelled = self.masks[image_id]
-                mask, confidence = torch.tensor(labelled.mask), torch.tensor(labelled.confidence)
+                mask, confidence = torch.tensor(labelled.mask).to(kind), torch.tensor(labelled.confidence)
                 present[1:] = torch.tensor([name in labelled.labels for name in self.masks.class_names])
             if image.shape[:2] != mask.shape:
                 raise ImageError(
@@ -125,7 +129,7 @@ class SegmentationDataset(Dataset[Sample]):
             # noise: where all is zero, each layer norm of a fresh SegFormer multiplies the gradient by a thousand
             noise = torch.Generator().manual_seed(_seed(self.seed, epoch, position))
             pixels = torch.randn(3, side, side, generator=noise)
-            labels = torch.full((side, side), IGNORE)
+            labels = torch.full((side, side), ignore_value(outputs))
             certainty = torch.zeros((side, side), dtype=torch.uint8)
         else:
             damaged = False

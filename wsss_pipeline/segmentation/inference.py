@@ -27,7 +27,7 @@ from torch import Tensor
 from wsss_pipeline.config import CrfConfig, InferenceConfig
 from wsss_pipeline.data.image_files import ImageFile
 from wsss_pipeline.data.images import AnyImage, as_pixels, read_image
-from wsss_pipeline.data.masks import PseudoMask
+from wsss_pipeline.data.masks import Mask, PseudoMask, mask_type
 from wsss_pipeline.data.transforms import fitted_size
 from wsss_pipeline.errors import MaskError
 from wsss_pipeline.refine import DenseCrf, Refiner, Unrefined, label
@@ -45,7 +45,6 @@ NETWORK_BYTES = 1700
 # that a GPU looks at together, as far as the memory of one image allows; a CPU is no faster with several
 WINDOWS_AT_A_TIME = 16
 MARGIN_PART = 8  # an eighth of a tile on each side is left to the tile beside it
-_MOST_CLASSES = 256  # with the background: an index of a mask is a byte
 
 
 class Segmenter:
@@ -135,8 +134,9 @@ class Segmenter:
         """
         present = list(range(1, 1 + len(self.class_names)) if classes is None else classes)
         refined = CRF if isinstance(self.refiner, DenseCrf) else REFINED
-        found: dict[str, tuple[NDArray[np.uint8], NDArray[np.uint8]]] = {}
-        for tile in _tiles(self.network, image, self.inference, self.device, raw=raw):
+        outputs = 1 + len(self.class_names)
+        found: dict[str, tuple[Mask, NDArray[np.uint8]]] = {}
+        for tile in _tiles(self.network, image, self.inference, outputs, raw=raw):
             part = image[tile.seen]
             posteriors = _probabilities(
                 self.network, part, image.shape[:2], self.inference, self.device, raw=raw
@@ -153,9 +153,9 @@ class Segmenter:
                 else:
                     (posteriors[refined],) = self.refiner([part], [scores])
             for name, posterior in posteriors.items():
-                arrays = label(posterior, present, part.shape[:2])
+                arrays = label(posterior, present, part.shape[:2], outputs)
                 size = image.shape[:2]
-                whole = found.setdefault(name, (np.empty(size, np.uint8), np.empty(size, np.uint8)))
+                whole = found.setdefault(name, (np.empty(size, mask_type(outputs)), np.empty(size, np.uint8)))
                 for target, values in zip(whole, arrays, strict=True):
                     target[tile.kept] = values[tile.inner].cpu().numpy()
         return {name: PseudoMask(*arrays) for name, arrays in found.items()}
@@ -237,19 +237,16 @@ def _tiles(
     network: SegmentationNetwork,
     image: NDArray[np.uint8],
     config: InferenceConfig,
-    device: torch.device | str,
+    outputs: int,
     *,
     raw: bool,
 ) -> Iterator[_Tile]:
     """One tile for an image that fits into ``MOST_BYTES``, else as many as it takes, of one size."""
     sides = height, width = image.shape[:2]
-    if _bytes_needed(network, sides, sides, _MOST_CLASSES, config, raw) > MOST_BYTES:
-        with torch.no_grad():
-            outputs = network(torch.zeros(1, 3, 1, 1, device=device)).shape[1]
-        while max(height, width) > 2 * MARGIN_PART and (
-            _bytes_needed(network, (height, width), sides, outputs, config, raw) > MOST_BYTES
-        ):
-            height, width = (side if side < max(height, width) else side * 7 // 8 for side in (height, width))
+    while max(height, width) > 2 * MARGIN_PART and (
+        _bytes_needed(network, (height, width), sides, outputs, config, raw) > MOST_BYTES
+    ):
+        height, width = (side if side < max(height, width) else side * 7 // 8 for side in (height, width))
     for seen_rows, kept_rows, inner_rows in _stretches(sides[0], height):
         for seen_columns, kept_columns, inner_columns in _stretches(sides[1], width):
             yield _Tile((seen_rows, seen_columns), (kept_rows, kept_columns), (inner_rows, inner_columns))

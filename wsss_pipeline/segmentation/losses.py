@@ -2,6 +2,8 @@
 
 Where a batch is spread over several processes, each calls a loss with its own pictures and gets its part: the parts
 add up to the loss of the whole batch, and so do their gradients. ``total`` is all that the processes exchange.
+
+Where there is no label a target is 255, and 65,535 with more than 255 outputs, see ``ignore_value``.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from wsss_pipeline.data.masks import CERTAIN, IGNORE, half_percent_threshold
+from wsss_pipeline.data.masks import CERTAIN, IGNORE, half_percent_threshold, ignore_value
 from wsss_pipeline.segmentation.network import tiles
 from wsss_pipeline.segmentation.train_config import Confidence
 
@@ -67,13 +69,14 @@ def segmentation_loss(
         if not name.startswith("logits"):
             continue
         labels, shares, size = target, weights, logits.shape[-2:]
+        ignore = ignore_value(logits.shape[1])
         if labels.shape[-2:] != size:
-            # exact: plain nearest lies half a cell beside the logits. uint8, for interpolate takes no wider integers
-            planes = (labels[:, None].to(torch.uint8), shares[:, None])
+            # exact: plain nearest lies half a cell beside the logits. interpolate takes no integers wider than uint8
+            planes = (labels[:, None].to(torch.uint8 if ignore == IGNORE else torch.float32), shares[:, None])
             labels, shares = (F.interpolate(x, size=size, mode="nearest-exact")[:, 0] for x in planes)
             labels = labels.long()
-        labelled = labels != IGNORE
-        entropy = F.cross_entropy(_at_least_single(logits), labels, ignore_index=IGNORE, reduction="none")
+        labelled = labels != ignore
+        entropy = F.cross_entropy(_at_least_single(logits), labels, ignore_index=ignore, reduction="none")
         parts = [labels == 0, (labels != 0) & labelled] if balanced else [labelled]
         sums = torch.stack([(shares * entropy * part).sum() for part in parts])
         counts = total(torch.stack([(shares * part).sum() for part in parts]).detach())
@@ -81,17 +84,18 @@ def segmentation_loss(
     return torch.stack(losses).sum()
 
 
-def affinity_labels(mask: Tensor, grid: tuple[int, int], radius: int) -> Tensor:
+def affinity_labels(mask: Tensor, grid: tuple[int, int], radius: int, ignore: int = IGNORE) -> Tensor:
     """Whether two patches show the same class, uint8 (B, hw, hw): 1 the same, 0 another, 255 not to be learnt from.
 
     255 is where one of the two has no label, and where they lie further apart than ``radius``. A patch and itself are
     a pair as well (WeCLIP and ExCEL, as published in code).
 
     Args:
-        mask: int64 or uint8 (B, H, W), pseudo labels, 255 where there is none. The patch at (y, x) has the label of
-            pixel (floor(y H / h), floor(x W / w)).
+        mask: int64 or uint8 (B, H, W), pseudo labels, ``ignore`` where there is none. The patch at (y, x) has the
+            label of pixel (floor(y H / h), floor(x W / w)).
         grid: numbers (h, w) of patches; they are counted row by row.
         radius: largest distance of two patches, the larger of those along rows and columns; published: 8.
+        ignore: value of a pixel without a label.
     """
     (height, width), (h, w) = mask.shape[-2:], grid
     rows, columns = (torch.arange(side, device=mask.device) for side in grid)
@@ -99,7 +103,7 @@ def affinity_labels(mask: Tensor, grid: tuple[int, int], radius: int) -> Tensor:
     labels = (patches[:, :, None] == patches[:, None, :]).view(torch.uint8)
     far_rows, far_columns = ((place[:, None] - place).abs() > radius for place in (rows, columns))
     far = (far_rows[:, None, :, None] | far_columns[None, :, None, :]).view(h * w, h * w)
-    unlabelled = patches == IGNORE
+    unlabelled = patches == ignore
     for ignored in (far, unlabelled[:, :, None], unlabelled[:, None, :]):
         labels.masked_fill_(ignored, IGNORE)
     return labels
@@ -143,7 +147,9 @@ def dice_loss(
     probability = _at_least_single(logits).softmax(dim=1)
     classes = torch.arange(logits.shape[1], device=target.device)
     is_label = target[:, None] == classes[:, None, None]
-    counted = probability if count_ignored else probability * (target != IGNORE)[:, None]
+    counted = (
+        probability if count_ignored else probability * (target != ignore_value(logits.shape[1]))[:, None]
+    )
     space = (0, 2, 3)
     own = torch.stack([(probability * is_label).sum(space), counted.sum(space) + is_label.sum(space)])
     sums = total(torch.cat([own.detach().flatten(), own.new_ones(1)]))
@@ -168,7 +174,7 @@ def cross_pseudo_loss(one: Tensor, other: Tensor, valid: Tensor, *, total: Total
     weights = torch.ones_like(valid, dtype=torch.float32)
     losses = []
     for learner, teacher in ((one, other), (other, one)):
-        labels = teacher.detach().argmax(dim=1).masked_fill(~valid, IGNORE)
+        labels = teacher.detach().argmax(dim=1).masked_fill(~valid, ignore_value(teacher.shape[1]))
         losses.append(segmentation_loss({"logits": learner}, labels, weights, balanced=True, total=total))
     return losses[0] + losses[1]
 
@@ -184,7 +190,7 @@ def override_labels(mask: Tensor, logits: Tensor, threshold: float) -> Tensor:
         threshold: probability in [0, 1] above which the most probable class replaces the label; published: 0.75.
     """
     probability, label = _at_least_single(logits.detach()).softmax(dim=1).max(dim=1)
-    is_sure = (probability > threshold) & (mask != IGNORE)
+    is_sure = (probability > threshold) & (mask != ignore_value(logits.shape[1]))
     return torch.where(is_sure, label.to(mask.dtype), mask)
 
 
@@ -247,9 +253,9 @@ class _Segments:
     covered: Tensor
 
 
-def _segments(target: Tensor, weights: Tensor, size: tuple[int, int]) -> _Segments:
-    """Segments of an image's labels (H, W), 255 where there is none, on a grid of h x w cells."""
-    counted = weights * (target != IGNORE)
+def _segments(target: Tensor, weights: Tensor, size: tuple[int, int], ignore: int) -> _Segments:
+    """Segments of an image's labels (H, W), ``ignore`` where there is none, on a grid of h x w cells."""
+    counted = weights * (target != ignore)
     classes = torch.unique(target[counted > 0])
     planes = counted * (target == classes[:, None, None])
     cells = (
@@ -336,7 +342,9 @@ def query_losses(
     if queries.side is not None:
         labels, weights = tiles(labels, queries.side), tiles(weights, queries.side)
     height, width = queries.layers[0][1].shape[-2:]
-    images = [_segments(*pair, (height, width)) for pair in zip(labels[:, 0], weights[:, 0], strict=True)]
+    ignore = ignore_value(queries.layers[0][0].shape[-1] - 1)
+    planes = zip(labels[:, 0], weights[:, 0], strict=True)
+    images = [_segments(*pair, (height, width), ignore) for pair in planes]
     loss, sums, counts = queries.loss, [], []
     for layer in queries.layers:
         classes, masks = _at_least_single(layer[0]), _at_least_single(layer[1]).flatten(2)

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from wsss_pipeline.data.masks import IGNORE
+from wsss_pipeline.data.masks import ignore_value
 from wsss_pipeline.segmentation.losses import (
     affinity_labels,
     affinity_loss,
@@ -44,7 +44,7 @@ def weighted_losses(
 
     Args:
         outputs: what the network made of a batch, see ``SegmentationNetwork.training_outputs``.
-        target: int64 (B, H, W), 0..C, 255 where there is no label.
+        target: int64 (B, H, W), 0..C, ``ignore_value`` of 1+C where there is no label.
         confidence: uint8 (B, H, W), half percents.
         config: settings.
         update: number of the update, from 1.
@@ -57,7 +57,8 @@ def weighted_losses(
         return query_losses(outputs["queries"], target, weights, total=total)
     if chosen.restrict_to_labels and pictures is not None:
         target = without_absent(target, pictures.present)
-    counted = target.masked_fill(weights == 0, IGNORE)
+    ignore = ignore_value(outputs["logits"].shape[1])
+    counted = target.masked_fill(weights == 0, ignore)
     labels = target
     if 0 < online.override_from <= update:
         labels = override_labels(target, outputs["logits"], online.override_above)
@@ -73,16 +74,16 @@ def weighted_losses(
     if chosen.affinity:
         pairs = counted
         if 0 < online.self_affinity_from <= update:
-            pairs = outputs["logits"].argmax(dim=1).masked_fill(target == IGNORE, IGNORE)
-        same = affinity_labels(pairs, outputs["encoded"].features.grid, chosen.affinity_radius)
+            pairs = outputs["logits"].argmax(dim=1).masked_fill(target == ignore, ignore)
+        same = affinity_labels(pairs, outputs["encoded"].features.grid, chosen.affinity_radius, ignore)
         loss = affinity_loss(outputs["similarity"].sigmoid(), same, total=total)
         found["affinity"] = chosen.affinity * loss
     if chosen.dice:
-        loss = dice_loss(outputs["logits"], labels.masked_fill(weights == 0, IGNORE), total=total)
+        loss = dice_loss(outputs["logits"], labels.masked_fill(weights == 0, ignore), total=total)
         found["dice"] = chosen.dice * loss
     if chosen.cross:
         branches = outputs["clip_logits"], outputs["dino_logits"]
-        found["cross"] = chosen.cross * cross_pseudo_loss(*branches, target != IGNORE, total=total)
+        found["cross"] = chosen.cross * cross_pseudo_loss(*branches, target != ignore, total=total)
     if not (chosen.seeding or chosen.boundary or chosen.score):
         return found
     assert pictures is not None

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from wsss_pipeline.cam.scores import assemble, upscale_cams
 from wsss_pipeline.clip.trunk import Features
-from wsss_pipeline.data.masks import CERTAIN, IGNORE
+from wsss_pipeline.data.masks import CERTAIN, ignore_value
 from wsss_pipeline.refine import Refiner, label
 from wsss_pipeline.segmentation.train_config import OnlineConfig
 
@@ -99,7 +99,8 @@ class OnlineTarget:
             update: number of the update, from 1.
 
         Returns:
-            int64 (B, S, S), 255 beyond the edge, and its confidence in half percents, uint8 (B, S, S).
+            int64 (B, S, S), beyond the edge 255 (65,535 with more than 254 classes), and its confidence in half
+            percents, uint8 (B, S, S).
         """
         config, (side, width) = self._config, images.shape[2:]
         similarity = outputs["similarity"].detach()
@@ -111,15 +112,17 @@ class OnlineTarget:
             guide=similarity if is_guided else None,
             prior=outputs["grid_logits"].detach().float().softmax(dim=1),
         )
-        labelled = [number for number, values in enumerate(present) if values]
+        labelled = [number for number, classes in enumerate(present) if classes]
         levels = 255 * (images[labelled].float().cpu() * self._std + self._mean)
         seen = list(levels.round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).contiguous().numpy())
         scores = [
             assemble(upscale_cams(maps[number], (side, width)), self.method.background_power)
             for number in labelled
         ]
-        mask = torch.zeros_like(beyond, dtype=torch.uint8)
-        confidence = torch.full_like(mask, CERTAIN)
+        values = outputs["grid_logits"].shape[1]
+        mask = torch.zeros_like(beyond, dtype=torch.int64)
+        confidence = torch.full_like(mask, CERTAIN, dtype=torch.uint8)
         for number, posterior in zip(labelled, self._refiner(seen, scores), strict=True):
-            mask[number], confidence[number] = label(posterior, present[number], (side, width))
-        return mask.masked_fill_(beyond, IGNORE).long(), confidence.masked_fill_(beyond, 0)
+            labels, confidence[number] = label(posterior, present[number], (side, width), values)
+            mask[number] = labels.long()
+        return mask.masked_fill_(beyond, ignore_value(values)), confidence.masked_fill_(beyond, 0)

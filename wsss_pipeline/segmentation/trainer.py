@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader
 
-from wsss_pipeline.data.masks import IGNORE
+from wsss_pipeline.data.masks import ignore_value
 from wsss_pipeline.errors import CheckpointError, TrainingError, WsssError
 from wsss_pipeline.runtime.interrupts import SIGNALS, StopRequest
 from wsss_pipeline.runtime.output import append_line, one_line
@@ -243,7 +243,8 @@ class Trainer:
             outputs = self._forward(images)
         if self._online is not None:
             present = [torch.nonzero(row)[:, 0].tolist() for row in batch["present"]]
-            target, confidence = self._online(images, outputs, present, target == IGNORE, update)
+            beyond = target == ignore_value(batch["present"].shape[1])
+            target, confidence = self._online(images, outputs, present, beyond, update)
         mean, std, device = self._network.image_mean, self._network.image_std, accelerator.device
         counted, present = ~batch["damaged"].to(device), batch["present"].to(device)
         pictures = Pictures(images, mean, std, present, counted)

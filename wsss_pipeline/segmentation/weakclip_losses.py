@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from wsss_pipeline.config import CrfConfig
-from wsss_pipeline.data.masks import IGNORE
+from wsss_pipeline.data.masks import ignore_value
 from wsss_pipeline.refine.dense_crf_cpu import infer
 from wsss_pipeline.refine.dense_crf_torch import infer_batch
 from wsss_pipeline.runtime.device import images_at_a_time
@@ -79,10 +79,11 @@ def seeding_loss(probability: Tensor, target: Tensor, weights: Tensor, pictures:
     place = torch.arange(side, device=target.device)
     at = (slice(None), place[:, None] * height // side, place * width // side)
     labels, shares = target[at], weights[at]
-    own = labels.masked_fill(labels == IGNORE, 0)[:, None]
+    is_labelled = labels != ignore_value(probability.shape[1])
+    own = labels.masked_fill(~is_labelled, 0)[:, None]
     entropy = -probability.gather(1, own)[:, 0].log()
     loss = probability.new_zeros(())
-    for part in (labels == 0, (labels != 0) & (labels != IGNORE)):
+    for part in (labels == 0, (labels != 0) & is_labelled):
         share = shares * part
         loss = loss + ((share * entropy).sum((1, 2)) / share.sum((1, 2)).clamp(min=LEAST_COUNT)).sum()
     return loss / pictures
@@ -117,7 +118,8 @@ def score_loss(score: Tensor, target: Tensor, weights: Tensor, pictures: Tensor)
     """
     size = target.shape[-2:]
     logits = F.interpolate(score.float() / TEMPERATURE, size, mode="bilinear", align_corners=False)
-    entropy = F.cross_entropy(logits, target, ignore_index=IGNORE, reduction="none")
+    ignore = ignore_value(logits.shape[1])
+    entropy = F.cross_entropy(logits, target, ignore_index=ignore, reduction="none")
     return (entropy * weights).mean(dim=(1, 2)).sum() / pictures
 
 
@@ -138,9 +140,10 @@ def without_absent(target: Tensor, present: Tensor) -> Tensor:
         target: int64 (B, H, W), 0..C, 255 where there is no label.
         present: see ``Pictures``.
     """
-    labels = target.masked_fill(target == IGNORE, 0)
+    ignore = ignore_value(present.shape[1])
+    labels = target.masked_fill(target == ignore, 0)
     is_allowed = allowed(present).gather(1, labels.flatten(1)).view_as(target)
-    return target.masked_fill(~is_allowed, IGNORE)
+    return target.masked_fill(~is_allowed, ignore)
 
 
 @torch.no_grad()

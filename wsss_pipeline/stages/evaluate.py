@@ -15,7 +15,7 @@ from wsss_pipeline.data.datasets import read_split
 from wsss_pipeline.data.image_files import ImageFile
 from wsss_pipeline.data.image_ids import find_images
 from wsss_pipeline.data.images import read_mask
-from wsss_pipeline.data.masks import IGNORE, MaskFolder, MaskSource
+from wsss_pipeline.data.masks import IGNORE, MaskFolder, MaskSource, ignore_value
 from wsss_pipeline.errors import ConfigError, EvaluationError, ImageError, MaskError
 from wsss_pipeline.evaluation.metrics import Scores, check_sizes, confusion_matrix
 from wsss_pipeline.evaluation.result import Evaluation, Variant
@@ -145,6 +145,7 @@ def evaluate(
     if missing:
         logger.warning("%s lacks %d of %d images; they are left out", description, len(missing), len(wanted))
     names = ("background", *source.class_names)
+    ignore = ignore_value(len(names))
     matrices: dict[str, NDArray[np.int64]] = {}
     image_miou: dict[str, float | None] = {}
     skipped: dict[str, str] = {}
@@ -152,7 +153,7 @@ def evaluate(
     with Progress(len(image_ids)) as progress:
         for image_id in image_ids:
             try:
-                truth = read_mask(truth_files[image_id])
+                truth = read_mask(truth_files[image_id], wide=ignore != IGNORE)
                 records = {"": source[image_id]} if network is None else network.variants(image_id)
                 try:
                     check_sizes(list(records.values())[-1].mask, truth, image_id)
@@ -171,7 +172,7 @@ def evaluate(
             for name, matrix in counts.items():
                 matrices[name] = matrices.get(name, 0) + matrix
             image_miou[image_id] = Scores.from_matrix(matrix, names).miou if matrix.any() else None
-            any_ignored = any_ignored or bool((truth == IGNORE).any())
+            any_ignored = any_ignored or bool((truth == ignore).any())
             progress.advance()
     if not matrices:
         reason = next(iter(skipped.values()))
@@ -179,8 +180,8 @@ def evaluate(
     matrix = list(matrices.values())[-1]
     if any_ignored and not matrix[1:].any():
         raise EvaluationError(
-            f"ground truth such as {truth_files[next(iter(image_miou))]} holds 0 and 255 only: binary masks? 255 "
-            "means 'ignore' here, so write objects as their class index, 1 for the first class"
+            f"ground truth such as {truth_files[next(iter(image_miou))]} holds 0 and {ignore} only: binary masks? "
+            f"{ignore} means 'ignore' here, so write objects as their class index, 1 for the first class"
         )
     evaluation = Evaluation(
         variants={

@@ -16,7 +16,7 @@ import numpy as np
 
 from wsss_pipeline.cache import MaskCache
 from wsss_pipeline.data.image_ids import check_image_id
-from wsss_pipeline.data.masks import IGNORE, half_percent_threshold
+from wsss_pipeline.data.masks import IGNORE, half_percent_threshold, ignore_value
 from wsss_pipeline.errors import ConfigError, LabelError, MaskError, MissingDependencyError
 from wsss_pipeline.pictures.overlays import index_png
 from wsss_pipeline.runtime.interrupts import StopRequest
@@ -56,11 +56,13 @@ def export_masks(
     Args:
         masks: the mask set.
         out_dir: folder, made where it isn't there. Files that hold the same already are left alone.
-        format: ``png``: class indices, mode L. ``voc``: the same with PASCAL VOC's palette, mode P. ``npz``:
+        format: ``png``: class indices, mode L, with more than 254 classes of 16 bits. ``voc``: the same with PASCAL
+            VOC's palette, mode P, for up to 254 classes. ``npz``:
             ``mask``, ``confidence``, ``labels`` and, where stored, ``cams``. ``coco``: ``annotations.json``,
             one for all, with a run-length encoding for each class of each image; the categories have the ids
             that the mask set's class set knows, else 1..C.
-        min_confidence: threshold; pixels under it become 255 (in COCO: belong to no class); None leaves all.
+        min_confidence: threshold; pixels under it become 255, of 16 bits 65,535 (in COCO: belong to no class);
+            None leaves all.
         overwrite: choice to replace files of an earlier export that hold something else.
 
     Returns:
@@ -77,6 +79,12 @@ def export_masks(
         half_percent_threshold(min_confidence)  # refuses what isn't between 0 and 1, before any work
     if format not in get_args(ExportFormat):
         raise ConfigError(f"export format is '{format}'; choose one of {', '.join(get_args(ExportFormat))}")
+    ignore = ignore_value(1 + len(masks.class_names))
+    if format == "voc" and ignore != IGNORE:
+        raise ConfigError(
+            f"--format voc: a palette has 256 colours, and there are {len(masks.class_names):,} classes; "
+            "--format png writes 16 bits"
+        )
     if format == "coco":
         try:
             import pycocotools.mask
@@ -120,7 +128,7 @@ def export_masks(
                 height, width = mask.shape
                 number = len(images) + 1
                 images.append({"id": number, "file_name": image_id, "width": width, "height": height})
-                for value in np.unique(mask[(mask != 0) & (mask != IGNORE)]):
+                for value in np.unique(mask[(mask != 0) & (mask != ignore)]):
                     region = pycocotools.mask.encode(np.asfortranarray(mask == value, dtype=np.uint8))
                     counts = region["counts"].decode("ascii")
                     annotation = {"id": len(annotations) + 1, "image_id": number, "iscrowd": 0}

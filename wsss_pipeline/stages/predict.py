@@ -51,6 +51,8 @@ def predict(
 ) -> PredictReport:
     """Writes ``out/masks/ID.png`` (palette PNG, 0..C) for each image that hasn't got one yet.
 
+    With more than 254 classes they are grey PNGs of 16 bits.
+
     Args:
         checkpoint: a training run or a checkpoint folder.
         images: folder, searched with all below it.

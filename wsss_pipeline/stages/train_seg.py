@@ -24,7 +24,7 @@ from wsss_pipeline.data.image_files import ImageFile
 from wsss_pipeline.data.image_ids import find_images
 from wsss_pipeline.data.images import read_image
 from wsss_pipeline.data.labels import read_labels
-from wsss_pipeline.data.masks import IGNORE, MaskFolder, MaskSource, half_percent_threshold
+from wsss_pipeline.data.masks import MaskFolder, MaskSource, half_percent_threshold, ignore_value
 from wsss_pipeline.errors import (
     ConfigError,
     EvaluationError,
@@ -317,10 +317,11 @@ def _told(online: OnlineConfig) -> str:
 def _counted(masks: MaskSource, ids: Sequence[str], min_confidence: float) -> tuple[float, float]:
     """Shares of background and foreground pixels that are certain enough, over some of the masks."""
     pixels, counted, least = [0, 0], [0, 0], half_percent_threshold(min_confidence)
+    ignore = ignore_value(1 + len(masks.class_names))
     for image_id in ids[:: max(1, len(ids) // MASKS_LOOKED_AT)]:
         with suppress(MaskError, ImageError):  # as it comes up, it is warned of
             record = masks[image_id]
-            for number, part in enumerate((record.mask == 0, (record.mask != 0) & (record.mask != IGNORE))):
+            for number, part in enumerate((record.mask == 0, (record.mask != 0) & (record.mask != ignore))):
                 pixels[number] += int(part.sum())
                 counted[number] += int((record.confidence[part] >= least).sum())
     background, foreground = (part / max(1, whole) for part, whole in zip(counted, pixels, strict=True))
