@@ -49,7 +49,7 @@ mutants: $(VENV)/installed-dev  ## mutation testing of all that makes masks, tra
 	OMP_NUM_THREADS=1 $(BIN)/mutmut run
 	$(BIN)/mutmut results
 
-browser:  ## install Chromium for the one test that needs it (Debian and Ubuntu, as root)
+browser:  ## install Chromium for the tests that need it (Debian and Ubuntu, as root)
 	apt-get install -y --no-install-recommends chromium
 
 format: $(VENV)/installed-dev  ## mend what ruff can mend
@@ -75,5 +75,5 @@ $(VENV)/installed-dev: $(VENV)/installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check 'atheris>=3.0' \
 		|| echo "NOTE: atheris did not install here; the short rounds of fuzzing will be skipped" >&2
 	@command -v chromium >/dev/null \
-		|| echo "NOTE: no chromium here; the browser's test of the report will be skipped (make browser installs one)" >&2
+		|| echo "NOTE: no chromium here; the browser's tests of the pages will be skipped (make browser installs one)" >&2
 	@touch $@

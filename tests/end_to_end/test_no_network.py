@@ -47,6 +47,7 @@ LINES: list[tuple[str, ...]] = [
     ("cache", "gc"),
     ("cache", "merge", "cache", "--into", "merged"),
     ("preview", "--cache", "cache", "--images", "voc/JPEGImages"),
+    ("preview", "--cache", "cache", "--images", "voc/JPEGImages", "--html", "look"),
     ("export-masks", "--cache", "cache", "--out", "masks"),
     (
         *("train-seg", "--cache", "cache", "--images", "voc/JPEGImages", "--out", "run", *NETWORK),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 import subprocess
 import sys
 import time
@@ -17,6 +16,7 @@ import torch
 from PIL import Image
 
 from tests.end_to_end.conftest import wsss
+from tests.pictures.browser import CHROMIUM, needs_chromium
 from wsss_pipeline.cache import MaskCache, MaskSet, MaskWriter, PseudoMask, open_mask_set
 from wsss_pipeline.data.images import read_mask
 from wsss_pipeline.demo.voc_folder import write_voc_folder
@@ -144,10 +144,6 @@ class Page(HTMLParser):
 
     def handle_endtag(self, tag: str) -> None:
         assert self.open.pop() == tag
-
-
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="no chromium is installed here")
 
 
 def chromium(page: Path, *arguments: str) -> str:

@@ -35,6 +35,9 @@ from wsss_pipeline.segmentation.train_config import Confidence, TrainConfig
 @click.option("--classes", help="With --online or --gt-masks: voc12, coco14, demo, a YAML file, or names.")
 @click.option("--images", type=PATH, required=True, help="Folder of the images.")
 @click.option("--split", type=PATH, help="Text file of image ids to train on.  [default: all images]")
+@click.option(
+    "--leave-out", type=PATH, help="Text file of image ids not to train on, as preview's page saves it."
+)
 @click.option("--out", type=PATH, required=True, help="Folder of the run; the same one goes on.")
 @click.option("--recipe", metavar="NAME", help="Published or tried settings, such as voc12/deeplabv2-coco.")
 @setting(TrainConfig, "network.name", "--network")
@@ -77,6 +80,7 @@ def command(
     classes: str | None,
     images: Path,
     split: Path | None,
+    leave_out: Path | None,
     out: Path,
     recipe: str | None,
     seeds: int,
@@ -151,6 +155,7 @@ def command(
         labels_format=labels_format,
         classes=classes,
         split=split,
+        leave_out=leave_out,
         val_gt=val_gt,
         val_images=val_images,
         val_split=val_split,

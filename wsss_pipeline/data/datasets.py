@@ -99,6 +99,15 @@ def read_split(path: Path) -> list[str]:
     return list(ids)
 
 
+def split_line(image_id: str) -> str | None:
+    """The line by which ``read_split`` reads an image id; None where there is none: it begins with a space."""
+    if image_id != image_id.lstrip():
+        return None
+    # a suffix of its own keeps one that belongs to the id, and a space at its end
+    is_plain = image_id == image_id.rstrip() and without_image_suffix(image_id) == image_id
+    return image_id if is_plain else f"{image_id}.png"
+
+
 def _voc_split_file(root: Path, split: str, classes: ClassSet) -> Path:
     _check_split_name(split)
     folders = [root / "ImageSets" / "Segmentation", root / "ImageSets" / "Main"]

@@ -1,1 +1,1 @@
-"""Masks to look at: overlays, contact sheets, the page of an evaluation."""
+"""Masks to look at: overlays, contact sheets, the page of an evaluation, a page to look through them."""

@@ -6,7 +6,7 @@ import base64
 import platform
 import random
 from collections.abc import Iterable, Mapping
-from importlib import metadata, resources
+from importlib import metadata
 
 import numpy as np
 from PIL import Image
@@ -17,7 +17,7 @@ from wsss_pipeline.data.masks import MaskSource
 from wsss_pipeline.evaluation.result import Evaluation
 from wsss_pipeline.pictures.overlays import Rgb, class_colour, encoded
 from wsss_pipeline.pictures.rows import Label, make_row
-from wsss_pipeline.runtime.output import MARK, printable
+from wsss_pipeline.pictures.templates import render
 
 SHOWN = 12  # images a section
 CELL = (320, 320)  # largest width and height of an image
@@ -132,15 +132,9 @@ def _page(
     sections: Mapping[str, Mapping[str, str]],
     **values: object,
 ) -> str:
-    """The template filled in; it escapes all text, for HTML and where it isn't printable.
-
-    ``sections``: heading to image id to its note.
-    """
+    """The page; ``sections``: heading to image id to its note."""
     import yaml
-    from jinja2 import Environment
 
-    text = (resources.files("wsss_pipeline.pictures") / "report.html.j2").read_text("utf-8")
-    template = Environment(autoescape=True, finalize=_shown).from_string(text)
     versions = [("Python", platform.python_version()), ("wsss_pipeline", __version__)]
     versions += [(name, metadata.version(name)) for name in _LIBRARIES]
     rows = {
@@ -148,15 +142,8 @@ def _page(
         for heading, notes in sections.items()
     }
     shown = yaml.safe_dump(dict(settings), sort_keys=False, allow_unicode=True)
-    shared = {"settings": shown, "versions": versions, "generator": MARK}
-    return template.render(sections=rows, data_uri=_data_uri, **shared, **values)
-
-
-def _shown(value: object) -> object:
-    """Text without what would reorder or hide its neighbours; what the template made itself stays."""
-    if not isinstance(value, str) or hasattr(value, "__html__"):
-        return value
-    return "\n".join(map(printable, value.split("\n")))
+    shared = {"settings": shown, "versions": versions}
+    return render("report.html.j2", sections=rows, data_uri=_data_uri, **shared, **values)
 
 
 def _data_uri(pixels: Rgb) -> str:

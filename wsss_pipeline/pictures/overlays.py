@@ -47,10 +47,27 @@ def mask_over_image(image: Rgb, mask: Mask) -> Rgb:
         background = BACKGROUND_DIMMING * (0.5 * pixels + 0.5 * grey)
         foreground = (1 - MASK_OPACITY) * pixels + MASK_OPACITY * palette[values]
         result[part] = np.rint(np.where(values[..., None] == 0, background, foreground))
-    # the last pixel of a region before the next one, to the right or below
-    result[:, :-1][mask[:, :-1] != mask[:, 1:]] = 255
-    result[:-1][mask[:-1] != mask[1:]] = 255
+    _outline(result, mask)
     return result
+
+
+def mask_layer(mask: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """What ``mask_over_image`` lays over an image, to be laid over it elsewhere: uint8 (H, W, 4) RGBA.
+
+    Args:
+        mask: uint8 (H, W) class indices; background darkens what lies below it.
+    """
+    result = np.empty((*mask.shape, 4), np.uint8)
+    result[..., :3] = voc_palette()[mask]  # of background: black
+    result[..., 3] = np.where(mask == 0, round(255 * (1 - BACKGROUND_DIMMING)), round(255 * MASK_OPACITY))
+    _outline(result, mask)
+    return result
+
+
+def _outline(pixels: NDArray[np.uint8], mask: NDArray[np.uint8]) -> None:
+    """Whitens the last pixel of a region before the next one, to the right or below."""
+    pixels[:, :-1][mask[:, :-1] != mask[:, 1:]] = 255
+    pixels[:-1][mask[:-1] != mask[1:]] = 255
 
 
 def heat_over_image(image: Rgb, cam: NDArray[np.floating]) -> Rgb:

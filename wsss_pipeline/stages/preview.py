@@ -1,19 +1,172 @@
-"""A contact sheet of a mask set: image, pseudo mask, confidence and CAMs."""
+"""Masks to look at: a contact sheet of some, or a page to look through all of them."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
 from wsss_pipeline.cache import MaskCache
 from wsss_pipeline.data.image_files import ImageFile
-from wsss_pipeline.errors import CacheRecordError, ConfigError
+from wsss_pipeline.data.images import file_digest, image_size, read_image
+from wsss_pipeline.data.masks import CERTAIN, IGNORE, MaskSource, PseudoMask
+from wsss_pipeline.errors import CacheRecordError, ConfigError, ImageError, MaskError
 from wsss_pipeline.pictures.contact_sheet import CELL_HEIGHT, CELL_WIDTH, draw_sheet
 from wsss_pipeline.pictures.overlays import encoded
+from wsss_pipeline.pictures.preview_page import (
+    PICTURES,
+    PreviewImage,
+    layer,
+    picture_name,
+    preview_page,
+    thumbnail,
+)
 from wsss_pipeline.pictures.rows import PSEUDO_MASK, make_row
+from wsss_pipeline.runtime.device import is_out_of_memory
+from wsss_pipeline.runtime.interrupts import StopRequest
 from wsss_pipeline.runtime.output import check_replaceable, write_file
+from wsss_pipeline.runtime.progress import Progress
+
+PAGE = "index.html"
+
+logger = logging.getLogger(__name__)
+
+# the doubt in each class of a mask, 0 to 1, by its name: of all that it is labelled with or that it has pixels of
+Doubt = Callable[[PseudoMask, Sequence[str]], dict[str, float]]
+
+
+def unsureness(record: PseudoMask, class_names: Sequence[str]) -> dict[str, float]:
+    """1 - mean confidence of each class's pixels, and 1 for a label that none has; a ``Doubt``."""
+    values = {name: value for value, name in enumerate(class_names, start=1)}
+    result = {name: 1.0 for name in record.labels if name in values}
+    counts = np.bincount(record.mask.ravel(), minlength=IGNORE + 1)
+    for name, value in values.items():
+        if counts[value]:
+            result[name] = 1 - float(record.confidence[record.mask == value].mean()) / CERTAIN
+    return result
+
+
+UNSURENESS = (
+    "1 - mean confidence of a class's pixels, 1 for a label that has none; of an image its worst class's"
+)
+
+
+@dataclass
+class PreviewReport:
+    """What ``preview_folder`` did.
+
+    Attributes:
+        page: the page.
+        images: number of images on it.
+        drawn: number of pictures drawn, thumbnails and layers; the others were there.
+        failed: image id to reason, of images that are on the page with something missing.
+        interrupted: True where a request to stop came, and some images are left.
+    """
+
+    page: Path
+    images: int = 0
+    drawn: int = 0
+    failed: dict[str, str] = field(default_factory=dict)
+    interrupted: bool = False
+
+
+def preview_folder(
+    masks: MaskSource,
+    images: Mapping[str, ImageFile],
+    out: Path,
+    ids: Sequence[str] = (),
+    limit: int | None = None,
+    doubt: Doubt = unsureness,
+    about_doubt: str = UNSURENESS,
+) -> PreviewReport:
+    """Writes a folder with a page to look through masks, the most doubtful first, and the pictures that it shows.
+
+    A picture has its name from the bytes that it is drawn of: one that is there needn't be drawn again, and none
+    ever shows something else than before. The page is written last; after a request to stop, of what there is.
+
+    Args:
+        masks: the masks.
+        images: image id to file; those without a mask are passed over.
+        out: folder, made where it doesn't exist.
+        ids: the images to show; without them all, or ``limit`` of them, spread evenly over their order.
+        limit: largest number of images; None for all.
+        doubt: function that tells how doubtful each class of a mask is.
+        about_doubt: what the function tells, for people.
+
+    Raises:
+        MaskError: no image has a mask, or one of ``ids`` hasn't.
+        OutputError: something can't be written, or there is a file that this program didn't write.
+    """
+    page = out / PAGE
+    check_replaceable(page)
+    there = [image_id for image_id in images if image_id in masks]
+    if isinstance(masks, MaskCache) and (missing := len(masks) - len(there)):
+        logger.warning("%d of the %d images of the mask set have no image file here", missing, len(masks))
+    if not there:
+        raise MaskError(f"no image of the folder is in the {masks.description}: do they belong together?")
+    for image_id in ids:
+        if image_id not in masks or image_id not in images:
+            raise MaskError(f"no image '{image_id}' with a mask; ids are paths without suffix")
+    shown = _chosen(there, ids, limit)
+    report = PreviewReport(page)
+    entries: list[PreviewImage] = []
+
+    with StopRequest() as stop, Progress(len(shown)) as progress:
+        for image_id in shown:
+            if stop.requested:
+                report.interrupted = True
+                break
+            entry, file = PreviewImage(image_id), images[image_id]
+            entries.append(entry)
+            try:
+                photo = out / PICTURES / picture_name(file_digest(file).encode(), ".jpg")
+                check_replaceable(photo)
+                if not photo.exists():
+                    write_file(photo, thumbnail(read_image(file)), durable=False, below=out)
+                    report.drawn += 1
+                entry.image = photo.name
+                record = masks[image_id]
+                mask, (width, height) = record.mask, image_size(file)
+                if mask.shape != (height, width):
+                    raise MaskError(
+                        f"the image is {width}x{height}, its mask {mask.shape[1]}x{mask.shape[0]}: they don't "
+                        "belong together"
+                    )
+                over = out / PICTURES / picture_name(b"%d %d " % mask.shape + mask.tobytes(), ".png")
+                check_replaceable(over)
+                if not over.exists():
+                    write_file(over, layer(mask), durable=False, below=out)
+                    report.drawn += 1
+                entry.layer = over.name
+                entry.doubt = doubt(record, masks.class_names)
+                values = {name: value for value, name in enumerate(masks.class_names, start=1)}
+                entry.share = {name: float((mask == values[name]).mean()) for name in entry.doubt}
+            except (ImageError, MaskError, MemoryError, RuntimeError) as error:
+                if isinstance(error, (MemoryError, RuntimeError)) and not is_out_of_memory(error):
+                    raise
+                known = isinstance(error, (ImageError, MaskError))
+                entry.problem = str(error) if known else "this machine has too little memory for it"
+                report.failed[image_id] = entry.problem
+                logger.warning("%s: %s", image_id, entry.problem)
+            progress.advance(failed=int(bool(entry.problem)))
+    report.images = len(entries)
+    warnings = []
+    if report.interrupted:
+        warnings.append(
+            f"{len(entries):,} of {len(shown):,} images: the run was interrupted. The same command goes on."
+        )
+    content = preview_page(
+        entries,
+        masks.class_names,
+        identity=masks.identity,
+        summary={"Masks": masks.description, "Doubt": about_doubt},
+        warnings=warnings,
+    )
+    write_file(page, content, below=out)
+    return report
 
 
 def preview(
@@ -44,12 +197,17 @@ def preview(
             raise CacheRecordError(f"cache {cache} has no image '{image_id}'; ids are paths without suffix")
     if not len(masks):
         raise CacheRecordError(f"cache {cache} holds no image yet; run generate-masks on it first")
-    shown = list(dict.fromkeys(ids))[:limit]
-    if not shown:
-        positions = np.rint(np.linspace(0, len(masks) - 1, min(limit, len(masks)))).astype(int)
-        shown = [list(masks)[position] for position in positions]
     box = (CELL_WIDTH, CELL_HEIGHT)
+    shown = _chosen(list(masks), ids, limit)
     rows = [make_row(image_id, images.get(image_id), {PSEUDO_MASK: masks}, box) for image_id in shown]
     title = f"{masks.path.resolve().name}: {len(rows):,} of {len(masks):,} images"
     write_file(out, encoded(draw_sheet(title, rows), "PNG"), durable=False)
     return out
+
+
+def _chosen(there: Sequence[str], ids: Sequence[str], limit: int | None) -> list[str]:
+    """The first ``limit`` of ``ids``, without these of all images, spread evenly."""
+    if ids:
+        return list(dict.fromkeys(ids))[:limit]
+    positions = np.rint(np.linspace(0, len(there) - 1, min(limit or len(there), len(there)))).astype(int)
+    return [there[position] for position in positions]

@@ -31,6 +31,7 @@ from wsss_pipeline.errors import (
     ImageError,
     MaskError,
     MissingDependencyError,
+    TrainingError,
 )
 from wsss_pipeline.evaluation.metrics import Scores, check_sizes, confusion_matrix
 from wsss_pipeline.evaluation.result import id_digest
@@ -72,6 +73,7 @@ class TrainJob:
         labels_format: name of the labels' form; None for what their content shows.
         classes: class set of such targets, as ``--classes`` has it; None for that of the method's preset.
         split: text file of the ids to train on; None for all images.
+        leave_out: text file of ids that aren't trained on all the same; None for none.
         val_gt: folder of ground-truth index masks to validate on; None for no validation.
         val_images: folder of their images; None for ``images``.
         val_split: text file of the ids to validate on; None for all ground truth that has an image.
@@ -91,6 +93,7 @@ class TrainJob:
     labels_format: LabelFormat | None = None
     classes: str | None = None
     split: Path | None = None
+    leave_out: Path | None = None
     val_gt: Path | None = None
     val_images: Path | None = None
     val_split: Path | None = None
@@ -126,7 +129,7 @@ def train_seg(job: TrainJob) -> TrainResult:
         WsssError: nothing can be trained: masks missing, weights not there, another run in the folder, NaN.
     """
     inputs = {"--images": job.images, "--split": job.split, "--val-gt": job.val_gt, "--labels": job.labels}
-    inputs |= {"--val-images": job.val_images, "--val-split": job.val_split}
+    inputs |= {"--val-images": job.val_images, "--val-split": job.val_split, "--leave-out": job.leave_out}
     check_apart(job.out, "--out", {**inputs, "the masks": getattr(job.masks, "path", None)})
     images = find_images(job.images)
     accelerator = _accelerator(job)
@@ -137,11 +140,39 @@ def train_seg(job: TrainJob) -> TrainResult:
         masks = job.masks
     else:
         raise ConfigError("no masks to train on, and no online.method that makes them")
-    ids = usable_ids(images, masks, read_split(job.split) if job.split else None, job.allow_missing)
+    wanted = read_split(job.split) if job.split else list(images)
+    if job.leave_out is not None:
+        wanted = _without(wanted, job.leave_out)
+    ids = usable_ids(images, masks, wanted, job.allow_missing)
     validate = _validation(job, job.val_gt, masks.class_names, accelerator) if job.val_gt else None
     with _run_folder(job, masks, ids, accelerator) if accelerator.is_main_process else nullcontext():
         accelerator.wait_for_everyone()
         return _train(job, images, masks, ids, generator, accelerator, validate)
+
+
+def _without(ids: Sequence[str], leave_out: Path) -> list[str]:
+    """The ids that a list of images to leave out doesn't name; what it comes to is said.
+
+    Raises:
+        LabelError: the list can't be read.
+        TrainingError: it names all of them.
+    """
+    listed = set(read_split(leave_out))
+    kept = [image_id for image_id in ids if image_id not in listed]
+    left_out = len(ids) - len(kept)
+    if ids and not kept:
+        raise TrainingError(
+            f"--leave-out {leave_out} names all {left_out:,} images: no image is left to train on"
+        )
+    logger.info(f"left out: {left_out:,} of {len(ids):,} images, as {leave_out} says")
+    if unknown := sorted(listed.difference(ids)):
+        logger.warning(
+            "%s names %s ids that aren't among the images to train on, such as %s",
+            leave_out,
+            f"{len(unknown):,}",
+            one_line(unknown[0], 200),
+        )
+    return kept
 
 
 def _generator(job: TrainJob, device: torch.device) -> MaskGenerator:
