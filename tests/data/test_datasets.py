@@ -118,8 +118,49 @@ def test_split_lists_keep_their_order(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    "text",
+    [
+        "images/a.jpg masks/a.png\nimages/with space.jpg masks/with space.png\nimages/d/c.jpg masks/d/c.png\n",
+        "images/a.jpg,masks/a.png\nimages/with space.jpg, masks/with space.png\nimages/d/c.jpg,masks/d/c.png\n",
+        "./a.jpg\n./with space.jpg\n././d/c.jpg\n",
+        "C:\\data\\images\\a.jpg\r\nC:\\data\\images\\with space.jpg\r\nC:\\data\\images\\d\\c.jpg\r\n",
+        "/home/x/images/a.jpg\n../with space.jpg\n/home/x/d/c.jpg\n",
+        '["a.jpg", "with space", "images/d/c.jpg"]',
+    ],
+)
+def test_split_lists_of_other_tools(tmp_path: Path, text: str) -> None:
+    path = write(tmp_path / "s.txt", text)
+    assert read_split(path, {"a", "with space", "d/c", "c"}) == ["a", "with space", "d/c"]
+
+
+def test_paths_in_split_lists_that_are_taken_for_shorter_ones_are_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = write(tmp_path / "s.txt", "a\n" + "".join(f"images/{n}.jpg\n" for n in range(30)) + "gone/x.jpg\n")
+    assert read_split(path, {"a", *map(str, range(30))}) == ["a", *map(str, range(30)), "gone/x"]
+    messages = [record.message for record in caplog.records]
+    assert messages[0].endswith("s.txt line 2: 'images/0' is taken for '0'")
+    assert messages[-1] == "and 10 more lines with folders that the images don't lie in"
+    write(tmp_path / "s.txt", "train/a.jpg\nval/a.jpg\n")
+    with pytest.raises(LabelError, match=r"line 2: 'train/a' and 'val/a' come to mean one image, 'a'"):
+        read_split(path, {"a"})
+
+
+def test_long_lines_in_split_lists_are_refused_at_once(tmp_path: Path) -> None:
+    for text in (".jpg " * 1_000_000, "a/" * 1_000_000):
+        with pytest.raises(LabelError, match="longer than 1000"):
+            read_split(write(tmp_path / "s.txt", text), {"a"})
+
+
+@pytest.mark.parametrize(
     ("text", "reason"),
-    [("", "no image id"), ("a\n../b\n", r"line 2"), ("/images/a.jpg /x.png\n", "absolute")],
+    [
+        ('["a", 3]', "each a text"),
+        ('["a"', "not valid JSON"),
+        ("", "no image id"),
+        ("a\n../b\n", r"line 2"),
+        ("/images/a.jpg /x.png\n", "absolute"),
+    ],
 )
 def test_bad_split_lists_are_refused(tmp_path: Path, text: str, reason: str) -> None:
     with pytest.raises(LabelError, match=rf"s\.txt.*{reason}"):

@@ -8,6 +8,7 @@ Any exception but the package's own, and any message that isn't short, is a find
 from __future__ import annotations
 
 import copy
+import io
 import json
 import logging
 import random
@@ -17,7 +18,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import atheris
 import numpy as np
@@ -25,6 +26,7 @@ import numpy as np
 with atheris.instrument_imports(include=["wsss_pipeline"]):
     from wsss_pipeline.cache import FinishedImages, MaskSet, MaskWriter, open_mask_set
     from wsss_pipeline.cache.manifest import fingerprint, read_manifest
+    from wsss_pipeline.config import LabelFormat
     from wsss_pipeline.data.classes import load_class_set
     from wsss_pipeline.data.image_files import file_status
     from wsss_pipeline.data.image_ids import check_image_id, find_images
@@ -33,10 +35,28 @@ with atheris.instrument_imports(include=["wsss_pipeline"]):
     from wsss_pipeline.data.masks import PseudoMask
     from wsss_pipeline.errors import CacheError, ImageError, LabelError, WsssError
 
-SUFFIXES = (".json", ".csv", ".txt", ".xml")
+FOLDERS = ("voc-lists", "yolo")
+# what the first byte of fuzzed labels chooses: a file, the path to read, and a form to insist on
+PLACES: list[tuple[str, str, LabelFormat | None]] = [
+    *(
+        (f"l{suffix}", f"l{suffix}", None)
+        for suffix in (".json", ".csv", ".txt", ".jsonl", ".tsv", ".xml", ".npy")
+    ),
+    *(
+        (f"{kind}/a{suffix}", kind, None)
+        for kind, suffix in (("voc", ".xml"), ("labelme", ".json"), ("yolo", ".txt"))
+    ),
+    *(("main/cat_train.txt", "main", None), ("data/data.yaml", "data", None)),
+    *(("l.data", "l.data", form) for form in get_args(LabelFormat) if form not in FOLDERS),
+]
 LONGEST_MESSAGE = 1000
 FOLDER = Path(tempfile.mkdtemp())
 VOC = load_class_set("voc12")
+IMAGES = {name: Path(f"{name}.jpg") for name in ("a", "b", "d/c", "2007_000032")}
+for folder in ("voc", "labelme", "yolo", "main", "data/labels"):
+    (FOLDER / folder).mkdir(parents=True)
+(FOLDER / "yolo" / "classes.txt").write_text("cat\nsofa\n")
+(FOLDER / "data" / "labels" / "a.txt").write_text("1 0.5 0.5 1 1\n")
 
 MASK_SET = MaskSet(
     name="x",
@@ -62,25 +82,79 @@ KNOWN = {"images": {"a": [SHARD.name, list(file_status(IMAGE)), ["cat"], False]}
 
 KINDS = [*(bytes([kind]) for kind in b"0000\0" + b"1234567xgLKSX")]
 SEEDS = [random.Random(number).randbytes(16 + 16 * (number % 8)) for number in range(64)]
-LABELS = [
-    b'\0{"a": ["cat", "sofa"]}',
-    b'\0{"images": [{"id": 1, "file_name": "a.jpg"}], "annotations": [{"image_id": 1, "category_id": 2}],'
-    b' "categories": [{"id": 2, "name": "cat"}]}',
-    b'\1image,labels\na,cat;sofa\n"b,c",\n',
-    b"\1image,label\na,cat\na,sofa\n",
-    b"\2a cat sofa\nb 7\n",
-    b"\3<annotation><object><name>cat</name></object></annotation>",
-]
+VECTOR = [0.0] * 7 + [1.0] + [0.0] * 12
+SAVED = io.BytesIO()
+np.save(SAVED, {"a": np.array(VECTOR, np.float32), 2007000032: VECTOR, "b": [np.int64(1)]}, allow_pickle=True)  # type: ignore[arg-type]
+TASK = {"data": {"image": "a.jpg"}, "annotations": [{"result": [{"value": {"rectanglelabels": ["cat"]}}]}]}
+MIN = {
+    "image": "a.jpg",
+    "choice": "cat",
+    "label": [{"brushlabels": ["dog"]}],
+    "annotation_id": 1,
+    "lead_time": 1,
+}
+LABELS = {
+    "l.json": [
+        {"a": ["cat", "sofa"], "b": "cat", "c": {"cat": 1}},
+        {"a": VECTOR},
+        {
+            "images": [{"id": 1, "file_name": "a.jpg"}],
+            "annotations": [{"image_id": 1, "category_id": 2, "segments_info": [{"category_id": 2}]}],
+            "categories": [{"id": 2, "name": "cat"}],
+        },
+        [{"file_name": "a.jpg", "labels": ["cat"]}, {"file_name": "b", "labels": [{"label": "cat"}]}],
+        [{"file_name": "a.jpg", "cat": 1, "dog": 0}],
+        [TASK],
+        [MIN],
+        [{"image": "a.jpg", "annotations": [{"label": "cat"}]}],
+        {"classes": ["cat", "dog"], "labels": {"a": 1, "b": [{"label": 0}], "c": None}},
+        {"samples": [{"filepath": "a.jpg", "x": {"_cls": "Detections", "detections": [{"label": "cat"}]}}]},
+    ],
+    "l.csv": [
+        'image,labels\na,cat;sofa\n"b,c",\n',
+        "image,label\na,cat\na,sofa\n",
+        "Image Index\tFinding Labels\na\tNo Finding\nb\tcat|dog\n",
+        "filename;cat;dog;Unlabeled\na;1;0;0\n",
+        'annotation_id,lead_time,image,choice\n1,1,a.jpg,"{""choices"":[""cat""]}"\n',
+    ],
+    "l.txt": [
+        "a cat sofa\nb 7\n",
+        f"a {' '.join(str(int(bit)) for bit in VECTOR)}\n",
+        "image,tags\na,cat dog\n",
+    ],
+    "l.jsonl": ['{"image": "a", "objects": {"category": ["cat"]}}\n{"image": "b", "objects": null}\n'],
+    "l.tsv": ["path\tclass\na\tcat\n"],
+    "l.xml": [
+        '<annotations><image id="0" name="a.jpg"><box label="cat"/></image></annotations>',
+        "<annotation><object><name>cat</name></object></annotation>",
+    ],
+    "l.npy": [SAVED.getvalue()],
+    "voc/a.xml": ["<annotation><object><name>cat</name></object></annotation>"],
+    "labelme/a.json": [{"shapes": [{"label": "cat"}], "flags": {"dog": True}, "imagePath": "..\\b.jpg"}],
+    "yolo/a.txt": ["0 0.5 0.5 1 1\n1 0.1 0.1 0.2 0.2 0.3 0.3\n"],
+    "main/cat_train.txt": ["a 1\nb -1\nc  0\n"],
+    "data/data.yaml": ["names: [cat, dog]\n", "names: {0: cat, 1: dog}\n"],
+}
+
+
+def label_seeds() -> Iterator[bytes]:
+    """Each file as it is, and once more for the forms that are insisted on."""
+    for name, contents in LABELS.items():
+        for content in contents:
+            text = content if isinstance(content, (str, bytes)) else json.dumps(content)
+            found = text if isinstance(text, bytes) else text.encode()
+            for number, (place, _, form) in enumerate(PLACES):
+                if place == name or form is not None:
+                    yield bytes([number]) + found
 
 
 def labels(content: bytes) -> None:
-    """The first byte chooses the form."""
-    suffix = SUFFIXES[content[0] % 4 if content else 0]
-    file = FOLDER / f"l{suffix}"
-    file.write_bytes(content[1:])
+    """The first byte chooses one of ``PLACES``."""
+    name, read, form = PLACES[content[0] % len(PLACES) if content else 0]
+    (FOLDER / name).write_bytes(content[1:])
     found: dict[str, tuple[str, ...]] = {}
     with refusing(LabelError):
-        found = read_labels(FOLDER if suffix == ".xml" else file, {}, VOC)
+        found = read_labels(FOLDER / read, IMAGES, VOC, form)
     for image_id, names in found.items():
         check_image_id(image_id, "here")
         assert set(names) <= set(VOC.names)
@@ -213,7 +287,7 @@ def main() -> None:
     targets = {"labels": labels, "archives": archives, "manifest": manifest, "known": known}
     target = targets[sys.argv.pop(1)]
     corpus = Path(tempfile.mkdtemp())
-    for number, seed in enumerate(LABELS if target is labels else SEEDS):
+    for number, seed in enumerate(label_seeds() if target is labels else SEEDS):
         (corpus / str(number)).write_bytes(seed)
     logging.disable()
     atheris.Setup([*sys.argv, str(corpus)], target)

@@ -16,6 +16,15 @@ from wsss_pipeline.errors import ClassSetError, LabelError, WsssError
 
 VOC = load_class_set("voc12")
 LONG = "x" * 10_000_000
+LONGISH = LONG[:100_000]
+
+NPY_HEAD = b"\x93NUMPY\x01\x00\x3c\x00{'descr': '|O', 'fortran_order': False, 'shape': (), }"
+NPY_HEAD += b" " * (10 + 0x3C - 1 - len(NPY_HEAD)) + b"\n"
+
+# a dict of one vector: a list of twice the same scalar, whose number is such a list, 60 times over
+NESTED = b"\x80\x02}X\x01\x00\x00\x00aK\x01"
+NESTED += b"".join(b"q%c0cnumpy._core.multiarray\nscalar\nN](h%ch%ce\x86R" % (n, n, n) for n in range(1, 61))
+NESTED += b"q\xff0](h\xffh\xffes."
 
 FILES: dict[str, tuple[str, str | bytes]] = {
     "unknown class": ("l.json", '{"a": ["unicorn"]}'),
@@ -37,6 +46,60 @@ FILES: dict[str, tuple[str, str | bytes]] = {
     "billion laughs": ("l", "<!DOCTYPE x [" + "<!ENTITY a 'ha'>" * 3 + "]><annotation>&a;</annotation>"),
     "external entity": ("l", "<!DOCTYPE x SYSTEM 'file:///etc/passwd'><annotation/>"),
     "deep XML": ("l", "<annotation>" + "<object>" * 100_000),
+    "long line of JSON lines": ("l.jsonl", '{"image": "a", "label": "' + LONGISH + '"}'),
+    "deep JSON lines": ("l.jsonl", '{"image": "a"}\n' + "[" * 200_000),
+    "long key": ("l.json", json.dumps([{LONGISH: "a"}])),
+    "10 MB header": ("l.csv", f"image,{LONG}\na,cat\n"),
+    "10 MB header of classes": ("l.csv", f"image,cat,{LONG}\na,1,0\n"),
+    "10 MB of separators": ("l.csv", "image,labels\na," + "|" * 10_000_000 + "x\n"),
+    "a million columns": ("l.csv", "image,cat" + ",x" * 1_000_000 + "\na,1" + ",0" * 1_000_000 + "\n"),
+    "a line of numbers": ("l.txt", "a" + " 1" * 200_000 + "\n"),
+    "numbers that aren't any": ("l.json", '[{"image": "a", "labels": [NaN, Infinity]}]'),
+    "huge numbers": ("l.json", '{"a": {"cat": ' + "9" * 4000 + "}}"),
+    "long path in LabelMe": (
+        "l.json",
+        json.dumps({"shapes": [], "imagePath": LONGISH, "flags": {"cat": True}}),
+    ),
+    "LabelMe that leaves its folder": (
+        "l.json",
+        json.dumps({"shapes": [{"label": "cat"}], "imagePath": "..", "flags": {}}),
+    ),
+    "Label Studio with cells that aren't JSON": (
+        "l.csv",
+        'annotation_id,lead_time,image,label\n1,1,a.jpg,"[{""x"": "\n',
+    ),
+    "deep cells of Label Studio": (
+        "l.csv",
+        "annotation_id,lead_time,image,label\n1,1,a.jpg," + "[" * 100_000,
+    ),
+    "Label Studio without an image": (
+        "l.json",
+        '[{"data": {"a": "x.jpg", "b": "y.jpg"}, "annotations": []}]',
+    ),
+    "CVAT with entities": ("l.xml", "<!DOCTYPE x [<!ENTITY a 'ha'>]><annotations>&a;</annotations>"),
+    "deep CVAT": ("l.xml", "<annotations>" + "<image>" * 100_000),
+    "wide CVAT": ("l.xml", "<annotations>" + "<x/>" * 20_000),
+    "CVAT that leaves its folder": ("l.xml", '<annotations><image name="../a"/></annotations>'),
+    "10 MB tag": ("l.xml", f"<{LONG}/>"),
+    "FiftyOne with other classes": ("l.json", json.dumps({"classes": [LONGISH], "labels": {"a": 0}})),
+    "numpy with a huge header": ("l.npy", b"\x93NUMPY\x02\x00\xff\xff\xff\x7f{"),
+    "numpy with code in its header": ("l.npy", b"\x93NUMPY\x01\x00\x20\x00__import__('os').mkdir('owned')\n"),
+    "numpy with nothing behind its header": ("l.npy", NPY_HEAD),
+    "numpy with a huge index": ("l.npy", NPY_HEAD + b"\x80\x02}r\xff\xff\xff\xff."),
+    "numpy with a huge text": ("l.npy", NPY_HEAD + b"\x80\x04\x8d\xff\xff\xff\xff\xff\xff\xff\x0fa."),
+    "numpy with a huge frame": ("l.npy", NPY_HEAD + b"\x80\x04\x95\xff\xff\xff\xff\xff\xff\xff\x0f}."),
+    "numpy with a huge number": (
+        "l.npy",
+        NPY_HEAD + b"\x80\x02}(X\x01\x00\x00\x00a\x8b\x00\x00\x10\x00" + b"\x7f" * 2**20 + b"u.",
+    ),
+    "numpy that sets attributes": (
+        "l.npy",
+        NPY_HEAD + b"\x80\x02cnumpy\ndtype\n}X\x04\x00\x00\x00nameX\x01\x00\x00\x00xsb.",
+    ),
+    "numpy with numbers of numbers": ("l.npy", NPY_HEAD + NESTED),
+    "numpy with code": ("l.npy", NPY_HEAD + b"cos\nsystem\n(S'touch owned'\ntR."),
+    "numpy with an extension": ("l.npy", NPY_HEAD + b"\x80\x02\x82\x01."),
+    "numpy with a persistent id": ("l.npy", NPY_HEAD + b"\x80\x02X\x01\x00\x00\x00aQ."),
     "COCO that contradicts itself": (
         "l.json",
         '{"images": [{"id": 1, "file_name": "a.jpg"}], "annotations": [{"image_id": 2, "category_id": 1}],'
@@ -66,6 +129,7 @@ def test_a_hostile_label_file_is_refused_in_one_short_line(tmp_path: Path, name:
     message = str(caught.value)
     assert path.name in message
     assert len(message) < 600, f"{len(message)} characters"
+    assert not list(Path.cwd().glob("owned"))
 
 
 UNSAFE_IDS = [

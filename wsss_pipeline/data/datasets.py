@@ -2,16 +2,32 @@
 
 from __future__ import annotations
 
+import logging
 import re
+from collections.abc import Collection
 from pathlib import Path
 
 from wsss_pipeline.data.classes import ClassSet, load_class_set
+from wsss_pipeline.data.few_warnings import FewWarnings
 from wsss_pipeline.data.image_files import ImageFile
-from wsss_pipeline.data.image_ids import check_image_id, find_images, without_image_suffix
-from wsss_pipeline.data.label_readers.label_table import LabelTable, read_text, reading
+from wsss_pipeline.data.image_ids import (
+    IMAGE_SUFFIXES,
+    MAX_ID_LENGTH,
+    check_image_id,
+    find_images,
+    without_image_suffix,
+)
+from wsss_pipeline.data.label_readers.label_table import LabelTable, parse_json, read_text, reading
 from wsss_pipeline.data.label_readers.voc_xml import fill_from_voc_files
 from wsss_pipeline.data.labels import read_labels
 from wsss_pipeline.errors import LabelError
+from wsss_pipeline.runtime.output import one_line
+
+logger = logging.getLogger(__name__)
+
+_LONGEST_LINE = 4 * MAX_ID_LENGTH  # of a list of images
+_SUFFIX = "|".join(re.escape(suffix) for suffix in IMAGE_SUFFIXES)
+_TWO_PATHS = re.compile(rf"(.+?(?:{_SUFFIX}))(?:\s*,\s*|\s+)\S.*(?:{_SUFFIX})", re.IGNORECASE)
 
 ImagesAndLabels = tuple[dict[str, ImageFile], dict[str, tuple[str, ...]]]
 
@@ -78,22 +94,57 @@ def coco_inputs(root: Path, split: str, classes: ClassSet | None = None) -> Imag
         return images, read_labels(labels, images, classes or load_class_set("coco14"))
 
 
-def read_split(path: Path) -> list[str]:
-    """Image ids from a list, one a line, in its order; duplicates and empty lines dropped.
+def read_split(path: Path, known: Collection[str] = ()) -> list[str]:
+    """Image ids from a list, in its order; duplicates and empty lines dropped.
 
-    An id may carry the suffix of its image. Lines of VOC's augmented lists, as many code bases pass them
-    on (``/JPEGImages/ID.jpg /SegmentationClassAug/ID.png``), stand for the id in them.
+    One a line, or a JSON list. An id may carry the suffix of its image; ``./`` before it is dropped, a backslash read
+    as ``/``. Of two paths in a line, an image's and a mask's with a space or a comma between them, the first counts.
+    A path that is none of the known ids stands for what is left of it, folder by folder taken off its beginning, once
+    that is one (``data/images/a.jpg`` for ``a``); such lines are warned of.
+
+    Args:
+        path: the list.
+        known: ids of the images that there are.
 
     Raises:
-        LabelError: the file can't be read, holds no id or an unsafe one.
+        LabelError: the file can't be read, holds no id, an unsafe one, or paths in two folders that mean one image.
     """
-    ids: dict[str, None] = {}
-    for number, line in enumerate(read_text(path).splitlines(), start=1):
-        text = line.strip()
-        if text.startswith("/JPEGImages/"):
-            text = text.split()[0].removeprefix("/JPEGImages/")
-        if text:
-            ids[check_image_id(without_image_suffix(text), f"{path} line {number}")] = None
+    text = read_text(path)
+    if re.match(r'\s*\[\s*"', text):
+        content = parse_json(text, str(path))
+        if not isinstance(content, list) or not all(isinstance(item, str) for item in content):
+            raise LabelError(f"{path}: expected a list of image ids, each a text")
+        lines = content
+    else:
+        lines = text.splitlines()
+    ids: dict[str, str] = {}
+    with FewWarnings(logger, "lines with folders that the images don't lie in") as longer:
+        for number, line in enumerate(lines, start=1):
+            where, line = f"{path} line {number}", line.strip()
+            if not line:
+                continue
+            if len(line) > _LONGEST_LINE:
+                check_image_id(line, where)
+            pair = _TWO_PATHS.fullmatch(line)
+            written = (pair[1] if pair else line).replace("\\", "/").removeprefix("/JPEGImages/")
+            written = without_image_suffix(re.sub(r"\A(\./+)+", "", written))
+            image_id = written
+            if written not in known:
+                # of a list of the whole set, what lies elsewhere stays what it is
+                parts = written.split("/")
+                tails = ("/".join(parts[at:]) for at in range(1, len(parts)))
+                image_id = next((tail for tail in tails if tail in known), written)
+            check_image_id(image_id, where)
+            first = ids.setdefault(image_id, written)
+            if first != written:
+                raise LabelError(
+                    f"{where}: '{one_line(first, 100)}' and '{one_line(written, 100)}' come to mean one image, "
+                    f"'{one_line(image_id, 100)}'; write the paths below the image folder"
+                )
+            if image_id != written:
+                longer.warn(
+                    "%s: '%s' is taken for '%s'", where, one_line(written, 100), one_line(image_id, 100)
+                )
     if not ids:
         raise LabelError(f"{path}: holds no image id; write one a line")
     return list(ids)

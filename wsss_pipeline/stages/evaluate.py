@@ -119,7 +119,7 @@ def evaluate(
     if report is not None:
         check_replaceable(report)
     truth_files = find_images(ground_truth)
-    wanted = read_split(split) if split is not None else list(truth_files)
+    wanted = read_split(split, truth_files) if split is not None else list(truth_files)
     if not wanted:
         raise EvaluationError(f"{ground_truth}: no image to score in it")
     without_truth = [image_id for image_id in wanted if image_id not in truth_files]

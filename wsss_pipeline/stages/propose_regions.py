@@ -168,7 +168,7 @@ class ProposeJob(Job):
         files = find_images(images)
         if not files:
             raise ImageError(f"{images} holds no image; check --images")
-        wanted = list(files) if split is None else read_split(split)
+        wanted = list(files) if split is None else read_split(split, files)
         predictor = load_predictor(sam, where, offline=offline)
         inputs = {"--images": images, "--split": split}
         if Path(sam).exists():

@@ -232,7 +232,7 @@ class RelabelJob(Job):
         if labels is not None:
             names = read_labels(labels, files, class_set, labels_format)
         if split is not None:
-            wanted = read_split(split)
+            wanted = read_split(split, files)
             names = {i: names.get(i) for i in wanted if labels is None or i in names}
             files = {i: files[i] for i in wanted if i in files}
         if any_class:

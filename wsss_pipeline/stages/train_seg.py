@@ -140,7 +140,7 @@ def train_seg(job: TrainJob) -> TrainResult:
         masks = job.masks
     else:
         raise ConfigError("no masks to train on, and no online.method that makes them")
-    wanted = read_split(job.split) if job.split else list(images)
+    wanted = read_split(job.split, images) if job.split else list(images)
     if job.leave_out is not None:
         wanted = _without(wanted, job.leave_out)
     ids = usable_ids(images, masks, wanted, job.allow_missing)
@@ -439,7 +439,7 @@ def _validation(
     """The function that gives a network's mIoU: each process scores its share of the images, each image once."""
     images = find_images(job.val_images or job.images)
     truth = MaskFolder(ground_truth, class_names, "ground truth")
-    split = read_split(job.val_split) if job.val_split else list(truth.files)
+    split = read_split(job.val_split, images) if job.val_split else list(truth.files)
     ids = usable_ids(images, truth, split, job.allow_missing or job.val_split is None)
     names = ("background", *class_names)
 

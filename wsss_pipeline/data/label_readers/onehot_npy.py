@@ -18,11 +18,12 @@ import numpy as np
 from wsss_pipeline import files
 from wsss_pipeline.data.label_readers.label_table import LabelTable, reading
 from wsss_pipeline.data.label_readers.vectors import classes_in_vector
-from wsss_pipeline.errors import LabelError
+from wsss_pipeline.errors import LabelError, WsssError
 from wsss_pipeline.files import MIB
 
 MAGIC = b"\x93NUMPY"
 MOST_BYTES = 512 * MIB  # that of COCO's 123,000 images takes a twentieth
+MOST_NUMBERS = 10_000  # of a vector; the same one may stand for all images
 _NEEDED = (
     *(
         (module, name)
@@ -45,25 +46,26 @@ def fill_from_npy(table: LabelTable, content: bytes, file: Path) -> None:
     A whole number for an id stands for the one image whose name has that number, see ``images_numbered``.
     """
     try:
-        labels = _dict_in(content)
-    except LabelError as error:
-        raise LabelError(f"{file}: {error}") from error
+        for made, vector in _dict_in(content, file).items():
+            key = _value(made, str(file))
+            where = f"{file}, image {key!r:.80}"
+            if isinstance(key, int):
+                fitting = table.images_numbered(key)
+                if len(fitting) > 1:
+                    raise LabelError(
+                        f"{where}: may be {fitting[0]!r:.80} or {fitting[1]!r:.80}; write whole ids"
+                    )
+                key = fitting[0] if fitting else str(key)
+            if not isinstance(key, str):
+                raise LabelError(f"{where}: expected an image id")
+            table.add_record(key, classes_in_vector(_value(vector, where), table.classes, where), where)
+    except (WsssError, MemoryError):
+        raise
     except Exception as error:  # damaged ones make pickle and numpy raise nearly anything
         raise LabelError(
             f"{file}: not a .npy file of labels, or damaged ({type(error).__name__}); expected what "
             "np.save('cls_labels_onehot.npy', {'image_id': vector}) writes"
         ) from error
-    for key, value in labels.items():
-        key = _value(key)
-        where = f"{file}, image {key!r:.80}"
-        if isinstance(key, int):
-            fitting = table.images_numbered(key)
-            if len(fitting) > 1:
-                raise LabelError(f"{where}: may be {fitting[0]!r:.80} or {fitting[1]!r:.80}; write whole ids")
-            key = fitting[0] if fitting else str(key)
-        if not isinstance(key, str):
-            raise LabelError(f"{where}: expected an image id")
-        table.add_record(key, classes_in_vector(_value(value), table.classes, where), where)
 
 
 class _Name(NamedTuple):
@@ -91,52 +93,71 @@ class _Made:
 class _Unpickler(pickle._Unpickler):
     """Unpickles lists, dicts, texts and numbers, and records of numpy's arrays; all else is refused."""
 
+    def __init__(self, stream: io.BytesIO, file: Path) -> None:
+        super().__init__(stream)
+        self._file = file
+
     def find_class(self, module: str, name: str) -> Any:
         if (re.sub(r"\.(multiarray|numeric)$", "", module), name) in _NEEDED:
             return _Name(name)
         raise LabelError(
-            f"it refers to {f'{module}.{name}'!r:.80}, which labels never need, so nothing of it was run"
+            f"{self._file}: refers to {f'{module}.{name}'!r:.80}, which labels never need, so nothing of it was run"
         )
 
 
-def _dict_in(content: bytes) -> dict[Any, Any]:
+def _dict_in(content: bytes, file: Path) -> dict[Any, Any]:
+    """The dict in the one object of an array, its keys and values as the unpickler made them."""
     stream = io.BytesIO(content)
     version = np.lib.format.read_magic(stream)
     header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
     shape, _, dtype = header(stream)
     if not dtype.hasobject:
-        raise LabelError(f"an array {shape!r:.60} without image ids; save a dict {{'image_id': vector}}")
-    array = _Unpickler(stream).load()
-    found = _value(array)
-    if isinstance(found, list) and len(found) == 1:
-        found = found[0]
+        raise LabelError(
+            f"{file}: an array {shape!r:.60} without image ids; save a dict {{'image_id': vector}}"
+        )
+    found = _Unpickler(stream, file).load()
+    if isinstance(found, _Made):
+        (found,) = found.state[4]
     if not isinstance(found, dict):
-        raise LabelError(f"it holds {type(found).__name__}, not a dict {{'image_id': vector}}")
+        raise LabelError(f"{file}: it holds {type(found).__name__}, not a dict {{'image_id': vector}}")
     return found
 
 
-def _value(made: Any) -> Any:
-    """A list of an array's numbers or objects, the number or text of a scalar; else what it is."""
-    if not isinstance(made, _Made):
-        return made
-    if made.name == "_reconstruct":
+def _value(made: Any, where: str) -> Any:
+    """The numbers of a vector, the number or text of a scalar; else what it is.
+
+    Raises:
+        LabelError: what no vector of labels is: of more than one axis, with other than numbers, or too long.
+    """
+    shape: tuple[int, ...] = ()
+    if isinstance(made, _Made) and made.name == "_reconstruct":
         _, shape, dtype, _, data = made.state
-    elif made.name == "_frombuffer":
+    elif isinstance(made, _Made) and made.name == "_frombuffer":
         data, dtype, shape, _ = made.arguments
-    elif made.name == "scalar":
-        (dtype, data), shape = made.arguments, ()
+    elif isinstance(made, _Made) and made.name == "scalar":
+        dtype, data = made.arguments
     else:
-        raise LabelError(f"it holds a {made.name} where a number or text belongs")
-    if isinstance(data, list):
-        return data
+        data = made
+    if isinstance(data, list) and not (isinstance(made, _Made) and made.name == "scalar"):
+        # a list, or an array of objects
+        if len(data) > MOST_NUMBERS:
+            raise LabelError(f"{where}: {len(data):,} values; a vector has a number for each class")
+        scalars = [item for item in data if isinstance(item, _Made) and item.name == "scalar"]
+        return [_value(item, where) for item in data] if len(scalars) == len(data) else data
+    if data is made:
+        if isinstance(made, int) and made.bit_length() > 64:  # which take minutes to print
+            raise LabelError(f"{where}: a number of more than 64 bits")
+        return made
     if isinstance(data, _Made) and data.name == "encode":  # how protocol 2 keeps bytes
         data = data.arguments[0].encode("latin1")
-    code = dtype.arguments[0]
-    order = dtype.state[1].replace("|", "=")
-    if not re.fullmatch("[fiub][1248]|U[0-9]{1,5}", code) or order not in ("<", ">", "="):
-        raise LabelError(f"it holds numbers of type {code!r:.60}")
+    code, order = dtype.arguments[0], dtype.state[1].replace("|", "=")
+    if not re.fullmatch("[fiub][1248]|U[0-9]{1,4}", code) or order not in ("<", ">", "="):
+        raise LabelError(f"{where}: numbers of type {code!r:.60}")
     kind = np.dtype(order + code)
-    if len(shape) > 1 or math.prod(shape) * kind.itemsize != len(data):
-        raise LabelError(f"a vector of shape {shape!r:.60} with {len(data)} bytes")
+    size = kind.itemsize * math.prod(shape)
+    if len(shape) > 1 or len(data) != size or size > MOST_NUMBERS * 8:
+        raise LabelError(
+            f"{where}: an array of shape {shape!r:.60} in {len(data):,} bytes isn't a vector of labels"
+        )
     numbers: list[Any] = np.frombuffer(data, kind).tolist()
     return numbers if shape else numbers[0]

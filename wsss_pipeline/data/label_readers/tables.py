@@ -31,6 +31,7 @@ BITS = {text: bit for bit, texts in enumerate(("0 0.0 false", "1 1.0 true")) for
 NO_LABEL_COLUMN = "unlabeled"  # of Roboflow's: 1 where no other column is
 
 _LINE = re.compile(r"[^\r\n]*(?:\r\n|\r|\n)|[^\r\n]+")
+MOST_COLUMNS = 10_000
 _DELIMITERS = ",\t;|"
 
 
@@ -56,6 +57,8 @@ class CsvTable:
                 headers[delimiter] = next(self._rows(delimiter), (1, []))[1]
             except LabelError:
                 headers[delimiter] = []
+        if (most := max(map(len, headers.values()))) > MOST_COLUMNS:
+            raise LabelError(f"{file} line 1: {most:,} columns; at most {MOST_COLUMNS:,} are read")
         fitting = [
             mark for mark, header in headers.items() if has_names(header) or has_onehot(header, classes)
         ]
@@ -174,23 +177,15 @@ def fill_from_onehot_csv(table: LabelTable, content: CsvTable, file: Path) -> No
 
 
 def is_records(content: Any, classes: ClassSet) -> bool:
-    """Whether JSON content is a list of objects with a key for the image and one for labels."""
-    return (
-        isinstance(content, list)
-        and bool(content)
-        and all(isinstance(record, dict) for record in content)
-        and has_names(list(content[0]))
+    """Whether JSON content is a list of objects, with a key for labels, or none called like a class."""
+    return _are_objects(content) and (
+        has_names(list(content[0])) or not has_onehot(list(content[0]), classes)
     )
 
 
 def is_onehot_records(content: Any, classes: ClassSet) -> bool:
     """Whether JSON content is a list of objects with a key for the image and one that is called like a class."""
-    return (
-        isinstance(content, list)
-        and bool(content)
-        and all(isinstance(record, dict) for record in content)
-        and has_onehot(list(content[0]), classes)
-    )
+    return _are_objects(content) and has_onehot(list(content[0]), classes)
 
 
 def fill_from_records(table: LabelTable, content: Any, file: Path) -> None:
@@ -296,6 +291,10 @@ def text_of(record: dict[str, Any], key: str, where: str) -> str:
     if not isinstance(value, str):
         raise LabelError(f"{where}: {key!r:.60} is {value!r:.60}; it takes text")
     return value
+
+
+def _are_objects(content: Any) -> bool:
+    return isinstance(content, list) and bool(content) and all(isinstance(item, dict) for item in content)
 
 
 def _objects(content: Any, file: Path) -> list[tuple[str, dict[str, Any]]]:

@@ -41,9 +41,7 @@ def classes_in_vector(vector: Any, classes: ClassSet, where: str) -> list[str]:
     """
     count = len(classes.classes)
     if not isinstance(vector, list):
-        raise LabelError(f"{where}: expected {count} numbers, found {vector!r:.60}")
-    if wrong := [number for number in vector if not _is_bit(number)]:
-        raise LabelError(f"{where}: {wrong[0]!r:.60} among its numbers; each takes 0 or 1")
+        raise LabelError(f"{where}: expected {count} numbers, found {type(vector).__name__}")
     if len(vector) == count + 1:
         raise LabelError(
             f"{where}: {count + 1} numbers for the {count} classes of '{classes.name}': the first or the last may "
@@ -53,6 +51,8 @@ def classes_in_vector(vector: Any, classes: ClassSet, where: str) -> list[str]:
         raise LabelError(
             f"{where}: {len(vector)} numbers for the {count} classes of '{classes.name}'; check --classes"
         )
+    if wrong := [number for number in vector if not _is_bit(number)]:
+        raise LabelError(f"{where}: {wrong[0]!r:.60} among its numbers; each takes 0 or 1")
     return [name for name, number in zip(classes.names, vector, strict=True) if number]
 
 
