@@ -385,6 +385,35 @@ def test_configurations_that_contradict_each_other(folder: Path, expected: Tenso
     assert (found - expected).abs().max() <= 1e-5
 
 
+@pytest.mark.parametrize("form", ["safetensors", "bin"])
+def test_an_openclip_repository_is_fetched_in_one_form_only(
+    folder: Path, expected: Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, form: str
+) -> None:
+    """One of timm's, which holds an image tower's weights as well."""
+    repository, _ = write("OpenCLIP folder of timm", folder, tmp_path / "repository")
+    local = tmp_path / "local"
+    torch.save(openai_state_dict(folder), repository / "open_clip_pytorch_model.bin")
+    beside(repository, folder, preprocessor_config=HALF)
+    if form == "bin":
+        (repository / "open_clip_model.safetensors").unlink()
+
+    def snapshot_download(repo_id: str, allow_patterns: list[str], local_files_only: bool) -> str:
+        local.mkdir(exist_ok=True)
+        for pattern in allow_patterns:
+            for file in repository.glob(pattern):
+                shutil.copy(file, local)
+        return str(local)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    files = locate_clip(ClipConfig(weights="someone/open-clip"))
+    name = "open_clip_model.safetensors" if form == "safetensors" else "open_clip_pytorch_model.bin"
+    assert [path.name for path in files.weights] == [name]
+    assert not (local / "model.safetensors").exists()
+    assert (local / "open_clip_pytorch_model.bin").exists() == (form == "bin")
+    assert (local / "preprocessor_config.json").exists()
+    assert (cams(Path("someone/open-clip")) - expected).abs().max() <= 1e-5
+
+
 def test_openclip_configurations_that_hold_nothing(folder: Path, tmp_path: Path) -> None:
     weights, _ = write("OpenCLIP folder", folder, tmp_path / "model")
     beside(weights, folder, open_clip_config={"model_cfg": 3})
