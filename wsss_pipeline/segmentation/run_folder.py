@@ -109,7 +109,10 @@ def _check_same(
         former = dict(read_json(out / DATA, MAX_FILE_BYTES))
         former_config = read_config(out / CONFIG)
         changes = differing_keys(former_config, config)
-        before, now = _images_per_update(former_config, former), _images_per_update(config, data)
+        (former_together, former_times), (together, times) = (
+            _division(former_config, former),
+            _division(config, data),
+        )
     except (OSError, ValueError, TypeError, ConfigError) as error:
         raise CheckpointError(
             f"{out}: its {CONFIG} or {DATA} can't be read ({one_line(error)[:200]}); start anew with --overwrite"
@@ -117,20 +120,21 @@ def _check_same(
     changes += [
         f"{key}: {former.get(key)!s:.200}, {new}" for key, new in data.items() if former.get(key) != new
     ]
-    if before == now:
+    images = former_together * former_times
+    is_same_update = images == together * times
+    if is_same_update:
         changes = [change for change in changes if not change.startswith(_DIVISION)]
     if changes:
-        whole, rest = divmod(before, now // config.optimisation.accumulate)
         how = ""
-        if before != now and not rest:
-            how = f"; its updates have {before} images: --accumulate {whole} goes on with them"
+        if not is_same_update and images % together == 0:
+            how = f"; its updates have {images} images: --accumulate {images // together} goes on with them"
         raise TrainingError(
             f"{out} holds a run with other settings ({'; '.join(changes)}): give another --out, the former "
             f"settings, or --overwrite{how}"
         )
 
 
-def _images_per_update(config: Any, data: Mapping[str, Any]) -> int:
-    """Of all processes; prompts are learned in one."""
+def _division(config: Any, data: Mapping[str, Any]) -> tuple[int, int]:
+    """How many images all processes look at together, and how many times for an update; one process learns prompts."""
     optimisation = config.optimisation
-    return int(optimisation.batch * optimisation.accumulate * data.get("processes", 1))
+    return int(optimisation.batch * data.get("processes", 1)), int(optimisation.accumulate)
