@@ -301,7 +301,7 @@ def test_class_names_are_held_against_the_fingerprint(
 @pytest.mark.parametrize(
     ("key", "value"),
     [
-        ("class_names", [f"class {number}" for number in range(400)]),
+        ("class_names", [f"class {number}" for number in range(65_535)]),
         ("class_names", ["cat"] * 2),
         ("class_names", ["cat", f"dog{ESCAPE}"]),
         ("class_names", ["cat", "  "]),

@@ -135,6 +135,6 @@ def _check_same(
 
 
 def _division(config: Any, data: Mapping[str, Any]) -> tuple[int, int]:
-    """How many images all processes look at together, and how many times for an update; one process learns prompts."""
+    """How many images all processes look at together, and how many times for an update."""
     optimisation = config.optimisation
     return int(optimisation.batch * data.get("processes", 1)), int(optimisation.accumulate)
