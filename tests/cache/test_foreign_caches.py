@@ -29,7 +29,7 @@ from wsss_pipeline.cache import (
 )
 from wsss_pipeline.cache.index import read_checked
 from wsss_pipeline.cache.manifest import read_manifest
-from wsss_pipeline.cache.records import MaskRecords
+from wsss_pipeline.cache.records import MaskRecords, Parts
 from wsss_pipeline.cli import main
 from wsss_pipeline.errors import CacheFormatError, CacheRecordError
 
@@ -246,7 +246,8 @@ def test_a_mask_with_255_is_neither_written_nor_read(folder: Path, monkeypatch: 
         writer.write("good", make_mask("good"), image_digest="0" * 64, seconds=0.0)
     assert list(MaskCache.open(folder)) == ["good"]
     with MaskWriter(folder) as writer:
-        monkeypatch.setattr(writer, "_kind", MaskRecords(tuple(map(str, range(255)))))
+        parts = Parts(bad.mask.shape, (), {"mask": bad.mask, "confidence": bad.confidence})
+        monkeypatch.setattr(MaskRecords, "parts", lambda kind, content: parts)
         writer.write("bad", bad, image_digest="0" * 64, seconds=0.0)
     with pytest.raises(CacheRecordError, match="holds the value 255"):
         MaskCache.open(folder)["bad"]
@@ -300,7 +301,7 @@ def test_class_names_are_held_against_the_fingerprint(
 @pytest.mark.parametrize(
     ("key", "value"),
     [
-        ("class_names", [f"class {number}" for number in range(400)]),
+        ("class_names", [f"class {number}" for number in range(65_535)]),
         ("class_names", ["cat"] * 2),
         ("class_names", ["cat", f"dog{ESCAPE}"]),
         ("class_names", ["cat", "  "]),

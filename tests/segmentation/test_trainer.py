@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import math
+import multiprocessing
 import os
 import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -215,6 +216,50 @@ def test_other_settings_are_refused_by_name(make: Make, tmp_path: Path) -> None:
     assert train_seg(replace(shortened, overwrite=True)).steps == 6
 
 
+def test_a_run_goes_on_where_an_updates_images_are_divided_in_another_way(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[list[str]] = []
+    next_batch = trainer_module.next_batch
+
+    def recorded(batches: Any) -> Any:
+        batch = next_batch(batches)
+        seen[-1] += batch["image_id"]
+        return batch
+
+    def images_of(job: TrainJob) -> list[set[str]]:
+        seen.clear()
+        updates = trainer_module.Trainer._update
+
+        def update(self: Any, *arguments: Any) -> Any:
+            seen.append([])
+            return updates(self, *arguments)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(trainer_module, "next_batch", recorded)
+            patch.setattr(trainer_module.Trainer, "_update", update)
+            train_seg(job)
+        return [set(images) for images in seen]
+
+    config = changed(CONFIG, optimisation__batch=3)
+    expected = images_of(make("whole", config))
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer_module, "Progress", DiesAtFive)
+        with pytest.raises(Killed):
+            train_seg(make("parts", config))
+    divided = changed(CONFIG, optimisation__batch=1, optimisation__accumulate=3)
+    assert images_of(make("parts", divided)) == expected[4:]
+    assert len(expected[4]) == 3
+
+    path = make("parts").out / "data.json"
+    path.write_text(path.read_text().replace('"processes": 1', '"processes": 2'))
+    with pytest.raises(TrainingError, match=r"processes: 2, 1.*6 images: --accumulate 2 goes on with them"):
+        train_seg(make("parts", config))
+    with pytest.raises(TrainingError, match=r"processes: 2, 1.*or --overwrite$"):
+        train_seg(make("parts", changed(CONFIG, optimisation__batch=4)))
+    assert train_seg(make("parts", changed(config, optimisation__accumulate=2))).steps == 6
+
+
 @pytest.mark.parametrize("overwrite", [False, True])
 def test_a_folder_with_something_else_is_left_alone(make: Make, tmp_path: Path, overwrite: bool) -> None:
     (tmp_path / "run").mkdir()
@@ -399,11 +444,13 @@ def test_a_training_that_sees_too_little_stops(make: Make) -> None:
 
 
 class Vague(MaskFolder):
-    """Ground truth, certain of the background alone."""
+    """Ground truth, certain of the background alone, or not even of that."""
+
+    least = 200
 
     def __getitem__(self, image_id: str) -> PseudoMask:
         mask = super().__getitem__(image_id).mask
-        return PseudoMask(mask, np.where(mask == 0, np.uint8(200), np.uint8(120)))
+        return PseudoMask(mask, np.where(mask == 0, np.uint8(self.least), np.uint8(120)))
 
 
 def test_a_threshold_that_leaves_no_objects_is_warned_of(
@@ -652,6 +699,32 @@ def test_two_processes_are_one_with_twice_the_batch(
 
 
 @pytest.mark.slow
+def test_what_two_processes_began_one_ends(root: Path, tmp_path: Path) -> None:
+    more = ("--network", "deeplabv2", "--encoder", "resnet18", "--lr", 1e-4, "--iterations", 12)
+    alone = wsss(*train_arguments(root, tmp_path / "alone", *more, "--batch-size", 4))
+    process = in_two_processes(root, tmp_path / "run", *more, "--batch-size", 2)
+    log = tmp_path / "run" / "log.jsonl"
+    try:
+        while not log.exists() or len(log.read_text().splitlines()) < 2:
+            assert process.poll() is None, process.communicate()[1]
+            time.sleep(0.05)
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        os.kill(int(children[0]), signal.SIGUSR1)
+        _, stderr = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert "interrupted; go on with: " in stderr
+    half = len(log_of(tmp_path / "run"))
+    assert 2 <= half < 12
+    refused = wsss(*train_arguments(root, tmp_path / "run", *more, "--batch-size", 2))
+    assert refused.exit_code == 2
+    assert "its updates have 4 images: --accumulate 2 goes on with them" in refused.stderr
+    rest = wsss(*train_arguments(root, tmp_path / "run", *more, "--batch-size", 4))
+    assert (alone.exit_code, rest.exit_code) == (0, 0), rest.stderr
+    assert losses(tmp_path / "run") == pytest.approx(losses(tmp_path / "alone"), rel=1e-2)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["frozen", "published"])
 def test_two_processes_train_weakclip(root: Path, tmp_path: Path, form: str) -> None:
     """Every weight has a gradient, or the second update would fail; batch norm's statistics are each one's own."""
@@ -710,3 +783,85 @@ def miou_of(network: SegmentationNetwork, root: Path) -> float:
 def _environment(process: int) -> dict[str, str]:
     entries = Path(f"/proc/{process}/environ").read_bytes().decode(errors="replace").split("\0")
     return dict(entry.partition("=")[::2] for entry in entries)
+
+
+def test_a_threshold_that_no_pixel_reaches_stops_the_training(make: Make) -> None:
+    job = make(
+        "a", config=changed(CONFIG, optimisation__iterations=40, loss__min_confidence=0.65, save_every=100)
+    )
+    vague = Vague(job.masks.path, job.masks.class_names)  # type: ignore[attr-defined]
+    vague.least = 120
+    job = replace(job, masks=vague)
+    with pytest.raises(TrainingError, match=r"the last 10 updates had no pixel .*--min-confidence 0\.65 "):
+        train_seg(job)
+    lower = changed(job.config, loss__min_confidence=0.6, optimisation__iterations=1)
+    assert train_seg(replace(job, config=lower)).steps == 1, "in the same folder: nothing was learnt"
+    short = changed(job.config, optimisation__iterations=6)
+    with pytest.raises(TrainingError, match=r"the last 6 updates had no pixel"):
+        train_seg(replace(job, config=short, out=job.out.with_name("short")))
+
+
+def test_what_was_learnt_before_the_masks_gave_out_is_kept(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = changed(CONFIG, optimisation__iterations=40, save_every=1000)
+    job = make("a", config=config)
+    updates: list[int] = []
+    original = trainer_module.confidence_weights
+
+    def weights(confidence: torch.Tensor, kind: Any, least: float) -> torch.Tensor:
+        """One update without any pixel, one with, then none any more."""
+        updates.append(len(updates) + 1)
+        return original(confidence, kind, least) * (updates[-1] == 2)
+
+    monkeypatch.setattr(trainer_module, "confidence_weights", weights)
+    with pytest.raises(TrainingError, match="the last 10 updates had no pixel"):
+        train_seg(job)
+    assert json.loads((job.out / "state/progress.json").read_text())["step"] == 12
+    assert load_network(job.out).config["step"] == 12
+
+
+class Full(MaskFolder):
+    """Masks whose samples find no room in shared memory, as torch 2 says it."""
+
+    def __getitem__(self, image_id: str) -> PseudoMask:
+        if torch.utils.data.get_worker_info() is not None:
+            raise RuntimeError(f"unable to allocate shared memory(shm) for file </torch_1_2_0>: {NO_SPACE}")
+        return super().__getitem__(image_id)
+
+
+NO_SPACE = "No space left on device (28)"
+
+
+def test_full_shared_memory_is_one_line_and_leaves_no_process_behind(make: Make) -> None:
+    job = make(workers=1)
+    full = Full(job.masks.path, job.masks.class_names)  # type: ignore[attr-defined]
+    with pytest.raises(
+        TrainingError, match=r"^shared memory \(/dev/shm\) is full: .*--workers 0.*--shm-size"
+    ):
+        train_seg(replace(job, masks=full))
+    assert not multiprocessing.active_children(), "the interpreter would wait for them without end"
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (RuntimeError(f"unable to write to file </torch_1_2_0>: {NO_SPACE}"), "is full"),
+        (RuntimeError("DataLoader worker (pid 7) is killed by signal: Bus error. It is possible"), "is full"),
+        (RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. "), "fewer --workers"),
+        (OSError("Caught OSError\nTraceback\nOSError: [Errno 24] Too many open files"), "ulimit -n"),
+        (
+            RuntimeError("unable to open shared memory object </torch_1> in read-write mode"),
+            "fewer --workers",
+        ),
+        (RuntimeError("shapes differ"), None),
+    ],
+)
+def test_what_other_processes_die_of_is_one_line(error: Exception, reason: str | None) -> None:
+    def batches() -> Iterator[Any]:
+        raise error
+        yield
+
+    with pytest.raises(type(error) if reason is None else TrainingError, match=reason) as caught:
+        trainer_module.next_batch(batches())
+    assert reason is None or "\n" not in str(caught.value)

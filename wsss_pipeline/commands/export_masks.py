@@ -27,7 +27,11 @@ if TYPE_CHECKING:
     help="png: grey index masks; voc: the same with VOC's palette; coco: one JSON of run-length masks; "
     "npz: mask, confidence, labels and CAMs.",
 )
-@click.option("--min-confidence", type=float, help="Pixels below it become 255 (65535 in 16 bits), ignored; the paper has 0.95.")
+@click.option(
+    "--min-confidence",
+    type=float,
+    help="Pixels below it become 255 (in 16 bits 65535), ignored; the paper has 0.95.",
+)
 @click.option("--overwrite", is_flag=True, help="Replace what an earlier export wrote.")
 @click.pass_context
 def command(

@@ -34,7 +34,7 @@ from wsss_pipeline.runtime.output import append_line
 from wsss_pipeline.runtime.progress import Progress
 from wsss_pipeline.segmentation.checkpoint import TrainingState
 from wsss_pipeline.segmentation.dataset import SegmentationDataset, sample_order
-from wsss_pipeline.segmentation.trainer import LOG, STATE, UnusableSamples, next_batch
+from wsss_pipeline.segmentation.trainer import LOG, STATE, SamplesSeen, loading, next_batch
 
 PROMPTS = "prompts.safetensors"
 
@@ -172,10 +172,13 @@ class PromptTrainer:
             pin_memory=self._device.type == "cuda",
             generator=torch.Generator(),
         )
-        batches = iter(loader)
-        unusable = UnusableSamples(config.max_unusable, len(self._dataset))
+        unusable = SamplesSeen(config.max_unusable, len(self._dataset))
         smooth_loss = math.nan
-        with StopRequest() as stop, Progress(chosen.iterations, "updates", done=state.step) as progress:
+        with (
+            loading(loader) as batches,
+            StopRequest() as stop,
+            Progress(chosen.iterations, "updates", done=state.step) as progress,
+        ):
             while state.step < chosen.iterations:
                 started = time.monotonic()
                 loss, pairs, damaged = self._update(batches)

@@ -26,6 +26,10 @@ _BEGINNINGS = {
 }
 
 
+# how an update's images are divided: which they are hangs on their number alone
+_DIVISION = ("processes:", "optimisation.batch:", "optimisation.accumulate:")
+
+
 @contextmanager
 def run_folder(
     out: Path,
@@ -40,7 +44,8 @@ def run_folder(
     Args:
         out: the folder.
         config: settings of the run.
-        data: plain values that tell what it learns from.
+        data: plain values that tell what it learns from. The number of ``processes`` may be another than before, and
+            so may ``optimisation.batch`` and ``optimisation.accumulate``, where as many images make up an update.
         read_config: function that reads such settings from a YAML file.
         overwrite: choice to start anew where it holds a run.
 
@@ -102,7 +107,12 @@ def _check_same(
     """A TrainingError where the run in a folder is another one, a CheckpointError where it isn't known which."""
     try:
         former = dict(read_json(out / DATA, MAX_FILE_BYTES))
-        changes = differing_keys(read_config(out / CONFIG), config)
+        former_config = read_config(out / CONFIG)
+        changes = differing_keys(former_config, config)
+        (former_together, former_times), (together, times) = (
+            _division(former_config, former),
+            _division(config, data),
+        )
     except (OSError, ValueError, TypeError, ConfigError) as error:
         raise CheckpointError(
             f"{out}: its {CONFIG} or {DATA} can't be read ({one_line(error)[:200]}); start anew with --overwrite"
@@ -110,8 +120,21 @@ def _check_same(
     changes += [
         f"{key}: {former.get(key)!s:.200}, {new}" for key, new in data.items() if former.get(key) != new
     ]
+    images = former_together * former_times
+    is_same_update = images == together * times
+    if is_same_update:
+        changes = [change for change in changes if not change.startswith(_DIVISION)]
     if changes:
+        how = ""
+        if not is_same_update and images % together == 0:
+            how = f"; its updates have {images} images: --accumulate {images // together} goes on with them"
         raise TrainingError(
             f"{out} holds a run with other settings ({'; '.join(changes)}): give another --out, the former "
-            "settings, or --overwrite"
+            f"settings, or --overwrite{how}"
         )
+
+
+def _division(config: Any, data: Mapping[str, Any]) -> tuple[int, int]:
+    """How many images all processes look at together, and how many times for an update."""
+    optimisation = config.optimisation
+    return int(optimisation.batch * data.get("processes", 1)), int(optimisation.accumulate)

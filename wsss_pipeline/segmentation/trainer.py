@@ -7,7 +7,7 @@ import math
 import signal
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from wsss_pipeline.runtime.output import append_line, one_line
 from wsss_pipeline.runtime.progress import Progress
 from wsss_pipeline.segmentation.checkpoint import BEST, LAST, TrainingState, save_network
 from wsss_pipeline.segmentation.dataset import SegmentationDataset, sample_order
+from wsss_pipeline.segmentation.losses import confidence_weights
 from wsss_pipeline.segmentation.network import SegmentationNetwork
 from wsss_pipeline.segmentation.objectives import weighted_losses
 from wsss_pipeline.segmentation.targets import OnlineTarget
@@ -127,7 +128,7 @@ class Trainer:
 
         Raises:
             TrainingError: the loss isn't a number, and the network as it was is in the run's folder ``nan``; or too
-                many samples can't be used.
+                many samples can't be used, or no pixel is certain enough to count.
             OutputError: the run's folder can't be written.
         """
         config, state, accelerator = self._config, self.state, self._accelerator
@@ -144,12 +145,17 @@ class Trainer:
             generator=torch.Generator(),  # or it would draw from the numbers that dropout uses
             worker_init_fn=_leave_signals_to_the_trainer,
         )
-        batches = iter(loader)
-        unusable = UnusableSamples(config.max_unusable, len(self._dataset))
-        with StopRequest() as stop, progress if accelerator.is_main_process else nullcontext():
+        seen = SamplesSeen(
+            config.max_unusable, len(self._dataset), config.loss.min_confidence, has_learnt=state.step > 0
+        )
+        with (
+            loading(loader) as batches,
+            StopRequest() as stop,
+            progress if accelerator.is_main_process else nullcontext(),
+        ):
             while state.step < updates:
                 started = time.monotonic()
-                losses, damaged, is_stopped = self._update(batches, stop.requested)
+                losses, damaged, counted, is_stopped = self._update(batches, stop.requested)
                 state.step += 1
                 loss = sum(losses.values())
                 parts = {f"loss_{name}": value for name, value in losses.items()} if len(losses) > 1 else {}
@@ -163,7 +169,12 @@ class Trainer:
                     "damaged": damaged,
                 }
                 is_last = state.step == updates
-                unusable.count(damaged, self._images_per_update, is_last)
+                try:
+                    seen.count(damaged, self._images_per_update, is_last, counted)
+                except TrainingError:
+                    if seen.has_learnt:
+                        self._save_all()
+                    raise
                 if validate is not None and (is_last or state.step % config.validate_every == 0):
                     numbers["miou"] = self._validate(validate)
                     miou = f", mIoU {100 * numbers['miou']:.2f} %"
@@ -176,43 +187,41 @@ class Trainer:
                     note = f"loss {smooth_loss:.3f}, lr {numbers['lr']:.2g}, {rate:.3g} images/s{miou}"
                     progress.advance(note=note, show=is_last or "miou" in numbers)
                 if is_last or is_stopped or state.step % config.save_every == 0:
-                    self._save_network(LAST)
-                    if accelerator.is_main_process:
-                        state.save(self._out / STATE)
-                    accelerator.wait_for_everyone()
+                    self._save_all()
                 if is_stopped:
                     break
         return state.step == updates
 
-    def _update(self, batches: Iterator[Any], stop: bool) -> tuple[dict[str, float], int, bool]:
+    def _update(self, batches: Iterator[Any], stop: bool) -> tuple[dict[str, float], int, int, bool]:
         """One update out of ``accumulate`` batches of this process, which was asked to ``stop`` or not.
 
         Returns:
-            Mean losses by name, number of samples that couldn't be used, and whether to stop, of all processes
-            together.
+            Mean losses by name, number of samples that couldn't be used, number of pixels that have a label and a
+            weight, and whether to stop, of all processes together.
         """
         accelerator, chosen = self._accelerator, self._config.optimisation
         for group in self._optimizer.param_groups:
             group["lr"] = learning_rate(group["peak"], self.state.step, chosen)
-        # of samples that can't be used, of requests to stop, of each loss
-        sums = torch.zeros(2, dtype=torch.float64, device=accelerator.device)
+        # of samples that can't be used, of requests to stop, of pixels that count, of each loss
+        sums = torch.zeros(3, dtype=torch.float64, device=accelerator.device)
         seen: list[str] = []
         for part in range(chosen.accumulate):
             batch = next_batch(batches)
             seen += batch["image_id"]
             is_last = part == chosen.accumulate - 1
             with nullcontext() if is_last else accelerator.no_sync(self._forward):
-                losses = self._losses(batch)
+                losses, counted = self._losses(batch)
                 loss = torch.stack(list(losses.values())).sum() / chosen.accumulate
                 # distributed training takes the mean of the processes' gradients
                 accelerator.backward(loss * accelerator.num_processes)
             if not part:
                 sums = torch.cat([sums, sums.new_zeros(len(losses))])
             sums[0] += int(batch["damaged"].sum())
-            sums[2:] += torch.stack(list(losses.values())).detach() / chosen.accumulate
+            sums[2] += counted
+            sums[3:] += torch.stack(list(losses.values())).detach() / chosen.accumulate
         sums[1] = float(stop)
         # a signal may reach one process alone, but they have to stop at the same update
-        damaged, stops, *values = accelerator.reduce(sums, "sum").tolist()
+        damaged, stops, pixels, *values = accelerator.reduce(sums, "sum").tolist()
         total = sum(values)
         if not math.isfinite(total):
             self._save_network(NAN, image_ids=seen)
@@ -227,11 +236,12 @@ class Trainer:
         self._optimizer.zero_grad()
         if self.state.average is not None:
             self.state.average.update_parameters(self._network)
-        return dict(zip(losses, values, strict=True)), int(damaged), stops > 0
+        return dict(zip(losses, values, strict=True)), int(damaged), int(pixels), stops > 0
 
-    def _losses(self, batch: Any) -> dict[str, Tensor]:
-        """This process's part of each mean over all processes' pixels."""
-        accelerator, update = self._accelerator, self.state.step + 1
+    def _losses(self, batch: Any) -> tuple[dict[str, Tensor], Tensor]:
+        """This process's part of each mean over all processes' pixels, and how many of its own count in them."""
+        accelerator, update, chosen = self._accelerator, self.state.step + 1, self._config.loss
+        ignore = ignore_value(batch["present"].shape[1])
         images, target, confidence = (
             batch[name].to(accelerator.device, non_blocking=True) for name in ("image", "mask", "confidence")
         )
@@ -243,14 +253,15 @@ class Trainer:
             outputs = self._forward(images)
         if self._online is not None:
             present = [torch.nonzero(row)[:, 0].tolist() for row in batch["present"]]
-            beyond = target == ignore_value(batch["present"].shape[1])
-            target, confidence = self._online(images, outputs, present, beyond, update)
+            target, confidence = self._online(images, outputs, present, target == ignore, update)
         mean, std, device = self._network.image_mean, self._network.image_std, accelerator.device
         counted, present = ~batch["damaged"].to(device), batch["present"].to(device)
         pictures = Pictures(images, mean, std, present, counted)
-        return weighted_losses(
+        weights = confidence_weights(confidence, chosen.confidence, chosen.min_confidence)
+        losses = weighted_losses(
             outputs, target, confidence, self._config, update, accelerator.reduce, pictures
         )
+        return losses, ((target != ignore) & (weights > 0)).sum()
 
     def _validate(self, validate: Callable[[SegmentationNetwork], float]) -> float:
         network, state = self._kept(), self.state
@@ -268,23 +279,47 @@ class Trainer:
         average = self.state.average
         return self._network if average is None else average.module  # type: ignore[return-value]
 
+    def _save_all(self) -> None:
+        """The network as it is, and all that the run goes on with."""
+        self._save_network(LAST)
+        if self._accelerator.is_main_process:
+            self.state.save(self._out / STATE)
+        self._accelerator.wait_for_everyone()
+
     def _save_network(self, name: str, **extra: Any) -> None:
         if self._accelerator.is_main_process:
             names, step = self._dataset.masks.class_names, self.state.step
             save_network(self._kept(), self._out / name, self._config.network, names, {"step": step, **extra})
 
 
-class UnusableSamples:
-    """Ends a training that sees too little, before it ends well on nothing."""
+class SamplesSeen:
+    """Ends a training that sees too little, before it ends well on nothing.
 
-    def __init__(self, largest_share: float, images: int) -> None:
-        self._largest_share = largest_share
+    Args:
+        largest_share: share of the samples that may be unusable.
+        images: number of images of the data set.
+        min_confidence: what a pixel's confidence must reach to count, for the message.
+        has_learnt: whether a pixel counted before.
+
+    Attributes:
+        has_learnt: whether any pixel has counted by now.
+    """
+
+    def __init__(
+        self, largest_share: float, images: int, min_confidence: float = 0, *, has_learnt: bool = False
+    ) -> None:
+        self._largest_share, self._min_confidence = largest_share, min_confidence
         self._judged_from = min(images, SAMPLES_TO_JUDGE)
         self._samples = self._unusable = self._updates_in_vain = 0
+        self._empty_updates = self._empty_samples = 0
+        self.has_learnt = has_learnt
 
-    def count(self, unusable: int, samples: int, is_last: bool) -> None:
-        """Count the samples of an update; a TrainingError where training is of no use."""
+    def count(self, unusable: int, samples: int, is_last: bool, counted: int = 1) -> None:
+        """Count the samples of an update, and its pixels that count; a TrainingError where training is of no use."""
         self._samples, self._unusable = self._samples + samples, self._unusable + unusable
+        self.has_learnt = self.has_learnt or counted > 0
+        self._empty_updates = 0 if counted else self._empty_updates + 1
+        self._empty_samples = 0 if counted else self._empty_samples + samples
         self._updates_in_vain = self._updates_in_vain + 1 if unusable == samples else 0
         is_judged = is_last or self._samples >= self._judged_from
         if is_judged and self._unusable > self._largest_share * self._samples:
@@ -292,11 +327,30 @@ class UnusableSamples:
             remedy = f", or allow more than {self._largest_share:.0%} with --set max_unusable=SHARE"
         elif self._updates_in_vain >= UPDATES_IN_VAIN or (is_last and self._unusable == self._samples):
             reason, remedy = f"the last {self._updates_in_vain} updates had no sample that could be used", ""
+        elif (is_last and not self.has_learnt) or (
+            self._empty_updates >= UPDATES_IN_VAIN and self._empty_samples >= self._judged_from
+        ):
+            raise TrainingError(
+                f"the last {self._empty_updates} updates had no pixel that counts: none has a label as certain as "
+                f"--min-confidence {self._min_confidence:g} (loss.min_confidence); lower it, or make the masks anew"
+            )
         else:
             return
         raise TrainingError(
             f"{reason}, as each is warned of above: mend the images or their masks, and run the same command{remedy}"
         )
+
+
+@contextmanager
+def loading(loader: DataLoader[Any]) -> Iterator[Iterator[Any]]:
+    """The batches of a loader, whose processes end with the block."""
+    batches = iter(loader)
+    try:
+        yield batches
+    finally:
+        # an error holds on to the frames in which they are known, and what is deaf to signals would be waited for
+        # without end when the interpreter exits; torch has no public name for it
+        getattr(batches, "_shutdown_workers", lambda: None)()
 
 
 def next_batch(batches: Iterator[Any]) -> Any:
@@ -305,13 +359,33 @@ def next_batch(batches: Iterator[Any]) -> Any:
         return next(batches)
     except WsssError as error:  # torch puts the traceback of the other process in front
         raise type(error)(str(error).strip().splitlines()[-1].partition(": ")[2]) from error
-    except RuntimeError as error:
-        if any(text in str(error) for text in ("shared memory", "DataLoader worker")):
-            raise TrainingError(
-                f"a process that loads samples died ({one_line(error)[:200]}): give it more memory, more shared "
-                "memory (/dev/shm; docker run --shm-size=2g), or load in the training process with --workers 0"
-            ) from error
-        raise
+    except (OSError, RuntimeError) as error:
+        reason = _loading_failed(str(error))
+        if reason is None:
+            raise
+        raise TrainingError(reason) from error
+
+
+# as torch and Linux put it that /dev/shm has no room: on being asked for, and on being written to
+_SHARED_MEMORY_IS_FULL = ("allocate shared memory", "unable to write to file </torch", "signal: Bus error")
+
+
+def _loading_failed(text: str) -> str | None:
+    """Why samples can't be had from other processes, of torch's words for it; None where these say something else."""
+    cause = text.strip().splitlines()[-1] if text.strip() else ""
+    if "Too many open files" in cause:
+        return f"too many open files ({one_line(cause)[:200]}): raise the limit (ulimit -n 4096), or give --workers 0"
+    if any(words in text for words in _SHARED_MEMORY_IS_FULL):
+        return (
+            "shared memory (/dev/shm) is full: load samples in the training process with --workers 0, or give more "
+            "of it (docker run --shm-size=2g)"
+        )
+    if "shared memory" in cause or ("DataLoader worker" in text and "is killed" in text):
+        return (
+            f"a process that loads samples died ({one_line(cause)[:200]}): give fewer --workers, or more memory; "
+            "--workers 0 loads in the training process"
+        )
+    return None
 
 
 def learning_rate(peak: float, step: int, config: OptimisationConfig) -> float:
