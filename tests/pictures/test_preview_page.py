@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
@@ -19,11 +20,12 @@ from tests.end_to_end.conftest import write_scored_world, wsss
 from tests.pictures.browser import Browser, needs_chromium
 from tests.pictures.conftest import CAT, DOG
 from wsss_pipeline.cache import MaskCache
+from wsss_pipeline.data.classes import voc_palette
 from wsss_pipeline.data.datasets import read_split, split_line
 from wsss_pipeline.data.image_ids import find_images
 from wsss_pipeline.data.masks import PseudoMask
 from wsss_pipeline.errors import MaskError, OutputError
-from wsss_pipeline.pictures.preview_page import PreviewImage, preview_page
+from wsss_pipeline.pictures.preview_page import PreviewImage, layer, preview_page
 from wsss_pipeline.stages import preview as stage
 from wsss_pipeline.stages.preview import preview_folder, unsureness
 
@@ -82,6 +84,17 @@ def test_a_layer_is_transparent_where_it_darkens_and_has_the_class_s_colour(
     assert layer[0, 0].tolist() == [0, 0, 0, 115]
     assert layer[10, 10].tolist() == [128, 0, 0, 153]
     assert entry["classes"] == [[0, 0.1, round(20 * 16 / 1200, 4)]]
+
+
+def test_a_layer_of_a_mask_of_16_bits_is_smaller_and_has_its_classes() -> None:
+    mask = np.zeros((640, 960), np.uint16)
+    mask[:, 480:] = 300
+    pixels = np.asarray(Image.open(io.BytesIO(layer(mask))))
+    assert pixels.shape == (213, 320, 4)
+    assert pixels[0, 0].tolist() == [0, 0, 0, 115]
+    assert pixels[0, 200].tolist() == [*voc_palette(301)[300], 153]
+    record = PseudoMask(mask, np.full(mask.shape, 150, np.uint8))
+    assert unsureness(record, [f"class {value}" for value in range(1, 400)]) == {"class 300": 0.25}
 
 
 def test_images_can_be_chosen_and_what_is_not_there_is_refused(

@@ -85,9 +85,11 @@ def command(
         raise ConfigError("--clip goes with --checkpoint")
     if classes is not None and predictions is None:
         raise ConfigError("--classes goes with --predictions; a mask set and a network know theirs")
-    check_apart(html, "--html", inputs)
+    from wsss_pipeline.segmentation.checkpoint import find_checkpoint
     from wsss_pipeline.stages.evaluate import open_masks
 
+    inputs |= {"--checkpoint": find_checkpoint(checkpoint) if checkpoint else None}
+    check_apart(html, "--html", inputs)
     files = find_images(images)
     masks = open_masks(
         cache=cache,

@@ -51,20 +51,20 @@ def mask_over_image(image: Rgb, mask: Mask) -> Rgb:
     return result
 
 
-def mask_layer(mask: NDArray[np.uint8]) -> NDArray[np.uint8]:
+def mask_layer(mask: Mask) -> NDArray[np.uint8]:
     """What ``mask_over_image`` lays over an image, to be laid over it elsewhere: uint8 (H, W, 4) RGBA.
 
     Args:
-        mask: uint8 (H, W) class indices; background darkens what lies below it.
+        mask: uint8 or uint16 (H, W) class indices; background darkens what lies below it.
     """
     result = np.empty((*mask.shape, 4), np.uint8)
-    result[..., :3] = voc_palette()[mask]  # of background: black
+    result[..., :3] = voc_palette(1 + np.iinfo(mask.dtype).max)[mask]  # of background: black
     result[..., 3] = np.where(mask == 0, round(255 * (1 - BACKGROUND_DIMMING)), round(255 * MASK_OPACITY))
     _outline(result, mask)
     return result
 
 
-def _outline(pixels: NDArray[np.uint8], mask: NDArray[np.uint8]) -> None:
+def _outline(pixels: NDArray[np.uint8], mask: Mask) -> None:
     """Whitens the last pixel of a region before the next one, to the right or below."""
     pixels[:, :-1][mask[:, :-1] != mask[:, 1:]] = 255
     pixels[:-1][mask[:-1] != mask[1:]] = 255

@@ -9,10 +9,10 @@ from dataclasses import dataclass, field
 
 import numpy as np
 from markupsafe import Markup
-from numpy.typing import NDArray
 from PIL import Image
 
 from wsss_pipeline.data.datasets import split_line
+from wsss_pipeline.data.masks import Mask
 from wsss_pipeline.pictures.overlays import Rgb, class_colour, encoded, mask_layer
 from wsss_pipeline.pictures.templates import read, render
 from wsss_pipeline.runtime.output import printable
@@ -55,8 +55,8 @@ def thumbnail(image: Rgb) -> bytes:
     return encoded(picture, "JPEG", quality=_JPEG_QUALITY)
 
 
-def layer(mask: NDArray[np.uint8]) -> bytes:
-    """The transparent PNG of a mask, uint8 (H, W) class indices, of the size of its image's thumbnail."""
+def layer(mask: Mask) -> bytes:
+    """The transparent PNG of a mask, uint8 or uint16 (H, W) class indices, of the size of its image's thumbnail."""
     small = Image.fromarray(mask)
     small.thumbnail(_BOX, Image.Resampling.NEAREST)
     return encoded(Image.fromarray(mask_layer(np.asarray(small))), "PNG")

@@ -12,7 +12,7 @@ import numpy as np
 from wsss_pipeline.cache import MaskCache
 from wsss_pipeline.data.image_files import ImageFile
 from wsss_pipeline.data.images import file_digest, image_size, read_image
-from wsss_pipeline.data.masks import CERTAIN, IGNORE, MaskSource, PseudoMask
+from wsss_pipeline.data.masks import CERTAIN, MaskSource, PseudoMask
 from wsss_pipeline.errors import CacheRecordError, ConfigError, ImageError, MaskError
 from wsss_pipeline.pictures.contact_sheet import CELL_HEIGHT, CELL_WIDTH, draw_sheet
 from wsss_pipeline.pictures.overlays import encoded
@@ -42,7 +42,7 @@ def unsureness(record: PseudoMask, class_names: Sequence[str]) -> dict[str, floa
     """1 - mean confidence of each class's pixels, and 1 for a label that none has; a ``Doubt``."""
     values = {name: value for value, name in enumerate(class_names, start=1)}
     result = {name: 1.0 for name in record.labels if name in values}
-    counts = np.bincount(record.mask.ravel(), minlength=IGNORE + 1)
+    counts = np.bincount(record.mask.ravel(), minlength=len(class_names) + 1)
     for name, value in values.items():
         if counts[value]:
             result[name] = 1 - float(record.confidence[record.mask == value].mean()) / CERTAIN
