@@ -133,6 +133,11 @@ def test_split_lists_of_other_tools(tmp_path: Path, text: str) -> None:
     assert read_split(path, {"a", "with space", "d/c", "c"}) == ["a", "with space", "d/c"]
 
 
+def test_a_known_id_is_no_pair_of_paths(tmp_path: Path) -> None:
+    path = write(tmp_path / "s.txt", "a.jpg b.png.png\nimages/a.jpg masks/a.png\n")
+    assert read_split(path, {"a", "a.jpg b.png"}) == ["a.jpg b.png", "a"]
+
+
 def test_paths_in_split_lists_that_are_taken_for_shorter_ones_are_told(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

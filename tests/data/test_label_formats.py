@@ -403,6 +403,15 @@ def test_where_two_readings_are_possible_both_are_named(
     assert all(reason in message for reason in reasons), message
 
 
+def test_images_may_be_called_like_classes(tmp_path: Path) -> None:
+    written(tmp_path, {"l.json": '{"cat": ["dog"], "dog": []}', "l.csv": "image,labels\ncat,dog\n"})
+    assert read_labels(tmp_path / "l.json", {}, PETS) == {"cat": ("dog",), "dog": ()}
+    assert read_labels(tmp_path / "l.csv", {}, PETS) == {"cat": ("dog",)}
+    written(tmp_path, {"l.json": '{"cat": ["dgo"], "dog": ["cta"]}'})
+    with pytest.raises(LabelError, match="unknown class 'dgo'"):
+        read_labels(tmp_path / "l.json", {"cat": Path("cat.jpg")}, PETS)
+
+
 def test_insisting_chooses_one_of_two_readings(tmp_path: Path) -> None:
     written(tmp_path, {"l.txt": "a 0 1\nb 1 0\n", "l.csv": "image,label,cat,dog\na,cat,0,1\n"})
     two = load_class_set("cat,dog")

@@ -6,6 +6,7 @@ import errno
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -27,12 +28,13 @@ def only_error(stderr: str) -> str:
         ({"../../x": ["cat"]}, ["labels.json", "../../x"]),
         ({"/etc/passwd": ["cat"]}, ["labels.json", "/etc/passwd"]),
         ({"a\x00b": ["cat"]}, ["labels.json"]),
-        ({"cat": "cat"}, ["labels.json", "cat"]),
+        ({"cat": 3}, ["labels.json", "cat"]),
+        ({"cat": [], "tiny_odd": []}, ["labels.json", "2 images and no class of any"]),
         ({"cat": [1]}, ["labels.json", "cat"]),
         ({}, ["labels.json"]),
     ],
 )
-def test_labels(generate: Run, world: Path, labels: dict[str, list[str]], parts: list[str]) -> None:
+def test_labels(generate: Run, world: Path, labels: Any, parts: list[str]) -> None:
     write_labels(world, labels)
     result = generate()
     assert result.exit_code == 2
@@ -100,6 +102,17 @@ def test_no_images_no_classes_no_folder(world: Path, clip: Path) -> None:
     assert "nowhere" in only_error(nowhere.stderr)
     voc = wsss("generate-masks", "--clip", clip, "--voc", world / "nothing", "--split", "train")
     assert "nothing" in only_error(voc.stderr)
+
+
+@pytest.mark.parametrize("command", ["generate-masks", "select-prompt", "learn-prompts"])
+def test_labels_in_another_form_than_insisted_on(world: Path, clip: Path, command: str) -> None:
+    given = ["--labels", world / "labels.json", "--labels-format", "csv", "--images", world / "images"]
+    further = ["--out", world / "out"] if command == "learn-prompts" else []
+    result = wsss(command, *given, "--classes", "voc12", "--clip", clip, *further)
+    assert result.exit_code == 2
+    assert "a json file is never in the form csv" in only_error(result.stderr)
+    without = wsss(command, *given[2:], "--classes", "voc12", "--clip", clip, *further)
+    assert "--labels-format goes with --labels" in only_error(without.stderr)
 
 
 def test_hostile_names_stay_on_one_line(generate: Run, world: Path) -> None:

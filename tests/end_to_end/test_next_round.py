@@ -109,6 +109,8 @@ def test_one_bad_image_is_reported_skipped_and_counted(world: Path) -> None:
         (("--images", "none"), "none holds no image"),
         (("--labels", "unknown.json"), "unknown class 'catt'; did you mean 'cat'?"),
         (("--labels", "nowhere.csv"), "nowhere.csv"),
+        (("--labels", "labels.json", "--labels-format", "csv"), "never in the form csv"),
+        (("--labels-format", "csv"), "--labels-format goes with --labels"),
         (("--labels", "labels.json", "--classes", "demo"), "(cat, dog)"),
         (("--any-class",), "--labels"),
         (("--split", "nowhere.txt"), "nowhere.txt"),

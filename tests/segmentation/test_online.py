@@ -143,7 +143,10 @@ def test_a_crops_target_holds_its_images_classes_alone(
 def test_images_without_labels_teach_the_background(
     make_online: Make, root: Path, tmp_path: Path, made: list[Made], method: str
 ) -> None:
-    labels = write(tmp_path, {image_id: [] for image_id in labels_of(root)})
+    elsewhere = {
+        "elsewhere": [load_class_set("demo").names[0]]
+    }  # for a list without any class is none of labels
+    labels = write(tmp_path, {image_id: [] for image_id in labels_of(root)} | elsewhere)
     config = online_config(method, optimisation__iterations=8, optimisation__lr=0.01)
     run = train_seg(make_online("run", config, labels=labels)).checkpoint
     assert all((part.target[~part.beyond] == 0).all() for part in made)
@@ -536,6 +539,14 @@ MISUSED: dict[str, tuple[tuple[str, ...], str]] = {
     ),
     "no such preset": (("--online", "weclip/voc", *LABELS, *CLASSES), "unknown preset 'weclip/voc'"),
     "no labels": ((*ONLINE, *CLASSES), "lies in no class folder; give --labels"),
+    "labels in another form": (
+        (*ONLINE, *CLASSES, *LABELS, "--labels-format", "csv"),
+        "a folder is never in the form csv",
+    ),
+    "a form without labels": (
+        (*ONLINE, *CLASSES, "--labels-format", "csv"),
+        "--labels-format goes with --labels",
+    ),
     "no such labels": ((*ONLINE, *CLASSES, "--labels", "nowhere.json"), "'nowhere.json' can't be read"),
     "no classes": ((*ONLINE, *LABELS), "--online needs classes: give --classes voc12, FILE.yaml or cat,dog"),
     "a cache as well": (

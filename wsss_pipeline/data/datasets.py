@@ -125,7 +125,7 @@ def read_split(path: Path, known: Collection[str] = ()) -> list[str]:
                 continue
             if len(line) > _LONGEST_LINE:
                 check_image_id(line, where)
-            pair = _TWO_PATHS.fullmatch(line)
+            pair = None if without_image_suffix(line) in known else _TWO_PATHS.fullmatch(line)
             written = (pair[1] if pair else line).replace("\\", "/").removeprefix("/JPEGImages/")
             written = without_image_suffix(re.sub(r"\A(\./+)+", "", written))
             image_id = written

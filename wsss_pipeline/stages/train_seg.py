@@ -157,7 +157,7 @@ def _without(ids: Sequence[str], leave_out: Path) -> list[str]:
         LabelError: the list can't be read.
         TrainingError: it names all of them.
     """
-    listed = set(read_split(leave_out))
+    listed = set(read_split(leave_out, dict.fromkeys(ids)))
     kept = [image_id for image_id in ids if image_id not in listed]
     left_out = len(ids) - len(kept)
     if ids and not kept:

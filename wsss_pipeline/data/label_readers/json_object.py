@@ -29,13 +29,11 @@ def fill_from_json(table: LabelTable, content: Any, file: Path) -> None:
     """``{"image_id": ["cat", "sofa"]}``; for the list also one name, or ``{"cat": 1, "sofa": 0}``."""
     if not isinstance(content, dict):
         raise LabelError(f"{file}: {_FORM}, found {type(content).__name__}")
-    known = table.classes.find
-    if (
-        content
-        and all(map(known, content))
-        and not any(isinstance(value, dict) for value in content.values())
-    ):
-        raise LabelError(f"{file}: {_FORM}; here each key is a class, turn it round")
+    listed = [value for value in content.values() if isinstance(value, list)]
+    if listed and all(map(table.classes.find, content)) and not any(map(table.has_image, content)):
+        names = [name for value in listed for name in value if isinstance(name, str)]
+        if names and not any(map(table.classes.find, names)):
+            raise LabelError(f"{file}: {_FORM}; here each key is a class, turn it round")
     for image, value in content.items():
         where = f"{file}, image {image!r:.80}"
         names = [value] if isinstance(value, str) else value
