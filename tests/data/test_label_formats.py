@@ -412,6 +412,20 @@ def test_images_may_be_called_like_classes(tmp_path: Path) -> None:
         read_labels(tmp_path / "l.json", {"cat": Path("cat.jpg")}, PETS)
 
 
+def test_images_of_yolo_lie_beside_the_labels_or_are_given_alone(tmp_path: Path) -> None:
+    files = {f"train/labels/{name}": content for name, content in YOLO.items()}
+    written(tmp_path, files | {"data.yaml": YAML, "README.roboflow.txt": "hello"})
+    assert read_labels(tmp_path, IMAGES, PETS) == LABELS
+    whole = {f"train/images/{name}": Path(f"{name}.jpg") for name in LABELS}
+    assert read_labels(tmp_path, whole, PETS) == {
+        f"train/images/{name}": names for name, names in LABELS.items()
+    }
+    written(tmp_path, {"valid/labels/a.txt": "0 0.5 0.5 1 1\n"})
+    with pytest.raises(LabelError, match="image 'a' has two records"):
+        read_labels(tmp_path, IMAGES, PETS)
+    assert read_labels(tmp_path, whole, PETS)["valid/images/a"] == ("dog",)
+
+
 def test_insisting_chooses_one_of_two_readings(tmp_path: Path) -> None:
     written(tmp_path, {"l.txt": "a 0 1\nb 1 0\n", "l.csv": "image,label,cat,dog\na,cat,0,1\n"})
     two = load_class_set("cat,dog")
@@ -441,6 +455,8 @@ def test_insisting_chooses_one_of_two_readings(tmp_path: Path) -> None:
         ({"cat_train.txt": "a -1\nb  1\n"}, "cat_train.txt", "ImageSets/Main"),
         ({"l.json": '{"cat": ["a.jpg"], "dog": ["b.jpg"]}'}, "l.json", "each key is a class"),
         ({"l.json": '{"a": [3]}'}, "l.json", "3 in its list isn't text"),
+        ({"l.txt": "a.jpg,cat\nb.jpg,dog\n"}, "l.txt", "line 1: 'a.jpg,cat' has commas"),
+        ({"l.csv": "version https://git-lfs.github.com/spec/v1\noid x\n"}, "l.csv", "git lfs pull"),
         ({"l.json": '{"a": {"cat": 0.7}}'}, "l.json", "'cat' is 0.7"),
         ({"l.json": '[{"file_name": "a.jpg", "label": 3}]'}, "l.json", "labels are 3"),
         ({"l.json": '[{"file_name": "a.jpg", "text": "a cat"}]'}, "l.json", "expected records like"),

@@ -185,6 +185,8 @@ def _content(path: Path, classes: ClassSet, form: str | None) -> tuple[Kind, Any
     if kind == "npy" or form == "npy":
         return "npy", onehot_npy.read_npy(path)
     text = read_text(path)
+    if text.startswith("version https://git-lfs.github.com/"):
+        raise LabelError(f"{path}: a pointer of Git LFS in place of the file; fetch it with git lfs pull")
     if kind == "text":
         if re.match(r'\s*[\[{]\s*["\[{]', text):
             kind = "json"

@@ -59,6 +59,6 @@ def fill_from_json_onehot(table: LabelTable, content: Any, file: Path) -> None:
 def _is_present(value: Any, name: str, where: str) -> bool:
     if value not in (0, 1) or isinstance(value, str):
         raise LabelError(
-            f"{where}: {name!r:.60} is {value!r:.60}; write 1 where the class is present, else 0"
+            f"{where}: {name!r:.60} is {value!r:.60}; write a list of names, or 1 for each class"
         )
     return bool(value)

@@ -38,6 +38,10 @@ def fill_from_text(table: LabelTable, text: str, file: Path) -> None:
             raise LabelError(
                 f"{where}: -1 and 1 are how VOC lists the images of one class; give the folder ImageSets/Main"
             )
+        if not names and any(map(table.classes.find, image.split(",")[1:])):
+            raise LabelError(
+                f"{where}: {image!r:.60} has commas; write spaces, or a .csv with header image,labels"
+            )
         table.add_record(image, names, where, adds_up=adds_up, or_numbered=True)
 
 

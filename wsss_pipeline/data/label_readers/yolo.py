@@ -15,6 +15,7 @@ from wsss_pipeline.files import MIB
 MOST_BYTES = 16 * MIB  # of the labels of one image
 LOOKED_AT = 20  # files, for what form they are of
 _LISTS = ("classes.txt", "obj.names", "_darknet.labels")
+_LABELS_FOLDER = re.compile("((?:.*/)?)labels/(.*)")  # the last of that name
 _SHAPE = re.compile(r"([0-9]{1,9})((?:\s+[-+.0-9eE]{1,40}){4,})\s*")
 
 
@@ -31,14 +32,17 @@ def fill_from_yolo(table: LabelTable, files: Sequence[Path], folder: Path) -> No
     """Lines ``class x y width height`` or ``class x y x y ...``; an empty file is an image without labels.
 
     Names come from ``names`` in ``data.yaml`` (or the one other ``.yaml``), or from ``classes.txt`` or ``obj.names``,
-    in the folder or one of the two above it. The image is called like the text file, below ``images`` where that lies
-    below ``labels``. With folders called ``labels``, or ``obj_..._data``, text files elsewhere are passed over.
+    in the folder or one of the two above it. The image is called like the text file; where that lies below
+    ``labels``, below ``images`` or by itself. With folders called ``labels``, or ``obj_..._data``, text files
+    elsewhere are passed over.
     """
     names, origin = _names(folder)
     for file in _label_files(files):
-        parts = list(file.relative_to(folder).with_suffix("").parts)
-        if "labels" in parts[:-1]:
-            parts[len(parts) - 2 - parts[-2::-1].index("labels")] = "images"
+        image = file.relative_to(folder).with_suffix("").as_posix()
+        if found := _LABELS_FOLDER.fullmatch(image):
+            image = f"{found[1]}images/{found[2]}"
+            if table.has_image(found[2]) and not table.has_image(image):
+                image = found[2]
         present: dict[str, None] = {}
         for number, line in enumerate(read_text(file, MOST_BYTES).splitlines(), start=1):
             if not line.strip():
@@ -54,7 +58,7 @@ def fill_from_yolo(table: LabelTable, files: Sequence[Path], folder: Path) -> No
                     f"{file} line {number}: class number {index}; {origin} has {len(names)} names"
                 )
             present[names[index]] = None
-        table.add_record("/".join(parts), present, str(file))
+        table.add_record(image, present, str(file))
 
 
 def _label_files(files: Sequence[Path]) -> list[Path]:
