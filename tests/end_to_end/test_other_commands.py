@@ -73,7 +73,7 @@ class TestEvaluate:
         assert json.loads(folder.stdout)["miou"] == json.loads(cache.stdout)["miou"]
 
     def test_the_table_says_what_was_measured(self, masks: Path, truth: Path, world: Path) -> None:
-        (world / "two.txt").write_text("cat\ntiny_odd\n")
+        (world / "two.txt").write_text("images/cat.jpg masks/cat.png\ntiny_odd\n")
         result = wsss("evaluate", "--cache", masks, "--gt", truth, "--split", world / "two.txt")
         assert result.exit_code == 0
         assert "split two, 2 images" in result.stdout

@@ -22,8 +22,10 @@ def test_listed_images_are_not_trained_on_and_a_continued_run_is_held_to_it(
     make: Make, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     rejected = tmp_path / "rejected.txt"
-    rejected.write_text("train_00002\ntrain_00005\nno/such/image\n")
-    (tmp_path / "seven.txt").write_text("\n".join(IDS[:7]))
+    rejected.write_text("train_00002\nimages/train_00005.jpg\nno/such/image\n")
+    (tmp_path / "seven.txt").write_text(
+        "\n".join(f"JPEGImages/{i}.jpg SegmentationClass/{i}.png" for i in IDS[:7])
+    )
     job = make(config=SHORT, split=tmp_path / "seven.txt", leave_out=rejected)
     with caplog.at_level(logging.INFO):
         train_seg(job)

@@ -675,7 +675,7 @@ def test_two_processes_are_one_with_twice_the_batch(
     Seven images are validated on, so that the processes' shares differ: each image counts once. Two seeds, so
     that the processes train together more than once.
     """
-    (tmp_path / "seven.txt").write_text("".join(f"train_0000{number}\n" for number in range(7)))
+    (tmp_path / "seven.txt").write_text("".join(f"images/train_0000{number}.jpg\n" for number in range(7)))
     if name != "deeplabv2":
         encoder = str(write_model(tmp_path / encoder, encoder, **changes))
     more: tuple[object, ...] = ("--network", name, "--encoder", encoder, "--iterations", 2, "--lr", 0.01)

@@ -96,7 +96,7 @@ def test_shares_and_a_split_choose_the_images(world: Path) -> None:
     assert 0 < len(open_regions("out")) < 3  # type: ignore[arg-type]
     assert wsss("--shard", "1/2").exit_code == 0
     assert sorted(open_regions("out")) == sorted(IDS)  # type: ignore[call-overload]
-    Path("split.txt").write_text("three\ngone\n")
+    Path("split.txt").write_text("images/three.jpg\ngone\n")
     report = propose_regions(replace(job(split=Path("split.txt")), cache_dir=Path("other")))
     assert (report.computed, report.failed) == (1, {"gone": MISSING})
 

@@ -161,7 +161,7 @@ def test_any_class_takes_from_the_labels_which_images_to_do(root: Path, tmp_path
 
 def test_a_split_says_which_images(root: Path, tmp_path: Path) -> None:
     split = tmp_path / "ids.txt"
-    split.write_text(f"{IDS[2]}\ngone\n")
+    split.write_text(f"images/{IDS[2]}.jpg\ngone\n")
     for labels, failed in ((root / "labels.json", {}), (None, {"gone": MISSING})):
         report = relabel(job(root, tmp_path / "cache", labels=labels, split=split))
         assert (report.computed, report.failed, report.unlabelled) == (1, failed, 0)
