@@ -426,6 +426,13 @@ def test_images_of_yolo_lie_beside_the_labels_or_are_given_alone(tmp_path: Path)
     assert read_labels(tmp_path, whole, PETS)["valid/images/a"] == ("dog",)
 
 
+def test_other_files_in_a_folder_are_no_labels(tmp_path: Path) -> None:
+    _, files, _ = CASES["VOC"]
+    others = {"d/notes.txt": b"caf\xe9", "d/coco.json": b"{", "d/a.txt": b"\0", "d/b.json": b"[1]"}
+    written(tmp_path, {**files, **others})
+    assert read_labels(tmp_path / "d", IMAGES, PETS) == LABELS
+
+
 def test_insisting_chooses_one_of_two_readings(tmp_path: Path) -> None:
     written(tmp_path, {"l.txt": "a 0 1\nb 1 0\n", "l.csv": "image,label,cat,dog\na,cat,0,1\n"})
     two = load_class_set("cat,dog")
@@ -491,7 +498,8 @@ def test_insisting_chooses_one_of_two_readings(tmp_path: Path) -> None:
         ({"l.xml": "<annotations><track id='0' label='cat'/></annotations>"}, "l.xml", "tracks of a video"),
         ({"l.xml": "<!DOCTYPE a><annotations/>"}, "l.xml", "isn't safe"),
         ({"d/annotations.xml": CVAT}, "d", "give CVAT's file itself"),
-        ({"d/_annotations.coco.json": json.dumps(COCO)}, "d", "give a label file itself"),
+        ({"d/_annotations.coco.json": json.dumps(COCO)}, "d", "no .xml files of VOC, .json of LabelMe"),
+        ({"d/a.json": labelme("a.jpg", {}, "cat"), "d/b.json": "{}"}, "d", "b.json: not a file of LabelMe's"),
         ({"d/a.txt": "0 0.5 0.5 1 1\n"}, "d", "no data.yaml, classes.txt or obj.names"),
         ({"d/a.txt": "3 0.5 0.5 1 1\n", "d/data.yaml": YAML}, "d", "class number 3"),
         (

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from wsss_pipeline.config import LabelFormat
 from wsss_pipeline.data.classes import load_class_set
 from wsss_pipeline.data.labels import read_labels
 from wsss_pipeline.errors import LabelError
@@ -235,7 +236,7 @@ def test_missing_sources_are_refused(tmp_path: Path) -> None:
     refused(tmp_path / "empty", "no .xml files")
 
 
-@pytest.mark.parametrize("suffix", [".json", ".csv", ".txt"])
+@pytest.mark.parametrize("suffix", [".json", ".csv", ".txt", ".jsonl", ".tsv", ".xml", ".npy"])
 @pytest.mark.parametrize("kind", ["FIFO", "device", "sparse"])
 def test_label_files_without_end_are_refused_at_once(tmp_path: Path, suffix: str, kind: str) -> None:
     path = endless(tmp_path / f"l{suffix}", kind)
@@ -247,6 +248,21 @@ def test_an_annotation_without_end_is_refused_at_once(tmp_path: Path, kind: str)
     endless(tmp_path / "a.xml", kind)
     with pytest.raises(LabelError, match=r"a\.xml.*(at most|not a plain file)"):
         read_labels(tmp_path, IMAGES, VOC)
+
+
+@pytest.mark.parametrize("kind", ["FIFO", "device", "sparse"])
+@pytest.mark.parametrize(
+    ("name", "form"), [("a.json", "labelme"), ("a.txt", "yolo"), ("cat_train.txt", "voc-lists")]
+)
+def test_a_file_without_end_among_the_labels_is_refused_at_once(
+    tmp_path: Path, kind: str, name: str, form: LabelFormat
+) -> None:
+    endless(tmp_path / name, kind)
+    (tmp_path / "classes.txt").write_text("cat\n")
+    with pytest.raises(LabelError, match=r"holds no \.xml files"):
+        read_labels(tmp_path, IMAGES, VOC)
+    with pytest.raises(LabelError, match=f"{name}.*(at most|not a plain file)"):
+        read_labels(tmp_path, IMAGES, VOC, form)
 
 
 def endless(path: Path, kind: str) -> Path:

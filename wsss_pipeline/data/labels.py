@@ -62,10 +62,6 @@ class _Format(NamedTuple):
     is_general: bool = False
 
 
-def _suffixed(suffix: str) -> Callable[[list[Path], ClassSet], bool]:
-    return lambda files, _: any(file.suffix == suffix for file in files)
-
-
 # where none fits, the first of a kind says what is wrong
 _FORMATS = (
     _Format("json", "json", json_object.is_json, json_object.fill_from_json, is_general=True),
@@ -91,8 +87,8 @@ _FORMATS = (
     _Format("voc-xml", "xml", voc_xml.is_voc_xml, voc_xml.fill_from_voc_xml),
     _Format("cvat", "xml", cvat_xml.is_cvat, cvat_xml.fill_from_cvat),
     _Format("npy", "npy", lambda *_: True, onehot_npy.fill_from_npy),
-    _Format("voc-xml", "folder", _suffixed(".xml"), voc_xml.fill_from_voc_folder),
-    _Format("labelme", "folder", _suffixed(".json"), labelme.fill_from_labelme_folder),
+    _Format("voc-xml", "folder", voc_xml.is_voc_folder, voc_xml.fill_from_voc_folder),
+    _Format("labelme", "folder", labelme.is_labelme_folder, labelme.fill_from_labelme_folder),
     _Format("yolo", "folder", yolo.is_yolo, yolo.fill_from_yolo),
     _Format("voc-lists", "folder", voc_lists.is_voc_lists, voc_lists.fill_from_voc_lists),
 )
@@ -152,7 +148,7 @@ def read_labels(
             )
         fitting = [known for known in of_kind if known.fits(content, classes)]
         fitting = [known for known in fitting if not known.is_general] or fitting
-        if kind == "folder" and not (fitting and content):
+        if kind == "folder" and (not content or (form is None and not fitting)):
             forms = "no .xml files of VOC, .json of LabelMe, .txt of YOLO or lists of VOC's ImageSets/Main"
             raise LabelError(f"{path} holds {forms}; name a folder of labels or a label file")
         if len(fitting) > 1 and form is None:

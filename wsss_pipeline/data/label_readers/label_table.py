@@ -176,6 +176,14 @@ def read_text(file: Path, at_most: int = MOST_BYTES) -> str:
     return text
 
 
+def begins_with(pattern: re.Pattern[str], file: Path, at_most: int) -> bool:
+    """Whether the first line of a file fits; a file that can't be read, such as one that isn't text, fits nothing."""
+    try:
+        return pattern.fullmatch(read_text(file, at_most).split("\n", 1)[0]) is not None
+    except LabelError:
+        return False
+
+
 def read_json(file: Path) -> Any:
     """The content of a JSON file, see ``parse_json``; a LabelError: as ``read_text`` too."""
     return parse_json(read_text(file), str(file))

@@ -7,8 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from wsss_pipeline.data.classes import NO_CLASSES, ClassSet
-from wsss_pipeline.data.label_readers.label_table import LabelTable, read_json
+from wsss_pipeline.data.label_readers.label_table import LabelTable, parse_json, read_text
 from wsss_pipeline.errors import LabelError
+from wsss_pipeline.files import MIB
+
+MOST_BYTES = 256 * MIB  # of the labels of one image, which may lie in them as text
+LOOKED_AT = 3  # files, for whether they are LabelMe's
 
 
 def is_labelme(content: Any, classes: ClassSet) -> bool:
@@ -16,16 +20,31 @@ def is_labelme(content: Any, classes: ClassSet) -> bool:
     return isinstance(content, dict) and isinstance(content.get("shapes"), list) and "imagePath" in content
 
 
+def is_labelme_folder(files: Sequence[Path], classes: ClassSet) -> bool:
+    """Whether one of the first JSON files is LabelMe's."""
+    for file in [file for file in files if file.suffix == ".json"][:LOOKED_AT]:
+        try:
+            if is_labelme(_content(file), classes):
+                return True
+        except LabelError:  # some other file, which is none of the labels
+            continue
+    return False
+
+
 def fill_from_labelme_folder(table: LabelTable, files: Sequence[Path], folder: Path) -> None:
     """LabelMe's JSON files below a folder."""
     for file in files:
         if file.suffix == ".json":
-            _fill(table, read_json(file), file.relative_to(folder).parent, file)
+            _fill(table, _content(file), file.relative_to(folder).parent, file)
 
 
 def fill_from_labelme(table: LabelTable, content: Any, file: Path) -> None:
     """One of LabelMe's JSON files."""
     _fill(table, content, Path(), file)
+
+
+def _content(file: Path) -> Any:
+    return parse_json(read_text(file, MOST_BYTES), str(file))
 
 
 def _fill(table: LabelTable, content: Any, folder: Path, file: Path) -> None:

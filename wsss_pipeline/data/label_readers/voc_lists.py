@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from wsss_pipeline.data.classes import ClassSet
-from wsss_pipeline.data.label_readers.label_table import LabelTable, read_text
+from wsss_pipeline.data.label_readers.label_table import MOST_BYTES, LabelTable, begins_with, read_text
 from wsss_pipeline.errors import LabelError
 
 _LINE = re.compile(r"\s*(\S+)\s+(-1|0|1)\s*")
@@ -15,9 +15,8 @@ _LINE = re.compile(r"\s*(\S+)\s+(-1|0|1)\s*")
 
 def is_voc_lists(files: Sequence[Path], classes: ClassSet) -> bool:
     """Whether the first text file that is called like a list of one class begins like one."""
-    of_a_class = (file for file in files if file.suffix == ".txt" and "_" in file.stem)
-    file = next(of_a_class, None)
-    return file is not None and _LINE.fullmatch(read_text(file).split("\n", 1)[0]) is not None
+    file = next((file for file in files if file.suffix == ".txt" and "_" in file.stem), None)
+    return file is not None and begins_with(_LINE, file, MOST_BYTES)
 
 
 def fill_from_voc_lists(table: LabelTable, files: Sequence[Path], folder: Path) -> None:

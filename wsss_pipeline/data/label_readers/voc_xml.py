@@ -23,6 +23,11 @@ def is_voc_xml(text: str, classes: ClassSet) -> bool:
     return re.match(r"\s*(<\?xml[^>]*>)?\s*<annotation[\s>/]", text[:1000]) is not None
 
 
+def is_voc_folder(files: Sequence[Path], classes: ClassSet) -> bool:
+    """Whether a folder holds XML."""
+    return any(file.suffix == ".xml" for file in files)
+
+
 def fill_from_voc_folder(table: LabelTable, files: Sequence[Path], folder: Path) -> None:
     """All ``.xml`` files below the folder; the image id is the path of the file without its suffix."""
     annotations = [file for file in files if file.suffix == ".xml"]

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from wsss_pipeline.config import read_yaml, yaml_mapping
 from wsss_pipeline.data.classes import ClassSet
-from wsss_pipeline.data.label_readers.label_table import LabelTable, read_text
+from wsss_pipeline.data.label_readers.label_table import LabelTable, begins_with, read_text
 from wsss_pipeline.errors import ConfigError, LabelError
 from wsss_pipeline.files import MIB
 
@@ -21,11 +21,7 @@ _SHAPE = re.compile(r"([0-9]{1,9})((?:\s+[-+.0-9eE]{1,40}){4,})\s*")
 
 def is_yolo(files: Sequence[Path], classes: ClassSet) -> bool:
     """Whether one of the first text files begins with a class number and the numbers of a box or polygon."""
-    for file in _label_files(files)[:LOOKED_AT]:
-        lines = read_text(file, MOST_BYTES).split("\n", 1)
-        if lines[0].strip():
-            return _SHAPE.fullmatch(lines[0]) is not None
-    return False
+    return any(begins_with(_SHAPE, file, MOST_BYTES) for file in _label_files(files)[:LOOKED_AT])
 
 
 def fill_from_yolo(table: LabelTable, files: Sequence[Path], folder: Path) -> None:
