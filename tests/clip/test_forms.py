@@ -305,6 +305,10 @@ NOT_A_CLIP: dict[str, tuple[Callable[[dict[str, Tensor]], dict[str, Tensor]], st
         "no square of patches and a class token",
     ),
     "a classifier": (lambda tensors: {"fc.weight": torch.zeros(1)}, "isn't a CLIP with a vision transformer"),
+    "a flat tensor": (
+        lambda tensors: {**tensors, "visual.proj": torch.zeros(3)},
+        "a tensor has the wrong shape",
+    ),
     "logit_scale": (
         lambda tensors: {**tensors, "logit_scale": torch.zeros(7)},
         "logit_scale isn't one number",
@@ -412,6 +416,47 @@ def test_an_openclip_repository_is_fetched_in_one_form_only(
     assert (local / "open_clip_pytorch_model.bin").exists() == (form == "bin")
     assert (local / "preprocessor_config.json").exists()
     assert (cams(Path("someone/open-clip")) - expected).abs().max() <= 1e-5
+
+
+@pytest.mark.parametrize(
+    ("part", "change"),
+    [
+        ("vision_cfg", {"width": 768}),
+        ("vision_cfg", {"layers": 12}),
+        ("vision_cfg", {"patch_size": 32}),
+        ("text_cfg", {"width": 512, "heads": 8}),
+        ("text_cfg", {"layers": 12}),
+    ],
+)
+@pytest.mark.parametrize("kind", ["OpenCLIP folder", "training, config beside"])
+def test_an_openclip_configuration_of_another_model(
+    folder: Path, tmp_path: Path, part: str, change: dict[str, Any], kind: str
+) -> None:
+    weights, _ = write(kind, folder, tmp_path / "model")
+    model = {**MODEL, part: {**MODEL[part], **change}}
+    beside(tmp_path / "model", folder, open_clip_config={"model_cfg": model})
+    message = refused(weights)
+    assert f"{part}.{next(iter(change))} {next(iter(change.values()))}" in message
+    assert "belong to different models" in message
+
+
+def test_one_part_of_a_model_asks_for_its_folder(tmp_path: Path) -> None:
+    (tmp_path / "model-00001-of-00002.safetensors").write_bytes(b"")
+    assert f"give its folder, {tmp_path}" in refused(tmp_path / "model-00001-of-00002.safetensors")
+
+
+def test_an_archive_of_another_size_than_openais_is_told_of(
+    folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """And what lies beside it says nothing of it."""
+    weights, stated = write("TorchScript, stated", folder, tmp_path / "model")
+    beside(tmp_path / "model", folder, open_clip_config=OPEN_CLIP, preprocessor_config=HALF)
+    assert located(weights).own_statistics is None
+    cams(weights)
+    assert "not of a size that OpenAI published" in caplog.text
+    caplog.clear()
+    cams(weights, **stated)
+    assert not caplog.text
 
 
 def test_openclip_configurations_that_hold_nothing(folder: Path, tmp_path: Path) -> None:
