@@ -14,11 +14,14 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import Tensor
+from transformers import AutoTokenizer, MetaClip2Config, MetaClip2Model
 
 from tests.openai_clip import openai_state_dict, write_torchscript
 from tests.tiny_clip import write_tiny_clip
 from wsss_pipeline.clip.sources import ClipFiles, locate_clip
+from wsss_pipeline.clip.text import TextEncoder
 from wsss_pipeline.clip.weights import load_clip
 from wsss_pipeline.config import ClipConfig
 from wsss_pipeline.data.transforms import PixelStatistics, prepare_image
@@ -227,6 +230,49 @@ def refused(weights: Path, tokenizer: Path | None = None, **stated: Any) -> str:
 
 def located(weights: Path, **stated: Any) -> ClipFiles:
     return locate_clip(ClipConfig(weights=str(weights), **stated), offline=True)
+
+
+def test_a_metaclip_2_is_a_clip_of_many_languages(tmp_path: Path) -> None:
+    """Features are those of transformers; its text ends with token 2."""
+    folder = tmp_path / "metaclip"
+    words = ["▁a", "▁photo", "▁of", "▁cat", "▁dog", "▁猫", "▁", *"abcdefghijklmnopqrstuvwxyz."]
+    special = ["<s>", "<pad>", "</s>", "<unk>"]
+    pieces = [(piece, -float(place)) for place, piece in enumerate([*special, *words])]
+    backend = Tokenizer(models.Unigram(pieces, unk_id=3))
+    backend.pre_tokenizer = pre_tokenizers.Metaspace()
+    ends = [("<s>", 0), ("</s>", 2)]
+    backend.post_processor = processors.TemplateProcessing(single="<s> $A </s>", special_tokens=ends)
+    backend.add_special_tokens(special)
+    tower = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 2, "num_hidden_layers": 2}
+    ids = {"eos_token_id": 2, "bos_token_id": 0, "pad_token_id": 1, "vocab_size": len(pieces)}
+    config = MetaClip2Config(
+        text_config={**tower, **ids, "projection_dim": 32},
+        vision_config={**tower, "patch_size": 16, "image_size": 64, "projection_dim": 32},
+        projection_dim=32,
+    )
+    torch.manual_seed(0)
+    model = MetaClip2Model(config).eval()
+    model.save_pretrained(folder)
+    backend.save(str(folder / "tokenizer.json"))
+    names = {"eos_token": "</s>", "bos_token": "<s>", "pad_token": "<pad>", "unk_token": "<unk>"}
+    (folder / "tokenizer_config.json").write_text(
+        json.dumps({"tokenizer_class": "XLMRobertaTokenizer", **names})
+    )
+    clip = load_clip(located(folder), torch.device("cpu"))
+    texts = ["a photo of a cat", "猫", "dog."]
+    found = TextEncoder(clip.text, clip.tokenizer).encode(texts)
+    image = torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    tokens = AutoTokenizer.from_pretrained(folder)(texts, padding=True, return_tensors="pt")
+    with torch.no_grad():
+        outputs = model(pixel_values=image, **tokens)
+        assert torch.allclose(found, outputs.text_embeds, atol=1e-5)
+        seen = torch.nn.functional.normalize(clip.vision(image).image_embeds, dim=1)
+        assert torch.allclose(seen, outputs.image_embeds, atol=1e-5)
+    assert cams(folder).isfinite().all()
+    as_clip = json.loads((folder / "config.json").read_text()) | {"model_type": "clip"}
+    digest = located(folder).digest()
+    (folder / "config.json").write_text(json.dumps(as_clip))
+    assert located(folder).digest() != digest
 
 
 def test_what_settings_leave_open_files_say(folder: Path, tmp_path: Path) -> None:

@@ -60,6 +60,7 @@ ARCHITECTURE = (
     *("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "patch_size"),
     *("image_size", "hidden_act", "layer_norm_eps", "max_position_embeddings", "vocab_size", "eos_token_id"),
 )
+TYPES = ("clip", "metaclip_2")  # of models, by their config.json
 TOWERS = ("vision_config", "text_config")
 # of transformers, where a configuration leaves them out: width and number of heads
 DEFAULTS = {"vision_config": (768, 12), "text_config": (512, 8)}
@@ -67,7 +68,6 @@ DEFAULTS = {"vision_config": (768, 12), "text_config": (512, 8)}
 OTHER_TYPES = {
     "siglip": "a SigLIP has no class token",
     "siglip2": "a SigLIP has no class token",
-    "metaclip_2": "a MetaCLIP 2 has a vocabulary of many languages, which isn't read",
     "clip_vision_model": "it is an image tower without its text tower",
     "clip_vision_model_with_projection": "it is an image tower without its text tower",
 }
@@ -134,6 +134,8 @@ class ClipFiles:
                 tower: {key: value for key, value in values.get(tower, {}).items() if key in ARCHITECTURE}
                 for tower in TOWERS
             }
+            if values.get("model_type", "clip") != "clip":
+                architecture["model_type"] = values["model_type"]
         elif self.form != OPENAI_FORM:
             architecture = self.form._asdict()
         vocabulary = [self.tokenizer / name for name in VOCABULARY_FILES]
@@ -250,7 +252,7 @@ def _clip_config(folder: Path) -> dict[str, Any] | None:
         return None
     values = read_config(folder / CONFIG)
     is_whole = all(isinstance(values.get(tower), dict) for tower in TOWERS)
-    return values if is_whole and values.get("model_type", "clip") == "clip" else None
+    return values if is_whole and values.get("model_type", "clip") in TYPES else None
 
 
 def _open_clip_config(folder: Path) -> dict[str, Any] | None:

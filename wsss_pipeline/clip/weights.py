@@ -29,6 +29,9 @@ from wsss_pipeline.runtime.output import one_line
 
 logger = logging.getLogger(__name__)
 
+# type of model -> what the library's names of its parts begin with, and its tokenizer. A MetaCLIP 2 is a CLIP of many
+# languages; the end of its text is token 2, which the library's CLIP takes for the word of an older configuration.
+FAMILIES = {"clip": ("CLIP", "CLIPTokenizerFast"), "metaclip_2": ("MetaClip2", "PreTrainedTokenizerFast")}
 OPENAI_SIZES = {(768, 512), (1024, 768)}  # widths of image and text tower: ViT-B and ViT-L
 
 
@@ -96,12 +99,16 @@ def load_clip(files: ClipFiles, device: torch.device) -> Clip:
             if stored and files.form == OPENAI_FORM and _size(values) not in OPENAI_SIZES:
                 logger.warning(
                     "%s is a TorchScript archive, but not of a size that OpenAI published: taken to have QuickGELU "
-                    "and heads 64 wide; if that is wrong, state clip.activation, clip.head_width, clip.text_head_width",
+                    "and heads 64 wide; if that is wrong, state clip.activation, clip.head_width and "
+                    "clip.text_head_width",
                     files.name,
                 )
-        config = transformers.CLIPConfig(**values)
+        family, tokenizer_class = FAMILIES[values.get("model_type", "clip")]
+        config = getattr(transformers, f"{family}Config")(**values)
         vision_config, text_config = config.vision_config, config.text_config
-        tokenizer = transformers.CLIPTokenizerFast.from_pretrained(files.tokenizer, local_files_only=True)
+        tokenizer = getattr(transformers, tokenizer_class).from_pretrained(
+            files.tokenizer, local_files_only=True
+        )
         end, size = int(tokenizer("")["input_ids"][-1]), text_config.vocab_size
         if len(tokenizer) > size or end not in (text_config.eos_token_id, size - 1):
             raise WeightsError(
@@ -115,8 +122,8 @@ def load_clip(files: ClipFiles, device: torch.device) -> Clip:
             if shapes.get(f"{name}.weight"):
                 tower.projection_dim = shapes[f"{name}.weight"][0]
         towers = [
-            (transformers.CLIPVisionModelWithProjection, vision_config),
-            (transformers.CLIPTextModelWithProjection, text_config),
+            (getattr(transformers, f"{family}VisionModelWithProjection"), vision_config),
+            (getattr(transformers, f"{family}TextModelWithProjection"), text_config),
         ]
         # before any tensor is read: a file that takes no room on the disk may be larger than the memory
         names = [checked_names(*tower, shapes, files.name, "CLIP") for tower in towers]
