@@ -14,11 +14,14 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import Tensor
+from transformers import AutoTokenizer, MetaClip2Config, MetaClip2Model
 
 from tests.openai_clip import openai_state_dict, write_torchscript
 from tests.tiny_clip import write_tiny_clip
 from wsss_pipeline.clip.sources import ClipFiles, locate_clip
+from wsss_pipeline.clip.text import TextEncoder
 from wsss_pipeline.clip.weights import load_clip
 from wsss_pipeline.config import ClipConfig
 from wsss_pipeline.data.transforms import PixelStatistics, prepare_image
@@ -229,6 +232,49 @@ def located(weights: Path, **stated: Any) -> ClipFiles:
     return locate_clip(ClipConfig(weights=str(weights), **stated), offline=True)
 
 
+def test_a_metaclip_2_is_a_clip_of_many_languages(tmp_path: Path) -> None:
+    """Features are those of transformers; its text ends with token 2."""
+    folder = tmp_path / "metaclip"
+    words = ["▁a", "▁photo", "▁of", "▁cat", "▁dog", "▁猫", "▁", *"abcdefghijklmnopqrstuvwxyz."]
+    special = ["<s>", "<pad>", "</s>", "<unk>"]
+    pieces = [(piece, -float(place)) for place, piece in enumerate([*special, *words])]
+    backend = Tokenizer(models.Unigram(pieces, unk_id=3))
+    backend.pre_tokenizer = pre_tokenizers.Metaspace()
+    ends = [("<s>", 0), ("</s>", 2)]
+    backend.post_processor = processors.TemplateProcessing(single="<s> $A </s>", special_tokens=ends)
+    backend.add_special_tokens(special)
+    tower = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 2, "num_hidden_layers": 2}
+    ids = {"eos_token_id": 2, "bos_token_id": 0, "pad_token_id": 1, "vocab_size": len(pieces)}
+    config = MetaClip2Config(
+        text_config={**tower, **ids, "projection_dim": 32},
+        vision_config={**tower, "patch_size": 16, "image_size": 64, "projection_dim": 32},
+        projection_dim=32,
+    )
+    torch.manual_seed(0)
+    model = MetaClip2Model(config).eval()
+    model.save_pretrained(folder)
+    backend.save(str(folder / "tokenizer.json"))
+    names = {"eos_token": "</s>", "bos_token": "<s>", "pad_token": "<pad>", "unk_token": "<unk>"}
+    (folder / "tokenizer_config.json").write_text(
+        json.dumps({"tokenizer_class": "XLMRobertaTokenizer", **names})
+    )
+    clip = load_clip(located(folder), torch.device("cpu"))
+    texts = ["a photo of a cat", "猫", "dog."]
+    found = TextEncoder(clip.text, clip.tokenizer).encode(texts)
+    image = torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    tokens = AutoTokenizer.from_pretrained(folder)(texts, padding=True, return_tensors="pt")
+    with torch.no_grad():
+        outputs = model(pixel_values=image, **tokens)
+        assert torch.allclose(found, outputs.text_embeds, atol=1e-5)
+        seen = torch.nn.functional.normalize(clip.vision(image).image_embeds, dim=1)
+        assert torch.allclose(seen, outputs.image_embeds, atol=1e-5)
+    assert cams(folder).isfinite().all()
+    as_clip = json.loads((folder / "config.json").read_text()) | {"model_type": "clip"}
+    digest = located(folder).digest()
+    (folder / "config.json").write_text(json.dumps(as_clip))
+    assert located(folder).digest() != digest
+
+
 def test_what_settings_leave_open_files_say(folder: Path, tmp_path: Path) -> None:
     weights, _ = write("training, config beside", folder, tmp_path / "model")
     files = located(weights, activation="quick_gelu")
@@ -305,6 +351,10 @@ NOT_A_CLIP: dict[str, tuple[Callable[[dict[str, Tensor]], dict[str, Tensor]], st
         "no square of patches and a class token",
     ),
     "a classifier": (lambda tensors: {"fc.weight": torch.zeros(1)}, "isn't a CLIP with a vision transformer"),
+    "a flat tensor": (
+        lambda tensors: {**tensors, "visual.proj": torch.zeros(3)},
+        "a tensor has the wrong shape",
+    ),
     "logit_scale": (
         lambda tensors: {**tensors, "logit_scale": torch.zeros(7)},
         "logit_scale isn't one number",
@@ -412,6 +462,47 @@ def test_an_openclip_repository_is_fetched_in_one_form_only(
     assert (local / "open_clip_pytorch_model.bin").exists() == (form == "bin")
     assert (local / "preprocessor_config.json").exists()
     assert (cams(Path("someone/open-clip")) - expected).abs().max() <= 1e-5
+
+
+@pytest.mark.parametrize(
+    ("part", "change"),
+    [
+        ("vision_cfg", {"width": 768}),
+        ("vision_cfg", {"layers": 12}),
+        ("vision_cfg", {"patch_size": 32}),
+        ("text_cfg", {"width": 512, "heads": 8}),
+        ("text_cfg", {"layers": 12}),
+    ],
+)
+@pytest.mark.parametrize("kind", ["OpenCLIP folder", "training, config beside"])
+def test_an_openclip_configuration_of_another_model(
+    folder: Path, tmp_path: Path, part: str, change: dict[str, Any], kind: str
+) -> None:
+    weights, _ = write(kind, folder, tmp_path / "model")
+    model = {**MODEL, part: {**MODEL[part], **change}}
+    beside(tmp_path / "model", folder, open_clip_config={"model_cfg": model})
+    message = refused(weights)
+    assert f"{part}.{next(iter(change))} {next(iter(change.values()))}" in message
+    assert "belong to different models" in message
+
+
+def test_one_part_of_a_model_asks_for_its_folder(tmp_path: Path) -> None:
+    (tmp_path / "model-00001-of-00002.safetensors").write_bytes(b"")
+    assert f"give its folder, {tmp_path}" in refused(tmp_path / "model-00001-of-00002.safetensors")
+
+
+def test_an_archive_of_another_size_than_openais_is_told_of(
+    folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """And what lies beside it says nothing of it."""
+    weights, stated = write("TorchScript, stated", folder, tmp_path / "model")
+    beside(tmp_path / "model", folder, open_clip_config=OPEN_CLIP, preprocessor_config=HALF)
+    assert located(weights).own_statistics is None
+    cams(weights)
+    assert "not of a size that OpenAI published" in caplog.text
+    caplog.clear()
+    cams(weights, **stated)
+    assert not caplog.text
 
 
 def test_openclip_configurations_that_hold_nothing(folder: Path, tmp_path: Path) -> None:

@@ -34,6 +34,8 @@ UNUSED |= {
     "pad_id",
 }
 READ = {"head_width", "heads"}
+# sizes by their names in transformers
+SIZES = {"width": "hidden_size", "layers": "num_hidden_layers", "patch_size": "patch_size"}
 PLAIN_VALUES = {"pool_type": ("tok", "argmax", "eos"), "proj_type": ("linear",)}
 OF_MODEL = {
     "embed_dim",
@@ -100,6 +102,28 @@ def open_clip_form(content: Mapping[str, Any], origin: str) -> Form:
         )
     activation = "quick_gelu" if model.get("quick_gelu", False) else "gelu"
     return Form((activation, activation), (numbers["vision_cfg.head_width"], width // heads))
+
+
+def check_sizes(content: Mapping[str, Any], values: Mapping[str, Any], origin: str) -> None:
+    """A WeightsError where an OpenCLIP configuration is of another model than the tensors.
+
+    Args:
+        content: values of its configuration, which ``open_clip_form`` has read.
+        values: those for ``CLIPConfig`` that the tensors' shapes tell.
+        origin: text that the user gave, for the message.
+    """
+    model = content.get("model_cfg", content)
+    for part, tower, sizes in (
+        ("vision_cfg", "vision_config", {"width": 768, "layers": 12, "patch_size": 16}),
+        ("text_cfg", "text_config", {"width": 512, "layers": 12}),
+    ):
+        for key, default in sizes.items():
+            said, found = model[part].get(key, default), values[tower][SIZES[key]]
+            if said != found:
+                raise WeightsError(
+                    f"{origin}: its OpenCLIP configuration has {part}.{key} {one_line(said, 40)}, its tensors have "
+                    f"{found}; weights and configuration belong to different models"
+                )
 
 
 def _refuse_others(values: Mapping[str, Any], origin: str) -> None:

@@ -19,10 +19,10 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from wsss_pipeline.clip.open_clip_config import open_clip_form
-from wsss_pipeline.clip.openai_archive import MOST_ARCHIVE_BYTES, is_torchscript
+from wsss_pipeline.clip.open_clip_config import check_sizes, open_clip_form
+from wsss_pipeline.clip.openai_archive import is_torchscript
 from wsss_pipeline.clip.tensor_files import MOST_WEIGHT_BYTES, read_tensor_files, shapes_in
-from wsss_pipeline.clip.tensor_names import MEND, OPENAI_FORM, Form, plain_names
+from wsss_pipeline.clip.tensor_names import MEND, OPENAI_FORM, Form, configuration, own_shapes, plain_names
 from wsss_pipeline.config import ClipConfig
 from wsss_pipeline.data.transforms import CLIP_STATISTICS, PixelStatistics
 from wsss_pipeline.errors import WeightsError
@@ -60,6 +60,7 @@ ARCHITECTURE = (
     *("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "patch_size"),
     *("image_size", "hidden_act", "layer_norm_eps", "max_position_embeddings", "vocab_size", "eos_token_id"),
 )
+TYPES = ("clip", "metaclip_2")  # of models, by their config.json
 TOWERS = ("vision_config", "text_config")
 # of transformers, where a configuration leaves them out: width and number of heads
 DEFAULTS = {"vision_config": (768, 12), "text_config": (512, 8)}
@@ -67,7 +68,6 @@ DEFAULTS = {"vision_config": (768, 12), "text_config": (512, 8)}
 OTHER_TYPES = {
     "siglip": "a SigLIP has no class token",
     "siglip2": "a SigLIP has no class token",
-    "metaclip_2": "a MetaCLIP 2 has a vocabulary of many languages, which isn't read",
     "clip_vision_model": "it is an image tower without its text tower",
     "clip_vision_model_with_projection": "it is an image tower without its text tower",
 }
@@ -134,6 +134,8 @@ class ClipFiles:
                 tower: {key: value for key, value in values.get(tower, {}).items() if key in ARCHITECTURE}
                 for tower in TOWERS
             }
+            if values.get("model_type", "clip") != "clip":
+                architecture["model_type"] = values["model_type"]
         elif self.form != OPENAI_FORM:
             architecture = self.form._asdict()
         vocabulary = [self.tokenizer / name for name in VOCABULARY_FILES]
@@ -172,50 +174,32 @@ def locate_clip(config: ClipConfig, offline: bool = False) -> ClipFiles:
     if path.exists() and not path.is_file() and not path.is_dir():
         raise WeightsError(f"CLIP weights {weights} are neither a file nor a folder; give one of them")
     if not path.exists():
-        if (
-            weights.endswith((".pt", ".safetensors"))
-            or weights.count("/") > 1
-            or weights[:1] in (".", "/", "~")
-        ):
+        is_path = weights.endswith((".pt", ".safetensors")) or weights.count("/") > 1
+        if is_path or weights[:1] in (".", "/", "~"):
             raise WeightsError(
                 f"CLIP weights {weights} don't exist; give a folder, a file of weights or a hub id{_hint(weights)}"
             )
         path = _fetch_clip(weights, offline)
     folder = path if path.is_dir() else path.parent
-    values = _clip_config(folder)
-    open_clip = _open_clip_config(folder)
+    values, open_clip = _clip_config(folder), _open_clip_config(folder)
     if path.is_dir():
         files, is_converted = _weights_of(path, weights, values is not None, open_clip is not None)
+    elif re.search(r"-\d+-of-\d+\.", path.name):
+        raise WeightsError(f"CLIP weights {weights} are one part of a model; give its folder, {folder}")
     else:
-        files, is_converted = (path,), values is not None
         check_file(path, MOST_WEIGHT_BYTES)
-    form, origin = None, ""
-    if not path.is_dir() and is_torchscript(path):
-        form, origin, is_converted = OPENAI_FORM, "TorchScript archive, as OpenAI's are", False
-        check_file(path, MOST_ARCHIVE_BYTES)
+        files, is_converted = (path,), values is not None
+    statistics, statistics_origin = None, "OpenAI, as its form"
+    if path.is_file() and is_torchscript(path):
+        is_converted = False
+        form, origin = _stated(config, OPENAI_FORM, "OpenAI, for a TorchScript archive")
     else:
-        if not path.is_dir():
-            known, _ = plain_names(read_tensor_files(files, shapes_in), weights)
-            is_custom = any(name.removesuffix(plain).endswith("text.") for name, plain in known.items())
-            if is_custom and open_clip is None:
-                raise WeightsError(
-                    f"{weights} has its text tower under 'text.', as OpenCLIP's models of other kinds; put its "
-                    f"{OPEN_CLIP_CONFIG} beside it"
-                )
         if values is not None and is_converted:
             _check_sizes(files, values)
-            form, origin = _form(values, folder / CONFIG), CONFIG
-        if open_clip is not None:
-            said = open_clip_form(open_clip, weights)
-            if form is None:
-                form, origin = said, OPEN_CLIP_CONFIG
-            elif said.activations != form.activations and config.activation is None:
-                raise WeightsError(
-                    f"{weights}: {CONFIG} says {form.activations[0]}, {OPEN_CLIP_CONFIG} {said.activations[0]}; "
-                    "state the right one (clip.activation), or remove the wrong file"
-                )
-    form, origin = _stated(config, form, origin)
-    statistics, statistics_origin = _pixel_statistics(folder, open_clip)
+            form, origin = _converted_form(config, values, folder / CONFIG, open_clip)
+        else:
+            form, origin = _form_of_tensors(config, files, open_clip)
+        statistics, statistics_origin = _pixel_statistics(folder, open_clip)
     return ClipFiles(
         weights,
         files,
@@ -228,13 +212,47 @@ def locate_clip(config: ClipConfig, offline: bool = False) -> ClipFiles:
     )
 
 
+def _converted_form(
+    config: ClipConfig, values: Mapping[str, Any], file: Path, open_clip: Mapping[str, Any] | None
+) -> tuple[Form, str]:
+    """The form of a model with a config.json, and where it stands."""
+    form = _form(values, file)
+    if open_clip is not None and config.activation is None:
+        said = open_clip_form(open_clip, config.weights)
+        if said.activations != form.activations:
+            raise WeightsError(
+                f"{config.weights}: {CONFIG} says {form.activations[0]}, {OPEN_CLIP_CONFIG} {said.activations[0]}; "
+                "state the right one (clip.activation), or remove the wrong file"
+            )
+    return _stated(config, form, CONFIG)
+
+
+def _form_of_tensors(
+    config: ClipConfig, files: tuple[Path, ...], open_clip: Mapping[str, Any] | None
+) -> tuple[Form, str]:
+    """The form of a model without config.json, and where it stands."""
+    weights, shapes = config.weights, read_tensor_files(files, shapes_in)
+    names, _ = plain_names(shapes, weights)
+    if open_clip is None:
+        if any(name.removesuffix(plain).endswith("text.") for name, plain in names.items()):
+            raise WeightsError(
+                f"{weights} has its text tower under 'text.', as OpenCLIP's models of other kinds; put its "
+                f"{OPEN_CLIP_CONFIG} beside it"
+            )
+        return _stated(config, None, "")
+    form, origin = _stated(config, open_clip_form(open_clip, weights), OPEN_CLIP_CONFIG)
+    told = configuration(own_shapes(shapes, names, weights), form, weights)
+    check_sizes(open_clip, told, weights)
+    return form, origin
+
+
 def _clip_config(folder: Path) -> dict[str, Any] | None:
     """Values of a config.json of a whole CLIP; None where there is none, or one of something else."""
     if not (folder / CONFIG).exists():
         return None
     values = read_config(folder / CONFIG)
     is_whole = all(isinstance(values.get(tower), dict) for tower in TOWERS)
-    return values if is_whole and values.get("model_type", "clip") == "clip" else None
+    return values if is_whole and values.get("model_type", "clip") in TYPES else None
 
 
 def _open_clip_config(folder: Path) -> dict[str, Any] | None:

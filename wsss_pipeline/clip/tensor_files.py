@@ -88,7 +88,10 @@ def read_tensor_files(files: tuple[Path, ...], read: Callable[[Path], dict[str, 
         except Exception as error:  # what a damaged or hostile file raises is up to its format
             check_machine(error)
             reason = one_line(getattr(error, "strerror", None) or error, 200)
-            raise WeightsError(f"{path} can't be read ({reason}); fetch it again") from error
+            mend = "fetch it again"
+            if isinstance(error, RefusedError):
+                mend += ", or save its tensors alone (a state dict), best as safetensors"
+            raise WeightsError(f"{path} can't be read ({reason}); {mend}") from error
     return found
 
 

@@ -9,6 +9,7 @@ import re
 from collections.abc import Collection, Mapping
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from wsss_pipeline.errors import WeightsError
@@ -162,6 +163,22 @@ def to_hugging_face(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         else:
             renamed[name] = value
     return renamed
+
+
+def own_shapes(
+    stored: Mapping[str, tuple[int, ...]], names: Mapping[str, str], origin: str
+) -> dict[str, tuple[int, ...]]:
+    """Shapes by the names of ``transformers``, out of those by stored names and a CLIP's own (``plain_names``).
+
+    Raises:
+        WeightsError: no CLIP has such a shape; the message names ``origin``.
+    """
+    try:
+        # without memory, shapes take the same way as numbers
+        empty = {plain: torch.empty(stored[name], device="meta") for name, plain in names.items()}
+        return {name: tuple(value.shape) for name, value in to_hugging_face(empty).items()}
+    except (RuntimeError, ValueError) as error:
+        raise WeightsError(f"{origin} isn't a CLIP: a tensor has the wrong shape") from error
 
 
 def configuration(shapes: Mapping[str, tuple[int, ...]], form: Form, origin: str) -> dict[str, Any]:

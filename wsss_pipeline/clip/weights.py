@@ -15,13 +15,24 @@ from torch import Tensor
 from wsss_pipeline.clip.openai_archive import is_torchscript, read_torchscript
 from wsss_pipeline.clip.sources import MOST_PARAMETERS, ClipFiles
 from wsss_pipeline.clip.tensor_files import read_tensor_files, shapes_in, tensors_in
-from wsss_pipeline.clip.tensor_names import configuration, plain_names, to_hugging_face
+from wsss_pipeline.clip.tensor_names import (
+    OPENAI_FORM,
+    configuration,
+    own_shapes,
+    plain_names,
+    to_hugging_face,
+)
 from wsss_pipeline.data.transforms import CLIP_STATISTICS, PixelStatistics
 from wsss_pipeline.errors import WeightsError, WsssError
 from wsss_pipeline.files import check_machine
 from wsss_pipeline.runtime.output import one_line
 
 logger = logging.getLogger(__name__)
+
+# type of model -> what the library's names of its parts begin with, and its tokenizer. A MetaCLIP 2 is a CLIP of many
+# languages; the end of its text is token 2, which the library's CLIP takes for the word of an older configuration.
+FAMILIES = {"clip": ("CLIP", "CLIPTokenizerFast"), "metaclip_2": ("MetaClip2", "PreTrainedTokenizerFast")}
+OPENAI_SIZES = {(768, 512), (1024, 768)}  # widths of image and text tower: ViT-B and ViT-L
 
 
 @dataclass(frozen=True)
@@ -77,9 +88,7 @@ def load_clip(files: ClipFiles, device: torch.device) -> Clip:
             )
         if any(sizes[name] not in ((), (1,)) for name, plain in known.items() if plain == "logit_scale"):
             raise WeightsError(f"{files.name}: its logit_scale isn't one number; fetch it again")
-        # without memory, shapes take the same way as numbers
-        empty = {plain: torch.empty(sizes[name], device="meta") for name, plain in known.items()}
-        shapes = {name: tuple(value.shape) for name, value in to_hugging_face(empty).items()}
+        shapes = own_shapes(sizes, known, files.name)
         values = files.configuration
         if values is None:
             if sum(map(math.prod, shapes.values())) > MOST_PARAMETERS:
@@ -87,9 +96,19 @@ def load_clip(files: ClipFiles, device: torch.device) -> Clip:
                     f"{files.name} has more than {MOST_PARAMETERS:,} parameters; no CLIP has so many"
                 )
             values = configuration(shapes, files.form, files.name)
-        config = transformers.CLIPConfig(**values)
+            if stored and files.form == OPENAI_FORM and _size(values) not in OPENAI_SIZES:
+                logger.warning(
+                    "%s is a TorchScript archive, but not of a size that OpenAI published: taken to have QuickGELU "
+                    "and heads 64 wide; if that is wrong, state clip.activation, clip.head_width and "
+                    "clip.text_head_width",
+                    files.name,
+                )
+        family, tokenizer_class = FAMILIES[values.get("model_type", "clip")]
+        config = getattr(transformers, f"{family}Config")(**values)
         vision_config, text_config = config.vision_config, config.text_config
-        tokenizer = transformers.CLIPTokenizerFast.from_pretrained(files.tokenizer, local_files_only=True)
+        tokenizer = getattr(transformers, tokenizer_class).from_pretrained(
+            files.tokenizer, local_files_only=True
+        )
         end, size = int(tokenizer("")["input_ids"][-1]), text_config.vocab_size
         if len(tokenizer) > size or end not in (text_config.eos_token_id, size - 1):
             raise WeightsError(
@@ -103,8 +122,8 @@ def load_clip(files: ClipFiles, device: torch.device) -> Clip:
             if shapes.get(f"{name}.weight"):
                 tower.projection_dim = shapes[f"{name}.weight"][0]
         towers = [
-            (transformers.CLIPVisionModelWithProjection, vision_config),
-            (transformers.CLIPTextModelWithProjection, text_config),
+            (getattr(transformers, f"{family}VisionModelWithProjection"), vision_config),
+            (getattr(transformers, f"{family}TextModelWithProjection"), text_config),
         ]
         # before any tensor is read: a file that takes no room on the disk may be larger than the memory
         names = [checked_names(*tower, shapes, files.name, "CLIP") for tower in towers]
@@ -118,6 +137,10 @@ def load_clip(files: ClipFiles, device: torch.device) -> Clip:
         vision, text = (frozen_model(*tower, own, tensors) for tower, own in zip(towers, names, strict=True))
         scale = float(tensors["logit_scale"].float().exp())
         return Clip(vision.to(device), text.to(device), tokenizer, scale, files, files.own_statistics)
+
+
+def _size(values: Mapping[str, Any]) -> tuple[int, int]:
+    return values["vision_config"]["hidden_size"], values["text_config"]["hidden_size"]
 
 
 def checked_names(
