@@ -151,7 +151,7 @@ def test_each_pixel_of_a_large_image_is_decided_on_once_and_far_from_where_its_t
 ) -> None:
     network = build_network(NetworkConfig(name="segformer", encoder="tiny", weights="none"), 21).eval()
     image = np.broadcast_to(np.uint8(0), (*size, 3))
-    tiles = list(inference._tiles(network, image, config, 21, raw=True))
+    tiles = list(inference._tiles(network, image, config, 21, inference.MOST_BYTES, raw=True))
     shapes = {tuple(part.stop - part.start for part in tile.seen) for tile in tiles}
     assert all(
         inference._bytes_needed(network, shape, size, 21, config, raw=True) <= inference.MOST_BYTES
@@ -186,6 +186,48 @@ def test_tiles_give_what_the_whole_image_gives(
     assert network.looks > 2
     assert np.array_equal(found.mask, expected.mask)
     assert np.abs(found.confidence.astype(int) - expected.confidence).max() <= 1, "softmax rounds as it lies"
+
+
+def test_where_memory_runs_out_smaller_tiles_are_tried(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    image = np.random.default_rng(0).integers(0, 256, (200, 300, 3), dtype=np.uint8)
+    network = ByColour().eval()
+    segmenter = Segmenter(network, ["red"])
+    expected = segmenter(image)
+    logits, sizes = network.logits, []
+
+    def limited(images: Tensor) -> Tensor:
+        sizes.append(images.shape[-2:].numel())
+        if sizes[-1] > limit:
+            raise RuntimeError(
+                "[enforce fail at alloc_cpu.cpp:121] . DefaultCPUAllocator: can't allocate memory"
+            )
+        return logits(images)
+
+    monkeypatch.setattr(network, "logits", limited)
+    monkeypatch.setattr(inference, "MOST_BYTES", 1.2 * 1700 * 200 * 300)
+    limit = 15_000
+    with caplog.at_level("INFO"):
+        found = segmenter(image)
+        assert np.array_equal(found.mask, expected.mask)
+        assert sizes[0] == 60_000, "the whole image first"
+        assert sizes[1] <= limit
+        segmenter(image)
+    said = [record.getMessage() for record in caplog.records if record.levelname == "INFO"]
+    assert len(said) == 1, "once"
+    assert "such as one of 300x200, are looked at in tiles that overlap" in said[0]
+    limit = 0
+    sizes.clear()
+    with pytest.raises(RuntimeError, match="can't allocate"):
+        segmenter(image)
+    assert len(sizes) == 3
+
+
+def test_a_small_machine_has_smaller_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert inference.most_bytes() == inference.MOST_BYTES or inference.memory_of_this_machine() < 6e9
+    monkeypatch.setattr(inference, "memory_of_this_machine", lambda: 2**30)
+    assert inference.most_bytes() == 2**29
 
 
 def test_the_crf_refines_tile_by_tile(monkeypatch: pytest.MonkeyPatch, image: np.ndarray) -> None:  # type: ignore[type-arg]

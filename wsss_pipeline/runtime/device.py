@@ -7,8 +7,9 @@ import logging
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import lru_cache
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from wsss_pipeline.config import Precision, ResolvedPrecision
@@ -102,7 +103,12 @@ def has_fast_bf16(device: torch.device) -> bool:
 
 
 # torch has no exception class of its own for memory that ran out on the CPU
-_OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
+_OUT_OF_MEMORY = (
+    "out of memory",
+    "can't allocate memory",
+    "not enough memory",
+    "could not create a memory object",
+)
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -111,6 +117,18 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, MemoryError) or (
         isinstance(error, RuntimeError) and any(part in text for part in _OUT_OF_MEMORY)
     )
+
+
+@lru_cache(maxsize=1)
+def memory_of_this_machine() -> int:
+    """Bytes of memory that the machine has, or its container may use, whichever is less."""
+    limits = [2**63]
+    with suppress(ValueError, OSError, AttributeError):  # other systems lack some of these
+        limits.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    for name in ("memory.max", "memory/memory.limit_in_bytes"):  # of cgroups in version 2 and 1
+        with suppress(OSError, ValueError):  # "max" is no number
+            limits.append(int(Path("/sys/fs/cgroup", name).read_text("ascii")))
+    return min(limit for limit in limits if limit > 0)
 
 
 def give_back_memory() -> None:

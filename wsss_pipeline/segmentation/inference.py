@@ -1,15 +1,17 @@
 """A trained network on one image of any size: whole or in windows, at several scales, mirrored, refined.
 
 What the work takes grows with the image, with the largest scale, with the number of classes and with that of the
-looks at it. An image for which it would be more than ``MOST_BYTES`` is worked on in tiles that overlap, each all
-the way to its labels; of the whole image only mask and confidence are kept. With 20 classes and one look this
-begins at 1.3 megapixels; below, tiles play no part.
+looks at it. An image for which it would be more than ``MOST_BYTES``, or than half of what a smaller machine or
+container has, is worked on in tiles that overlap, each all the way to its labels; of the whole image only mask and
+confidence are kept. With 20 classes and one look this begins at 1.3 megapixels; below, tiles play no part. Where
+memory runs out all the same, smaller tiles are tried.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -31,11 +33,13 @@ from wsss_pipeline.data.masks import Mask, PseudoMask, mask_type
 from wsss_pipeline.data.transforms import fitted_size
 from wsss_pipeline.errors import MaskError
 from wsss_pipeline.refine import DenseCrf, Refiner, Unrefined, label
-from wsss_pipeline.runtime.device import resolve_device
+from wsss_pipeline.runtime.device import is_out_of_memory, memory_of_this_machine, resolve_device
 from wsss_pipeline.segmentation.checkpoint import find_checkpoint, load_network
 from wsss_pipeline.segmentation.clip_network import ClipNetwork
 from wsss_pipeline.segmentation.hf_networks import TransformersNetwork
 from wsss_pipeline.segmentation.network import SegmentationNetwork
+
+logger = logging.getLogger(__name__)
 
 RAW, CRF, REFINED = "raw", "+CRF", "refined"
 MOST_BYTES = 11 * 2**28  # with what the libraries take, a process stays at some 4 GiB
@@ -44,6 +48,7 @@ MOST_BYTES = 11 * 2**28  # with what the libraries take, a process stays at some
 NETWORK_BYTES = 1700
 # that a GPU looks at together, as far as the memory of one image allows; a CPU is no faster with several
 WINDOWS_AT_A_TIME = 16
+SMALLER, SMALLEST = (1, 4), 16  # what a tile's memory is divided by, where it runs out
 MARGIN_PART = 8  # an eighth of a tile on each side is left to the tile beside it
 
 
@@ -80,6 +85,7 @@ class Segmenter:
             refiner = DenseCrf(crf)
         self.refiner = None if isinstance(refiner, Unrefined) else refiner
         self.description = description
+        self._has_told = False
 
     @classmethod
     def load(
@@ -132,11 +138,35 @@ class Segmenter:
             classes: mask values 1..C that may occur beside background, at least one; None for all. What the network
                 gives to others is dropped before the refiner, and the rest divided by its sum.
         """
+        for smaller in SMALLER:
+            try:
+                return self._in_tiles(image, most_bytes() / smaller, raw=raw, classes=classes)
+            except (MemoryError, RuntimeError) as error:
+                if not is_out_of_memory(error):
+                    raise
+            # beyond the handler, which holds on to what took the memory
+            logger.warning("memory ran out; trying smaller tiles, which moves the borders in a mask a little")
+        return self._in_tiles(image, most_bytes() / SMALLEST, raw=raw, classes=classes)
+
+    def _in_tiles(
+        self, image: NDArray[np.uint8], most: float, *, raw: bool, classes: Sequence[int] | None
+    ) -> dict[str, PseudoMask]:
+        """See ``variants``; in tiles that take ``most`` bytes of memory each."""
+        outputs = 1 + len(self.class_names)
+        tiles = list(_tiles(self.network, image, self.inference, outputs, most, raw=raw))
+        if len(tiles) > 1 and not self._has_told:
+            self._has_told = True
+            (rows, columns), (height, width) = tiles[0].seen, image.shape[:2]
+            logger.info(
+                "large images, such as one of %dx%d, are looked at in tiles that overlap (%d of %dx%d pixels): as a "
+                "whole this one would take more than %.1f GiB",
+                *(width, height, len(tiles), columns.stop - columns.start, rows.stop - rows.start),
+                most / 2**30,
+            )
         present = list(range(1, 1 + len(self.class_names)) if classes is None else classes)
         refined = CRF if isinstance(self.refiner, DenseCrf) else REFINED
-        outputs = 1 + len(self.class_names)
         found: dict[str, tuple[Mask, NDArray[np.uint8]]] = {}
-        for tile in _tiles(self.network, image, self.inference, outputs, raw=raw):
+        for tile in tiles:
             part = image[tile.seen]
             posteriors = _probabilities(
                 self.network, part, image.shape[:2], self.inference, self.device, raw=raw
@@ -159,6 +189,11 @@ class Segmenter:
                 for target, values in zip(whole, arrays, strict=True):
                     target[tile.kept] = values[tile.inner].cpu().numpy()
         return {name: PseudoMask(*arrays) for name, arrays in found.items()}
+
+
+def most_bytes() -> int:
+    """Memory that a tile may take: the same on any machine that has twice as much."""
+    return min(MOST_BYTES, memory_of_this_machine() // 2)
 
 
 def network_digest(network: SegmentationNetwork) -> str:
@@ -238,13 +273,14 @@ def _tiles(
     image: NDArray[np.uint8],
     config: InferenceConfig,
     outputs: int,
+    most: float,
     *,
     raw: bool,
 ) -> Iterator[_Tile]:
-    """One tile for an image that fits into ``MOST_BYTES``, else as many as it takes, of one size."""
+    """One tile for an image that fits into ``most`` bytes, else as many as it takes, of one size."""
     sides = height, width = image.shape[:2]
     while max(height, width) > 2 * MARGIN_PART and (
-        _bytes_needed(network, (height, width), sides, outputs, config, raw) > MOST_BYTES
+        _bytes_needed(network, (height, width), sides, outputs, config, raw) > most
     ):
         height, width = (side if side < max(height, width) else side * 7 // 8 for side in (height, width))
     for seen_rows, kept_rows, inner_rows in _stretches(sides[0], height):
