@@ -174,6 +174,10 @@ def test_nothing_of_others_is_written_over(masks: MaskCache, hostile: Path, tmp_
     with pytest.raises(OutputError, match="links aren't followed"):
         preview_folder(masks, images, tmp_path / "linked", ["plain"])
     assert not list(elsewhere.iterdir())
+    shutil.copy(tmp_path / "look" / str(entry["image"]), elsewhere)  # now the layer alone isn't there
+    with pytest.raises(OutputError, match="links aren't followed"):
+        preview_folder(masks, images, tmp_path / "linked", ["plain"])
+    assert len(list(elsewhere.iterdir())) == 1
 
 
 def test_masks_of_a_folder_and_of_a_network_too_and_what_goes_with_what(tmp_path: Path) -> None:
@@ -188,6 +192,10 @@ def test_masks_of_a_folder_and_of_a_network_too_and_what_goes_with_what(tmp_path
         refused = wsss(*common, *source)
         assert refused.exit_code == 2
         assert "--html" in refused.stderr
+    chosen = tmp_path / "chosen"
+    for more, ids in ((("--limit", 2), ["a/one", "three"]), (("--id", "a/two"), ["a/two"])):
+        assert wsss(*common, "--cache", world / "cache", "--html", chosen, *more).exit_code == 0
+        assert [one["line"] for one in shown_in(chosen / "index.html")] == ids
     for more, said in (
         (("--out", "x.png", "--html", "x"), "give one of them"),
         (("--clip", "x", "--html", "x"), "--clip goes with --checkpoint"),
@@ -256,7 +264,13 @@ def test_the_worst_stand_first_and_names_are_text_alone(browser: Browser) -> Non
     # neither another script nor another address is let in
     script = "document.body.append(element('script', {textContent: 'window.letIn = 1'}))"
     assert browser.run(f"(() => {{ {script}; return window.letIn; }})()") is None
-    assert browser.run("fetch('index.html').then(() => 'read', () => 'refused')") == "refused"
+    for attempt, directive in (
+        ("fetch('http://127.0.0.1:9/').catch(() => 0)", "connect-src"),
+        ("element('img', {src: 'http://127.0.0.1:9/'})", "img-src"),
+    ):
+        refusal = "addEventListener('securitypolicyviolation', (one) => done(one.effectiveDirective))"
+        attempt = f"new Promise((done) => {{ document.{refusal}; {attempt}; setTimeout(done, 3000); }})"
+        assert browser.run(attempt) == directive
     browser.events.clear()  # of these two
 
 
