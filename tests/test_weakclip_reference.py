@@ -63,17 +63,6 @@ def seen(network: WeakClip, images: Tensor) -> dict[str, Tensor]:
         decoder.neck.register_forward_hook(
             lambda _, __, outputs: found.update({f"neck{level}": x for level, x in enumerate(outputs)})
         ),
-        decoder.neck.register_forward_pre_hook(
-            lambda _, inputs: found.update(
-                {f"score_level{level}": x[:, -len(network.tokens) :] for level, x in enumerate(inputs[0])}
-            )
-        ),
-        *(
-            module.register_forward_hook(
-                lambda _, __, output, level=level: found.update({f"pyramid{level}": output})
-            )
-            for level, module in enumerate(decoder.adapter)
-        ),
     ]
     with torch.no_grad():
         found |= network.decode(images)
@@ -83,6 +72,15 @@ def seen(network: WeakClip, images: Tensor) -> dict[str, Tensor]:
     for hook in hooks:
         hook.remove()
     found |= {f"tap{level}": taps.taps[block] for level, block in enumerate((3, 5, 7, 11))}
+    # the network doesn't make these: its neck has one convolution for an adapter's last and its own
+    for level, adapt in enumerate(decoder.adapter):
+        patches = found[f"tap{level}"][:, 1:].transpose(1, 2).unflatten(2, taps.grid)
+        with torch.no_grad():
+            found[f"pyramid{level}"] = adapt(patches)
+        size = found[f"pyramid{level}"].shape[-2:]
+        found[f"score_level{level}"] = F.interpolate(
+            found["score"], size, mode="bilinear", align_corners=True
+        )
     found |= {f"pyramid{level}_sum": found[f"pyramid{level}"].double().sum(dim=(2, 3)) for level in range(4)}
     found["text_updated"] = found["text"] + decoder.gamma.detach() * found["text_diff"]
     return found

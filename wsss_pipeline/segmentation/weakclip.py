@@ -116,7 +116,10 @@ class _CoAttention(nn.Module):
 
 
 def _pyramid_adapter(channels: int) -> nn.ModuleList:
-    """Of four maps (B, D, h, w): strides a quarter, a half, once and twice that of the patches."""
+    """Of four maps (B, D, h, w): strides a quarter, a half, once and twice that of the patches.
+
+    The last layer of the first two is linear, and so is what follows it: see ``_Neck``.
+    """
 
     def norm() -> nn.Module:
         return nn.GroupNorm(1, channels)
@@ -145,9 +148,31 @@ class _Neck(nn.Module):
             nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
             nn.init.zeros_(module.bias)
 
-    def forward(self, levels: Sequence[Tensor]) -> list[Tensor]:
-        """(B, width, h_i, w_i) out of (B, channels, h_i, w_i), the finest first."""
-        maps = [lateral(level) for lateral, level in zip(self.lateral, levels, strict=True)]
+    def forward(self, adapter: nn.ModuleList, patches: Sequence[Tensor], score: Tensor) -> list[Tensor]:
+        """(B, width, h_i, w_i), the finest first, out of adapted patches, each level beside the score map.
+
+        Args:
+            adapter: see ``_pyramid_adapter``.
+            patches: four times float (B, D, h, w).
+            score: float32 (B, K, h, w), with D + K the neck's channels.
+        """
+        maps = []
+        for lateral, adapt, level in zip(self.lateral, adapter, patches, strict=True):
+            own, beside = lateral.weight.split([level.shape[1], score.shape[1]], dim=1)
+            *before, last = adapt if isinstance(adapt, nn.Sequential) else [adapt]
+            for module in before:
+                level = module(level)
+            if isinstance(last, nn.ConvTranspose2d):
+                # two linear layers, the product of their weights: a third of the work, and no map of D channels
+                with torch.autocast(level.device.type, enabled=False):
+                    mixed = own[:, :, 0, 0]
+                    weight = torch.einsum("oc,icyx->ioyx", mixed, last.weight)
+                    bias = lateral.bias + mixed @ last.bias
+                level = F.conv_transpose2d(level, weight, bias, last.stride)
+            else:
+                level = F.conv2d(last(level), own, lateral.bias)
+            guide = F.interpolate(score, level.shape[-2:], mode="bilinear", align_corners=True)
+            maps.append(level + F.conv2d(guide, beside))
         for finer in (2, 1, 0):
             maps[finer] = maps[finer] + F.interpolate(maps[finer + 1], maps[finer].shape[-2:], mode="nearest")
         return [smooth(level) for smooth, level in zip(self.smooth, maps, strict=True)]
@@ -367,13 +392,8 @@ class WeakClip(ClipNetwork):
             texts = F.normalize(text + decoder.gamma * text_gain.float(), dim=-1)
             patches = F.normalize((tokens.float() + decoder.beta * token_gain.float())[:, 1:], dim=-1)
             score = (texts @ patches.transpose(1, 2)).reshape(images.shape[0], -1, *features.grid)
-        levels = []
-        for adapt, tap in zip(decoder.adapter, self._taps, strict=True):
-            patches = features.taps[tap][:, 1:].transpose(1, 2)
-            level = adapt(patches.reshape(*patches.shape[:2], *features.grid))
-            guide = F.interpolate(score, level.shape[-2:], mode="bilinear", align_corners=True)
-            levels.append(torch.cat([level, guide.to(level.dtype)], dim=1))
-        return {"logits": decoder.head(decoder.neck(levels)), "score": score}
+        maps = [features.taps[tap][:, 1:].transpose(1, 2).unflatten(2, features.grid) for tap in self._taps]
+        return {"logits": decoder.head(decoder.neck(decoder.adapter, maps, score)), "score": score}
 
     def at_input_size(self, images: Tensor, look: Callable[[Tensor], Tensor]) -> Tensor:
         """See ``SegmentationNetwork``; with ``edges: cut`` only images of less than two patches are padded."""
