@@ -12,7 +12,9 @@ import pytest
 from wsss_pipeline.data.classes import load_class_set
 from wsss_pipeline.data.label_readers.label_table import LabelTable
 from wsss_pipeline.data.labels import read_labels
+from wsss_pipeline.demo.voc_folder import write_voc_folder
 from wsss_pipeline.errors import LabelError
+from wsss_pipeline.pseudo_masks.job import MaskJob
 
 CLASSES = load_class_set("cat,dog,café")
 DECOMPOSED = unicodedata.normalize("NFD", "übung")
@@ -231,3 +233,68 @@ def test_coco_categories_outside_the_classes_are_passed_over(tmp_path: Path) -> 
     images = [{"id": 5, "file_name": "images\\1\\a.jpg"}]
     file.write_text(json.dumps({"images": images, "annotations": annotations, "categories": categories}))
     assert read_labels(file, {"a": Path("a.jpg")}, CLASSES, other_classes="ignore") == {"a": ("dog",)}
+
+
+FORMS: dict[str, dict[str, str]] = {
+    "l.csv": {"l.csv": "filename,cat,dog,tree\na.jpg,1,0,1\nb.jpg,0,1,0\n"},
+    "l.jsonl": {
+        "l.jsonl": '{"file_name": "a.jpg", "labels": ["cat", "tree"]}\n{"file_name": "b.jpg", "labels": ["dog"]}\n'
+    },
+    "xml": {
+        f"xml/{name}.xml": f"<annotation><object><name>{label}</name></object>{more}</annotation>"
+        for name, label, more in (
+            ("a", "cat", "<object><name>tree</name></object>"),
+            ("b", "dog", ""),
+        )
+    },
+    "yolo": {"yolo/classes.txt": "tree\ncat\ndog\n", "yolo/a.txt": "0 .5 .5 .1 .1\n1 .5 .5 .1 .1\n"}
+    | {"yolo/b.txt": "2 .5 .5 .1 .1\n"},
+    "lists": {
+        "lists/cat_train.txt": "a  1\nb -1\n",
+        "lists/dog_train.txt": "a -1\nb  1\n",
+        "lists/tree_train.txt": "a  1\nb -1\n",
+    },
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_other_classes_are_passed_over_in_every_form(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, form: str
+) -> None:
+    for name, text in FORMS[form].items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    images = {name: Path(f"{name}.jpg") for name in ("a", "b")}
+    labels = read_labels(tmp_path / form, images, CLASSES, other_classes="ignore")
+    assert labels == {"a": ("cat",), "b": ("dog",)}
+    told = (
+        "tree" if form == "l.csv" else "tree (1)"
+    )  # of a column that is none of the classes nothing more is read
+    assert caplog.messages[0].endswith(f"so their objects become background: {told}")
+
+
+def test_data_sets_can_pass_over_other_classes(tmp_path: Path) -> None:
+    write_voc_folder(tmp_path / "voc", seed=3, scenes={"train": 4}, size=(64, 48))
+    annotations = tmp_path / "voc/Annotations"
+    whole = MaskJob.read(voc=tmp_path / "voc", split="train", classes="demo").labels
+    name = whole["train_00000"][0]
+    part = {image_id: tuple(known for known in names if known == name) for image_id, names in whole.items()}
+    given = {"split": "train", "classes": f"{name},", "other_classes": "ignore"}
+    assert MaskJob.read(voc=tmp_path / "voc", **given).labels == part
+    annotations.rename(tmp_path / "gone")
+    (tmp_path / "voc/labels.json").write_text(json.dumps(whole))
+    assert MaskJob.read(voc=tmp_path / "voc", **given).labels == part
+    numbers = {known: number for number, known in enumerate(load_class_set("demo").names)}
+    coco = {
+        "images": [{"id": i, "file_name": f"{image_id}.jpg"} for i, image_id in enumerate(whole)],
+        "annotations": [
+            {"image_id": i, "category_id": numbers[known]}
+            for i, names in enumerate(whole.values())
+            for known in names
+        ],
+        "categories": [{"id": number, "name": known} for known, number in numbers.items()],
+    }
+    (tmp_path / "coco/annotations").mkdir(parents=True)
+    (tmp_path / "coco/annotations/instances_train.json").write_text(json.dumps(coco))
+    (tmp_path / "voc/JPEGImages").rename(tmp_path / "coco/train")
+    assert MaskJob.read(coco=tmp_path / "coco", **given).labels == part

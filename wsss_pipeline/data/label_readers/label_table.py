@@ -209,6 +209,7 @@ class LabelTable:
                 f"the indices 0 to {len(classes) - 1}"
             )
         if self._other_classes == "ignore":
+            self._others[name] += 0  # told, even where no image is said to have it
             return None
         if or_numbered and any(name in entry.name.split() for entry in classes if " " in entry.name):
             hint = "; names with spaces need a .csv or .json file"
@@ -250,7 +251,10 @@ class LabelTable:
 
 
 def _counted(names: Counter[str]) -> str:
-    shown = [f"{one_line(name, 60)} ({count})" for name, count in names.most_common(10)]
+    shown = [
+        f"{one_line(name, 60)} ({count})" if count else one_line(name, 60)
+        for name, count in names.most_common(10)
+    ]
     return ", ".join(shown) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
 
 
