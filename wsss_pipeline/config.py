@@ -244,7 +244,7 @@ class MaskConfig(Settings):
     """What a user can choose about stage one and what changes the masks; a method adds its own settings."""
 
     method: str = Field("clip-es", description="Name of a method, or module path of one's own.")
-    classes: str = Field("", description="Built-in class set, YAML file, or names with commas between.")
+    classes: str = Field("", description="Built-in class set, file of classes, or names with commas between.")
     templates: tuple[str, ...] = Field(
         (), strict=False, description="Prompt templates with one {}; empty means those of the class set."
     )
@@ -443,7 +443,7 @@ def user_layers(
         shown = f"--set {text}" if len(text) <= 200 else f"--set {text[:200]}..."
         if not separator or not key.strip():
             raise ConfigError(f"{shown}: write it as key=value, for example cam.threshold=0.4")
-        yield shown, {key.strip(): _yaml(value, shown)}
+        yield shown, {key.strip(): yaml_content(value, shown)}
     for key, value in (flags or {}).items():
         if value is not None:
             yield f"'{key}'", {key: value}
@@ -461,7 +461,7 @@ def read_yaml(file: Path, origin: str) -> str:
 
 def yaml_mapping(text: str, origin: str) -> Mapping[str, Any]:
     """YAML text as a mapping, empty where it is; ``origin`` names it in the ConfigError."""
-    values = _yaml(text, origin)
+    values = yaml_content(text, origin)
     if values is None:
         return {}
     if not isinstance(values, Mapping):
@@ -469,7 +469,8 @@ def yaml_mapping(text: str, origin: str) -> Mapping[str, Any]:
     return values
 
 
-def _yaml(text: str, origin: str) -> Any:
+def yaml_content(text: str, origin: str) -> Any:
+    """What YAML text holds; ``origin`` names it in the ConfigError."""
     import yaml
 
     try:

@@ -192,7 +192,7 @@ def test_background_words_that_are_classes_are_removed(
         ("name: x\n", "'classes' is missing"),
         ("classes: []\n", "'classes': an empty list"),
         ("classes: cat\n", "'classes' takes a list"),
-        ("- cat\n", "expected 'key: value'"),
+        ("cat\n", "expected 'key: value'"),
         ("", "'classes' is missing"),
         ("classes: [cat, dog, cat]\n", "'cat' occurs twice"),
         ("classes: [cat, {name: dog, aliases: [cat]}]\n", "'cat' occurs twice"),

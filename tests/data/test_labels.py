@@ -205,7 +205,7 @@ def test_class_folders_need_known_names() -> None:
         ("l.csv", "image,labels\na\n", "line 2: 1 cells where the header has 2"),
         ("l.csv", "image,labels\n,cat\n", "line 2: image id '' is empty"),
         ("l.csv", 'image,labels\n"a,cat\n', "not valid CSV"),
-        ("l.csv", "image,labels\n/abs/a.jpg,cat\n", "absolute"),
+        ("l.csv", "image,labels\n/abs/z.jpg,cat\n", "absolute"),
         ("l.csv", b"image,labels\na\x00,cat\n", "line 2: NUL"),
         ("l.txt", "a cat\nb caat\n", "l.txt line 2: unknown class 'caat'"),
         ("l.txt", "a 20\n", "class index 20; the 20 classes of 'voc12' have the indices 0 to 19"),
@@ -286,8 +286,8 @@ def test_a_key_that_occurs_twice_among_a_million_is_found_soon(tmp_path: Path) -
 
 def test_csv_lines_end_as_on_any_system(tmp_path: Path) -> None:
     for end in ("\n", "\r\n", "\r"):
-        (tmp_path / "l.csv").write_bytes(f'image,x,labels{end}a,"{end}",cat{end}c,,dog'.encode())
-        assert read_labels(tmp_path / "l.csv", IMAGES, VOC) == {"a": ("cat",), "c": ("dog",)}
+        (tmp_path / "l.csv").write_bytes(f'image,x,labels{end}a,"{end}",cat{end}z,,dog'.encode())
+        assert read_labels(tmp_path / "l.csv", IMAGES, VOC) == {"a": ("cat",), "z": ("dog",)}
 
 
 def test_annotations_in_folders_without_end_are_refused(tmp_path: Path) -> None:

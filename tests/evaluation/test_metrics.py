@@ -151,7 +151,7 @@ def test_messages_say_what_there_is_what_may_be_and_what_to_do():
     truth = mask([0, 3, 255])
     assert refusal(np.zeros_like(truth), truth, origin="gt/a.png") == (
         "gt/a.png: ground truth holds values 3, but with 2 classes and the background it may hold 0..2 and 255; "
-        "the ground truth belongs to another class set: give the one that it was made with"
+        "the masks belong to another class set: give the one that they were made with"
     )
     coco = mask([17, 91])
     assert refusal(np.zeros_like(coco), coco, 81) == (
@@ -164,7 +164,7 @@ def test_messages_say_what_there_is_what_may_be_and_what_to_do():
     assert refusal(np.zeros_like(many), many) == (
         "ground truth: ground truth holds values 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13 and 16 more, but with 2 "
         "classes and the background it may hold 0..2 and 255; these look like grey levels or colours, not "
-        "classes: ground truth is a PNG of class indices"
+        "classes: a mask holds one class index a pixel"
     )
     twelve, thirteen = mask([*range(3, 15)]), mask([*range(3, 16)])
     assert "13, 14, but" in refusal(np.zeros_like(twelve), twelve)

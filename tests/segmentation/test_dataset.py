@@ -165,7 +165,7 @@ def test_missing_masks_are_refused_or_left_out(root: Path) -> None:
 
 
 def test_ground_truth_of_other_classes_is_found_before_training(root: Path) -> None:
-    with pytest.raises(MaskError, match=r"holds the value \d+, but there are 1 classes"):
+    with pytest.raises(MaskError, match=r"png holds values \d+, but with 1 classes"):
         MaskFolder(root / "SegmentationClass", ("cat",))
 
 

@@ -8,6 +8,7 @@ from dataclasses import asdict
 import click
 
 from wsss_pipeline.commands.options import (
+    CLASSES_FORMS,
     attributes_option,
     config_options,
     given_paths,
@@ -32,7 +33,7 @@ def command() -> None:
 
 
 @command.command("check")
-@click.option("--classes", required=True, help="voc12, coco14, demo, a YAML file, or names: cat,dog.")
+@click.option("--classes", required=True, help=f"{CLASSES_FORMS}.")
 @setting(
     MaskConfig, "method", "--method", metavar="NAME", help="One that takes attributes.  [default: excel]"
 )

@@ -8,6 +8,7 @@ from pathlib import Path
 import click
 
 from wsss_pipeline.commands.options import (
+    CLASSES_FORMS,
     PATH,
     frozen_clip_option,
     given_settings,
@@ -23,13 +24,13 @@ from wsss_pipeline.runtime.output import check_apart, check_replaceable, write_f
 
 @click.command("evaluate", short_help="Score masks against ground truth (mIoU).")
 @click.option(
-    "--gt", "ground_truth", type=PATH, help="Folder of ground-truth index masks; --report can do without."
+    "--gt", "ground_truth", type=PATH, help="Folder of ground-truth masks; --report can do without."
 )
 @click.option("--cache", type=PATH, help="Score a mask set, or the only one in a cache folder.")
 @click.option("--predictions", type=PATH, help="Score a folder of index masks instead.")
 @click.option("--checkpoint", type=PATH, help="Score a trained network: a run, or a checkpoint folder.")
 @click.option("--images", type=PATH, help="With --checkpoint or --report: folder of the images.")
-@click.option("--classes", help="voc12, coco14, a YAML file, or names; a cache brings its own.")
+@click.option("--classes", help=f"{CLASSES_FORMS}; a cache brings its own.")
 @click.option(
     "--split", type=PATH, help="Text file of image ids to score; without it, all that have ground truth."
 )
@@ -116,7 +117,8 @@ def command(
     if checkpoint is not None:
         settings["inference"] = inference.model_dump(mode="json")
     files = find_images(images) if images is not None else {}
-    class_names = load_class_set(classes).names if classes else None
+    class_set = load_class_set(classes) if classes else None
+    class_names = class_set.names if class_set is not None else None
     # beside a network, and where nothing is scored, the cache is there to be shown
     pseudo_masks = source = None
     if cache is not None and (checkpoint is not None or ground_truth is None):
@@ -145,6 +147,7 @@ def command(
     result = evaluate(
         source,
         ground_truth,
+        colors=class_set.colors if class_set is not None else None,
         split=split,
         min_confidence=min_confidence,
         allow_missing=allow_missing,

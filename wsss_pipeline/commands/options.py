@@ -119,6 +119,14 @@ LABELS_FORMAT: dict[str, Any] = {
 
 labels_format_option = click.option("--labels-format", **LABELS_FORMAT)
 
+CLASSES_FORMS = "voc12, coco14, demo, a file of classes, or names: cat,dog"
+
+OTHER_CLASSES: dict[str, Any] = {
+    "type": click.Choice(["error", "ignore"]),
+    "help": "Labels that are none of the classes: an error, or passed over, so that these objects are background.  "
+    "[default: error]",
+}
+
 input_options = all_of(
     _path(
         "--images",
@@ -133,7 +141,8 @@ input_options = all_of(
         "images in one folder per class.",
     ),
     _path("--labels-format", **LABELS_FORMAT),
-    _path("--classes", help="voc12, coco14, demo, a YAML file, or names: cat,dog."),
+    _path("--classes", help=f"{CLASSES_FORMS}."),
+    _path("--other-classes", **OTHER_CLASSES),
     _path("--voc", type=PATH, help="VOC2012 folder, instead of --images and --labels."),
     _path("--coco", type=PATH, help="COCO folder, instead of --images and --labels."),
     _path("--split", help="With --voc or --coco: which part, for example train_aug or train2014."),

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from wsss_pipeline.commands.options import (
+    OTHER_CLASSES,
     PATH,
     cache_option,
     device_option,
@@ -23,6 +25,9 @@ from wsss_pipeline.commands.options import (
     shard_option,
 )
 from wsss_pipeline.config import LabelFormat, user_layers
+
+if TYPE_CHECKING:
+    from wsss_pipeline.data.label_readers.label_table import OtherClasses
 
 
 @click.command("relabel", short_help="A trained network's masks as a new mask set, for the next network.")
@@ -48,6 +53,7 @@ from wsss_pipeline.config import LabelFormat, user_layers
     "--classes",
     help="Class set of the labels, where they use aliases: voc12, a YAML file, ...  [default: the network's names]",
 )
+@click.option("--other-classes", **OTHER_CLASSES)
 @click.option("--split", type=PATH, help="Text file of the ids of the images to do.  [default: all]")
 @relabel_options
 @frozen_clip_option
@@ -70,6 +76,7 @@ def command(
     labels_format: LabelFormat | None,
     any_class: bool,
     classes: str | None,
+    other_classes: OtherClasses | None,
     split: Path | None,
     clip: str | None,
     device: str,
@@ -110,6 +117,7 @@ def command(
             labels=labels,
             labels_format=labels_format,
             classes=classes,
+            other_classes=other_classes,
             split=split,
             any_class=any_class,
             config=relabel_config(paths["preset"], layers),

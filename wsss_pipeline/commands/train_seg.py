@@ -6,10 +6,13 @@ import os
 import shlex
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from wsss_pipeline.commands.options import (
+    CLASSES_FORMS,
+    OTHER_CLASSES,
     PATH,
     choice,
     device_option,
@@ -21,10 +24,13 @@ from wsss_pipeline.commands.options import (
 from wsss_pipeline.config import LabelFormat, Precision
 from wsss_pipeline.segmentation.train_config import Confidence, TrainConfig
 
+if TYPE_CHECKING:
+    from wsss_pipeline.data.label_readers.label_table import OtherClasses
+
 
 @click.command("train-seg", short_help="Train a segmentation network on cached masks.")
 @click.option("--cache", type=PATH, help="Mask set, or a cache folder that holds one.")
-@click.option("--gt-masks", type=PATH, help="Ground-truth index masks instead: the fully supervised bound.")
+@click.option("--gt-masks", type=PATH, help="Ground-truth masks instead: the fully supervised bound.")
 @setting(TrainConfig, "online.method", "--online", metavar="METHOD")
 @click.option(
     "--labels",
@@ -32,7 +38,10 @@ from wsss_pipeline.segmentation.train_config import Confidence, TrainConfig
     help="With --online: image-level labels, as generate-masks takes them.  [default: one folder per class]",
 )
 @labels_format_option
-@click.option("--classes", help="With --online or --gt-masks: voc12, coco14, demo, a YAML file, or names.")
+@click.option(
+    "--classes", help=f"With --online, --gt-masks, or --val-gt that holds colours: {CLASSES_FORMS}."
+)
+@click.option("--other-classes", **OTHER_CLASSES)
 @click.option("--images", type=PATH, required=True, help="Folder of the images.")
 @click.option("--split", type=PATH, help="Text file of image ids to train on.  [default: all images]")
 @click.option(
@@ -78,6 +87,7 @@ def command(
     labels: Path | None,
     labels_format: LabelFormat | None,
     classes: str | None,
+    other_classes: OtherClasses | None,
     images: Path,
     split: Path | None,
     leave_out: Path | None,
@@ -136,8 +146,9 @@ def command(
         )
     if labels_format is not None and labels is None:
         raise ConfigError("--labels-format goes with --labels")
-    if labels is not None and not config.online.method:
-        raise ConfigError("--labels is for --online METHOD; the masks of a cache hold their labels")
+    for option, value in (("--labels", labels), ("--other-classes", other_classes)):
+        if value is not None and not config.online.method:
+            raise ConfigError(f"{option} is for --online METHOD; the masks of a cache hold their labels")
     if cache is not None:
         masks = MaskCache.open(cache)
     elif gt_masks is None:
@@ -145,7 +156,8 @@ def command(
     elif classes is None:
         raise ConfigError("--gt-masks needs --classes: a folder of masks doesn't know its class names")
     else:
-        masks = MaskFolder(gt_masks, load_class_set(classes).names, "ground truth")
+        class_set = load_class_set(classes)
+        masks = MaskFolder(gt_masks, class_set.names, "ground truth", class_set.colors)
     job = TrainJob(
         images,
         masks,
@@ -154,6 +166,7 @@ def command(
         labels=labels,
         labels_format=labels_format,
         classes=classes,
+        other_classes=other_classes or "error",
         split=split,
         leave_out=leave_out,
         val_gt=val_gt,

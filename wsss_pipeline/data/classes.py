@@ -1,4 +1,4 @@
-"""Class sets: built in, from a YAML file, or named on the command line.
+"""Class sets: built in, from a file, or named on the command line.
 
 Mask values: 0 background, 1..C classes in class-set order, 255 ignore (65,535 with more than 254 classes).
 """
@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import difflib
 import logging
+import os
 import re
+import unicodedata
 from collections import Counter
 from collections.abc import Mapping
 from functools import cache, cached_property
@@ -19,8 +21,9 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import AfterValidator, BeforeValidator, Field
 
-from wsss_pipeline.config import Settings, read_yaml, resolve, yaml_mapping
-from wsss_pipeline.errors import ClassSetError, ConfigError
+from wsss_pipeline.config import Settings, read_yaml, resolve, yaml_content
+from wsss_pipeline.data.class_lists import Color, is_no_class, named_classes, read_class_list
+from wsss_pipeline.errors import ClassSetError, ConfigError, WsssError
 
 _logger = logging.getLogger("wsss_pipeline.data")
 
@@ -28,7 +31,11 @@ DEFAULT_TEMPLATE = "a clean origami {}."  # the one that CLIP-ES selected (arXiv
 MAX_CLASSES = 65_534  # in 16 bits 0 and 65,535 mean something else
 MAX_LENGTH = 1000  # characters of a text
 MOST_TEXTS = 1000  # in a list of a class set; each is compared with all classes, and CLIP reads it
-NO_CLASSES = ("background", "_background_", "__ignore__")  # as label files of other tools call those two
+
+
+def _composed(text: str) -> str:
+    """The text in Unicode's composed form, in which names are compared: macOS decomposes letters with accents."""
+    return unicodedata.normalize("NFC", text)
 
 
 def _text(value: object) -> str:
@@ -44,7 +51,7 @@ def _text(value: object) -> str:
 
 
 def _class_name(name: str) -> str:
-    if name.casefold() in NO_CLASSES:
+    if is_no_class(name):
         raise ValueError(f"{name!r} is no class: masks have 0 for background, 255 for ignore; leave it out")
     return name
 
@@ -76,6 +83,12 @@ def _some(value: object) -> object:
     return value
 
 
+def _color(value: Color | None) -> Color | None:
+    if value == (0, 0, 0):
+        raise ValueError("black is the colour of the background in masks; give another one")
+    return value
+
+
 def _without_duplicates(texts: tuple[str, ...]) -> tuple[str, ...]:
     for text, count in Counter(texts).items():
         if count > 1:
@@ -88,6 +101,7 @@ _Texts = Annotated[tuple[_Text, ...], BeforeValidator(_as_tuple), AfterValidator
 _SomeTexts = Annotated[_Texts, BeforeValidator(_some)]
 _Templates = Annotated[_SomeTexts, AfterValidator(lambda texts: tuple(map(_template, texts)))]
 _ClassName = Annotated[_Text, AfterValidator(_class_name)]
+_Channel = Annotated[int, Field(ge=0, le=255)]
 _SetName = Annotated[_Text, AfterValidator(_set_name)]
 
 
@@ -103,6 +117,9 @@ class ClassEntry(Settings):
     aliases: _SomeTexts = Field((), description="Other names that labels may use; CLIP doesn't see them.")
     attributes: _SomeTexts = Field((), description="Sentences of what one sees of it, for methods that ask.")
     coco_id: int | None = Field(None, ge=1, le=90, description="Category id of the class in MS COCO.")
+    color: Annotated[
+        tuple[_Channel, _Channel, _Channel] | None, BeforeValidator(_as_tuple), AfterValidator(_color)
+    ] = Field(None, description="RGB colour of the class in ground truth that holds colours, 0 to 255 each.")
 
     def texts(self) -> tuple[str, ...]:
         """The texts to fill the template with, each to be embedded.
@@ -129,9 +146,9 @@ def _tuple_of_classes(value: object) -> object:
 def _fit_into_a_mask(classes: tuple[ClassEntry, ...]) -> tuple[ClassEntry, ...]:
     if len(classes) > MAX_CLASSES:
         raise ValueError(_too_many_classes(len(classes)))
-    taken: dict[str | int | None, str] = {}
+    taken: dict[str | int | Color | None, str] = {}
     for entry in classes:
-        for key in (entry.name, *entry.aliases, entry.coco_id):
+        for key in (*map(_composed, (entry.name, *entry.aliases)), entry.coco_id, entry.color):
             if key in taken and key is not None:
                 raise ValueError(f"{key!r:.60} occurs twice (in '{taken[key]}' and '{entry.name}'); keep one")
             taken[key] = entry.name
@@ -158,22 +175,31 @@ class ClassSet(Settings):
         """The names of the classes, mask value 1 first."""
         return tuple(entry.name for entry in self.classes)
 
+    @property
+    def colors(self) -> dict[Color, int]:
+        """Mask value of each RGB colour that a class has in ground truth, black's 0 among them; empty without any."""
+        numbered = enumerate(self.classes, start=1)
+        colors = {entry.color: value for value, entry in numbered if entry.color is not None}
+        return {(0, 0, 0): 0, **colors} if colors else {}
+
     @cached_property
     def _values(self) -> dict[str, int]:
-        """Mask value of each name and alias; no two classes share one."""
+        """Mask value of each name and alias, composed; no two classes share one."""
         numbered = enumerate(self.classes, start=1)
-        return {known: value for value, entry in numbered for known in (entry.name, *entry.aliases)}
+        return {
+            _composed(known): value for value, entry in numbered for known in (entry.name, *entry.aliases)
+        }
 
     def find(self, name: str) -> ClassEntry | None:
-        """The class of that name or alias, exactly as written; None where there is none."""
-        value = self._values.get(name)
+        """The class of that name or alias, in any Unicode form, else as written; None where there is none."""
+        value = self._values.get(_composed(name))
         return None if value is None else self.classes[value - 1]
 
     def index(self, name: str) -> int:
         """Mask value 1..C of a name or alias; a ClassSetError where there is no such class."""
-        if name not in self._values:
+        if (value := self._values.get(_composed(name))) is None:
             raise ClassSetError(f"class set '{self.name}': {self.unknown(name)}")
-        return self._values[name]
+        return value
 
     def canonical(self, name: str) -> str:
         """The class's own name, of a name or alias; a ClassSetError where there is no such class."""
@@ -182,7 +208,7 @@ class ClassSet(Settings):
     def nearest(self, name: str) -> list[str]:
         """Up to three names of classes that look or are called like ``name``, the most similar first."""
         spellings = {known.casefold(): self.classes[value - 1].name for known, value in self._values.items()}
-        close = difflib.get_close_matches(name.casefold(), spellings, n=9)
+        close = difflib.get_close_matches(_composed(name).casefold(), spellings, n=9)
         return list(dict.fromkeys(spellings[spelling] for spelling in close))[:3]
 
     def unknown(self, name: str) -> str:
@@ -198,9 +224,11 @@ def load_class_set(text: str) -> ClassSet:
     """The class set that ``--classes`` names.
 
     Args:
-        text: name of a built-in set (``voc12``, ``coco14``); a YAML file (ends in ``.yaml`` or ``.yml``, or
-            holds a path separator); else class names with commas between them (``cat,dog``; a set of one
-            class that is spelled like a built-in set needs a comma behind it).
+        text: name of a built-in set (``voc12``, ``coco14``); a file, where one of that name exists, it ends in
+            ``.yaml``, ``.yml``, ``.json``, ``.txt`` or ``.names``, or it holds a path separator and no comma: a
+            class set in YAML, or a list of another tool's, see ``class_lists``; else class names with commas
+            between them (``cat,dog``; a set of one class that is spelled like a built-in set or a file needs a
+            comma behind it).
 
     A set that says nothing about its background gets the words of ``voc12``; ``background: []`` means none.
     Either way, words that also stand in a name, alias, prompt or synonym of a class are removed, with a
@@ -212,23 +240,30 @@ def load_class_set(text: str) -> ClassSet:
     """
     text = text.strip()
     built_in = builtin_class_sets()
-    choices = f"choose {', '.join(built_in)}, a YAML file, or names like cat,dog"
+    choices = f"choose {', '.join(built_in)}, a file, or names like cat,dog"
     if not text:
         raise ClassSetError(f"no classes; {choices}")
     if text in built_in:
         return _built_in(text)
-    if text.endswith((".yaml", ".yml")) or "/" in text or "\\" in text:
+    path, has_separator = Path(text), "/" in text or "\\" in text
+    is_yaml = text.endswith((".yaml", ".yml"))
+    if (
+        is_yaml
+        or text.endswith((".json", ".txt", ".names"))
+        or (has_separator and "," not in text)
+        or (not text.endswith(",") and os.path.isfile(path))  # noqa: PTH113  # no file's name is that long
+    ):
         try:
-            content = read_yaml(Path(text), f"class set {text!r:.200}")
-        except ConfigError as error:
+            content = read_yaml(path, f"class set {text!r:.200}") if is_yaml else read_class_list(path)
+        except WsssError as error:
             raise ClassSetError(f"{error}; or {choices}") from error
-        return _class_set(content, text, Path(text).stem)
+        return _class_set(content, text, path.stem)
     if close := difflib.get_close_matches(text, built_in, n=1, cutoff=0.7):
         raise ClassSetError(
             f"unknown class set '{text}'; did you mean '{close[0]}'? (for one class of that name: '{text},')"
         )
     names = [name.strip() for name in text.removesuffix(",").split(",")]
-    return _class_set(names, f"class names {text!r:.80}", "-".join(names))
+    return _class_set({"classes": names}, f"class names {text!r:.80}", "-".join(names))
 
 
 @cache
@@ -237,13 +272,22 @@ def _built_in(name: str) -> ClassSet:
     return _class_set(text, f"class set {name}", name)
 
 
-def _class_set(content: str | list[str], origin: str, default_name: str) -> ClassSet:
-    """A class set from YAML, which may leave more out than ``ClassSet`` does, or from class names."""
+def _class_set(content: str | Mapping[str, Any], origin: str, default_name: str) -> ClassSet:
+    """A class set from YAML text, or what stands in such, which may leave more out than ``ClassSet`` does.
+
+    YAML text may also be a list of names, or have ``names`` in place of ``classes``, as YOLO's ``data.yaml``.
+    """
     # something fit for a file name out of any text
     name = re.sub("[^A-Za-z0-9_-]+", "-", default_name).strip("-")[:40].rstrip("-") or "classes"
     try:
-        keys = yaml_mapping(content, origin) if isinstance(content, str) else {"classes": content}
-        values: dict[str, Any] = {"name": name, **keys}
+        keys = yaml_content(content, origin) if isinstance(content, str) else content
+        if isinstance(keys, list):
+            keys = {"classes": named_classes(keys, origin)}
+        elif isinstance(keys, Mapping) and "names" in keys and "classes" not in keys:
+            keys = {"classes": named_classes(keys["names"], origin)}
+        elif not isinstance(keys, Mapping | None):
+            raise ClassSetError(f"{origin}: expected 'key: value' lines, found {type(keys).__name__}")
+        values: dict[str, Any] = {"name": name, **(keys or {})}
         if "template" in values:
             if "templates" in values:
                 raise ClassSetError(f"{origin}: both 'template' and 'templates'; keep one of them")

@@ -17,7 +17,13 @@ from wsss_pipeline.data.image_ids import (
     find_images,
     without_image_suffix,
 )
-from wsss_pipeline.data.label_readers.label_table import LabelTable, parse_json, read_text, reading
+from wsss_pipeline.data.label_readers.label_table import (
+    LabelTable,
+    OtherClasses,
+    parse_json,
+    read_text,
+    reading,
+)
 from wsss_pipeline.data.label_readers.voc_xml import fill_from_voc_files
 from wsss_pipeline.data.labels import read_labels
 from wsss_pipeline.errors import LabelError
@@ -32,7 +38,9 @@ _TWO_PATHS = re.compile(rf"(.+?(?:{_SUFFIX}))(?:\s*,\s*|\s+)\S.*(?:{_SUFFIX})", 
 ImagesAndLabels = tuple[dict[str, ImageFile], dict[str, tuple[str, ...]]]
 
 
-def voc_inputs(root: Path, split: str, classes: ClassSet | None = None) -> ImagesAndLabels:
+def voc_inputs(
+    root: Path, split: str, classes: ClassSet | None = None, other_classes: OtherClasses = "error"
+) -> ImagesAndLabels:
     """A split of PASCAL VOC: image id to file, and image id to class names where labels are known.
 
     ``ROOT/JPEGImages``, the ids in ``ROOT/ImageSets/Segmentation/SPLIT.txt`` (or ``ImageSets/Main``), labels
@@ -43,6 +51,7 @@ def voc_inputs(root: Path, split: str, classes: ClassSet | None = None) -> Image
         root: such as ``VOCdevkit/VOC2012``.
         split: such as ``train_aug``.
         classes: ``voc12`` where None.
+        other_classes: what becomes of other labels, see ``LabelTable``.
 
     Raises:
         LabelError: no such split (the message has those that exist), no labels, or labels that can't be read.
@@ -55,17 +64,19 @@ def voc_inputs(root: Path, split: str, classes: ClassSet | None = None) -> Image
         images = {image_id: files.get(image_id, root / "JPEGImages" / f"{image_id}.jpg") for image_id in ids}
         annotations = {image_id: root / "Annotations" / f"{image_id}.xml" for image_id in ids}
         if annotated := [(image_id, file) for image_id, file in annotations.items() if file.exists()]:
-            table = LabelTable(images, classes)
+            table = LabelTable(images, classes, other_classes)
             fill_from_voc_files(table, annotated)
             return images, table.labels()
         if not (root / "labels.json").is_file():
             tried = f"{root / 'Annotations'}/*.xml nor {root / 'labels.json'}"
             raise LabelError(f"no labels for this split: neither {tried}; give --labels")
-        labels = read_labels(root / "labels.json", images, classes)
+        labels = read_labels(root / "labels.json", images, classes, other_classes=other_classes)
         return images, {image_id: names for image_id, names in labels.items() if image_id in images}
 
 
-def coco_inputs(root: Path, split: str, classes: ClassSet | None = None) -> ImagesAndLabels:
+def coco_inputs(
+    root: Path, split: str, classes: ClassSet | None = None, other_classes: OtherClasses = "error"
+) -> ImagesAndLabels:
     """A split of MS COCO: image id to file, and image id to class names where labels are known.
 
     All images in ``ROOT/SPLIT`` (or ``ROOT/images/SPLIT``), labels of
@@ -75,6 +86,7 @@ def coco_inputs(root: Path, split: str, classes: ClassSet | None = None) -> Imag
         root: the folder that holds ``annotations``.
         split: such as ``train2014``.
         classes: ``coco14`` where None.
+        other_classes: what becomes of other labels, see ``LabelTable``.
 
     Raises:
         LabelError: no such split (the message has those that exist), or labels that can't be read.
@@ -91,7 +103,8 @@ def coco_inputs(root: Path, split: str, classes: ClassSet | None = None) -> Imag
             tried = f"{root / split} nor {root / 'images' / split}"
             raise LabelError(f"no images for split '{split}': neither {tried}")
         images = find_images(folders[0])
-        return images, read_labels(labels, images, classes or load_class_set("coco14"))
+        class_set = classes or load_class_set("coco14")
+        return images, read_labels(labels, images, class_set, other_classes=other_classes)
 
 
 def read_split(path: Path, known: Collection[str] = ()) -> list[str]:

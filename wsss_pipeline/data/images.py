@@ -13,7 +13,7 @@ import hashlib
 import stat
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from io import BufferedReader, BytesIO
 from pathlib import Path
@@ -25,8 +25,10 @@ from PIL import Image, UnidentifiedImageError
 from PIL.TiffImagePlugin import TiffImageFile
 from PIL.WebPImagePlugin import WebPImageFile
 
+from wsss_pipeline.data.class_lists import Color
+from wsss_pipeline.data.classes import voc_palette
 from wsss_pipeline.data.image_files import ImageFile, TarMember
-from wsss_pipeline.errors import ImageError, WsssError
+from wsss_pipeline.errors import ImageError, MaskError, WsssError
 from wsss_pipeline.files import check_machine, open_plain
 from wsss_pipeline.runtime.output import one_line
 
@@ -151,29 +153,49 @@ def as_pixels(image: AnyImage) -> NDArray[np.uint8]:
     return np.repeat(image[..., None], 3, axis=2) if image.ndim == 2 else np.ascontiguousarray(image)
 
 
-def read_mask(path: ImageFile, *, wide: bool = False) -> NDArray[np.unsignedinteger[Any]]:
-    """An index mask as uint8 (H, W): class indices as stored, 0 background, 255 ignore.
+def read_mask(
+    path: ImageFile, colors: Mapping[Color, int | str] | None = None, *, wide: bool = False
+) -> NDArray[np.unsignedinteger[Any]]:
+    """A mask as uint8 (H, W): 0 background, class indices from 1 on, 255 ignore.
 
-    Palette files give their indices, whatever the palette; 1-bit files 0 and 1; 16- and 32-bit integer
-    files their values.
+
+    Grey files of 8, 16 and 32 bits give their values, 1-bit files 0 and 1, RGB files with three equal channels
+    that value. Palette files give their indices, whatever the palette. Where colours are known, RGB files and
+    palettes give the values of their colours; a palette that holds others gives its indices if it is PASCAL VOC's.
 
     Args:
         path: the file.
+        colors: RGB colour to mask value, or to the name of what is no class.
         wide: whether it is of more than 254 classes: uint16 comes out, 65,535 is ignore. A file of 8 bits may then
             hold classes up to 254; what its 255 means nobody can tell.
 
     Raises:
-        ImageError: as ``read_image``; also a colour mask, values outside 0..255 (0..65,535), or JPEG.
+        ImageError: as ``read_image``; also colours where none are known, values outside 0..255 (0..65,535), or JPEG.
+        MaskError: a colour that isn't among the known ones, or that of what is no class.
     """
     with _opened(path) as (image, _):
         if image.format in ("JPEG", "MPO"):
             raise ImageError(f"{_shown(path)}: JPEG changes the values of a mask; save it as an 8-bit PNG")
-        if not _has_indices(image):
+        if colors and image.mode in ("P", "RGB", "RGBA"):
+            found = _of_colors(image, colors, path, wide)
+            if found is not None:
+                return found
+        if image.mode in ("RGB", "RGBA"):
+            channels = np.array(image)
+            values = channels[..., 0]
+            if (channels[..., 1:3] != values[..., None]).any():
+                raise ImageError(
+                    f"{_shown(path)}: a mask holds one class index a pixel, but this holds colours; save the indices "
+                    f"{_INDICES} as an 8-bit PNG, put CVAT's labelmap.txt beside it, or give a class set with a "
+                    "'color' for each class"
+                )
+        elif _has_indices(image):
+            values = np.array(image)
+        else:
             raise ImageError(
-                f"{_shown(path)}: a mask holds one class index a pixel, but this is a {image.mode} image, "
-                f"probably saved with the colours of the classes; save the indices {_INDICES} as an 8-bit PNG"
+                f"{_shown(path)}: a mask holds one class index a pixel, but this is a {image.mode} image; save the "
+                f"indices {_INDICES} as an 8-bit PNG"
             )
-        values = np.array(image)
         if wide and values.dtype.itemsize == 1 and values.max() == 255:
             raise ImageError(
                 f"{_shown(path)}: 255 in 8 bits is class 255 or no label; with more than 254 classes save masks as "
@@ -186,6 +208,36 @@ def read_mask(path: ImageFile, *, wide: bool = False) -> NDArray[np.unsignedinte
             )
         kind: type[np.unsignedinteger[Any]] = np.uint16 if wide else np.uint8
         return values.astype(kind)
+
+
+def _of_colors(
+    image: Image.Image, colors: Mapping[Color, int | str], path: ImageFile, wide: bool
+) -> NDArray[np.unsignedinteger[Any]] | None:
+    """Mask values of an image's colours; None for a palette of PASCAL VOC's with others, which stand for indices."""
+    pixels = np.array(image.convert("RGB"), np.int32)
+    codes, places = np.unique(pixels @ (1 << 16, 1 << 8, 1), return_inverse=True)
+    values: list[int] = []
+    for code in codes.tolist():
+        color = (code >> 16, code >> 8 & 255, code & 255)
+        value = colors.get(color)
+        if isinstance(value, int):
+            values.append(value)
+            continue
+        if image.mode == "P" and (voc_palette()[np.array(image)] == pixels).all():
+            return None
+        shown = ",".join(map(str, color))
+        if value is not None:
+            raise MaskError(
+                f"{_shown(path)}: the colour {shown} is '{one_line(value, 60)}', which is no class of the class set; "
+                "add it, or give the class set that the masks were made with"
+            )
+        known = "; ".join(",".join(map(str, known)) for known in list(colors)[:8])
+        raise MaskError(
+            f"{_shown(path)}: the colour {shown} is no class's ({known}{'; ...' if len(colors) > 8 else ''}); give "
+            "the colours that the masks were made with, and masks without soft edges"
+        )
+    kind: type[np.unsignedinteger[Any]] = np.uint16 if wide else np.uint8
+    return np.array(values, kind)[places].reshape(pixels.shape[:2])
 
 
 def read_label_image(path: ImageFile) -> NDArray[np.int64]:

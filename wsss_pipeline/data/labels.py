@@ -26,7 +26,13 @@ from wsss_pipeline.data.label_readers import (
     voc_xml,
     yolo,
 )
-from wsss_pipeline.data.label_readers.label_table import LabelTable, parse_json, read_text, reading
+from wsss_pipeline.data.label_readers.label_table import (
+    LabelTable,
+    OtherClasses,
+    parse_json,
+    read_text,
+    reading,
+)
 from wsss_pipeline.data.label_readers.tar_labels import fill_from_tar
 from wsss_pipeline.errors import ConfigError, LabelError
 
@@ -99,6 +105,7 @@ def read_labels(
     images: Mapping[str, ImageFile],
     classes: ClassSet,
     form: LabelFormat | None = None,
+    other_classes: OtherClasses = "error",
 ) -> dict[str, tuple[str, ...]]:
     """Image id to class names, in order of appearance, duplicates dropped.
 
@@ -112,13 +119,14 @@ def read_labels(
             without the suffix of the image.
         classes: names and aliases that may occur.
         form: name of the form; None for the one that the content shows.
+        other_classes: what becomes of other labels, see ``LabelTable``.
 
     Raises:
         LabelError: the source can't be read, is in no known form or may be in two, is empty, has no class for any
             image, holds an unsafe image id or an unknown class, or contradicts itself.
         ConfigError: a form without a path, or no such form.
     """
-    table = LabelTable(images, classes)
+    table = LabelTable(images, classes, other_classes)
     if path is None:
         if form is not None:
             raise ConfigError("--labels-format goes with --labels")
@@ -135,7 +143,7 @@ def read_labels(
                     raise LabelError(
                         f"{file}: lies in no class folder; give --labels, or a folder for each class"
                     )
-                table.add_class(table.add_image(image_id, str(file)), table.class_named(folder, str(file)))
+                table.add_record(image_id, [folder], str(file))
         return table.labels()
     if form is not None and form not in get_args(LabelFormat):
         raise ConfigError(f"no labels format {form!r:.60}; known: {', '.join(get_args(LabelFormat))}")

@@ -15,8 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from wsss_pipeline.data.classes import voc_palette
-from wsss_pipeline.data.masks import IGNORE, Mask, ignore_value
+from wsss_pipeline.data.masks import IGNORE, Mask, ignore_value, size_cause, values_problem
 from wsss_pipeline.errors import EvaluationError
 
 
@@ -27,15 +26,10 @@ def check_sizes(prediction: Mask, ground_truth: Mask, origin: str = "ground trut
         raise EvaluationError(f"{origin}: masks are (H, W) arrays of class indices, not {shapes}")
     if prediction.shape == ground_truth.shape:
         return
-    (height, width), (true_height, true_width) = prediction.shape, ground_truth.shape
-    if (height, width) == (true_width, true_height):
-        cause = "one of the two was rotated (EXIF orientation); use images and masks of the same orientation"
-    elif abs(height * true_width - width * true_height) <= max(height, width, true_height, true_width):
-        cause = "one of the two was resized; score masks at the size of the ground truth"
-    else:
-        cause = "they belong to different images; check that both folders use the same image ids"
+    size, true_size = prediction.shape[::-1], ground_truth.shape[::-1]
+    cause = size_cause((size[0], size[1]), (true_size[0], true_size[1]))
     raise EvaluationError(
-        f"{origin}: ground truth is {true_width}x{true_height}, prediction is {width}x{height}: {cause}"
+        f"{origin}: ground truth is {true_size[0]}x{true_size[1]}, prediction is {size[0]}x{size[1]}: {cause}"
     )
 
 
@@ -72,26 +66,12 @@ def confusion_matrix(
         wrong_truth = ((ground_truth >= num_classes) & (ground_truth != ignore)).any()
         wrong_prediction = ((prediction >= num_classes) & (prediction != ignore)).any()
     if wrong_truth:
-        values = {int(value) for value in np.unique(ground_truth)} - {0, ignore}
-        grey = np.rint(voc_palette() @ (0.299, 0.587, 0.114)).astype(int)
-        if values <= {*grey[:num_classes].tolist(), int(grey[IGNORE])}:
-            cause = "these are grey levels of the VOC colours: keep the palette when the PNGs are converted"
-        elif num_classes == 81 and max(values) <= 91:
-            cause = "these are COCO category ids (1..90 with gaps): map them to 1..80 in category order"
-        elif len(values) > num_classes:
-            cause = (
-                "these look like grey levels or colours, not classes: ground truth is a PNG of class indices"
-            )
-        else:
-            cause = "the ground truth belongs to another class set: give the one that it was made with"
-        raise EvaluationError(
-            f"{origin}: ground truth holds {_listed(sorted(values))}, but with {num_classes - 1} classes and the "
-            f"background it may hold 0..{num_classes - 1} and {ignore}; {cause}"
-        )
+        raise EvaluationError(f"{origin}: ground truth {values_problem(ground_truth, num_classes - 1)}")
     if wrong_prediction:
         wrong = [value for value in np.unique(prediction) if num_classes <= value < ignore]
+        listed = ", ".join(map(str, wrong[:12])) + (f" and {len(wrong) - 12} more" if len(wrong) > 12 else "")
         raise EvaluationError(
-            f"{origin}: the prediction holds {_listed(wrong)}, but with {num_classes - 1} classes and the "
+            f"{origin}: the prediction holds values {listed}, but with {num_classes - 1} classes and the "
             f"background the largest value is {num_classes - 1}; give the class set it was made with"
         )
     if ignore == IGNORE:
@@ -160,8 +140,3 @@ class Scores:
             frequency_weighted_iou=float((in_truth * iou).sum() / total),
             ignored_predictions=float(matrix[:, -1].sum() / total),
         )
-
-
-def _listed(values: Sequence[int]) -> str:
-    shown = ", ".join(str(value) for value in values[:12])
-    return f"values {shown}{f' and {len(values) - 12} more' if len(values) > 12 else ''}"

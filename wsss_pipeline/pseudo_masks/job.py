@@ -17,6 +17,7 @@ from wsss_pipeline.data.datasets import coco_inputs, voc_inputs
 from wsss_pipeline.data.image_files import ImageFile, is_there, reading_order
 from wsss_pipeline.data.image_ids import find_images
 from wsss_pipeline.data.images import image_size
+from wsss_pipeline.data.label_readers.label_table import OtherClasses
 from wsss_pipeline.data.labels import read_labels
 from wsss_pipeline.errors import ConfigError, ImageError
 from wsss_pipeline.methods import load_mask_config
@@ -42,7 +43,8 @@ class JobPaths(TypedDict, total=False):
         labels_format: name of the labels' form; left out where their content shows it.
         voc, coco: folder of a data set, in place of images, labels and classes.
         split: part of that data set.
-        classes: built-in class set, YAML file, or names with commas between.
+        classes: built-in class set, file, or names with commas between, see ``load_class_set``.
+        other_classes: what becomes of labels that are none of these, see ``LabelTable``; an error, where None.
         preset: name of published settings.
         config_file: YAML file of settings.
         overrides: ``key=value`` texts.
@@ -56,6 +58,7 @@ class JobPaths(TypedDict, total=False):
     coco: Path | str | None
     split: str | None
     classes: str | None
+    other_classes: OtherClasses | None
     preset: str | None
     config_file: Path | None
     overrides: Sequence[str]
@@ -170,15 +173,17 @@ class MaskJob(Job):
             {"classes": classes, **(settings or {})},
         )
         if not config.classes:
-            raise ConfigError("no classes given; use --classes cat,dog, --classes FILE.yaml or --preset NAME")
-        class_set = load_class_set(config.classes)
+            raise ConfigError("no classes given; use --classes cat,dog, --classes FILE or --preset NAME")
+        class_set, others = load_class_set(config.classes), paths.get("other_classes") or "error"
         if images is not None:
             files = find_images(Path(images))
-            names = read_labels(None if labels is None else Path(labels), files, class_set, labels_format)
+            names = read_labels(
+                None if labels is None else Path(labels), files, class_set, labels_format, others
+            )
         elif voc is not None:
-            files, names = voc_inputs(Path(voc), str(split), class_set)
+            files, names = voc_inputs(Path(voc), str(split), class_set, others)
         else:
-            files, names = coco_inputs(Path(str(coco)), str(split), class_set)
+            files, names = coco_inputs(Path(str(coco)), str(split), class_set, others)
         given = {"--images": images, "--labels": labels}
         inputs = {option: Path(path) for option, path in given.items() if path is not None}
         if voc is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import unicodedata
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -11,11 +12,10 @@ from numpy.typing import NDArray
 
 from wsss_pipeline.cache import MaskCache
 from wsss_pipeline.config import CrfConfig, InferenceConfig
+from wsss_pipeline.data.class_lists import Color
 from wsss_pipeline.data.datasets import read_split
 from wsss_pipeline.data.image_files import ImageFile
-from wsss_pipeline.data.image_ids import find_images
-from wsss_pipeline.data.images import read_mask
-from wsss_pipeline.data.masks import IGNORE, MaskFolder, MaskSource, ignore_value
+from wsss_pipeline.data.masks import MaskFolder, MaskSource
 from wsss_pipeline.errors import ConfigError, EvaluationError, ImageError, MaskError
 from wsss_pipeline.evaluation.metrics import Scores, check_sizes, confusion_matrix
 from wsss_pipeline.evaluation.result import Evaluation, Variant
@@ -80,6 +80,7 @@ def evaluate(
     source: MaskSource,
     ground_truth: Path,
     *,
+    colors: Mapping[Color, int] | None = None,
     split: Path | None = None,
     min_confidence: float | None = None,
     allow_missing: bool = False,
@@ -91,7 +92,8 @@ def evaluate(
     """Scores masks; a network's in all variants, out of one set of passes an image.
 
     Args:
-        ground_truth: folder of index masks (0 background, 1..C classes, 255 ignore), one per image id.
+        ground_truth: folder of masks (0 background, 1..C classes, 255 ignore), one per image id; see ``MaskFolder``.
+        colors: RGB colour to mask value of ground truth that holds colours.
         split: text file of the image ids to score; its name without suffix is the name of the split.
             Without one, every ground-truth file that has a prediction is scored.
         min_confidence: threshold; pixels below it count as misses.
@@ -118,11 +120,16 @@ def evaluate(
         raise ConfigError("a report shows images; give their folder (--images)")
     if report is not None:
         check_replaceable(report)
-    truth_files = find_images(ground_truth)
-    wanted = read_split(split, truth_files) if split is not None else list(truth_files)
+    try:
+        truths = MaskFolder(ground_truth, source.class_names, "ground truth", colors)
+        truths.check_sizes(images or {})
+    except MaskError as error:
+        raise EvaluationError(str(error)) from error
+    wanted = read_split(split, truths.files) if split is not None else list(truths.files)
+    wanted = [_in_form_of(source, image_id) for image_id in wanted]
     if not wanted:
         raise EvaluationError(f"{ground_truth}: no image to score in it")
-    without_truth = [image_id for image_id in wanted if image_id not in truth_files]
+    without_truth = [image_id for image_id in wanted if image_id not in truths]
     if without_truth:
         raise EvaluationError(
             f"ground truth {ground_truth} lacks {len(without_truth):,} of the {len(wanted):,} images of {split}, "
@@ -145,15 +152,17 @@ def evaluate(
     if missing:
         logger.warning("%s lacks %d of %d images; they are left out", description, len(missing), len(wanted))
     names = ("background", *source.class_names)
-    ignore = ignore_value(len(names))
     matrices: dict[str, NDArray[np.int64]] = {}
     image_miou: dict[str, float | None] = {}
     skipped: dict[str, str] = {}
-    any_ignored = False
     with Progress(len(image_ids)) as progress:
         for image_id in image_ids:
             try:
-                truth = read_mask(truth_files[image_id], wide=ignore != IGNORE)
+                try:
+                    truth = truths[image_id].mask
+                except MaskError as error:
+                    # Values that fit no class end the run: they say that the class set is wrong, not the image.
+                    raise EvaluationError(str(error)) from error
                 records = {"": source[image_id]} if network is None else network.variants(image_id)
                 try:
                     check_sizes(list(records.values())[-1].mask, truth, image_id)
@@ -162,8 +171,7 @@ def evaluate(
                 counts = {}
                 for name, record in records.items():
                     mask = record.mask if min_confidence is None else record.with_ignore(min_confidence)
-                    # Values that fit no class end the run: they say that the class set is wrong, not the image.
-                    counts[name] = confusion_matrix(mask, truth, len(names), str(truth_files[image_id]))
+                    counts[name] = confusion_matrix(mask, truth, len(names), image_id)
             except (ImageError, MaskError, MemoryError, RuntimeError) as error:
                 skipped[image_id] = _reason(error)
                 logger.warning("%s: left out: %s", image_id, skipped[image_id])
@@ -172,17 +180,11 @@ def evaluate(
             for name, matrix in counts.items():
                 matrices[name] = matrices.get(name, 0) + matrix
             image_miou[image_id] = Scores.from_matrix(matrix, names).miou if matrix.any() else None
-            any_ignored = any_ignored or bool((truth == ignore).any())
             progress.advance()
     if not matrices:
         reason = next(iter(skipped.values()))
         raise EvaluationError(f"none of the {len(image_ids):,} images could be scored; the first: {reason}")
     matrix = list(matrices.values())[-1]
-    if any_ignored and not matrix[1:].any():
-        raise EvaluationError(
-            f"ground truth such as {truth_files[next(iter(image_miou))]} holds 0 and {ignore} only: binary masks? "
-            f"{ignore} means 'ignore' here, so write objects as their class index, 1 for the first class"
-        )
     evaluation = Evaluation(
         variants={
             name: Variant(Scores.from_matrix(total, names), _crf(source, name))
@@ -201,9 +203,15 @@ def evaluate(
     if report is not None and images is not None:
         masks = {} if pseudo_masks is None else {PSEUDO_MASK: pseudo_masks}
         masks |= {PSEUDO_MASK if isinstance(source, MaskCache) else PREDICTION: source}
-        masks |= {GROUND_TRUTH: MaskFolder(ground_truth, source.class_names, "ground truth", check=False)}
+        masks |= {GROUND_TRUTH: truths}
         write_file(report, evaluation_page(evaluation, images, masks, settings or {}))
     return evaluation
+
+
+def _in_form_of(source: MaskSource, image_id: str) -> str:
+    """An id in the Unicode form in which the masks have it; as it stands where they don't."""
+    forms = (image_id, unicodedata.normalize("NFC", image_id), unicodedata.normalize("NFD", image_id))
+    return next((form for form in forms if form in source), image_id)
 
 
 def _reason(error: Exception) -> str:

@@ -118,7 +118,7 @@ def _coarse(masks: Path | None, paths: JobPaths) -> Inputs:
         raise ConfigError(
             "--objective cam needs --cache, a coarse mask set of generate-masks, and --images, its images' folder"
         )
-    for option in ("labels", "labels_format", "voc", "coco", "split"):
+    for option in ("labels", "labels_format", "voc", "coco", "split", "other_classes"):
         if paths.get(option) is not None:
             raise ConfigError(
                 f"--{option.replace('_', '-')} isn't for --objective cam: the mask set says which images and classes"

@@ -20,6 +20,7 @@ from wsss_pipeline.config import LabelFormat, Layer, RelabelConfig, resolve
 from wsss_pipeline.data.classes import ClassSet, builtin_class_sets, load_class_set
 from wsss_pipeline.data.datasets import read_split
 from wsss_pipeline.data.image_ids import find_images
+from wsss_pipeline.data.label_readers.label_table import OtherClasses
 from wsss_pipeline.data.labels import read_labels
 from wsss_pipeline.data.transforms import Prepared
 from wsss_pipeline.errors import ConfigError, ImageError
@@ -167,6 +168,7 @@ class RelabelJob(Job):
         labels: Path | None = None,
         labels_format: LabelFormat | None = None,
         classes: str | None = None,
+        other_classes: OtherClasses | None = None,
         split: Path | None = None,
         any_class: bool = False,
         config: RelabelConfig | None = None,
@@ -182,6 +184,7 @@ class RelabelJob(Job):
             labels: image-level labels, of which a mask then has no other classes; without them it may have any.
             labels_format: name of the labels' form; None for what their content shows.
             classes: class set of the labels, where they use its aliases; it must have the network's classes.
+            other_classes: what becomes of other labels, see ``LabelTable``; an error, where None.
             split: text file of the ids of the images to do; all of them, where None.
             any_class: choice to take from the labels only which images to do.
             config: scales, flip, refiner.
@@ -196,6 +199,7 @@ class RelabelJob(Job):
         """
         config = config or RelabelConfig()
         only = {"--any-class": any_class, "--classes": classes, "--labels-format": labels_format}
+        only["--other-classes"] = other_classes
         if labels is None and any(only.values()):
             option = next(option for option, given in only.items() if given)
             raise ConfigError(f"{option} goes with --labels; without them a mask may have any of the classes")
@@ -230,7 +234,7 @@ class RelabelJob(Job):
             raise ImageError(f"{images} holds no image; check --images")
         names: Mapping[str, tuple[str, ...] | None] = dict.fromkeys(files)
         if labels is not None:
-            names = read_labels(labels, files, class_set, labels_format)
+            names = read_labels(labels, files, class_set, labels_format, other_classes or "error")
         if split is not None:
             wanted = read_split(split, files)
             names = {i: names.get(i) for i in wanted if labels is None or i in names}

@@ -19,10 +19,12 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedDataParallelKwargs
 
 from wsss_pipeline.config import LabelFormat
+from wsss_pipeline.data.classes import load_class_set
 from wsss_pipeline.data.datasets import read_split
 from wsss_pipeline.data.image_files import ImageFile
 from wsss_pipeline.data.image_ids import find_images
 from wsss_pipeline.data.images import read_image
+from wsss_pipeline.data.label_readers.label_table import OtherClasses
 from wsss_pipeline.data.labels import read_labels
 from wsss_pipeline.data.masks import MaskFolder, MaskSource, half_percent_threshold, ignore_value
 from wsss_pipeline.errors import (
@@ -71,10 +73,12 @@ class TrainJob:
         config: settings, see ``TrainConfig``.
         labels: image-level labels, see ``read_labels``, for targets that are made in training.
         labels_format: name of the labels' form; None for what their content shows.
-        classes: class set of such targets, as ``--classes`` has it; None for that of the method's preset.
+        classes: class set of such targets, and the colours of ground truth, as ``--classes`` has it; None for that
+            of the method's preset.
+        other_classes: what becomes of labels that are none of these, see ``LabelTable``.
         split: text file of the ids to train on; None for all images.
         leave_out: text file of ids that aren't trained on all the same; None for none.
-        val_gt: folder of ground-truth index masks to validate on; None for no validation.
+        val_gt: folder of ground-truth masks to validate on; None for no validation.
         val_images: folder of their images; None for ``images``.
         val_split: text file of the ids to validate on; None for all ground truth that has an image.
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
@@ -92,6 +96,7 @@ class TrainJob:
     labels: Path | None = None
     labels_format: LabelFormat | None = None
     classes: str | None = None
+    other_classes: OtherClasses = "error"
     split: Path | None = None
     leave_out: Path | None = None
     val_gt: Path | None = None
@@ -138,6 +143,8 @@ def train_seg(job: TrainJob) -> TrainResult:
         masks: MaskSource | ImageLabels = _image_labels(job, images, generator)
     elif job.masks is not None:
         masks = job.masks
+        if isinstance(masks, MaskFolder):
+            masks.check_sizes(images)
     else:
         raise ConfigError("no masks to train on, and no online.method that makes them")
     wanted = read_split(job.split, images) if job.split else list(images)
@@ -221,7 +228,9 @@ def _image_labels(job: TrainJob, images: Mapping[str, ImageFile], generator: Mas
     class_set, mask_set = generator.class_set, generator.mask_set
     present = {
         image_id: tuple(sorted(map(class_set.index, names)))
-        for image_id, names in read_labels(job.labels, images, class_set, job.labels_format).items()
+        for image_id, names in read_labels(
+            job.labels, images, class_set, job.labels_format, job.other_classes
+        ).items()
     }
     digest = hashlib.sha256(json.dumps(sorted(present.items())).encode()).hexdigest()[:12]
     identity = f"online {mask_set.fingerprint[:12]}, labels {digest}"
@@ -438,7 +447,14 @@ def _validation(
 ) -> Callable[[SegmentationNetwork], float]:
     """The function that gives a network's mIoU: each process scores its share of the images, each image once."""
     images = find_images(job.val_images or job.images)
-    truth = MaskFolder(ground_truth, class_names, "ground truth")
+    class_set = load_class_set(job.classes) if job.classes else None
+    if class_set is not None and class_set.names != tuple(class_names):
+        raise ConfigError(
+            f"--classes {job.classes:.100}: these aren't the classes to be trained ({', '.join(class_names):.300}); "
+            "leave --classes out, or give a class set of these"
+        )
+    truth = MaskFolder(ground_truth, class_names, "ground truth", class_set.colors if class_set else None)
+    truth.check_sizes(images)
     split = read_split(job.val_split, images) if job.val_split else list(truth.files)
     ids = usable_ids(images, truth, split, job.allow_missing or job.val_split is None)
     names = ("background", *class_names)

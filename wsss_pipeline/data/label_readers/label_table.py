@@ -9,13 +9,15 @@ from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from functools import cache, cached_property
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from wsss_pipeline import files
 from wsss_pipeline.data.classes import ClassEntry, ClassSet
 from wsss_pipeline.data.few_warnings import FewWarnings
 from wsss_pipeline.data.image_ids import check_image_id, without_image_suffix
+from wsss_pipeline.data.label_readers.image_names import ImageNames, normalised, written_path
 from wsss_pipeline.errors import LabelError
 from wsss_pipeline.files import MIB, check_machine
 from wsss_pipeline.runtime.output import one_line
@@ -25,6 +27,16 @@ logger = logging.getLogger(__name__)
 MOST_BYTES = 2048 * MIB  # of a label file: those of a million images take a twentieth
 
 
+OtherClasses = Literal["error", "ignore"]
+
+logger = logging.getLogger(__name__)
+
+_LONGEST_TEXT = 10_000  # characters of an image's name; signed addresses have thousands
+_EXAMPLES = 3
+
+_ROOT = re.compile(r"\A(?:[A-Za-z]:)?/+")
+
+
 class LabelTable:
     """Image id to class names, both in order of first appearance.
 
@@ -32,14 +44,18 @@ class LabelTable:
         images: the known image ids. An id of the file may carry the suffix of the image; what fits no
             known image is kept all the same.
         classes: the classes that may occur, by name or alias.
+        other_classes: what becomes of labels that are none of the classes: an error, or they are passed over and
+            counted.
 
     Attributes:
         repeated: warnings of records that say again what an earlier one said; to be entered by who fills the table.
     """
 
-    def __init__(self, images: Collection[str], classes: ClassSet) -> None:
+    def __init__(
+        self, images: Collection[str], classes: ClassSet, other_classes: OtherClasses = "error"
+    ) -> None:
         self.classes = classes
-        self._images = images
+        self._images, self._names = images, ImageNames(images)
         self._find = cache(classes.find)  # a file may name the same few classes a million times
         self._labels: dict[str, tuple[str, ...]] = {}
         self._shared: dict[
@@ -47,13 +63,50 @@ class LabelTable:
         ] = {}  # of a million images many have the same labels
         self._records: dict[str, str] = {}  # image id to where its one record stands
         self.repeated = FewWarnings(logger, "records of images that have one already")
+        self._other_classes = other_classes
+        self._others: Counter[str] = Counter()
+        self._written: dict[str, str] = {}  # id of an image that is written with other folders to that path
+        self._absolute: tuple[str, str] | None = None  # the first absolute path of no known image, and where
 
     def add_image(self, text: str, where: str) -> str:
-        """Makes an entry for an image, without labels so far, and gives its id; a LabelError if that is unsafe."""
-        text = check_image_id(text, where)
+        """Makes an entry for an image, without labels so far, and gives its id.
+
+        A known id, with or without the suffix of an image, is that image. Any other text is the known image that it
+        can mean (see ``ImageNames.find``), without one an id of its own.
+
+        Args:
+            text: the image as the file names it.
+            where: file and line, for messages.
+
+        Raises:
+            LabelError: an unsafe id, several images that it can mean, or entries that name one image in two folders.
+        """
         image_id = text if text in self._images else without_image_suffix(text)
-        if image_id != text:
-            check_image_id(image_id, where)
+        path = image_id
+        if image_id not in self._images:
+            if len(text) > _LONGEST_TEXT:
+                check_image_id(text, where)
+            written = written_path(text)
+            path = without_image_suffix(written)
+            if found := self._names.find(written, where):
+                image_id = found
+            else:
+                image_id = _ROOT.sub("", path)
+                if image_id != path:
+                    self._absolute = self._absolute or (path, where)
+                path = image_id
+        check_image_id(image_id, where)
+        in_other_folders = path != image_id and normalised(path) != normalised(image_id)
+        if in_other_folders or image_id in self._written:
+            path = path if in_other_folders else image_id
+            other = self._written.get(image_id, image_id if image_id in self._labels else path)
+            if other != path:
+                pair = f"'{one_line(other, 100)}' and '{one_line(path, 100)}'"
+                raise LabelError(
+                    f"{where}: {pair} come to mean one image, '{one_line(image_id, 100)}'; write the paths below the "
+                    "image folder, or remove one of them"
+                )
+            self._written[image_id] = path
         self._labels.setdefault(image_id, ())
         return image_id
 
@@ -87,7 +140,12 @@ class LabelTable:
             LabelError: an unsafe id, an unknown class, or other classes than an earlier record of the image has.
         """
         image_id = self.add_image(image, where)
-        entries = [self.class_named(name, where, or_numbered=or_numbered) for name in names]
+        entries: list[ClassEntry] = []
+        for name in names:
+            if entry := self.class_named(name, where, or_numbered=or_numbered):
+                entries.append(entry)
+            else:
+                self._others[name.strip()] += 1
         if adds_up or image_id not in self._records:
             for entry in entries:
                 self.add_class(image_id, entry)
@@ -125,8 +183,11 @@ class LabelTable:
                     numbered[number].append(image_id)
         return numbered
 
-    def class_named(self, name: str, where: str, *, or_numbered: bool = False) -> ClassEntry:
+    def class_named(self, name: str, where: str, *, or_numbered: bool = False) -> ClassEntry | None:
         """The class of that name or alias; ``or_numbered``, without one, of that index, counted from 0.
+
+        Returns:
+            The class; None where there is none and other classes are passed over.
 
         Raises:
             LabelError: there is none; the message has the nearest names, or the indices that there are.
@@ -136,19 +197,65 @@ class LabelTable:
             return entry
         hint = ""
         if or_numbered and re.fullmatch("[0-9]{1,9}", name):
+            if self._other_classes == "ignore":
+                raise LabelError(
+                    f"{where}: class index {name}: with --other-classes ignore labels must be names, since indices "
+                    "count in a list of all classes"
+                )
             if int(name) < len(classes):
                 return classes[int(name)]
             raise LabelError(
                 f"{where}: class index {name}; the {len(classes)} classes of '{self.classes.name}' have "
                 f"the indices 0 to {len(classes) - 1}"
             )
+        if self._other_classes == "ignore":
+            self._others[name] += 0  # told, even where no image is said to have it
+            return None
         if or_numbered and any(name in entry.name.split() for entry in classes if " " in entry.name):
             hint = "; names with spaces need a .csv or .json file"
+        if not hint:
+            hint = "; to leave such labels out, add --other-classes ignore"
         raise LabelError(f"{where}: {self.classes.unknown(name)} (class set '{self.classes.name}'){hint}")
 
     def labels(self) -> dict[str, tuple[str, ...]]:
-        """Image id to class names."""
+        """Image id to class names; warns of all that was read in another way than it was written.
+
+        Raises:
+            LabelError: all labels were passed over as other classes, or absolute paths lead to no known image.
+        """
+        if (
+            self._absolute and not self._written
+        ):  # where some lead to images, others are of images that are missing
+            check_image_id(*self._absolute)
+        if self._others:
+            listed = _counted(self._others)
+            if not any(self._labels.values()):
+                raise LabelError(
+                    f"labels: none is a class of '{self.classes.name}', all are others ({listed}); check --classes"
+                )
+            logger.warning(
+                "labels outside the class set '%s' are passed over, so their objects become background: %s",
+                self.classes.name,
+                listed,
+            )
+        if self._written:
+            count, pairs = len(self._written), islice(self._written.items(), _EXAMPLES)
+            examples = ", ".join(f"'{one_line(path, 100)}' is '{one_line(i, 100)}'" for i, path in pairs)
+            logger.warning(
+                "labels: %d images are named with other folders and were found by file name: %s%s",
+                count,
+                examples,
+                f" and {count - _EXAMPLES} more" if count > _EXAMPLES else "",
+            )
         return self._labels
+
+
+def _counted(names: Counter[str]) -> str:
+    shown = [
+        f"{one_line(name, 60)} ({count})" if count else one_line(name, 60)
+        for name, count in names.most_common(10)
+    ]
+    return ", ".join(shown) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
 
 
 @contextmanager

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from wsss_pipeline.data.classes import NO_CLASSES, ClassSet
+from wsss_pipeline.data.class_lists import is_no_class
+from wsss_pipeline.data.classes import ClassSet
 from wsss_pipeline.data.label_readers.label_table import LabelTable, parse_json, read_text
 from wsss_pipeline.errors import LabelError
 from wsss_pipeline.files import MIB
@@ -73,4 +74,4 @@ def _fill(table: LabelTable, content: Any, folder: Path, file: Path) -> None:
         raise LabelError(
             f"{file}: 'imagePath' is {path!r:.80}, but there is an image {beside!r:.80} too; rename one"
         )
-    table.add_record(image, [name for name in names if name not in NO_CLASSES], str(file))
+    table.add_record(image, [name for name in names if not is_no_class(name)], str(file))

@@ -20,7 +20,6 @@ def fill_from_tar(table: LabelTable, labels: Mapping[str, TarMember]) -> None:
     0-based index on each line.
     """
     for image, member in labels.items():
-        image_id = table.add_image(image, str(member))
         if member.size > MOST_BYTES:
             raise LabelError(f"{member}: {member.size:,} bytes are too many for the labels of one image")
         try:
@@ -36,5 +35,4 @@ def fill_from_tar(table: LabelTable, labels: Mapping[str, TarMember]) -> None:
             raise LabelError(f"{member}: not valid JSON: {error}") from error
         if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
             raise LabelError(f'{member}: expected ["cat", "sofa"] or {{"labels": ["cat", "sofa"]}}')
-        for name in names:
-            table.add_class(image_id, table.class_named(name, str(member), or_numbered=True))
+        table.add_record(image, names, str(member), or_numbered=True)
