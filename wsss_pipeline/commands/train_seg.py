@@ -13,18 +13,22 @@ from wsss_pipeline.commands.options import (
     PATH,
     choice,
     device_option,
+    given_paths,
     given_settings,
+    gt_suffix_option,
+    image_suffix_option,
     labels_format_option,
     say,
     setting,
 )
-from wsss_pipeline.config import LabelFormat, Precision
+from wsss_pipeline.config import LabelFormat, Precision, description
 from wsss_pipeline.segmentation.train_config import Confidence, TrainConfig
 
 
 @click.command("train-seg", short_help="Train a segmentation network on cached masks.")
 @click.option("--cache", type=PATH, help="Mask set, or a cache folder that holds one.")
 @click.option("--gt-masks", type=PATH, help="Ground-truth index masks instead: the fully supervised bound.")
+@gt_suffix_option
 @setting(TrainConfig, "online.method", "--online", metavar="METHOD")
 @click.option(
     "--labels",
@@ -34,6 +38,7 @@ from wsss_pipeline.segmentation.train_config import Confidence, TrainConfig
 @labels_format_option
 @click.option("--classes", help="With --online or --gt-masks: voc12, coco14, demo, a YAML file, or names.")
 @click.option("--images", type=PATH, required=True, help="Folder of the images.")
+@image_suffix_option
 @click.option("--split", type=PATH, help="Text file of image ids to train on.  [default: all images]")
 @click.option(
     "--leave-out", type=PATH, help="Text file of image ids not to train on, as preview's page saves it."
@@ -52,6 +57,13 @@ from wsss_pipeline.segmentation.train_config import Confidence, TrainConfig
 @setting(TrainConfig, "optimisation.lr", "--lr", type=float)
 @setting(TrainConfig, "augmentation.crop", "--crop", type=int)
 @setting(TrainConfig, "precision", "--precision", type=choice(Precision))
+@setting(
+    TrainConfig,
+    "images.pixel_range",
+    "--pixel-range",
+    metavar="LOW:HIGH",
+    help=f"{description(TrainConfig, 'images.pixel_range')}  [default: that of the masks of --cache]",
+)
 @setting(TrainConfig, "seed", "--seed", type=int)
 @click.option(
     "--seeds", type=click.IntRange(1, 100), default=1, show_default=True, help="Number of networks to train."
@@ -123,7 +135,7 @@ def command(
         train_seg,
     )
 
-    flags = given_settings(context)
+    flags, paths = given_settings(context), given_paths(context)
     if flags["online.method"]:
         check_makes_targets(flags["online.method"])  # before a network is asked for that it needs
         recipe = recipe or online_recipe(flags["online.method"], classes)
@@ -145,7 +157,8 @@ def command(
     elif classes is None:
         raise ConfigError("--gt-masks needs --classes: a folder of masks doesn't know its class names")
     else:
-        masks = MaskFolder(gt_masks, load_class_set(classes).names, "ground truth")
+        names = load_class_set(classes).names
+        masks = MaskFolder(gt_masks, names, "ground truth", suffix=paths["gt_suffix"], strip=True)
     job = TrainJob(
         images,
         masks,
@@ -165,6 +178,8 @@ def command(
         overwrite=overwrite,
         offline=offline,
         track=track,
+        image_suffix=paths["image_suffix"],
+        gt_suffix=paths["gt_suffix"],
     )
     results = [train_seg(job)] if seeds == 1 else train_seeds(job, seeds)
     if torch.distributed.is_initialized():

@@ -128,6 +128,8 @@ class MaskFolder:
         class_names: names of mask values 1..C.
         what: the masks, for people.
         check: choice to do so. A mask that can't be read is left for when it is asked for.
+        suffix: choice of its files, with ``strip`` taken off the ids, see ``find_images``.
+        strip: the same; with it, the option is ``--gt-suffix``.
 
     Raises:
         ImageError: the folder can't be used.
@@ -135,10 +137,17 @@ class MaskFolder:
     """
 
     def __init__(
-        self, folder: Path, class_names: Sequence[str], what: str = "predictions", *, check: bool = True
+        self,
+        folder: Path,
+        class_names: Sequence[str],
+        what: str = "predictions",
+        *,
+        check: bool = True,
+        suffix: str | None = None,
+        strip: bool = False,
     ) -> None:
         self.path = folder
-        self.files = find_images(folder)
+        self.files = find_images(folder, suffix, option="--gt-suffix" if strip else "", strip=strip)
         self.class_names = tuple(class_names)
         self.description = f"{what} {folder}"
         ids = list(self.files)

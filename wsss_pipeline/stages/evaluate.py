@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -87,6 +88,7 @@ def evaluate(
     images: Mapping[str, ImageFile] | None = None,
     pseudo_masks: MaskSource | None = None,
     settings: Mapping[str, object] | None = None,
+    gt_suffix: str | None = None,
 ) -> Evaluation:
     """Scores masks; a network's in all variants, out of one set of passes an image.
 
@@ -100,6 +102,7 @@ def evaluate(
         images: image id to file, for the report.
         pseudo_masks: masks that the report shows beside the masks that are scored.
         settings: settings of the run, for the report.
+        gt_suffix: ending of ground-truth names, which image ids don't have.
 
     Images that can't be read, or whose sizes differ, are left out and listed in ``skipped``.
 
@@ -118,7 +121,7 @@ def evaluate(
         raise ConfigError("a report shows images; give their folder (--images)")
     if report is not None:
         check_replaceable(report)
-    truth_files = find_images(ground_truth)
+    truth_files = find_images(ground_truth, gt_suffix, option="--gt-suffix", strip=True)
     wanted = read_split(split, truth_files) if split is not None else list(truth_files)
     if not wanted:
         raise EvaluationError(f"{ground_truth}: no image to score in it")
@@ -150,7 +153,7 @@ def evaluate(
     image_miou: dict[str, float | None] = {}
     skipped: dict[str, str] = {}
     any_ignored = False
-    with Progress(len(image_ids)) as progress:
+    with network.warnings if network else nullcontext(), Progress(len(image_ids)) as progress:
         for image_id in image_ids:
             try:
                 truth = read_mask(truth_files[image_id], wide=ignore != IGNORE)
@@ -201,7 +204,10 @@ def evaluate(
     if report is not None and images is not None:
         masks = {} if pseudo_masks is None else {PSEUDO_MASK: pseudo_masks}
         masks |= {PSEUDO_MASK if isinstance(source, MaskCache) else PREDICTION: source}
-        masks |= {GROUND_TRUTH: MaskFolder(ground_truth, source.class_names, "ground truth", check=False)}
+        truth_masks = MaskFolder(
+            ground_truth, source.class_names, "ground truth", check=False, suffix=gt_suffix, strip=True
+        )
+        masks |= {GROUND_TRUTH: truth_masks}
         write_file(report, evaluation_page(evaluation, images, masks, settings or {}))
     return evaluation
 
