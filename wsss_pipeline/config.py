@@ -11,13 +11,22 @@ it came from.
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from functools import reduce
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 from pydantic_core import ErrorDetails
 
 from wsss_pipeline.errors import ConfigError
@@ -56,6 +65,8 @@ LabelFormat = Literal[
 ]
 ContextLayout = Literal["end", "front"]  # of a learned prompt: where the class's text stands
 
+PixelRange = tuple[float, float]  # values of an image's pixels that become 0 and 255
+
 Layer = tuple[
     str, Mapping[str, Any]
 ]  # where values come from, for messages; the values, nested or by dotted key
@@ -68,6 +79,33 @@ class Settings(BaseModel):
 
 
 Kind = TypeVar("Kind", bound=Settings)
+
+
+def as_pixel_range(value: Any) -> PixelRange | None:
+    """``LOW:HIGH``, or a list of the two, as a range; None as it is; a ValueError where it is neither."""
+    if value is None:
+        return None
+    ends = value.split(":") if isinstance(value, str) else value
+    try:
+        low, high = (float(end) for end in ends)
+    except (TypeError, ValueError):
+        low = high = 0.0
+    if not (math.isfinite(low) and math.isfinite(high) and low < high):
+        raise ValueError(f"{value!r:.60} isn't a range; write LOW:HIGH, for example 0:4095")
+    return low, high
+
+
+PixelRangeSetting = Annotated[PixelRange | None, BeforeValidator(as_pixel_range)]
+_PIXEL_RANGE = (
+    "Values that become black and white, of images with more than 8 bits that use a part of them: LOW:HIGH, for "
+    "example 0:4095 for 12 bits."
+)
+
+
+class ImagesConfig(Settings):
+    """What the values of images stand for."""
+
+    pixel_range: PixelRangeSetting = Field(None, description=_PIXEL_RANGE)
 
 
 class ClipConfig(Settings):
@@ -200,6 +238,9 @@ class InferenceConfig(Settings):
     winners_only: bool = Field(
         False, description="Refine the classes alone that are the most probable ones somewhere (WeakCLIP)."
     )
+    pixel_range: PixelRangeSetting = Field(
+        None, description=f"{_PIXEL_RANGE} Left out, the network's, which it was trained with."
+    )
     combine: Literal["mean", "max", "logits"] = Field(
         "mean",
         description="Mean of probabilities; maximum of logits, as DeepLabV2 was published; mean of logits, as WeCLIP "
@@ -237,6 +278,7 @@ class InferenceConfig(Settings):
         unused |= {"window_stride"} if self.window_stride is None else set()
         unused |= {"short_side", "long_side"} if self.short_side is None else set()
         unused |= set() if self.winners_only else {"winners_only"}
+        unused |= {"pixel_range"} if self.pixel_range is None else set()
         return self.model_dump(mode="json", exclude=unused)
 
 
@@ -248,6 +290,7 @@ class MaskConfig(Settings):
     templates: tuple[str, ...] = Field(
         (), strict=False, description="Prompt templates with one {}; empty means those of the class set."
     )
+    images: ImagesConfig = ImagesConfig()
     clip: ClipConfig = ClipConfig()
     refine: RefinerName = Field("auto", description="From scores to masks; auto is what the method has.")
     crf: CrfConfig = CrfConfig()

@@ -11,6 +11,7 @@ from pathlib import Path
 import h5py
 import pytest
 from cache_samples import damage, make_digest, make_mask, shards, write_images
+from PIL import Image
 
 from wsss_pipeline.cache import FinishedImages, MaskWriter, finished
 from wsss_pipeline.cache.index import read_checked, stamp
@@ -29,7 +30,7 @@ class Reads:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.files: list[Path] = []
-        monkeypatch.setattr(finished, "file_digest", self._digest)
+        monkeypatch.setattr(finished, "image_digest", self._digest)
 
     def _digest(self, file: Path) -> str:
         self.files.append(file)
@@ -140,7 +141,7 @@ def test_a_file_that_cannot_be_read_is_not_current(
         raise ImageError("no")
 
     write("image")
-    monkeypatch.setattr(finished, "file_digest", refuse)
+    monkeypatch.setattr(finished, "image_digest", refuse)
     assert not is_current(folder, image, check_bytes=True)
 
 
@@ -273,3 +274,20 @@ def test_a_finish_after_a_failed_write_notes_nothing(
         with pytest.raises(OutputError, match="earlier write failed"):
             writer.finish(["image"])
     assert not (folder / "known-0-of-1.json").exists()
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA"])
+def test_what_was_known_before_transparency_had_its_rule_holds_for_other_images_alone(
+    folder: Path, image: Path, mode: str
+) -> None:
+    Image.new(mode, (8, 6), "red").save(image, "PNG")
+    with MaskWriter(folder) as writer:
+        mask, digest = make_mask("image"), file_digest(image)
+        writer.write("image", mask, image_digest=digest, seconds=0.0, status=file_status(image))
+        writer.finish(["image"])
+    assert is_current(folder, image), "what this version has noted is believed"
+    (known,) = folder.glob("known-*.json")
+    content = json.loads(known.read_text())
+    del content["digests"]
+    known.write_text(json.dumps(content))
+    assert is_current(folder, image) == (mode == "RGB")

@@ -227,15 +227,17 @@ def test_odd_sizes_are_ordinary(generate: Run, world: Path, size: tuple[int, int
         assert cache["odd"].mask.shape == size[::-1]
 
 
-def test_rotation_tags_are_ignored_with_one_warning(generate: Run, world: Path) -> None:
-    for name in ("turned", "turned2"):
+def test_rotation_tags_are_ignored_with_few_warnings(generate: Run, world: Path) -> None:
+    names = ["turned", "turned2", "turned3", "turned4"]
+    for name in names:
         with Image.open(world / "images" / "cat.png") as picture:
             exif = picture.getexif()
             exif[0x0112] = 6
             picture.save(world / "images" / f"{name}.jpg", exif=exif)
-    write_labels(world, {"turned": ["cat"], "turned2": ["cat"]})
+    write_labels(world, {name: ["cat"] for name in names})
     result = generate()
-    assert result.stderr.count("EXIF rotation tag") == 1
+    assert result.stderr.count("has an EXIF rotation tag, which is ignored") == 3
+    assert "and 1 more images with an EXIF rotation tag" in result.stderr
     with MaskCache.open(mask_set(result)) as cache:
         assert cache["turned"].mask.shape == (120, 180)
 

@@ -17,7 +17,18 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-FORMATS = {"JPEG": "jpg", "PNG": "png", "GIF": "gif", "BMP": "bmp", "TIFF": "tif", "WEBP": "webp"}
+from wsss_pipeline.data.images import HAS_AVIF
+
+FORMATS = {
+    "JPEG": "jpg",
+    "PNG": "png",
+    "GIF": "gif",
+    "BMP": "bmp",
+    "TIFF": "tif",
+    "WEBP": "webp",
+    "PPM": "ppm",
+}
+FORMATS |= {"AVIF": "avif"} if HAS_AVIF else {}
 
 # id -> (file name's suffix, content, whether it must be usable: None where either will do)
 Sample = tuple[str, bytes, bool | None]
@@ -104,6 +115,15 @@ def _kinds(good: Image.Image) -> Iterator[tuple[str, Sample]]:
         "one-row": ("png", lambda: _encoded(good.resize((300, 1)), "PNG")),
         "one-column": ("png", lambda: _encoded(good.resize((1, 300)), "PNG")),
         "capital-suffix": ("PNG", lambda: _encoded(good, "PNG")),
+        "jfif": ("jfif", lambda: _encoded(good, "JPEG")),
+        "jpe": ("JPE", lambda: _encoded(good, "JPEG")),
+        "grey-alpha": ("png", lambda: _encoded(transparent.convert("LA"), "PNG")),
+        "grey-12": ("tiff", lambda: _encoded(Image.fromarray(np.asarray(grey16) // 16), "TIFF")),
+        "rgb-16": ("png", lambda: _png(2, 1, b"\0" + bytes(range(12)), depth=16)),
+        "rgba-16": ("png", lambda: _png(1, 1, b"\0" + b"\xff" * 8, depth=16, colour=6)),
+        "pgm-12": ("pgm", lambda: b"P5 2 1 4095\n\x0f\xff\x00\x01"),
+        "pgm-text": ("pnm", lambda: b"P2 # of 10 bits\n2 1 1023\n1023 0\n"),
+        "pages": ("tif", lambda: _encoded(frames[0], "TIFF", save_all=True, append_images=frames[1:])),
     }
     for name, (suffix, encode) in make.items():
         yield name, (suffix, encode(), True)
@@ -135,6 +155,24 @@ def _bombs(good: Image.Image) -> Iterator[tuple[str, Sample]]:
     )
     loop = b"Exif\0\0II*\0\x08\0\0\0\x01\0" + struct.pack("<HHII", 0x8769, 4, 1, 8) + struct.pack("<I", 8)
     yield "exif-loop", ("jpg", _encoded(good, "JPEG", exif=loop), True)
+    for size in (b"999999999 999999999", b"9999999999999999999999 1", b"-1 5", b"0 5"):
+        yield "ppm-sizes", ("ppm", b"P6 " + size + b" 255\n" + bytes(99), False)
+    yield "ppm-maximum", ("pgm", b"P5 2 1 99999999\n" + bytes(99), False)
+    yield "ppm-endless-comment", ("ppm", b"P6 #" + b"a" * 5_000_000, False)
+    yield "ppm-endless-number", ("pgm", b"P2 2 1 255 " + b"1" * 5_000_000, None)
+    hidden = good.convert("RGBA")
+    hidden.putalpha(0)
+    yield "all-transparent", ("png", _encoded(hidden, "PNG"), False)
+    yield "tiff-of-pages", ("tif", _tiff_of_pages(50_000), None)
+    yield "tiff-of-one-page-for-ever", ("tif", _tiff_of_pages(3, loop=True), None)
+    for bands in (2, 5, 1000, 65_535):
+        yield f"tiff-of-{bands}-bands", ("tif", _tiff_of_pages(1, bands=bands), None if bands == 2 else False)
+    thumbnail, large = good.resize((4, 4)), good.resize((64, 64))
+    content = _encoded(thumbnail, "TIFF", save_all=True, append_images=[large])
+    yield "thumbnail-first", ("tif", content, False)
+    for brand in (b"heic", b"avif", b"mif1", b"jp2 ", b"xxxx"):
+        box = struct.pack(">I", 2**31 - 1) + b"ftyp" + brand + bytes(8)
+        yield f"brand-{brand.decode().strip()}", ("jpg", box + bytes(300), False)
     many = b"".join(struct.pack("<HHII", 0x0112, 3, 2**31, 0) for _ in range(5000))
     entries = b"Exif\0\0II*\0\x08\0\0\0" + struct.pack("<H", 5000) + many
     yield "exif-many", ("jpg", _encoded(good, "JPEG", exif=entries), None)
@@ -144,10 +182,21 @@ def _chunk(kind: bytes, body: bytes) -> bytes:
     return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
 
 
-def _png(width: int, height: int, rows: bytes) -> bytes:
-    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+def _png(width: int, height: int, rows: bytes, *, depth: int = 8, colour: int = 2) -> bytes:
+    header = struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, 0)
     body = _chunk(b"IHDR", header) + _chunk(b"IDAT", zlib.compress(rows)) + _chunk(b"IEND", b"")
     return b"\x89PNG\r\n\x1a\n" + body
+
+
+def _tiff_of_pages(count: int, *, bands: int = 3, loop: bool = False) -> bytes:
+    """Black pages of 2 x 2 pixels that all have the same strip; with ``loop`` the last leads to the first."""
+    tags = [(256, 2), (257, 2), (258, 8), (259, 1), (262, 2 if bands == 3 else 1), (273, 8), (277, bands)]
+    tags += [(278, 2), (279, 4 * bands)]
+    start, length = 8 + 4 * bands, 2 + 12 * len(tags) + 4
+    entries = struct.pack("<H", len(tags)) + b"".join(struct.pack("<HHII", t, 4, 1, n) for t, n in tags)
+    followers = [start + (page + 1) * length for page in range(count - 1)] + [start if loop else 0]
+    directories = b"".join(entries + struct.pack("<I", follower) for follower in followers)
+    return b"II*\0" + struct.pack("<I", start) + bytes(4 * bands) + directories
 
 
 def _bmp(width: int, height: int) -> bytes:

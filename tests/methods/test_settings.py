@@ -7,6 +7,7 @@ method, without a row fails.
 
 from __future__ import annotations
 
+import atexit
 import hashlib
 import json
 import shutil
@@ -16,8 +17,10 @@ from dataclasses import dataclass, field
 from functools import cache
 from importlib import resources
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
+import cv2
 import numpy as np
 import pytest
 import torch
@@ -35,6 +38,7 @@ from wsss_pipeline.clip.sources import ClipFiles, locate_clip
 from wsss_pipeline.clip.weights import Clip, load_clip
 from wsss_pipeline.config import ClipConfig, fields
 from wsss_pipeline.data.classes import ClassEntry, ClassSet, load_class_set
+from wsss_pipeline.data.images import as_pixels
 from wsss_pipeline.demo.scenes import draw_scene
 from wsss_pipeline.methods import load_method, method_names
 from wsss_pipeline.pseudo_masks import generator as module
@@ -232,6 +236,7 @@ SMALL: dict[str, dict[str, Any]] = {"excel": {"excel.side": 128}, "fma": {"vote.
 COMMON: dict[str, list[Row]] = {
     "method": [Row(TOY, CHANGES)],
     "classes": [Row(class_set(lambda values: values["classes"].reverse()), CHANGES)],
+    "images.pixel_range": [Row("0:40000", CHANGES), Row((0, 65535), ROUNDING)],
     "templates": [Row(("a drawing of the {}",), CHANGES), Row(("a photo of a {}.",), SAME)],
     "clip.weights": [
         Row(clip_folder(other_weights), CHANGES),
@@ -382,6 +387,17 @@ def clip_loaded_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @cache
+def image_file() -> Path:
+    """The scene in 16 bits, which are taken for what they were before."""
+    folder = TemporaryDirectory()
+    atexit.register(folder.cleanup)
+    path = Path(folder.name) / "scene.png"
+    assert cv2.imwrite(str(path), IMAGE[..., ::-1].astype(np.uint16) * 257)
+    assert np.array_equal(as_pixels(path), IMAGE)
+    return path
+
+
+@cache
 def loaded(files: ClipFiles) -> Clip:
     return load_clip(files, torch.device("cpu"))
 
@@ -391,7 +407,7 @@ def made(method: str, settings: Mapping[str, Any]) -> tuple[str, str]:
     base = {"clip.weights": "demo", "clip.precision": "fp32", "classes": DEMO, "method": method}
     base |= SMALL.get(settings.get("method", method), {})
     generator = MaskGenerator(settings={**base, **settings}, device="cpu", offline=True)
-    found = generator(IMAGE, LABELS, IMAGE_ID)
+    found = generator(image_file(), LABELS, IMAGE_ID)
     assert found.cams is not None
     content = hashlib.sha256(found.mask.tobytes() + found.confidence.tobytes() + found.cams.tobytes())
     return generator.mask_set.fingerprint, content.hexdigest()
@@ -403,8 +419,9 @@ def unchanged(method: str, given: tuple[tuple[str, Any], ...]) -> tuple[str, str
 
 
 def is_shown_by(method: str, key: str) -> bool:
-    """Refiners, and the form of CLIP, know no method, so that what their settings do is shown with one alone."""
-    of_none = ("crf.", "par.", "vote.", "slic.", "clip.activation", "clip.head_width", "clip.text_head_width")
+    """Readers, refiners and the form of CLIP know no method: what their settings do is shown with one alone."""
+    of_none = ("images.", "crf.", "par.", "vote.", "slic.")
+    of_none += ("clip.activation", "clip.head_width", "clip.text_head_width")
     return method == method_names()[0] or not key.startswith(of_none)
 
 

@@ -15,9 +15,9 @@ from wsss_pipeline.cache import MaskCache
 from wsss_pipeline.config import MaskConfig
 from wsss_pipeline.data.classes import load_class_set
 from wsss_pipeline.data.image_ids import find_images
-from wsss_pipeline.errors import ClassSetError, ConfigError
+from wsss_pipeline.errors import ClassSetError, ConfigError, ImageError, LabelError
 from wsss_pipeline.methods import load_mask_config
-from wsss_pipeline.pseudo_masks.job import MaskJob, plan_masks
+from wsss_pipeline.pseudo_masks.job import MaskJob, check_work, plan_masks
 from wsss_pipeline.pseudo_masks.run import run_share
 
 VOC = load_class_set("voc12")
@@ -87,3 +87,18 @@ def test_masks_do_not_go_into_an_input(tmp_path: Path) -> None:
         else:
             with pytest.raises(ConfigError, match=r"--cache .* lies in --images"):
                 plan_masks(job)
+
+
+def test_work_of_which_nothing_can_come_is_refused(tmp_path: Path) -> None:
+    images = {"a": tmp_path / "a.png"}
+    with pytest.raises(ImageError, match=r"none of the 1 images .* they name 'a', the images are 'a'"):
+        check_work(images, {"a": None}, {})
+    (tmp_path / "a.png").touch()
+    with pytest.raises(
+        ImageError, match=r"they name 'b', the images are 'a'; 'b' is there, but .*; image ids"
+    ):
+        check_work(images, {"b": ("cat",)}, {"b": "there, but .jp2 isn't read"})
+    with pytest.raises(LabelError, match="none of the 2 images has a class"):
+        check_work(images, {"a": (), "b": ()}, {})
+    check_work(images, {"b": (), "a": None}, {})
+    check_work(images, {"b": ("cat",), "a": ()}, {})

@@ -7,8 +7,10 @@ import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
+import cv2
 import numpy as np
 import pytest
 import torch
@@ -168,9 +170,12 @@ def test_a_split_says_which_images(root: Path, tmp_path: Path) -> None:
 
 
 def identity_and_mask(job: RelabelJob) -> tuple[str, PseudoMask]:
-    """Of the first scene, without a cache."""
+    """Of the first scene, in 16 bits a channel, without a cache."""
     maker = job.maker()
-    image = maker.prepare(read_image(job.images[IDS[0]]), job.labels[IDS[0]])
+    with TemporaryDirectory() as folder:
+        file = Path(folder) / "scene.png"
+        assert cv2.imwrite(str(file), read_image(job.images[IDS[0]])[..., ::-1].astype(np.uint16) * 257)
+        image = maker.prepare(read_image(file, maker.pixel_range), job.labels[IDS[0]])
     return maker.mask_set.fingerprint, maker.generate([image], False)[0].wait()[0]
 
 
@@ -185,6 +190,7 @@ ROWS: dict[str, tuple[Any, Mapping[str, Any]]] = {
     "inference.short_side": (60, {}),
     "inference.long_side": (64, {"inference.short_side": 60}),
     "inference.winners_only": (True, CRF),
+    "inference.pixel_range": ((0, 30_000), {}),
     "inference.combine": ("max", LOOKS),
     "refine": ("crf", {}),
     "crf.backend": ("none", {"refine": "auto"}),
@@ -294,7 +300,7 @@ def test_of_any_class_the_labels_in_the_record_do_not_count(
     free = job(root, tmp_path, labels=None)
     assert relabel(free).computed == 4
     with monkeypatch.context() as patch:
-        patch.setattr(finished, "file_digest", lambda file: pytest.fail("read again"))
+        patch.setattr(finished, "image_digest", lambda file: pytest.fail("read again"))
         assert relabel(free).reused == 4
     assert relabel(replace(free, check_bytes=True)).reused == 4
     (file,) = tmp_path.glob("*/known-*.json")

@@ -20,7 +20,7 @@ from wsss_pipeline.cache.inspection import inspect
 from wsss_pipeline.cache.manifest import read_manifest
 from wsss_pipeline.cache.records import RecordInfo
 from wsss_pipeline.data.image_files import ImageFile, Status, file_status
-from wsss_pipeline.data.images import file_digest
+from wsss_pipeline.data.images import image_digest
 from wsss_pipeline.errors import CacheFormatError, ImageError
 from wsss_pipeline.files import check_machine, read_bytes
 from wsss_pipeline.runtime.output import write_file
@@ -33,10 +33,15 @@ Entry = tuple[str, Status, tuple[str, ...], bool]  # shard, status of the file, 
 logger = logging.getLogger(__name__)
 
 
+# To be raised when the digests of images hang on something else: what was known before is then looked at again.
+_DIGESTS = 2
+
+
 class _Known(BaseModel):
-    """The content of ``known-I-of-N.json``, by image id."""
+    """The content of ``known-I-of-N.json``, by image id, and the version of its digests."""
 
     images: dict[str, Entry]
+    digests: int = 1
 
 
 class FinishedImages:
@@ -72,7 +77,8 @@ class FinishedImages:
         self._known: dict[str, Entry] = {}
         try:
             content = read_bytes(self._path, MAX_NOTES_BYTES)
-            self._known = _Known.model_validate_json(content, strict=True).images
+            known = _Known.model_validate_json(content, strict=True)
+            self._known = known.images if known.digests == _DIGESTS else {}
         except FileNotFoundError:
             pass
         except (OSError, ValueError) as error:
@@ -116,7 +122,7 @@ class FinishedImages:
         if record is None or wanted not in (None, record.labels) or (need_cams and not record.has_cams):
             return False
         try:
-            if record.image_digest != file_digest(file):
+            if record.image_digest != image_digest(file):
                 return False
         except ImageError:
             return False
@@ -161,4 +167,5 @@ class FinishedImages:
         if self._noted:
             known = (self._known | self._noted).items()
             images = {image_id: entry for image_id, entry in known if shard_of.get(image_id) == entry[0]}
-            write_file(self._path, json.dumps({"images": images}, separators=(",", ":")), durable=False)
+            content = {"digests": _DIGESTS, "images": images}
+            write_file(self._path, json.dumps(content, separators=(",", ":")), durable=False)

@@ -22,6 +22,7 @@ from wsss_pipeline.cache.records import (
     read_texts,
 )
 from wsss_pipeline.cache.shards import IMAGES
+from wsss_pipeline.config import PixelRange, as_pixel_range
 from wsss_pipeline.data.masks import PseudoMask
 from wsss_pipeline.errors import CacheFormatError, CacheRecordError, ResourceError
 from wsss_pipeline.runtime.output import one_line
@@ -164,6 +165,14 @@ class MaskCache(RecordCache[PseudoMask]):
     """The masks of one mask set, by image id: ``cache[image_id]``. A ``MaskSource``; further as ``RecordCache``."""
 
     holds = "masks"
+
+    @property
+    def pixel_range(self) -> PixelRange | None:
+        """Values of images that the masks were made with as 0 and 255, where they were given; see ``read_image``."""
+        try:
+            return as_pixel_range(self.manifest.mask_set.determinants.get("pixel_range"))
+        except ValueError as error:
+            raise CacheFormatError(f"{self.path}: its manifest's pixel_range: {error}") from error
 
     @property
     def class_names(self) -> tuple[str, ...]:

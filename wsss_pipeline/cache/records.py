@@ -50,7 +50,7 @@ class RecordInfo:
 
     Attributes:
         labels: the image's class names.
-        image_digest: SHA-256 of the image file, hexadecimal.
+        image_digest: digest of the image file, see ``data.images.image_digest``.
         seconds: time its mask took.
         scale: side of the image that CLIP and CRF saw, by that of the file's; 1.0 where not scaled.
         width: width of the mask.

@@ -133,7 +133,7 @@ class MaskWriter:
         Args:
             image_id: id from ``find_images``.
             content: PseudoMask, or Regions where the set holds regions.
-            image_digest: SHA-256 of the image file, hexadecimal.
+            image_digest: digest of the image file, see ``data.images.image_digest``.
             seconds: time the record took to make.
             scale: side of the image that CLIP and CRF saw, by that of the file's.
             status: ``file_status`` of the image file before it was read; with it the next run needn't read it.

@@ -11,7 +11,10 @@ from wsss_pipeline.commands.options import (
     CLASSES_FORMS,
     PATH,
     frozen_clip_option,
+    given_paths,
     given_settings,
+    gt_suffix_option,
+    image_suffix_option,
     inference_config,
     inference_options,
     offline_guarantee,
@@ -26,10 +29,12 @@ from wsss_pipeline.runtime.output import check_apart, check_replaceable, write_f
 @click.option(
     "--gt", "ground_truth", type=PATH, help="Folder of ground-truth masks; --report can do without."
 )
+@gt_suffix_option
 @click.option("--cache", type=PATH, help="Score a mask set, or the only one in a cache folder.")
 @click.option("--predictions", type=PATH, help="Score a folder of index masks instead.")
 @click.option("--checkpoint", type=PATH, help="Score a trained network: a run, or a checkpoint folder.")
 @click.option("--images", type=PATH, help="With --checkpoint or --report: folder of the images.")
+@image_suffix_option
 @click.option("--classes", help=f"{CLASSES_FORMS}; a cache brings its own.")
 @click.option(
     "--split", type=PATH, help="Text file of image ids to score; without it, all that have ground truth."
@@ -83,7 +88,9 @@ def command(
     if checkpoint is None:
         given = {**given_settings(context), "crf": crf, "clip": clip}
         for name in (name for name, value in given.items() if value):
-            raise ConfigError(f"--{name} goes with --checkpoint; masks are scored as they are")
+            raise ConfigError(
+                f"--{name.replace('_', '-')} goes with --checkpoint; masks are scored as they are"
+            )
     elif predictions or classes:
         name = "predictions" if predictions else "classes"
         raise ConfigError(f"--{name} doesn't go with --checkpoint: a network knows its classes")
@@ -116,7 +123,9 @@ def command(
     }
     if checkpoint is not None:
         settings["inference"] = inference.model_dump(mode="json")
-    files = find_images(images) if images is not None else {}
+    paths = given_paths(context)
+    suffix = paths["image_suffix"]
+    files = {} if images is None else find_images(images, suffix, option="--image-suffix")
     class_set = load_class_set(classes) if classes else None
     class_names = class_set.names if class_set is not None else None
     # beside a network, and where nothing is scored, the cache is there to be shown
@@ -155,6 +164,7 @@ def command(
         images=files,
         pseudo_masks=pseudo_masks,
         settings=settings,
+        gt_suffix=paths["gt_suffix"],
     )
     if json_file == "-":
         click.echo(json.dumps(result.as_json(), indent=2))

@@ -38,6 +38,7 @@ from wsss_pipeline.prompts.config import RECIPES, Objective, PromptConfig
 @setting(PromptConfig, "clip.weights", "--clip", metavar="ID_OR_PATH")
 @setting(PromptConfig, "clip.tokenizer", "--tokenizer", metavar="ID_OR_PATH")
 @setting(PromptConfig, "clip.precision", "--precision", type=choice(Precision))
+@setting(PromptConfig, "images.pixel_range", "--pixel-range", metavar="LOW:HIGH")
 @setting(PromptConfig, "optimisation.iterations", "--iterations", type=int)
 @setting(PromptConfig, "optimisation.batch", "--batch-size", type=int)
 @setting(PromptConfig, "optimisation.accumulate", "--accumulate", type=int)

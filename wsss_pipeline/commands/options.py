@@ -127,12 +127,26 @@ OTHER_CLASSES: dict[str, Any] = {
     "[default: error]",
 }
 
+image_suffix_option = _path(
+    "--image-suffix",
+    metavar="TEXT",
+    help="Which files of --images count: names that end so (.jpg, _rgb), a pattern ('*_left.*'), or with ! before it "
+    "all others ('!_mask').",
+)
+
+gt_suffix_option = _path(
+    "--gt-suffix",
+    metavar="TEXT",
+    help="Ending of ground-truth names, such as _mask or .png: other files don't count, and ids go without it.",
+)
+
 input_options = all_of(
     _path(
         "--images",
         type=PATH,
         help="Folder of images, searched with all below it, or WebDataset archives: 'shards/{000..127}.tar'.",
     ),
+    image_suffix_option,
     _path(
         "--labels",
         type=PATH,
@@ -181,6 +195,7 @@ config_options = all_of(
     clip_options,
     setting(MaskConfig, "clip.precision", "--precision", type=choice(Precision)),
     setting(MaskConfig, "max_pixels", "--max-pixels", type=int),
+    setting(MaskConfig, "images.pixel_range", "--pixel-range", metavar="LOW:HIGH"),
     layer_options,
 )
 
@@ -269,7 +284,7 @@ def report_masks(context: click.Context, report: MaskReport, as_json: bool) -> N
         say(f"interrupted; go on with: {shlex.join(['wsss', *sys.argv[1:]])}", err=True)
     say(report.path)
     # torchrun ends all other processes as soon as one ends with anything but 0
-    some_failed = 0 if is_torchrun() else 1
+    some_failed = 0 if is_torchrun() else 1 if report.computed or report.reused else 2
     context.exit(130 if report.interrupted else some_failed if report.failed else 0)
 
 
@@ -294,6 +309,7 @@ def _look_options(kind: type[Settings], prefix: str, about: str) -> Callable[[Co
         look(f"{prefix}scales", "--scales", metavar="S,S,...", type=_scales),
         look(f"{prefix}flip", "--flip", is_flag=True),
         look(f"{prefix}window", "--window", type=int),
+        look(f"{prefix}pixel_range", "--pixel-range", metavar="LOW:HIGH"),
         look(f"{prefix}combine", "--combine", type=click.Choice(["mean", "max", "logits"])),
     )
 
@@ -315,6 +331,7 @@ proposal_options = all_of(
     _path(
         "--preset", metavar="NAME", help="Settings: fma, as FMA-WSSS published them, or fast.  [default: fma]"
     ),
+    setting(MaskConfig, "images.pixel_range", "--pixel-range", metavar="LOW:HIGH"),
     file_options("smallest_area=0", "docs/settings.md lists them"),
 )
 

@@ -12,6 +12,8 @@ from wsss_pipeline.commands.options import (
     PATH,
     device_option,
     frozen_clip_option,
+    given_paths,
+    image_suffix_option,
     inference_config,
     inference_options,
     offline_guarantee,
@@ -24,6 +26,7 @@ from wsss_pipeline.config import CrfConfig
 @click.option("--checkpoint", type=PATH, required=True, help="A training run, or a checkpoint folder.")
 @click.option("--images", type=PATH, required=True, help="Folder of images, searched with all below it.")
 @click.option("--out", type=PATH, required=True, help="Folder for masks/, overlays/ and confidence/.")
+@image_suffix_option
 @inference_options
 @frozen_clip_option
 @click.option("--overlays", is_flag=True, help="Also write each mask over its image.")
@@ -48,8 +51,8 @@ def command(
     """Segment every image of a folder with a trained network.
 
     Masks are palette PNGs: 0 background, then the classes in the order of the network's config.json. The last
-    line on stdout is their folder. Exit code 1 where images couldn't be read. Files that another program wrote
-    are never replaced.
+    line on stdout is their folder. Exit code 1 where images couldn't be read, 2 where none could. Files that
+    another program wrote are never replaced.
 
     \b
     Example:
@@ -68,10 +71,12 @@ def command(
         confidence=confidence,
         device=device,
         overwrite=overwrite,
+        image_suffix=given_paths(context)["image_suffix"],
     )
     kept = f", {report.kept} were there already" if report.kept else ""
     say(f"{report.written} masks written{kept}, {len(report.failed)} failed", err=True)
     if report.interrupted:
         say(f"interrupted; go on with: {shlex.join(['wsss', *sys.argv[1:]])}", err=True)
     say(out / MASKS)
-    context.exit(130 if report.interrupted else 1 if report.failed else 0)
+    some_failed = 1 if report.written or report.kept else 2
+    context.exit(130 if report.interrupted else some_failed if report.failed else 0)

@@ -8,7 +8,14 @@ from pathlib import Path
 
 import click
 
-from wsss_pipeline.commands.options import PATH, device_option, frozen_clip_option, say
+from wsss_pipeline.commands.options import (
+    PATH,
+    device_option,
+    frozen_clip_option,
+    given_paths,
+    image_suffix_option,
+    say,
+)
 from wsss_pipeline.errors import ConfigError
 from wsss_pipeline.runtime.output import check_apart
 
@@ -22,6 +29,7 @@ ROWS, MOST_ROWS = 12, 200
 @click.option("--checkpoint", type=PATH, help="With --html: a trained network's masks instead.")
 @click.option("--classes", help="With --predictions: voc12, coco14, a YAML file, or names.")
 @click.option("--images", type=PATH, required=True, help="Folder of the images that the masks belong to.")
+@image_suffix_option
 @click.option("--out", type=PATH, help=f"PNG file to write, the contact sheet.  [default: {SHEET}]")
 @click.option(
     "--html", type=PATH, metavar="DIR", help="Folder to write instead: a page to look through masks."
@@ -68,6 +76,7 @@ def command(
     from wsss_pipeline.data.image_ids import find_images
     from wsss_pipeline.stages.preview import preview, preview_folder
 
+    suffix = given_paths(context)["image_suffix"]
     inputs = {"--cache": cache, "--images": images, "--predictions": predictions, "--checkpoint": checkpoint}
     if html is None:
         if cache is None or predictions or checkpoint or classes or clip:
@@ -77,7 +86,8 @@ def command(
         if (limit or 0) > MOST_ROWS:
             raise ConfigError(f"--limit {limit}: a sheet has up to {MOST_ROWS} rows; --html shows more")
         check_apart(out or SHEET, "--out", inputs)
-        say(preview(cache, find_images(images), out or SHEET, image_ids, limit or ROWS))
+        files = find_images(images, suffix, option="--image-suffix")
+        say(preview(cache, files, out or SHEET, image_ids, limit or ROWS))
         return
     if out is not None:
         raise ConfigError("--out is for a contact sheet, --html for a page; give one of them")
@@ -90,7 +100,7 @@ def command(
 
     inputs |= {"--checkpoint": find_checkpoint(checkpoint) if checkpoint else None}
     check_apart(html, "--html", inputs)
-    files = find_images(images)
+    files = find_images(images, suffix, option="--image-suffix")
     masks = open_masks(
         cache=cache,
         predictions=predictions,

@@ -10,6 +10,8 @@ import click
 from wsss_pipeline.commands.options import (
     PATH,
     given_paths,
+    given_settings,
+    image_suffix_option,
     machine_options,
     proposal_options,
     report_masks,
@@ -33,6 +35,7 @@ from wsss_pipeline.config import user_layers
     required=True,
     help="Folder of images, searched with all below it, or WebDataset archives: 'shards/{000..127}.tar'.",
 )
+@image_suffix_option
 @click.option("--out", type=PATH, required=True, help="Folder that holds the region sets.")
 @click.option("--split", type=PATH, help="Text file of the ids of the images to do.  [default: all]")
 @proposal_options
@@ -82,11 +85,12 @@ def command(
             images,
             out,
             preset=paths["preset"],
-            layers=user_layers(paths["config_file"], paths["overrides"], None),
+            layers=user_layers(paths["config_file"], paths["overrides"], given_settings(context)),
             split=split,
             device=device,
             offline=offline,
             points_per_batch=points_per_batch or 0,
+            image_suffix=paths["image_suffix"],
         ),
         share=parse_share(shard) if shard else share_of_environment(),
         limit=limit,

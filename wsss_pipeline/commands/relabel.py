@@ -16,6 +16,7 @@ from wsss_pipeline.commands.options import (
     frozen_clip_option,
     given_paths,
     given_settings,
+    image_suffix_option,
     labels_format_option,
     offline_guarantee,
     relabel_options,
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
     required=True,
     help="Folder of images, searched with all below it, or WebDataset archives: 'shards/{000..127}.tar'.",
 )
+@image_suffix_option
 @cache_option
 @click.option(
     "--labels",
@@ -123,6 +125,7 @@ def command(
             config=relabel_config(paths["preset"], layers),
             device=device,
             clip=clip,
+            image_suffix=paths["image_suffix"],
         ),
         share=parse_share(shard) if shard else share_of_environment(),
         workers=images_at_a_time() if workers is None else workers,

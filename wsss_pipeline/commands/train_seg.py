@@ -16,12 +16,15 @@ from wsss_pipeline.commands.options import (
     PATH,
     choice,
     device_option,
+    given_paths,
     given_settings,
+    gt_suffix_option,
+    image_suffix_option,
     labels_format_option,
     say,
     setting,
 )
-from wsss_pipeline.config import LabelFormat, Precision
+from wsss_pipeline.config import LabelFormat, Precision, description
 from wsss_pipeline.segmentation.train_config import Confidence, TrainConfig
 
 if TYPE_CHECKING:
@@ -31,6 +34,7 @@ if TYPE_CHECKING:
 @click.command("train-seg", short_help="Train a segmentation network on cached masks.")
 @click.option("--cache", type=PATH, help="Mask set, or a cache folder that holds one.")
 @click.option("--gt-masks", type=PATH, help="Ground-truth masks instead: the fully supervised bound.")
+@gt_suffix_option
 @setting(TrainConfig, "online.method", "--online", metavar="METHOD")
 @click.option(
     "--labels",
@@ -43,6 +47,7 @@ if TYPE_CHECKING:
 )
 @click.option("--other-classes", **OTHER_CLASSES)
 @click.option("--images", type=PATH, required=True, help="Folder of the images.")
+@image_suffix_option
 @click.option("--split", type=PATH, help="Text file of image ids to train on.  [default: all images]")
 @click.option(
     "--leave-out", type=PATH, help="Text file of image ids not to train on, as preview's page saves it."
@@ -61,6 +66,13 @@ if TYPE_CHECKING:
 @setting(TrainConfig, "optimisation.lr", "--lr", type=float)
 @setting(TrainConfig, "augmentation.crop", "--crop", type=int)
 @setting(TrainConfig, "precision", "--precision", type=choice(Precision))
+@setting(
+    TrainConfig,
+    "images.pixel_range",
+    "--pixel-range",
+    metavar="LOW:HIGH",
+    help=f"{description(TrainConfig, 'images.pixel_range')}  [default: that of the masks of --cache]",
+)
 @setting(TrainConfig, "seed", "--seed", type=int)
 @click.option(
     "--seeds", type=click.IntRange(1, 100), default=1, show_default=True, help="Number of networks to train."
@@ -133,7 +145,7 @@ def command(
         train_seg,
     )
 
-    flags = given_settings(context)
+    flags, paths = given_settings(context), given_paths(context)
     if flags["online.method"]:
         check_makes_targets(flags["online.method"])  # before a network is asked for that it needs
         recipe = recipe or online_recipe(flags["online.method"], classes)
@@ -157,7 +169,8 @@ def command(
         raise ConfigError("--gt-masks needs --classes: a folder of masks doesn't know its class names")
     else:
         class_set = load_class_set(classes)
-        masks = MaskFolder(gt_masks, class_set.names, "ground truth", class_set.colors)
+        suffix = paths["gt_suffix"]
+        masks = MaskFolder(gt_masks, class_set.names, "ground truth", class_set.colors, suffix=suffix)
     job = TrainJob(
         images,
         masks,
@@ -178,6 +191,8 @@ def command(
         overwrite=overwrite,
         offline=offline,
         track=track,
+        image_suffix=paths["image_suffix"],
+        gt_suffix=paths["gt_suffix"],
     )
     results = [train_seg(job)] if seeds == 1 else train_seeds(job, seeds)
     if torch.distributed.is_initialized():

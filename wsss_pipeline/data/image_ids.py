@@ -10,20 +10,51 @@ from __future__ import annotations
 import logging
 import os
 import re
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterator
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 from wsss_pipeline.data.few_warnings import FewWarnings
 from wsss_pipeline.data.image_files import ImageFile, TarMember
+from wsss_pipeline.data.images import HAS_AVIF, HAS_HEIC, remedy_of
 from wsss_pipeline.data.tar_images import is_tar_pattern, tar_images
-from wsss_pipeline.errors import ImageError, LabelError
+from wsss_pipeline.errors import ConfigError, ImageError, LabelError
 from wsss_pipeline.files import check_machine
 from wsss_pipeline.runtime.output import one_line
 
 logger = logging.getLogger(__name__)
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp")
+_HEIC, _AVIF = (".heic", ".heif", ".hif"), (".avif", ".avifs")
+IMAGE_SUFFIXES = (
+    *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp"),
+    *(".pgm", ".ppm", ".pnm", ".pbm"),
+    *(_AVIF if HAS_AVIF else ()),
+    *(_HEIC if HAS_HEIC else ()),
+)
+# Those of images that aren't read, each with what tells how to have them read: a folder that holds some isn't empty.
+UNREAD_SUFFIXES = {
+    suffix: remedy_of(name)
+    for name, suffixes in {
+        "HEIC": () if HAS_HEIC else _HEIC,
+        "AVIF": () if HAS_AVIF else _AVIF,
+        "JPEG 2000": (".jp2", ".j2k", ".jpf", ".jpx", ".jxr"),
+        "others": (".jxl", ".psd", ".tga", ".exr", ".dcm"),
+        "raw": (".dng", ".cr2", ".cr3", ".nef", ".arw", ".orf", ".rw2", ".raf"),
+    }.items()
+    for suffix in suffixes
+}
+_NAMED = 3  # examples
+# what masks are called that lie beside their images
+_MASK_NAME = re.compile(
+    r"(.*?)[_.-](?:mask|masks|segmentation|seg|gt|label|labels|groundtruth|ground_truth|annotation|alpha|matte)",
+    re.IGNORECASE,
+)
+# and folders of them
+_MASK_FOLDER = re.compile(
+    r"(.*/)?(masks?|segmentation|segmentation_?class|segmentation_?object|annotations?|labels?|gt|ground_?truth)/(.+)",
+    re.IGNORECASE,
+)
 MAX_ID_LENGTH = 1000
 
 # what makes a text unfit to be an id, the first that applies
@@ -71,13 +102,35 @@ def _objection(image_id: str) -> str | None:
 
 
 def without_image_suffix(path: str) -> str:
-    """``path`` without its ending where that is one of an image (``a/b.jpg`` -> ``a/b``)."""
+    """``path`` without its ending where that is one of an image (``a/b.jpg`` -> ``a/b``), read or not."""
     stem, dot, ending = path.rpartition(".")
-    return stem if f"{dot}{ending}".lower() in IMAGE_SUFFIXES else path
+    suffix = f"{dot}{ending}".lower()
+    return stem if suffix in IMAGE_SUFFIXES or suffix in UNREAD_SUFFIXES else path
 
 
-def find_images(root: Path) -> dict[str, ImageFile]:
-    """Image id to file for all images below ``root``, sorted by id; empty where there are none.
+class FoundImages(dict[str, ImageFile]):
+    """Image id to file.
+
+    Attributes:
+        unread: image id to what is wrong with the format of its file, which lies there all the same.
+        suffixes: number of files by suffix, lower case, that are no images.
+    """
+
+    def __init__(self, images: dict[str, ImageFile]) -> None:
+        super().__init__(images)
+        self.unread: dict[str, str] = {}
+        self.suffixes: Counter[str] = Counter()
+
+
+def find_images(
+    root: Path,
+    suffix: str | None = None,
+    *,
+    option: str = "",
+    strip: bool = False,
+    may_be_empty: bool = False,
+) -> FoundImages:
+    """Image id to file for all images below ``root``, sorted by id.
 
     ``root`` may also stand for tar archives, see ``tar_images``: ids are then names in the archives, in the
     order of archives and of what is in them.
@@ -86,41 +139,141 @@ def find_images(root: Path) -> dict[str, ImageFile]:
     over. Symbolic links are followed; a folder that several of them lead to is visited once, under its
     own path where it lies below ``root``. A link to a file that doesn't exist counts as an image, so
     that reading it fails and is reported instead of the image vanishing. A file whose name can't be an
-    id is left out with a warning, and so are those in archives that share one.
+    id is left out with a warning, and so are those in archives that share one. Images of formats that aren't read
+    are counted in one warning.
+
+    Args:
+        root: folder, or archives.
+        suffix: choice of files: those whose names, or names without the suffix of an image, end in it (``.jpg``,
+            ``_rgb``, ``_rgb.png``); with ``*``, ``?`` or ``[`` a pattern for the name or, with a slash, for the path
+            below the folder; with ``!`` before it those that it doesn't fit.
+        option: option that sets ``suffix``, for messages.
+        strip: choice to take the suffix off the ids.
+        may_be_empty: choice to give none where there are none.
 
     Raises:
-        ImageError: a folder or an archive can't be read, two images of a folder have the same id, or all in
-            archives share theirs.
+        ImageError: a folder or an archive can't be read, there is no image in it, two images of a folder have the
+            same id, or all in archives share theirs.
+        ConfigError: a suffix that can't be taken off.
     """
+    if strip and suffix and re.search(r"[*?\[/]|\A!", suffix):
+        raise ConfigError(f"{option} {suffix:.60}: write what the names end in, like _mask, without * or !")
     in_tar = is_tar_pattern(root)
-    images: dict[str, ImageFile] = {}
+    found = FoundImages({})
+    passed_over = 0
     shared: dict[str, ImageFile] = {}  # id of several in archives to the first of them
     with (
         FewWarnings(logger, "files whose image ids can't be used") as unfit,
         FewWarnings(logger, "files that share an image id") as twins,
     ):
-        for file in tar_images(root, IMAGE_SUFFIXES) if in_tar else _images_below(root):
+        for file in tar_images(root, (*IMAGE_SUFFIXES, *UNREAD_SUFFIXES)) if in_tar else _files_below(root):
             name = file.name if isinstance(file, TarMember) else file.relative_to(root).as_posix()
+            ending = os.path.splitext(name)[1].lower()  # noqa: PTH122  # a million times
+            if ending not in IMAGE_SUFFIXES:
+                found.suffixes[ending] += 1
+                if ending in UNREAD_SUFFIXES:
+                    remedy = UNREAD_SUFFIXES[ending]
+                    found.unread[without_image_suffix(name)] = f"there, but {ending} isn't read; {remedy}"
+                continue
             image_id = without_image_suffix(name)
+            if suffix and not _fits(name, suffix):
+                passed_over += 1
+                continue
+            if strip and suffix:
+                whole = name if name.lower().endswith(suffix.lower()) else image_id
+                image_id = whole[: -len(suffix)]
             if reason := _objection(image_id):
                 unfit.warn("%r is left out: its image id %s; rename the file", one_line(file, 200), reason)
-            elif image_id in images or image_id in shared:
-                first = shared[image_id] if image_id in shared else images.pop(image_id)
+            elif image_id in found or image_id in shared:
+                first = shared[image_id] if image_id in shared else found.pop(image_id)
                 pair = f"{one_line(first, 200)} and {one_line(file, 200)}"
                 same = f"have the same image id '{one_line(image_id, 200)}'"
                 if not in_tar:
-                    raise ImageError(f"{pair} {same}; rename one of them")
+                    choose = f", or say which are meant: {option} {Path(first.name).suffix}"
+                    raise ImageError(f"{pair} {same}; rename one of them{choose if option else ''}")
                 shared[image_id] = first
                 twins.warn("%s %s; both are left out", pair, same)
             else:
-                images[image_id] = file
-    if shared and not images:
+                found[image_id] = file
+    if shared and not found:
         raise ImageError(f"no image is left: {pair} {same}, all others too; name each archive once")
-    return images if in_tar else dict(sorted(images.items()))
+    if not found and not may_be_empty:
+        if unfit.count:
+            raise ImageError(f"{one_line(root, 200)}: holds no image whose name can be an id; rename them")
+        raise _nothing_in(root, found, passed_over, f"{option} {suffix}" if suffix else "")
+    _warn_of_others(root, found, option if not suffix else "")
+    if not in_tar:
+        found_sorted = sorted(found.items())
+        found.clear()
+        found.update(found_sorted)
+    return found
 
 
-def _images_below(root: Path) -> Iterator[Path]:
-    """Images of ``root`` and all folders below it, each real folder once; linked folders after all others."""
+def _fits(name: str, suffix: str) -> bool:
+    """Whether a path below the folder is among those that a suffix or pattern chooses."""
+    if suffix.startswith("!"):
+        return not _fits(name, suffix[1:])
+    name, suffix = name.lower(), suffix.lower()
+    if re.search(r"[*?\[]", suffix):
+        return fnmatchcase(name if "/" in suffix else name.rpartition("/")[2], suffix)
+    return name.endswith(suffix) or without_image_suffix(name).endswith(suffix)
+
+
+def _nothing_in(root: Path, found: FoundImages, passed_over: int, chosen: str) -> ImageError:
+    """An error that says what lies there instead of images."""
+    shown = one_line(root, 200)
+    if passed_over:
+        return ImageError(
+            f"{shown}: none of its {passed_over:,} images is of {one_line(chosen, 100)}; check it"
+        )
+    if not found.suffixes:
+        return ImageError(f"{shown}: holds no image, nor any other file; check the folder")
+    kinds = found.suffixes.most_common(8)
+    listed = ", ".join(f"{count:,} {one_line(kind, 20) or 'without a suffix'}" for kind, count in kinds)
+    remedy = next((UNREAD_SUFFIXES[kind] for kind, _ in kinds if kind in UNREAD_SUFFIXES), "check the folder")
+    more = ", ..." if len(found.suffixes) > len(kinds) else ""
+    return ImageError(f"{shown}: holds no image that is read, but {listed}{more}; {remedy}")
+
+
+def _warn_of_others(root: Path, found: FoundImages, option: str) -> None:
+    """One line for images of formats that aren't read, one for what looks like masks among the images."""
+    kinds = [(kind, count) for kind, count in found.suffixes.most_common() if kind in UNREAD_SUFFIXES]
+    if kinds:
+        listed = ", ".join(f"{count:,} {kind}" for kind, count in kinds)
+        logger.warning(
+            "%s: images of formats that aren't read are left out: %s; %s",
+            one_line(root, 200),
+            listed,
+            UNREAD_SUFFIXES[kinds[0][0]],
+        )
+    if not option:
+        return
+    pairs = [
+        image_id for image_id in found if (match := _MASK_NAME.fullmatch(image_id)) and match[1] in found
+    ]
+    remedy = ""
+    if pairs:
+        ending = re.search(r"[_.-][^_.-]+\Z", pairs[0])
+        remedy = ending[0] if ending else ""
+    else:
+        in_folders = {image_id: match for image_id in found if (match := _MASK_FOLDER.fullmatch(image_id))}
+        names = {image_id.rpartition("/")[2] for image_id in found if image_id not in in_folders}
+        pairs = [image_id for image_id in in_folders if image_id.rpartition("/")[2] in names]
+        remedy = "".join(f"{match[1] or ''}{match[2]}/*" for match in [in_folders[i] for i in pairs[:1]])
+    if pairs:
+        logger.warning(
+            "%s: %d files look like masks of other images, such as %s, and are taken for images themselves; where "
+            "they are masks, leave them out: %s '!%s'",
+            one_line(root, 200),
+            len(pairs),
+            ", ".join(one_line(image_id, 100) for image_id in pairs[:_NAMED]),
+            option,
+            one_line(remedy, 100),
+        )
+
+
+def _files_below(root: Path) -> Iterator[Path]:
+    """Files of ``root`` and all folders below it, each real folder once; linked folders after all others."""
     try:
         # A link to a folder around the root would bring in everything that lies beside it.
         seen = {(status.st_dev, status.st_ino) for status in map(os.stat, root.resolve().parents)}
@@ -140,9 +293,7 @@ def _images_below(root: Path) -> Iterator[Path]:
                 if entry.is_dir():
                     (pending.append if entry.is_symlink() else pending.appendleft)(path)
                 # A pipe or a socket with the suffix of an image would block whoever opens it.
-                elif path.suffix.lower() in IMAGE_SUFFIXES and (
-                    entry.is_file() or (entry.is_symlink() and not path.exists())
-                ):
+                elif entry.is_file() or (entry.is_symlink() and not path.exists()):
                     yield path
     except OSError as error:
         check_machine(error)

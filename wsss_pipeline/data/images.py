@@ -1,32 +1,44 @@
-"""The only decoder of images and masks, through Pillow, with one stated rule for every kind of file.
+"""The only decoder of images and masks, with one stated rule for every kind of file.
+
+Pillow decodes; OpenCV where colours of 16 bits are to keep them all, which Pillow has no mode for.
 
 EXIF orientation is ignored: arrays come in the order in which the pixels are stored, so that image and
 mask always fit together (``StoredImage`` tells whether a file carries the tag). TIFF alone has an
 orientation of its own outside EXIF, which Pillow applies to size and pixels alike. Colour profiles are
-ignored. Of an animation or a file with several pages the first one counts.
+ignored. Of an animation or a file with several pages the first one counts. What is transparent is blended
+with white, as browsers and most viewers show it, and as img2dataset made the images of LAION, on which OpenCLIP's
+models were trained.
 """
 
 from __future__ import annotations
 
 import errno
 import hashlib
+import logging
+import re
 import stat
 import threading
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
+from functools import cache
+from importlib.util import find_spec
 from io import BufferedReader, BytesIO
 from pathlib import Path
-from typing import Any, NamedTuple
+from types import TracebackType
+from typing import Any, BinaryIO, Literal, NamedTuple
 
+import cv2
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, UnidentifiedImageError
-from PIL.TiffImagePlugin import TiffImageFile
+from PIL import Image, UnidentifiedImageError, features
+from PIL.TiffImagePlugin import ImageFileDirectory_v2, TiffImageFile
 from PIL.WebPImagePlugin import WebPImageFile
 
+from wsss_pipeline.config import PixelRange
 from wsss_pipeline.data.class_lists import Color
 from wsss_pipeline.data.classes import voc_palette
+from wsss_pipeline.data.few_warnings import FewWarnings
 from wsss_pipeline.data.image_files import ImageFile, TarMember
 from wsss_pipeline.errors import ImageError, MaskError, WsssError
 from wsss_pipeline.files import check_machine, open_plain
@@ -39,13 +51,40 @@ MAX_DECODED_PIXELS = 2**27
 # Nor is a larger file read: uncompressed, an image of that many pixels has at most 8 bytes for each.
 MAX_FILE_BYTES = 2**30 + 2**20
 
-# Pillow's other readers are left out: some start external programs. The last two aren't among those that
+# there only where this machine's Pillow has it, and where the optional package is installed
+HAS_AVIF, HAS_HEIC = features.check("avif"), find_spec("pillow_heif") is not None
+
+# Pillow's other readers are left out: some start external programs. TIFF and WebP aren't among those that
 # Pillow registers by itself.
-_FORMATS = ("BMP", "GIF", "JPEG", "PNG", TiffImageFile.format, WebPImageFile.format)
-_ORIENTATION = 0x0112
+_FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", TiffImageFile.format, WebPImageFile.format)
+_ORIENTATION, _SUBFILE, _BITS, _BANDS, _SAMPLE_FORMAT = 0x0112, 0x00FE, 0x0102, 0x0115, 0x0153
 _INDICES = "(0 background, 1.. classes, 255 ignore)"
 _WIDE_INDICES = "(0 background, 1.. classes, 65535 ignore)"
 _LONGEST_PATH = 200  # characters of one, in a message
+_MOST_PAGES = 100  # that are looked at
+_LONGEST_START = 140  # bytes of a file that tell its format
+_LONGEST_HEADER = 2**16  # of netpbm's, bytes
+_COMMENT = re.compile(rb"#[^\r\n]*")
+_THUMBNAIL = 4  # times its pixels that another page has
+
+# Changes the digest of the images alone whose pixels the rule changes: what was made before of the others stays.
+_BLENDED = b"\0what is transparent is blended with white"
+
+# what a file of a format that isn't read begins with, after so many bytes
+_UNREAD = (
+    (4, b"ftyp", (b"heic", b"heix", b"hevc", b"hevx", b"heim", b"heis", b"mif1", b"msf1"), "HEIC"),
+    (4, b"ftyp", (b"avif", b"avis"), "AVIF"),
+    (4, b"jP  ", (b"",), "JPEG 2000"),
+    (4, b"JXL ", (b"",), "JPEG XL"),
+    (0, b"\xff\x4f\xff\x51", (b"",), "JPEG 2000"),
+    (0, b"\xff\x0a", (b"",), "JPEG XL"),
+    (0, b"8BPS", (b"",), "PSD"),
+    (0, b"%PDF", (b"",), "PDF"),
+    (0, b"\x76\x2f\x31\x01", (b"",), "OpenEXR"),
+    (128, b"DICM", (b"",), "DICOM"),
+)
+
+logger = logging.getLogger(__name__)
 
 # where the file may be good, and the way to it isn't
 _REMEDIES = {
@@ -57,33 +96,73 @@ _REMEDIES = {
 }
 
 
+# what is worth a word about an image that was read
+Remark = Literal["rotation", "range", "pages"]
+
+
 class StoredImage(NamedTuple):
     """An image file, read once.
 
     Attributes:
         pixels: uint8 (H, W, 3) RGB, see ``read_image``.
-        digest: SHA-256 of the file's bytes, 64 hexadecimal digits.
-        has_rotation: an EXIF orientation other than upright is present, which is ignored; a damaged EXIF block
-            counts as none.
+        digest: see ``image_digest``.
+        remarks: what is worth a word, each as a sentence about the file. ``rotation``: an EXIF orientation other than
+            upright, which is ignored; a damaged EXIF block counts as none. ``range``: values that take up less than
+            half of the range that they are taken for. ``pages``: further pages, which are ignored.
     """
 
     pixels: NDArray[np.uint8]
     digest: str
-    has_rotation: bool
+    remarks: dict[Remark, str]
 
 
-def read_stored_image(path: ImageFile) -> StoredImage:
-    """Pixels and digest out of the same bytes, so that they belong together; an ImageError as ``read_image``."""
+class ImageWarnings:
+    """Context manager that warns of the first images that have a remark, and at its end of how many others have."""
+
+    def __init__(self) -> None:
+        what: dict[Remark, str] = {
+            "rotation": "images with an EXIF rotation tag",
+            "range": "images that use less than half of their range of values",
+            "pages": "files with several pages or frames",
+        }
+        self._kinds = {kind: FewWarnings(logger, items, most=3) for kind, items in what.items()}
+
+    def __enter__(self) -> ImageWarnings:
+        self._stack = ExitStack()
+        for warnings_of_kind in self._kinds.values():
+            self._stack.enter_context(warnings_of_kind)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stack.__exit__(kind, error, trace)
+
+    def warn(self, file: ImageFile, remarks: dict[Remark, str]) -> None:
+        """Warn of an image's remarks, or only count them."""
+        for kind, remark in remarks.items():
+            self._kinds[kind].warn("%s %s", _shown(file), remark)
+
+
+def read_stored_image(path: ImageFile, pixel_range: PixelRange | None = None) -> StoredImage:
+    """Pixels and digest out of the same bytes, so that they belong together; arguments, errors as ``read_image``."""
     with _opened(path) as (image, content):
-        has_rotation = False
+        remarks: dict[Remark, str] = {}
+        digest = _digest(image, content)
         # Pillow decodes a whole PNG in search of a late EXIF block, and applies TIFF's orientation itself.
         if image.format != "TIFF" and (image.format != "PNG" or "exif" in image.info):
             with suppress(Exception):  # Pillow lets errors of every kind out of a damaged block
-                has_rotation = image.getexif().get(_ORIENTATION, 1) in range(2, 9)
-        return StoredImage(_rgb(image, path), hashlib.sha256(content).hexdigest(), has_rotation)
+                if image.getexif().get(_ORIENTATION, 1) in range(2, 9):
+                    remarks["rotation"] = (
+                        "has an EXIF rotation tag, which is ignored: masks fit the stored pixels"
+                    )
+        if _has_more_pages(image, content, path):
+            remarks["pages"] = "has several pages or frames, of which the first one counts"
+        pixels, remark = _rgb(image, path, pixel_range, content)
+        return StoredImage(pixels, digest, remarks | ({"range": remark} if remark else {}))
 
 
-def read_image(path: ImageFile) -> NDArray[np.uint8]:
+def read_image(path: ImageFile, pixel_range: PixelRange | None = None) -> NDArray[np.uint8]:
     """An image as uint8 (H, W, 3), RGB.
 
     ===========================  =====================================================================
@@ -91,57 +170,191 @@ def read_image(path: ImageFile) -> NDArray[np.uint8]:
     ===========================  =====================================================================
     RGB                          as it is; 16 bits a channel: the upper 8
     grey, 1-bit                  the value in all three channels; 1-bit as 0 and 255
-    any with alpha               alpha dropped; the colour stored under it stays, nothing is blended
-    palette                      the palette's colours; a transparent entry keeps its colour
+    any with alpha               blended with white, rounded; refused where nothing at all can be seen
+    palette                      the palette's colours; a transparent entry as alpha
     CMYK, YCbCr, LAB             Pillow's conversion, without colour profiles
     16-bit grey                  value / 257, rounded (65535 becomes 255)
+    12-bit TIFF, PGM, PPM        the file says what the largest value is, which becomes 255
     32-bit integer grey          as 16-bit grey; values outside 0..65535 are refused
     float grey                   values within 0..1 times 255, else 0..255 as they are; rounded;
                                  anything else (NaN too) is refused
+    other numbers of bands       refused; of four bands that say nothing of the fourth the first three
     ===========================  =====================================================================
+
+    Args:
+        path: the image.
+        pixel_range: values that become 0 and 255, of files with more than 8 bits that don't say it themselves; what
+            lies outside becomes 0 and 255 too.
 
     Raises:
         ImageError: missing, empty, truncated or damaged file, not an image, or more than
-            ``MAX_DECODED_PIXELS`` pixels (judged by the header, before anything is decoded).
+            ``MAX_DECODED_PIXELS`` pixels (judged by the header, before anything is decoded); or a first page that is
+            the thumbnail of another.
     """
-    with _opened(path) as (image, _):
-        return _rgb(image, path)
+    with _opened(path) as (image, content):
+        _has_more_pages(image, content, path)
+        return _rgb(image, path, pixel_range, content)[0]
 
 
-def _rgb(image: Image.Image, path: ImageFile) -> NDArray[np.uint8]:
+def _rgb(
+    image: Image.Image, path: ImageFile, pixel_range: PixelRange | None, content: bytes = b""
+) -> tuple[NDArray[np.uint8], str]:
+    """uint8 (H, W, 3) RGB, and the remark on its values; ``content``: the file's bytes, where there is one."""
+    depth = _depth(image)
+    has_alpha, key = image.has_transparency_data, image.info.get("transparency")
     if image.mode.startswith("I") or image.mode == "F":
-        levels = np.array(image, np.float64)
-        low, high = np.min(levels), np.max(levels)
-        if not (low >= 0 and high <= (255 if image.mode == "F" else 65535)):  # so written, NaN is refused too
-            raise ImageError(
-                f"{_shown(path)}: values run from {low:g} to {high:g}; save them as 8 or 16 bits"
-            )
-        factor = 1 / 257 if image.mode != "F" else 255 if high <= 1 else 1
-        return np.repeat(np.rint(levels * factor).astype(np.uint8)[..., None], 3, axis=2)
-    # Pillow would look at the transparency on conversion and warn about some forms of it.
+        # a netpbm file's largest value becomes 65535
+        states_range = depth == 12 or any(tile[0].startswith("ppm") for tile in getattr(image, "tile", ()))
+        values = np.array(image, np.float64)[..., None]
+        alpha = None if key is None else (values[..., 0] != key).astype(np.float64)
+        is_float = image.mode == "F"
+        return _eight_bits(values, alpha, path, pixel_range, is_float, 2**depth - 1, states_range)
+    # Pillow compares 16 bits of a transparent colour with the upper 8
+    is_deep = depth == 16 and image.mode in ("RGB", "RGBA", "RGBX")
+    if is_deep and content and (pixel_range is not None or isinstance(key, tuple)):
+        image.load()  # whose errors are known, before another library sees the file
+        stored = _sixteen_bits(content, image.size, path)
+        alpha = stored[..., 3] / 65535 if has_alpha and stored.shape[2] == 4 else None
+        return _eight_bits(stored[..., :3].astype(np.float64), alpha, path, pixel_range, False, 65535, False)
     image.load()
-    image.info.pop("transparency", None)
-    return np.array(image.convert("RGB"))
+    remark = ""
+    if not has_alpha:
+        pixels = np.array(image.convert("RGB"))
+    else:
+        blended = np.array(image.convert("RGBA")).astype(np.uint16)
+        alpha8 = blended[..., 3:]
+        _check_visible(alpha8, path)
+        # no product exceeds 16 bits, nor do two of them with weights that sum to 255
+        pixels = ((blended[..., :3] * alpha8 + 255 * (255 - alpha8) + 127) // 255).astype(np.uint8)
+    if depth == 16:
+        low, high = (int(end) for end in (pixels.min(), pixels.max()))
+        remark = _range_remark(256 * low, 256 * high + 255, 65535)
+    return pixels, remark
+
+
+def _eight_bits(
+    values: NDArray[np.float64],
+    alpha: NDArray[np.float64] | None,
+    path: ImageFile,
+    pixel_range: PixelRange | None,
+    is_float: bool,
+    largest: int,
+    states_range: bool,
+) -> tuple[NDArray[np.uint8], str]:
+    """RGB, and the remark, of values (H, W, 1) grey or (H, W, 3) RGB and of alpha (H, W), 0 to 1."""
+    remark = ""
+    low, high = float(np.min(values)), float(np.max(values))
+    if not np.isfinite((low, high)).all():
+        raise ImageError(
+            f"{_shown(path)}: holds values that aren't numbers (NaN or infinite); give them a value"
+        )
+    if pixel_range is not None and not states_range:
+        start, end = pixel_range
+        levels = ((values - start) / (end - start) * 255).clip(0, 255)
+    else:
+        if low < 0 or high > (255 if is_float else 65535):
+            raise ImageError(
+                f"{_shown(path)}: values run from {low:g} to {high:g}; say what becomes black and white, "
+                "--pixel-range LOW:HIGH, or save them as 8 or 16 bits"
+            )
+        top = float(largest if not is_float else 255 if high > 1 else 1)
+        levels = values * (255 / top)
+        if not states_range:
+            remark = _range_remark(low, high, top)
+    if alpha is not None:
+        _check_visible(alpha, path)
+        levels = levels * alpha[..., None] + 255 * (1 - alpha[..., None])
+    pixels = np.rint(levels).astype(np.uint8)
+    return np.repeat(pixels, 3 // pixels.shape[2], axis=2), remark
+
+
+def _range_remark(low: float, high: float, top: float) -> str:
+    """A remark where values take up less than half of 0 to ``top``."""
+    if high - low >= top / 2:
+        return ""
+    return (
+        f"has values from {low:g} to {high:g}, less than half of 0 to {top:g}, for which they are taken; where they "
+        "are of another range, give it: --pixel-range LOW:HIGH"
+    )
+
+
+def _check_visible(alpha: NDArray[Any], path: ImageFile) -> None:
+    if not alpha.any():
+        raise ImageError(
+            f"{_shown(path)}: every pixel is transparent, so there is nothing to see; save it without alpha"
+        )
+
+
+def _depth(image: Image.Image) -> int:
+    """Bits a channel in the file, where they are more than 8; else 8."""
+    if isinstance(image, TiffImageFile):
+        bits = image.tag_v2.get(_BITS, (8,))
+        return 12 if bits == (12,) else 16 if image.mode.startswith("I") or set(bits) == {16} else 8
+    if image.format == "PNG" and any("16B" in str(tile[3]) for tile in getattr(image, "tile", ())):
+        return 16
+    return 16 if image.mode.startswith("I") else 8
+
+
+def _sixteen_bits(content: bytes, size: tuple[int, int], path: ImageFile) -> NDArray[np.uint16]:
+    """uint16 (H, W, 3) RGB or (H, W, 4) RGBA, by OpenCV."""
+    found = cv2.imdecode(np.frombuffer(content, np.uint8), cv2.IMREAD_UNCHANGED)
+    if found is None or found.dtype != np.uint16 or found.ndim != 3 or found.shape[:2] != size[::-1]:
+        raise ImageError(
+            f"{_shown(path)}: its colours of 16 bits can't be read; save it as an 8-bit or 16-bit PNG"
+        )
+    order = cv2.COLOR_BGR2RGB if found.shape[2] == 3 else cv2.COLOR_BGRA2RGBA
+    return np.asarray(cv2.cvtColor(found, order), np.uint16)
+
+
+def _has_more_pages(image: Image.Image, content: bytes, path: ImageFile) -> bool:
+    """Whether there are more pages or frames than one. Views of a page at other scales aren't pages, nor are the
+    pictures that a phone keeps beside a photograph (MPO).
+
+    Raises:
+        ImageError: the first page is the thumbnail of another.
+    """
+    if image.format != "TIFF":
+        return image.format != "MPO" and bool(getattr(image, "is_animated", False))
+    pixels, several = image.width * image.height, False
+    with Image.open(BytesIO(content), formats=("TIFF",)) as pages:
+        assert isinstance(pages, TiffImageFile)
+        for page in range(1, _MOST_PAGES):
+            try:
+                pages.seek(page)
+            except EOFError:
+                break
+            except Exception:  # a page that can't be read does the first one no harm
+                return True
+            is_view = bool(pages.tag_v2.get(_SUBFILE, 0) & 5)  # of smaller scale, or a mask
+            several = several or not is_view
+            if not is_view and pages.width * pages.height >= _THUMBNAIL * pixels:
+                raise ImageError(
+                    f"{_shown(path)}: page 1 has {image.width} x {image.height} pixels, page {page + 1} "
+                    f"{pages.width} x {pages.height}: the first looks like a thumbnail; save the page that is meant "
+                    "as a file of its own"
+                )
+    return several
 
 
 AnyImage = NDArray[np.uint8] | Image.Image | Path | str
 
 
-def as_pixels(image: AnyImage) -> NDArray[np.uint8]:
+def as_pixels(image: AnyImage, pixel_range: PixelRange | None = None) -> NDArray[np.uint8]:
     """An image in any of the forms in which a library's user has it, as uint8 (H, W, 3) RGB.
 
     Args:
         image: a path, a PIL image of any mode, or an array: uint8 (H, W, 3) RGB or (H, W) grey.
+        pixel_range: see ``read_image``.
 
     Raises:
         ImageError: the file can't be used, or the array is none of these.
     """
     if isinstance(image, str | Path):
-        return read_image(Path(image))
+        return read_image(Path(image), pixel_range)
     if isinstance(image, Image.Image):
         given = Path("the image given")
         try:
-            return _rgb(image.copy(), given)
+            return _rgb(image.copy(), given, pixel_range)[0]
         except (WsssError, MemoryError):
             raise
         except Exception as error:  # it may be read only now, and Pillow raises errors of many kinds
@@ -275,6 +488,21 @@ def file_digest(path: ImageFile) -> str:
         raise _unusable(path, error) from error
 
 
+def image_digest(path: ImageFile) -> str:
+    """What tells an image from others, 64 hexadecimal digits: SHA-256 of the file's bytes; where its pixels hang on
+    transparency, of these and the rule. An ImageError where it can't be read."""
+    with suppress(ImageError), _opened(path) as (image, content):
+        return _digest(image, content)
+    return file_digest(path)  # of what is no image, no longer or yet
+
+
+def _digest(image: Image.Image, content: bytes) -> str:
+    digest = hashlib.sha256(content)
+    if image.has_transparency_data:
+        digest.update(_BLENDED)
+    return digest.hexdigest()
+
+
 def _check_file(file: ImageFile) -> None:
     """Refuses what isn't a regular file, is empty or too large, before any of it is read."""
     if isinstance(file, TarMember):
@@ -297,10 +525,13 @@ def _source(file: ImageFile) -> BufferedReader | BytesIO:
     return open_plain(file, MAX_FILE_BYTES) if isinstance(file, Path) else BytesIO(file.read_bytes())
 
 
-class _QuietPillow:
-    """Keeps Pillow's warnings about damaged or large files from the terminal while images are read.
+_pillow_log = logging.getLogger("PIL")
 
-    The interpreter's warning filters belong to all threads. So the first reader saves them and the last
+
+class _QuietPillow:
+    """Keeps Pillow's warnings about damaged or large files, and its log, from the terminal while images are read.
+
+    The interpreter's warning filters and loggers belong to all threads. So the first reader saves them and the last
     one restores them; readers that each did both could restore them in the wrong order.
     """
 
@@ -314,12 +545,15 @@ class _QuietPillow:
                 self._filters = warnings.catch_warnings()
                 self._filters.__enter__()
                 warnings.filterwarnings("ignore", module=r"PIL\.")
+                self._level = _pillow_log.level
+                _pillow_log.setLevel(logging.CRITICAL)
 
     def __exit__(self, *_: object) -> None:
         with self._lock:
             self._readers -= 1
             if self._readers == 0:
                 self._filters.__exit__(None, None, None)
+                _pillow_log.setLevel(self._level)
 
 
 _quiet_pillow = _QuietPillow()
@@ -332,11 +566,20 @@ def _opened(path: ImageFile, *, header: bool = False) -> Iterator[tuple[Image.Im
     Whatever is wrong with it is an ImageError. What is wrong with the machine isn't: a ResourceError, a MemoryError.
     """
     pixels = "too many pixels"  # where Pillow refuses before it tells how many
+    start = b""
     try:
         _check_file(path)
         with _source(path) as file:
+            start = file.read(_LONGEST_START)
+            if start[:1] == b"P":
+                # of netpbm's, whose header Pillow reads byte by byte, whatever the length of its comments
+                words = _COMMENT.sub(b"", start + file.read(_LONGEST_HEADER)).split(maxsplit=3)
+                if len(words) < 3:
+                    raise UnidentifiedImageError
+            file.seek(0)
             content = b"" if header else file.read()
-            with _quiet_pillow, Image.open(BytesIO(content) if content else file, formats=_FORMATS) as image:
+            source = BytesIO(content) if content else file
+            with _quiet_pillow, Image.open(source, formats=_formats()) as image:
                 width, height = image.size
                 pixels = f"{width} x {height} pixels"
                 if width < 1 or height < 1:
@@ -351,15 +594,66 @@ def _opened(path: ImageFile, *, header: bool = False) -> Iterator[tuple[Image.Im
             f"{_shown(path)}: its header says {pixels}, the limit is {MAX_DECODED_PIXELS}; scale it down or remove it"
         ) from error
     # Damaged files make Pillow raise OSError, SyntaxError, struct.error, zlib.error, TypeError and more.
+    except UnidentifiedImageError as error:
+        known = _known_but_unread(path, start)
+        raise ImageError(f"{_shown(path)}: {known}") if known else _unusable(path, error) from error
     except Exception as error:
         raise _unusable(path, error) from error
+
+
+@cache
+def _formats() -> tuple[str, ...]:
+    """Names of Pillow's readers that may look at a file."""
+    formats = [*_FORMATS, *(("AVIF",) if HAS_AVIF else ())]
+    if HAS_HEIC:
+        import pillow_heif
+
+        pillow_heif.register_heif_opener()
+        formats.append("HEIF")
+    return tuple(formats)
+
+
+def _known_but_unread(path: ImageFile, start: bytes) -> str:
+    """What a file is that no reader takes, and what to do about it; empty where that isn't known."""
+    read = {"HEIC": HAS_HEIC, "AVIF": HAS_AVIF}
+    for offset, mark, brands, name in _UNREAD:
+        if read.get(name):
+            continue
+        if start[offset:].startswith(mark) and start[offset + len(mark) :].startswith(brands):
+            return f"its content is {name}, which isn't read; {remedy_of(name)}"
+    if start[:4] in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"):
+        with suppress(Exception), _quiet_pillow, _source(path) as file:
+            tags = _first_tags(file)
+            bands, bits = int(tags.get(_BANDS, 1)), max(tags.get(_BITS, (1,)))
+            kind = "floating point" if 3 in tags.get(_SAMPLE_FORMAT, (1,)) else "integers"
+            return (
+                f"a TIFF with {bands} bands of {bits}-bit {kind}, which isn't read; images have grey or RGB of 8 or "
+                "16 bits, with or without alpha, or one band of 32 bits: save three of the bands as RGB"
+            )
+    return ""
+
+
+def remedy_of(name: str) -> str:
+    """What to do about images of a format that isn't read."""
+    return f"{'install wsss-pipeline[heic], or ' if name == 'HEIC' else ''}convert to JPEG or PNG"
+
+
+def _first_tags(file: BinaryIO) -> dict[int, Any]:
+    """Tags of a TIFF's first page."""
+    header = file.read(8)
+    if header[2] == 43 or header[3] == 43:  # BigTIFF
+        header += file.read(8)
+    directory = ImageFileDirectory_v2(header)
+    file.seek(directory.next)
+    directory.load(file)
+    return dict(directory)
 
 
 def _unusable(path: ImageFile, error: Exception) -> ImageError:
     check_machine(error)
     remedy = "replace or remove it"
     if isinstance(error, UnidentifiedImageError):
-        reason = "not an image (JPEG, PNG, BMP, GIF, TIFF, WebP), or its header is damaged"
+        reason = "not an image (JPEG, PNG, BMP, GIF, TIFF, WebP, PNM, AVIF), or its header is damaged"
     elif isinstance(error, OSError) and error.strerror:
         reason = error.strerror
         remedy = _REMEDIES.get(error.errno or 0, remedy)

@@ -142,6 +142,7 @@ class MaskFolder:
         class_names: names of mask values 1..C.
         what: what the masks are. Ground truth of 0 and 255 alone is refused, predictions may be that unsure.
         colors: RGB colour to mask value, see ``ClassSet.colors``.
+        suffix: choice of its files, see ``find_images``; that of ground truth is taken off the ids.
 
     Raises:
         ImageError: the folder can't be used.
@@ -155,11 +156,14 @@ class MaskFolder:
         class_names: Sequence[str],
         what: Literal["predictions", "ground truth"] = "predictions",
         colors: Mapping[Color, int] | None = None,
+        *,
+        suffix: str | None = None,
     ) -> None:
         self.path = folder
-        self.files = find_images(folder)
-        self.class_names = tuple(class_names)
         self.description, self._is_truth = f"{what} {folder}", what == "ground truth"
+        option = "--gt-suffix" if self._is_truth else ""
+        self.files = find_images(folder, suffix, option=option, strip=self._is_truth)
+        self.class_names = tuple(class_names)
         self._colors = _labelmap_colors(folder, self.class_names) or dict(colors or {})
         ids = list(self.files)
         self.identity = f"{what} {hashlib.sha256(chr(10).join(ids).encode()).hexdigest()[:12]}"

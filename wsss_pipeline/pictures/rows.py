@@ -96,7 +96,8 @@ def make_row(
     try:
         if image_file is None:
             raise ImageError("no image with this id in the images folder")
-        image = read_image(image_file)
+        ranges = (getattr(source, "pixel_range", None) for source in masks.values())
+        image = read_image(image_file, next(filter(None, ranges), None))
         cells.append(Cell("Image", _fitted(image, box, Image.Resampling.LANCZOS), (Label(_size(image)),)))
     except (ImageError, MemoryError) as error:
         mark("Image", str(error) or "this machine has too little memory for it")

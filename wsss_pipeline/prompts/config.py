@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from wsss_pipeline.config import ClipConfig, ContextLayout, Settings, resolve, user_layers
+from wsss_pipeline.config import ClipConfig, ContextLayout, ImagesConfig, Settings, resolve, user_layers
 from wsss_pipeline.errors import ConfigError
 
 Objective = Literal["contrastive", "cam"]
@@ -74,6 +74,7 @@ class PromptConfig(Settings):
         "image",
         description="With cam, a crop's classes: those of the image, or those in the crop of its mask.",
     )
+    images: ImagesConfig = ImagesConfig()
     clip: ClipConfig = ClipConfig()
     context: ContextConfig = ContextConfig()
     augmentation: CropConfig = CropConfig()

@@ -81,7 +81,7 @@ class MaskGenerator:
                     "no classes given; use --classes cat,dog, --classes FILE.yaml or --preset NAME"
                 )
             class_set = load_class_set(config.classes)
-        self.class_set = class_set
+        self.class_set, self.pixel_range = class_set, config.images.pixel_range
         self.config = config.model_copy(update={"templates": config.templates or class_set.templates})
         self._method_type = load_method(config.method)
         self.refiner = load_refiner(config, self._method_type.refiner)
@@ -119,6 +119,8 @@ class MaskGenerator:
                 "background": list(self.class_set.background),
                 "templates": list(self.config.templates),
                 "max_pixels": self.config.max_pixels,
+                # where it is given: mask sets from before keep their fingerprint
+                **({"pixel_range": list(self.pixel_range)} if self.pixel_range else {}),
                 **self._method_type.determinants(self.config),
                 **of_classes(self.config, self.class_set),
                 **self.refiner.determinants(),
@@ -157,7 +159,7 @@ class MaskGenerator:
             RegionError: there are no regions of that id.
             ClassSetError: no such class.
         """
-        prepared = self.prepare(as_pixels(image), labels, image_id)
+        prepared = self.prepare(as_pixels(image, self.pixel_range), labels, image_id)
         if not prepared.classes:
             return prepared.background(with_cams=True, outputs=1 + len(self.class_set.names))
         return self.generate([prepared], with_cams=True)[0].wait()[0]

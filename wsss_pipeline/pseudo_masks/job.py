@@ -6,7 +6,7 @@ import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, Literal, TypedDict, Unpack
 
@@ -19,11 +19,11 @@ from wsss_pipeline.data.image_ids import find_images
 from wsss_pipeline.data.images import image_size
 from wsss_pipeline.data.label_readers.label_table import OtherClasses
 from wsss_pipeline.data.labels import read_labels
-from wsss_pipeline.errors import ConfigError, ImageError
+from wsss_pipeline.errors import ConfigError, ImageError, LabelError
 from wsss_pipeline.methods import load_mask_config
 from wsss_pipeline.pseudo_masks.generator import MaskGenerator
 from wsss_pipeline.pseudo_masks.maker import MaskMaker
-from wsss_pipeline.runtime.output import check_apart
+from wsss_pipeline.runtime.output import check_apart, one_line
 from wsss_pipeline.runtime.share import Share
 
 Engine = Literal["local", "ray"]
@@ -33,12 +33,16 @@ BYTES_PER_PIXEL = 0.25
 BYTES_PER_REGION_PIXEL = 0.2  # 60 ragged regions an image; SAM's are more and smoother
 BYTES_PER_CAM_PIXEL = 1.0
 
+_NAMED = 3  # examples in a message
+
 
 class JobPaths(TypedDict, total=False):
     """Where a job's inputs lie; what is left out or None isn't given.
 
     Attributes:
         images: folder, or WebDataset archives such as ``shards/{000..127}.tar``.
+        image_suffix: choice of its files, see ``find_images``.
+        gt_suffix: ending of ground-truth names, which no job looks at.
         labels: file or folder of image-level labels; left out where the images bring theirs.
         labels_format: name of the labels' form; left out where their content shows it.
         voc, coco: folder of a data set, in place of images, labels and classes.
@@ -52,6 +56,8 @@ class JobPaths(TypedDict, total=False):
     """
 
     images: Path | str | None
+    image_suffix: str | None
+    gt_suffix: str | None
     labels: Path | str | None
     labels_format: LabelFormat | None
     voc: Path | str | None
@@ -84,6 +90,7 @@ class Job(ABC):
         check_bytes: choice to read every image whose mask is there, whatever its size and times say.
         inputs: option to what it names, which is only read.
         cache_option: option that names ``cache_dir``.
+        unread: image id to what is wrong with the format of a file, see ``FoundImages``.
     """
 
     images: Mapping[str, ImageFile]
@@ -99,10 +106,37 @@ class Job(ABC):
     check_bytes: bool = False
     inputs: Mapping[str, Path] = field(default_factory=dict)
     cache_option: str = "--cache"
+    unread: Mapping[str, str] = field(default_factory=dict)
 
     @abstractmethod
     def maker(self) -> MaskMaker:
         """What makes the masks or regions; a WsssError where it can't be had."""
+
+
+def check_work(
+    images: Mapping[str, ImageFile],
+    labels: Mapping[str, tuple[str, ...] | None],
+    unread: Mapping[str, str],
+) -> None:
+    """Refuses what nothing can come of; arguments as in ``Job``.
+
+    Raises:
+        ImageError: none of the images is there.
+        LabelError: none has a class.
+    """
+    if not any(image_id in images and is_there(images[image_id]) for image_id in labels):
+        named = ", ".join(f"'{one_line(image_id, 100)}'" for image_id in islice(labels, _NAMED))
+        there = ", ".join(f"'{one_line(image_id, 100)}'" for image_id in islice(images, _NAMED))
+        why = next((f"; '{one_line(i, 100)}' is {unread[i]}" for i in labels if i in unread), "")
+        raise ImageError(
+            f"none of the {len(labels):,} images that the labels or the split name is there: they name {named}, the "
+            f"images are {there}{why}; image ids are paths below the folder of images, without suffix"
+        )
+    if all(names == () for names in labels.values()):
+        raise LabelError(
+            f"none of the {len(labels):,} images has a class: every mask would be background alone; give labels that "
+            "name classes, not a list of images"
+        )
 
 
 @dataclass(frozen=True)
@@ -149,16 +183,20 @@ class MaskJob(Job):
 
         Raises:
             ConfigError: options that contradict each other or leave something out.
-            ClassSetError, LabelError, ImageError: from reading the class set, the labels, the folder.
+            ClassSetError, LabelError, ImageError: from reading the class set, the labels, the folder; or nothing can
+                come of them.
         """
         images, labels, classes = paths.get("images"), paths.get("labels"), paths.get("classes")
         voc, coco, split = paths.get("voc"), paths.get("coco"), paths.get("split")
+        suffix = paths.get("image_suffix")
         if sum(source is not None for source in (images, voc, coco)) != 1:
             raise ConfigError("give the images once: --images DIR, --voc ROOT or --coco ROOT")
         if (split is not None) == (images is not None):
             raise ConfigError(
                 "--split goes with --voc or --coco, and they need it, for example --split train"
             )
+        if suffix is not None and images is None:
+            raise ConfigError("--image-suffix goes with --images; --voc and --coco know their files")
         if labels is not None and images is None:
             raise ConfigError("--labels goes with --images; --voc and --coco bring their own labels")
         labels_format = paths.get("labels_format")
@@ -175,8 +213,11 @@ class MaskJob(Job):
         if not config.classes:
             raise ConfigError("no classes given; use --classes cat,dog, --classes FILE or --preset NAME")
         class_set, others = load_class_set(config.classes), paths.get("other_classes") or "error"
+        files: Mapping[str, ImageFile]
+        unread: Mapping[str, str] = {}
         if images is not None:
-            files = find_images(Path(images))
+            found = find_images(Path(images), suffix, option="--image-suffix")
+            files, unread = found, found.unread
             names = read_labels(
                 None if labels is None else Path(labels), files, class_set, labels_format, others
             )
@@ -194,8 +235,9 @@ class MaskJob(Job):
             inputs |= {
                 f"--coco's {name}": Path(coco) / name for name in ("images", str(split), "annotations")
             }
+        check_work(files, names, unread)
         cache = Path(paths.get("cache") or "cache")
-        return cls(files, names, class_set, config, cache_dir=cache, inputs=inputs)
+        return cls(files, names, class_set, config, cache_dir=cache, inputs=inputs, unread=unread)
 
     def maker(self) -> MaskGenerator:
         """The method, its CLIP not loaded yet.

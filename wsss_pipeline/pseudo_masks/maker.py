@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from wsss_pipeline.cache import MaskSet
+from wsss_pipeline.config import PixelRange
 from wsss_pipeline.data.masks import CERTAIN, PseudoMask, mask_type
 from wsss_pipeline.data.transforms import Prepared
 from wsss_pipeline.regions.regions import Regions
@@ -95,12 +96,16 @@ class MaskMaker(Protocol):
         in_threads: several threads call it at a time, with an image each, and torch has one thread in each of them.
         model: what looks at the images: CLIP, a network, or a SAM.
         if_too_large: advice to whom memory ran out on an image.
+        pixel_range: values of images that become 0 and 255, see ``read_image``; None for what files say.
     """
 
     device: torch.device
     in_threads: bool
     model: str
     if_too_large: str
+
+    @property
+    def pixel_range(self) -> PixelRange | None: ...
 
     @property
     def mask_set(self) -> MaskSet:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -62,12 +62,15 @@ class MaskReport:
         self.failed[image_id] = reason
         logger.warning("%s: %s", image_id, reason)
 
-    def miss(self, image_ids: Iterable[str]) -> None:
-        """Note images that the labels name and that aren't there, of which a label file may hold millions."""
+    def miss(self, image_ids: Iterable[str], unread: Mapping[str, str] | None = None) -> None:
+        """Note images that the labels name and that aren't there, of which a label file may hold millions.
+
+        ``unread``: image id to what is wrong with the format of a file that is there.
+        """
         with FewWarnings(logger, "images that the labels or the split name aren't there") as missing:
             for image_id in image_ids:
-                self.failed[image_id] = MISSING
-                missing.warn("%s: %s", image_id, MISSING)
+                self.failed[image_id] = (unread or {}).get(image_id, MISSING)
+                missing.warn("%s: %s", image_id, self.failed[image_id])
 
     def as_dict(self) -> dict[str, Any]:
         """The report as JSON takes it."""

@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 
 from wsss_pipeline.cache import MaskWriter, open_mask_set
 from wsss_pipeline.data.image_files import Status, file_status
-from wsss_pipeline.data.images import read_stored_image
+from wsss_pipeline.data.images import ImageWarnings, Remark, read_stored_image
 from wsss_pipeline.errors import ImageError, MaskError, RegionError
 from wsss_pipeline.files import check_machine
 from wsss_pipeline.pseudo_masks.job import Job, MaskPlan, plan_masks
@@ -45,9 +45,10 @@ class ReadImage:
     Attributes:
         image_id: id of the image.
         status: size and times of its file, before it was read.
-        digest: SHA-256 of its bytes.
+        digest: see ``image_digest``.
         image: on its way into the model.
         seconds: time for reading and preparing.
+        remarks: what is worth a word about it, see ``StoredImage``.
     """
 
     image_id: str
@@ -55,6 +56,7 @@ class ReadImage:
     digest: str
     image: LabelledImage
     seconds: float
+    remarks: dict[Remark, str]
 
 
 # a PseudoMask, or Regions, with the seconds in the model and in the refiner
@@ -82,7 +84,7 @@ def run_share(job: Job, maker: MaskMaker | None = None, *, quiet: bool = False) 
         folder, count, plan.unlabelled, model=plan.maker.model, holds=plan.maker.mask_set.holds
     )
     with MaskWriter(folder, job.share.index, job.share.count) as writer:
-        report.miss(plan.missing)
+        report.miss(plan.missing, job.unread)
         todo = plan.image_ids
         if not job.overwrite:
             options = {"need_cams": job.store_cams, "check_bytes": job.check_bytes}
@@ -109,7 +111,6 @@ class _Run:
     ) -> None:
         self._job, self._maker, self._writer, self._report = plan.job, plan.maker, writer, report
         self._stop, self._progress = stop, progress
-        self._warned_of_rotation = False
         self._outputs = 1 + len(self._maker.mask_set.class_names)
 
     def compute(self, todo: list[str]) -> None:
@@ -124,6 +125,7 @@ class _Run:
         wanted = takewhile(lambda _: not self._stop.requested, todo)
         with (
             single_threaded_torch() if in_threads else nullcontext(),
+            ImageWarnings() as self._warnings,
             closing(make(wanted)) as results,  # type: ignore[type-var]  # a generator
         ):
             for image_id, wait in results:
@@ -194,18 +196,14 @@ class _Run:
             raise ImageError(
                 f"{one_line(file, 200)}: can't be read: {reason}; replace or remove it"
             ) from error
-        stored = read_stored_image(file)
-        if stored.has_rotation and not self._warned_of_rotation:
-            self._warned_of_rotation = True
-            logger.warning(
-                "%s has an EXIF rotation tag, maybe others too: it is ignored, masks fit the stored pixels",
-                file,
-            )
+        stored = read_stored_image(file, self._maker.pixel_range)
         image = self._maker.prepare(stored.pixels, self._job.labels[image_id], image_id)
-        return ReadImage(image_id, status, stored.digest, image, time.monotonic() - started)
+        seconds = time.monotonic() - started
+        return ReadImage(image_id, status, stored.digest, image, seconds, stored.remarks)
 
     def _write(self, read: ReadImage, made: Any, looking: float, refining: float) -> None:
         report, started = self._report, time.monotonic()
+        self._warnings.warn(self._job.images[read.image_id], read.remarks)
         scale = read.image.prepared.scale
         self._writer.write(
             read.image_id,

@@ -20,7 +20,7 @@ from pydantic import Field
 from torch import Tensor
 from torchvision.ops import nms
 
-from wsss_pipeline.config import Settings
+from wsss_pipeline.config import ImagesConfig, Settings
 from wsss_pipeline.regions.regions import PART, SUB_PART, WHOLE, Regions
 from wsss_pipeline.runtime.device import give_back_memory, is_out_of_memory
 
@@ -38,6 +38,7 @@ ByLevel = tuple[float, float, float]
 class ProposalConfig(Settings):
     """Mask proposals; the defaults are those of FMA-WSSS for SAM."""
 
+    images: ImagesConfig = ImagesConfig()
     points: tuple[Annotated[int, Field(ge=1, le=256)], ...] = Field(
         (32, 16),
         min_length=1,

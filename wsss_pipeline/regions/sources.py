@@ -39,7 +39,7 @@ def open_regions(name: str, slic: SlicConfig | None = None) -> RegionSource:
         )
     if list_mask_sets(folder):
         return StoredRegions.open(folder)
-    has_json, has_images = bool(json_files(folder)), bool(find_images(folder))
+    has_json, has_images = bool(json_files(folder)), bool(find_images(folder, may_be_empty=True))
     if has_json == has_images:
         both = "both JSON files and images; name a folder that holds the regions alone"
         none = "no region set, no JSON files and no label images; check the path"

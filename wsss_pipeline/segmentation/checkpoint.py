@@ -25,7 +25,7 @@ from torch.optim.swa_utils import AveragedModel
 from wsss_pipeline import __version__
 from wsss_pipeline.clip.tensor_files import MOST_WEIGHT_BYTES, check_unpacked, shapes_in, tensors_in
 from wsss_pipeline.clip.weights import Clip
-from wsss_pipeline.config import ResolvedPrecision
+from wsss_pipeline.config import PixelRangeSetting, ResolvedPrecision
 from wsss_pipeline.data.classes import MAX_CLASSES
 from wsss_pipeline.data.transforms import IMAGENET_STATISTICS
 from wsss_pipeline.errors import CheckpointError, NetworkError, OutputError, ResourceError, WeightsError
@@ -89,6 +89,7 @@ def save_network(
         "label2id": {name: index for index, name in names.items()},
         "image_mean": network.image_mean,
         "image_std": network.image_std,
+        **({"pixel_range": network.pixel_range} if network.pixel_range else {}),
         **frozen,
         "wsss_pipeline_version": __version__,
         **(extra or {}),
@@ -194,6 +195,7 @@ class _Config(BaseModel):
     label2id: dict[str, int] = Field(default={}, max_length=MAX_CLASSES + 1)
     image_mean: tuple[float, float, float] = Field(strict=False)
     image_std: tuple[Annotated[float, Field(gt=0)], ...] = Field(min_length=3, max_length=3, strict=False)
+    pixel_range: PixelRangeSetting = None
 
     @property
     def names(self) -> list[str]:
@@ -275,6 +277,7 @@ def load_network(
             _check_shapes(network, folder / WEIGHTS)
             network = build()
         network.image_mean, network.image_std = config.image_mean, tuple(config.image_std)
+        network.pixel_range = config.pixel_range
         _load_tensors(network, folder / WEIGHTS)
     except FileNotFoundError as error:
         raise CheckpointError(f"checkpoint {folder} lacks {WEIGHTS}") from error

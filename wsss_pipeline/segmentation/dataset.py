@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from wsss_pipeline.config import PixelRange
 from wsss_pipeline.data.image_files import ImageFile
 from wsss_pipeline.data.images import read_image
 from wsss_pipeline.data.masks import IGNORE, MaskSource, ignore_value
@@ -86,6 +87,7 @@ class SegmentationDataset(Dataset[Sample]):
         image_ids: ids to train on; a position is one in this list.
         augmentation: random changes.
         seed: seed of all random numbers.
+        pixel_range: values of images that become 0 and 255, see ``read_image``.
     """
 
     images: Mapping[str, ImageFile]
@@ -93,6 +95,7 @@ class SegmentationDataset(Dataset[Sample]):
     image_ids: Sequence[str]
     augmentation: JointAugmentation
     seed: int
+    pixel_range: PixelRange | None = None
     _warned: set[str] = field(default_factory=set)
 
     def __len__(self) -> int:
@@ -106,7 +109,7 @@ class SegmentationDataset(Dataset[Sample]):
         # more than 254 classes take 16 bits, and torch can do little with uint16
         kind = torch.uint8 if outputs <= IGNORE else torch.int32
         try:
-            image = torch.tensor(read_image(self.images[image_id]))
+            image = torch.tensor(read_image(self.images[image_id], self.pixel_range))
             if isinstance(self.masks, ImageLabels):
                 mask = torch.zeros(image.shape[:2], dtype=kind)
                 confidence = torch.zeros(image.shape[:2], dtype=torch.uint8)

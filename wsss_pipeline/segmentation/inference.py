@@ -26,9 +26,9 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from wsss_pipeline.config import CrfConfig, InferenceConfig
+from wsss_pipeline.config import CrfConfig, InferenceConfig, PixelRange
 from wsss_pipeline.data.image_files import ImageFile
-from wsss_pipeline.data.images import AnyImage, as_pixels, read_image
+from wsss_pipeline.data.images import AnyImage, ImageWarnings, as_pixels, read_stored_image
 from wsss_pipeline.data.masks import Mask, PseudoMask, mask_type
 from wsss_pipeline.data.transforms import fitted_size
 from wsss_pipeline.errors import MaskError
@@ -114,6 +114,11 @@ class Segmenter:
         settings = [network_digest(self.network), self.class_names, self.inference.determinants(), refiner]
         return f"network {hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:12]}"
 
+    @property
+    def pixel_range(self) -> PixelRange | None:
+        """Values of images that become 0 and 255, see ``read_image``: as chosen, else as in training."""
+        return self.inference.pixel_range or self.network.pixel_range
+
     def __call__(self, image: AnyImage, classes: Sequence[int] | None = None) -> PseudoMask:
         """The most refined mask of an image.
 
@@ -125,7 +130,8 @@ class Segmenter:
             ImageError: the image can't be used.
             MaskError: the network's answer holds NaN.
         """
-        return list(self.variants(as_pixels(image), raw=False, classes=classes).values())[-1]
+        pixels = as_pixels(image, self.pixel_range)
+        return list(self.variants(pixels, raw=False, classes=classes).values())[-1]
 
     def variants(
         self, image: NDArray[np.uint8], *, raw: bool = True, classes: Sequence[int] | None = None
@@ -200,6 +206,7 @@ def network_digest(network: SegmentationNetwork) -> str:
     """64 hexadecimal digits that stand for a network's weights as they are now, with those of what is frozen in it,
     and its pixel statistics."""
     kind: list[Any] = [type(network).__name__, network.image_mean, network.image_std]
+    kind += [network.pixel_range] if network.pixel_range else []
     if isinstance(network, ClipNetwork):
         kind += [network.frozen_digests(), network.config.model_dump(exclude={"dino"})]
     if isinstance(network, TransformersNetwork):
@@ -220,9 +227,15 @@ def _restricted(posterior: Tensor, classes: Sequence[int]) -> Tensor:
 
 
 class NetworkMasks:
-    """A ``MaskSource``: what a network makes of images, given as id to file."""
+    """A ``MaskSource``: what a network makes of images, given as id to file.
+
+    Attributes:
+        warnings: context manager that tells how many images it has warned of.
+    """
 
     def __init__(self, segmenter: Segmenter, images: Mapping[str, ImageFile]) -> None:
+        self.warnings = ImageWarnings()
+        self.pixel_range = segmenter.pixel_range
         self.segmenter = segmenter
         self.images = images
         self.class_names = segmenter.class_names
@@ -247,7 +260,9 @@ class NetworkMasks:
     def _image(self, image_id: str) -> NDArray[np.uint8]:
         if image_id not in self.images:
             raise MaskError(f"{self.description}: no image '{image_id}' to look at")
-        return read_image(self.images[image_id])
+        stored = read_stored_image(self.images[image_id], self.pixel_range)
+        self.warnings.warn(self.images[image_id], stored.remarks)
+        return stored.pixels
 
 
 Box = tuple[slice, slice]

@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from wsss_pipeline.config import PixelRange
+
 IMAGE_MEAN = (0.485, 0.456, 0.406)  # of ImageNet, RGB, for values in [0, 1]
 IMAGE_STD = (0.229, 0.224, 0.225)
 BatchNorm = nn.modules.batchnorm._BatchNorm
@@ -44,6 +46,7 @@ class SegmentationNetwork(nn.Module):
         query_bytes: memory that masks of queries take at inference, bytes a pixel.
         image_mean: mean of its training images, RGB, for values in [0, 1].
         image_std: their standard deviation.
+        pixel_range: values of its training images' files that became 0 and 255, see ``read_image``.
     """
 
     model: nn.Module
@@ -54,6 +57,7 @@ class SegmentationNetwork(nn.Module):
     query_bytes: int = 0
     image_mean: tuple[float, ...] = IMAGE_MEAN
     image_std: tuple[float, ...] = IMAGE_STD
+    pixel_range: PixelRange | None = None
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits at the size of the input."""

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from wsss_pipeline.config import Precision, Settings, recipe, recipe_names, resolve, user_layers
+from wsss_pipeline.config import ImagesConfig, Precision, Settings, recipe, recipe_names, resolve, user_layers
 
 Confidence = Literal["hard", "soft"]
 
@@ -269,6 +269,7 @@ class TrainConfig(Settings):
     """A training run."""
 
     version: int = Field(1, description="Of the recipe.")
+    images: ImagesConfig = ImagesConfig()
     network: NetworkConfig = NetworkConfig()
     online: OnlineConfig = OnlineConfig()
     loss: LossConfig = LossConfig()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import unicodedata
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -88,6 +89,7 @@ def evaluate(
     images: Mapping[str, ImageFile] | None = None,
     pseudo_masks: MaskSource | None = None,
     settings: Mapping[str, object] | None = None,
+    gt_suffix: str | None = None,
 ) -> Evaluation:
     """Scores masks; a network's in all variants, out of one set of passes an image.
 
@@ -102,6 +104,7 @@ def evaluate(
         images: image id to file, for the report.
         pseudo_masks: masks that the report shows beside the masks that are scored.
         settings: settings of the run, for the report.
+        gt_suffix: ending of ground-truth names, which image ids don't have.
 
     Images that can't be read, or whose sizes differ, are left out and listed in ``skipped``.
 
@@ -121,7 +124,7 @@ def evaluate(
     if report is not None:
         check_replaceable(report)
     try:
-        truths = MaskFolder(ground_truth, source.class_names, "ground truth", colors)
+        truths = MaskFolder(ground_truth, source.class_names, "ground truth", colors, suffix=gt_suffix)
         truths.check_sizes(images or {})
     except MaskError as error:
         raise EvaluationError(str(error)) from error
@@ -155,7 +158,7 @@ def evaluate(
     matrices: dict[str, NDArray[np.int64]] = {}
     image_miou: dict[str, float | None] = {}
     skipped: dict[str, str] = {}
-    with Progress(len(image_ids)) as progress:
+    with network.warnings if network else nullcontext(), Progress(len(image_ids)) as progress:
         for image_id in image_ids:
             try:
                 try:

@@ -17,7 +17,7 @@ import numpy as np
 from wsss_pipeline.cache import MaskCache
 from wsss_pipeline.data.image_ids import check_image_id
 from wsss_pipeline.data.masks import IGNORE, half_percent_threshold, ignore_value
-from wsss_pipeline.errors import ConfigError, LabelError, MaskError, MissingDependencyError
+from wsss_pipeline.errors import CacheRecordError, ConfigError, LabelError, MaskError, MissingDependencyError
 from wsss_pipeline.pictures.overlays import index_png
 from wsss_pipeline.runtime.interrupts import StopRequest
 from wsss_pipeline.runtime.output import MARK, check_apart, check_replaceable, keep_file, writing
@@ -69,12 +69,15 @@ def export_masks(
         Counts. A record that can't be exported is reported in the log and counted.
 
     Raises:
+        CacheRecordError: the mask set is empty.
         ConfigError: ``min_confidence`` isn't between 0 and 1, there is no such format, or ``out_dir`` and the
             mask set lie in each other.
         MissingDependencyError: ``coco`` needs pycocotools.
         OutputError: ``out_dir`` can't be written, or a file there holds something else.
     """
     check_apart(out_dir, "--out", {"--cache": masks.path})
+    if not len(masks):
+        raise CacheRecordError(f"cache {masks.path} holds no image yet; run generate-masks on it first")
     if min_confidence is not None:
         half_percent_threshold(min_confidence)  # refuses what isn't between 0 and 1, before any work
     if format not in get_args(ExportFormat):

@@ -118,6 +118,7 @@ def _coarse(masks: Path | None, paths: JobPaths) -> Inputs:
         raise ConfigError(
             "--objective cam needs --cache, a coarse mask set of generate-masks, and --images, its images' folder"
         )
+    suffix = paths.get("image_suffix")
     for option in ("labels", "labels_format", "voc", "coco", "split", "other_classes"):
         if paths.get(option) is not None:
             raise ConfigError(
@@ -128,7 +129,8 @@ def _coarse(masks: Path | None, paths: JobPaths) -> Inputs:
     if not paths.get("classes") and name not in builtin_class_sets():
         raise ConfigError(f"{source.path} isn't of a built-in class set; give its classes with --classes")
     inputs = {"--images": Path(images), "--cache": source.path}
-    return find_images(Path(images)), source, load_class_set(name), inputs
+    files = find_images(Path(images), suffix, option="--image-suffix")
+    return files, source, load_class_set(name), inputs
 
 
 @dataclass(frozen=True)
@@ -204,6 +206,7 @@ def learn_prompts(job: PromptJob) -> PromptResult:
             ids,
             augmentation,
             seed_number(config.seed),
+            config.images.pixel_range or getattr(masks, "pixel_range", None),
         )
         trainer = PromptTrainer(config, clip, trunk, prompts, dataset, job.out, job.workers, precision)
         chosen, state = config.optimisation, trainer.state

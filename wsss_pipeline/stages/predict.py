@@ -10,7 +10,7 @@ from PIL import Image
 
 from wsss_pipeline.config import CrfConfig, InferenceConfig
 from wsss_pipeline.data.image_ids import find_images
-from wsss_pipeline.data.images import read_image
+from wsss_pipeline.data.images import ImageWarnings, read_stored_image
 from wsss_pipeline.data.masks import PseudoMask
 from wsss_pipeline.errors import ImageError, MaskError
 from wsss_pipeline.pictures.overlays import Rgb, encoded, index_png, mask_over_image
@@ -48,6 +48,7 @@ def predict(
     confidence: bool = False,
     device: str = "auto",
     overwrite: bool = False,
+    image_suffix: str | None = None,
 ) -> PredictReport:
     """Writes ``out/masks/ID.png`` (palette PNG, 0..C) for each image that hasn't got one yet.
 
@@ -60,6 +61,7 @@ def predict(
         overlays: choice to write ``out/overlays/ID.jpg`` too, the mask over the image.
         confidence: choice to write ``out/confidence/ID.png``, uint8, the label's probability in half percents.
         overwrite: choice to predict again what is there.
+        image_suffix: choice of the files, see ``find_images``.
 
     An image that can't be read, or for which memory ran out, is reported, skipped and counted.
 
@@ -73,14 +75,14 @@ def predict(
     inputs = {"--images": images, "--checkpoint": find_checkpoint(checkpoint)}
     for kind in kinds:
         check_apart(out / kind, "--out", inputs)
-    files = find_images(images)
+    files = find_images(images, image_suffix, option="--image-suffix")
     targets = {i: {kind: out / kind / f"{i}.{suffix}" for kind, suffix in kinds.items()} for i in files}
     kept = set() if overwrite else {i for i in files if all(map(Path.exists, targets[i].values()))}
     for target in (target for i in files if i not in kept for target in targets[i].values()):
         check_replaceable(target)
     segmenter = Segmenter.load(checkpoint, device, inference, crf, clip)
     report = PredictReport()
-    with StopRequest() as stop, Progress(len(files)) as progress:
+    with ImageWarnings() as image_warnings, StopRequest() as stop, Progress(len(files)) as progress:
         for image_id, file in files.items():
             if stop.requested:
                 report.interrupted = True
@@ -90,7 +92,9 @@ def predict(
                 progress.advance()
                 continue
             try:
-                image = read_image(file)
+                stored = read_stored_image(file, segmenter.pixel_range)
+                image_warnings.warn(file, stored.remarks)
+                image = stored.pixels
                 record = segmenter(image)
                 contents = [_content(kind, image, record) for kind in kinds]
             except (ImageError, MaskError, MemoryError, RuntimeError) as error:

@@ -11,7 +11,7 @@ import numpy as np
 
 from wsss_pipeline.cache import MaskCache
 from wsss_pipeline.data.image_files import ImageFile
-from wsss_pipeline.data.images import file_digest, image_size, read_image
+from wsss_pipeline.data.images import image_digest, image_size, read_image
 from wsss_pipeline.data.masks import CERTAIN, MaskSource, PseudoMask
 from wsss_pipeline.errors import CacheRecordError, ConfigError, ImageError, MaskError
 from wsss_pipeline.pictures.contact_sheet import CELL_HEIGHT, CELL_WIDTH, draw_sheet
@@ -111,6 +111,7 @@ def preview_folder(
         if image_id not in masks or image_id not in images:
             raise MaskError(f"no image '{image_id}' with a mask; ids are paths without suffix")
     shown = _chosen(there, ids, limit)
+    pixel_range = getattr(masks, "pixel_range", None)
     report = PreviewReport(page)
     entries: list[PreviewImage] = []
 
@@ -122,10 +123,11 @@ def preview_folder(
             entry, file = PreviewImage(image_id), images[image_id]
             entries.append(entry)
             try:
-                photo = out / PICTURES / picture_name(file_digest(file).encode(), ".jpg")
+                drawn_of = f"{image_digest(file)}{pixel_range or ''}"
+                photo = out / PICTURES / picture_name(drawn_of.encode(), ".jpg")
                 check_replaceable(photo)
                 if not photo.exists():
-                    write_file(photo, thumbnail(read_image(file)), durable=False, below=out)
+                    write_file(photo, thumbnail(read_image(file, pixel_range)), durable=False, below=out)
                     report.drawn += 1
                 entry.image = photo.name
                 record = masks[image_id]

@@ -19,8 +19,8 @@ from wsss_pipeline.config import Layer, resolve
 from wsss_pipeline.data.datasets import read_split
 from wsss_pipeline.data.image_ids import find_images
 from wsss_pipeline.data.transforms import Prepared
-from wsss_pipeline.errors import ConfigError, ImageError
-from wsss_pipeline.pseudo_masks.job import Job
+from wsss_pipeline.errors import ConfigError
+from wsss_pipeline.pseudo_masks.job import Job, check_work
 from wsss_pipeline.pseudo_masks.maker import LabelledImage
 from wsss_pipeline.pseudo_masks.report import MaskReport
 from wsss_pipeline.pseudo_masks.run import run_share
@@ -63,11 +63,12 @@ class Proposer:
     def __init__(
         self, predictor: Predictor, config: ProposalConfig, device: torch.device, points_per_batch: int = 0
     ) -> None:
-        self.device = device
+        self.device, self.pixel_range = device, config.images.pixel_range
         self._predictor, self._config, self._points_per_batch = predictor, config, points_per_batch
         # without crops nothing overlaps, without the filter nothing is covered
         unused: set[str] = {"overlap"} if len(config.points) == 1 else set()
         unused |= set() if config.part_filter else {"part_overlap"}
+        unused |= {"images"} if self.pixel_range is None else set()
         self.mask_set = MaskSet(
             name=NAME,
             determinants={
@@ -141,6 +142,7 @@ class ProposeJob(Job):
         device: str = "auto",
         offline: bool = False,
         points_per_batch: int = 0,
+        image_suffix: str | None = None,
     ) -> ProposeJob:
         """A job out of paths: the images listed, the SAM loaded.
 
@@ -154,6 +156,7 @@ class ProposeJob(Job):
             device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
             offline: fetch nothing.
             points_per_batch: number of points asked for together; 0 is the SAM's own.
+            image_suffix: choice of the files, see ``find_images``.
 
         Raises:
             ConfigError: no such preset or device, settings out of range.
@@ -165,10 +168,9 @@ class ProposeJob(Job):
             raise ConfigError(f"--preset {preset:.60}: unknown; known are {', '.join(PRESETS)}")
         config = resolve(ProposalConfig, [(f"preset {preset}", PRESETS[preset]), *layers])
         where = resolve_device(device)
-        files = find_images(images)
-        if not files:
-            raise ImageError(f"{images} holds no image; check --images")
+        files = find_images(images, image_suffix, option="--image-suffix")
         wanted = list(files) if split is None else read_split(split, files)
+        check_work(files, dict.fromkeys(wanted), files.unread)
         predictor = load_predictor(sam, where, offline=offline)
         inputs = {"--images": images, "--split": split}
         if Path(sam).exists():
@@ -180,6 +182,7 @@ class ProposeJob(Job):
             cache_dir=out,
             inputs={option: path for option, path in inputs.items() if path is not None},
             cache_option="--out",
+            unread=files.unread,
         )
 
 

@@ -19,12 +19,13 @@ from wsss_pipeline.cache import MaskSet
 from wsss_pipeline.config import LabelFormat, Layer, RelabelConfig, resolve
 from wsss_pipeline.data.classes import ClassSet, builtin_class_sets, load_class_set
 from wsss_pipeline.data.datasets import read_split
+from wsss_pipeline.data.image_files import ImageFile
 from wsss_pipeline.data.image_ids import find_images
 from wsss_pipeline.data.label_readers.label_table import OtherClasses
 from wsss_pipeline.data.labels import read_labels
 from wsss_pipeline.data.transforms import Prepared
-from wsss_pipeline.errors import ConfigError, ImageError
-from wsss_pipeline.pseudo_masks.job import Job
+from wsss_pipeline.errors import ConfigError
+from wsss_pipeline.pseudo_masks.job import Job, check_work
 from wsss_pipeline.pseudo_masks.maker import Generated, LabelledImage
 from wsss_pipeline.pseudo_masks.report import MaskReport
 from wsss_pipeline.pseudo_masks.run import run_share
@@ -97,7 +98,7 @@ class NetworkMaker:
         self, segmenter: Segmenter, class_set: ClassSet, determinants: Mapping[str, Any], lines: Sequence[str]
     ) -> None:
         self.segmenter, self.class_set = segmenter, class_set
-        self.device = torch.device(segmenter.device)
+        self.device, self.pixel_range = torch.device(segmenter.device), segmenter.pixel_range
         self.in_threads = self.device.type == "cpu"
         ids = {entry.name: entry.coco_id for entry in class_set.classes if entry.coco_id is not None}
         self.mask_set = MaskSet(
@@ -174,6 +175,7 @@ class RelabelJob(Job):
         config: RelabelConfig | None = None,
         device: str = "auto",
         clip: str | None = None,
+        image_suffix: str | None = None,
     ) -> RelabelJob:
         """A job out of paths: the network loaded, the labels read.
 
@@ -190,6 +192,7 @@ class RelabelJob(Job):
             config: scales, flip, refiner.
             device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
             clip: place of a network's frozen CLIP, where that isn't where it lay in training.
+            image_suffix: choice of the files, see ``find_images``.
 
         Raises:
             CheckpointError: no network.
@@ -229,9 +232,10 @@ class RelabelJob(Job):
             refiner.description,
         ]
         segmenter = Segmenter(loaded.network, class_set.names, where, inference, refiner=refiner)
-        files = find_images(images)
-        if not files:
-            raise ImageError(f"{images} holds no image; check --images")
+        if segmenter.pixel_range:  # where it is given: mask sets from before keep their fingerprint
+            determinants["pixel_range"] = list(segmenter.pixel_range)
+        found = find_images(images, image_suffix, option="--image-suffix")
+        files: Mapping[str, ImageFile] = found
         names: Mapping[str, tuple[str, ...] | None] = dict.fromkeys(files)
         if labels is not None:
             names = read_labels(labels, files, class_set, labels_format, other_classes or "error")
@@ -241,6 +245,7 @@ class RelabelJob(Job):
             files = {i: files[i] for i in wanted if i in files}
         if any_class:
             names = dict.fromkeys(names)
+        check_work(files, names, found.unread)
         inputs = {"--images": images, "--labels": labels, "--split": split, "--checkpoint": folder}
         return cls(
             files,
@@ -248,6 +253,7 @@ class RelabelJob(Job):
             NetworkMaker(segmenter, class_set, determinants, lines),
             cache_dir=cache,
             inputs={option: path for option, path in inputs.items() if path is not None},
+            unread=found.unread,
         )
 
 

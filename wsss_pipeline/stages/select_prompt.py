@@ -78,7 +78,7 @@ def select_prompt(job: MaskJob, templates: Sequence[str]) -> PromptRanking:
     with Progress(len(usable)) as progress:
         for image_id in usable:
             try:
-                image = read_image(job.images[image_id])
+                image = read_image(job.images[image_id], job.config.images.pixel_range)
             except (ImageError, MemoryError) as error:
                 failed[image_id] = str(error) or "ran out of memory; make it smaller, or free some"
                 logger.warning("%s: %s", image_id, failed[image_id])

@@ -18,12 +18,12 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedDataParallelKwargs
 
-from wsss_pipeline.config import LabelFormat
+from wsss_pipeline.config import LabelFormat, PixelRange
 from wsss_pipeline.data.classes import load_class_set
 from wsss_pipeline.data.datasets import read_split
 from wsss_pipeline.data.image_files import ImageFile
 from wsss_pipeline.data.image_ids import find_images
-from wsss_pipeline.data.images import read_image
+from wsss_pipeline.data.images import ImageWarnings, read_image, read_stored_image
 from wsss_pipeline.data.label_readers.label_table import OtherClasses
 from wsss_pipeline.data.labels import read_labels
 from wsss_pipeline.data.masks import MaskFolder, MaskSource, half_percent_threshold, ignore_value
@@ -58,6 +58,7 @@ from wsss_pipeline.segmentation.trainer import STATE, Trainer
 logger = logging.getLogger(__name__)
 
 MASKS_LOOKED_AT = 32  # for what a confidence threshold leaves of them
+IMAGES_LOOKED_AT = 32  # for what is worth a warning
 LEAST_COUNTED = 0.05  # of the objects' pixels; with less a network learns the background
 
 
@@ -87,6 +88,8 @@ class TrainJob:
         overwrite: choice to start anew in a folder that holds a run.
         offline: choice to fetch no weights.
         track: name of a tracker of accelerate, such as tensorboard.
+        image_suffix: choice of the images' files, see ``find_images``.
+        gt_suffix: ending of the names in ``val_gt``.
     """
 
     images: Path
@@ -108,6 +111,8 @@ class TrainJob:
     overwrite: bool = False
     offline: bool = False
     track: str | None = None
+    image_suffix: str | None = None
+    gt_suffix: str | None = None
 
 
 @dataclass(frozen=True)
@@ -136,7 +141,7 @@ def train_seg(job: TrainJob) -> TrainResult:
     inputs = {"--images": job.images, "--split": job.split, "--val-gt": job.val_gt, "--labels": job.labels}
     inputs |= {"--val-images": job.val_images, "--val-split": job.val_split, "--leave-out": job.leave_out}
     check_apart(job.out, "--out", {**inputs, "the masks": getattr(job.masks, "path", None)})
-    images = find_images(job.images)
+    images = find_images(job.images, job.image_suffix, option="--image-suffix")
     accelerator = _accelerator(job)
     generator = _generator(job, accelerator.device) if job.config.online.method else None
     if generator is not None:
@@ -272,7 +277,9 @@ def _train(
         load_pretrained(network, config.network, job.offline)
     augment = OpenCvAugmentation if config.augmentation.style == "opencv" else Augmentation
     augmentation = augment(config.augmentation, network.image_mean, network.image_std)
-    dataset = SegmentationDataset(images, masks, ids, augmentation, config.seed)
+    # masks that were made of a part of the values belong to that part
+    network.pixel_range = config.images.pixel_range or getattr(masks, "pixel_range", None)
+    dataset = SegmentationDataset(images, masks, ids, augmentation, config.seed, network.pixel_range)
     online = None if generator is None else _online_target(config, network, generator)
     trainer = Trainer(accelerator, config, network, dataset, out, job.workers, online)
     state = trainer.state
@@ -308,6 +315,7 @@ def _train(
         logger.info(
             f"loss: {loss.confidence} confidence from {loss.min_confidence:g}{balanced}{further}{counted}"
         )
+        _warn_of_images(images, ids, network.pixel_range)
         if foreground < LEAST_COUNTED:
             logger.warning(
                 "of the objects' pixels %.1f %% are certain enough to count: lower --min-confidence, or refine the "
@@ -352,6 +360,16 @@ def _told(online: OnlineConfig) -> str:
     }
     later = ", ".join(f"{name} from update {start:,}" for name, start in starts.items() if start)
     return f"{online.method}, made of each batch's crops" + (f"; {later}" if later else "")
+
+
+def _warn_of_images(
+    images: Mapping[str, ImageFile], ids: Sequence[str], pixel_range: PixelRange | None
+) -> None:
+    """Warnings of what some of the images are taken for."""
+    with ImageWarnings() as warnings:
+        for image_id in ids[:: max(1, len(ids) // IMAGES_LOOKED_AT)]:
+            with suppress(ImageError, MemoryError):  # as it comes up, it is warned of
+                warnings.warn(images[image_id], read_stored_image(images[image_id], pixel_range).remarks)
 
 
 def _counted(masks: MaskSource, ids: Sequence[str], min_confidence: float) -> tuple[float, float]:
@@ -446,14 +464,15 @@ def _validation(
     job: TrainJob, ground_truth: Path, class_names: Sequence[str], accelerator: Accelerator
 ) -> Callable[[SegmentationNetwork], float]:
     """The function that gives a network's mIoU: each process scores its share of the images, each image once."""
-    images = find_images(job.val_images or job.images)
+    images = find_images(job.val_images or job.images, job.image_suffix, option="--image-suffix")
     class_set = load_class_set(job.classes) if job.classes else None
     if class_set is not None and class_set.names != tuple(class_names):
         raise ConfigError(
             f"--classes {job.classes:.100}: these aren't the classes to be trained ({', '.join(class_names):.300}); "
             "leave --classes out, or give a class set of these"
         )
-    truth = MaskFolder(ground_truth, class_names, "ground truth", class_set.colors if class_set else None)
+    colors = class_set.colors if class_set else None
+    truth = MaskFolder(ground_truth, class_names, "ground truth", colors, suffix=job.gt_suffix)
     truth.check_sizes(images)
     split = read_split(job.val_split, images) if job.val_split else list(truth.files)
     ids = usable_ids(images, truth, split, job.allow_missing or job.val_split is None)
@@ -464,7 +483,7 @@ def _validation(
         matrix = np.zeros((len(names), len(names) + 1), np.int64)
         for image_id in ids[accelerator.process_index :: accelerator.num_processes]:
             try:
-                labels, image = truth[image_id].mask, read_image(images[image_id])
+                labels, image = truth[image_id].mask, read_image(images[image_id], segmenter.pixel_range)
                 check_sizes(image[..., 0], labels, image_id)
                 prediction = segmenter(image).mask
             except (EvaluationError, ImageError, MaskError) as error:
