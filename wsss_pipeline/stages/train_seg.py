@@ -347,7 +347,7 @@ def _online_target(
             f"online.guide_from: {generator.config.method} takes no guide; leave it out, or give --online excel"
         )
     statistics = network.image_mean, network.image_std
-    return OnlineTarget(method, generator.refiner, config.online, *statistics)
+    return OnlineTarget(method, generator.refiner, config.online, *statistics, generator.config.confidence)
 
 
 def _told(online: OnlineConfig) -> str:
