@@ -14,6 +14,7 @@ from PIL import Image
 from wsss_pipeline import __version__
 from wsss_pipeline.data.image_files import ImageFile
 from wsss_pipeline.data.masks import MaskSource
+from wsss_pipeline.evaluation.comparison import Comparison
 from wsss_pipeline.evaluation.quality import Quality
 from wsss_pipeline.evaluation.result import Evaluation
 from wsss_pipeline.pictures.overlays import Rgb, class_colour, encoded
@@ -132,6 +133,47 @@ def confidence_page(
         classes=[legend[1 + list(names).index(name)] for name in estimates],
         per_class_iou=list(estimates.values()),
         legend=legend,
+    )
+
+
+def comparison_page(
+    comparison: Comparison,
+    images: Mapping[str, ImageFile],
+    masks: Mapping[str, MaskSource],
+    settings: Mapping[str, object],
+) -> str:
+    """The page of several masks side by side: IoU or expected IoU, agreement, and the images that differ most.
+
+    Args:
+        images, masks, settings: arguments as for ``evaluation_page``.
+    """
+    shown = comparison.most_different[:SHOWN]
+    agreement = [
+        [f"{one} and {other}", f"{100 * share:.1f}"] for (one, other), share in comparison.agreement.items()
+    ]
+    by_class = [[name, f"{100 * iou:.1f}"] for name, iou in comparison.agreement_by_class.items()]
+    return _page(
+        images,
+        masks,
+        settings,
+        title="Masks side by side",
+        warnings=[comparison.conclusion()],
+        summary=[
+            ("Images", f"{len(comparison.different):,}"),
+            *((name, source.description) for name, source in masks.items()),
+        ],
+        tables=[
+            ("By class", *comparison.table()),
+            ("Agreement of pairs", ["masks", "% of the pixels"], agreement),
+            ("Agreement by class, least first", ["class", "IoU % of one with another"], by_class),
+        ],
+        sections={
+            "Largest differences": {
+                image_id: f"{100 * comparison.different[image_id]:.1f} % of the pixels differ"
+                for image_id in shown
+            }
+        },
+        legend=_legend(comparison.class_names),
     )
 
 
