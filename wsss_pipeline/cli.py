@@ -28,8 +28,8 @@ from wsss_pipeline.runtime.output import one_line
 # each is a module of wsss_pipeline.commands, written with underscores, that holds a command called ``command``
 COMMANDS = (
     *("generate-masks", "propose-regions", "learn-prompts", "train-seg", "evaluate", "predict", "relabel"),
-    *("export-model", "export-masks", "preview", "cache", "select-prompt", "attributes", "config", "doctor"),
-    *("run", "demo"),
+    *("export-model", "export-masks", "preview", "compare", "cache", "select-prompt", "attributes", "config"),
+    *("doctor", "run", "demo"),
 )
 # the only ones that ever fetch anything: weights, and only without --offline
 FETCHING = (

@@ -41,6 +41,7 @@ ResolvedPrecision = Literal["fp32", "bf16", "fp16"]
 ClipActivation = Literal["quick_gelu", "gelu"]
 RefinerName = Literal["auto", "crf", "par", "vote", "none"]
 NetworkRefinerName = Literal["auto", "crf", "par", "none"]
+ConfidenceName = Literal["posterior", "margin", "product"]
 CrfBackend = Literal["auto", "pydensecrf", "lattice", "none"]
 CrfImage = Literal["bgr", "reference", "rgb"]
 LabelFormat = Literal[
@@ -297,6 +298,11 @@ class MaskConfig(Settings):
     par: ParConfig = ParConfig()
     vote: VoteConfig = VoteConfig()
     slic: SlicConfig = SlicConfig()
+    confidence: ConfidenceName = Field(
+        "posterior",
+        description="What says how sure a label is: the refiner's posterior, as published; the margin of its score "
+        "over the best other; or the product of scores and their mean around, which tells errors best.",
+    )
     max_pixels: int = Field(
         1_048_576,
         ge=4_096,
@@ -325,6 +331,9 @@ class RelabelConfig(Settings):
     refine: NetworkRefinerName = Field("auto", description="From probabilities to masks; auto is crf.")
     crf: CrfConfig = CrfConfig()
     par: ParConfig = ParConfig()
+    confidence: ConfidenceName = Field(
+        "posterior", description="What says how sure a label is, as for generate-masks."
+    )
 
 
 def resolve(kind: type[Kind], layers: Iterable[Layer]) -> Kind:

@@ -105,6 +105,7 @@ def test_what_changes_masks_changes_the_mask_set(generate: Run) -> None:
     others = [
         ("--template", "a photo of a {}."),
         ("--crf-image", "reference"),
+        ("--confidence", "margin"),
         ("--crf", "none"),
         ("--set", "cam.threshold=0.5"),
         ("--precision", "fp16"),

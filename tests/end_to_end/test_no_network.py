@@ -61,6 +61,7 @@ LINES: list[tuple[str, ...]] = [
     ("evaluate", *RUN, "--images", "voc/JPEGImages", "--gt", "voc/SegmentationClass", "--crf"),
     ("evaluate", "--cache", "cache", "--gt", "voc/SegmentationClass"),
     ("predict", *RUN, "--images", "voc/JPEGImages", "--out", "predictions"),
+    ("compare", "cache", "run", "--images", "voc/JPEGImages", "--device", "cpu", "--report", "compare.html"),
     ("relabel", *RUN, "--images", "voc/JPEGImages", "--labels", "voc/Annotations", "--cache", "relabelled"),
     (
         *("propose-regions", "--sam", str(ROOT / "tests/golden/fma/sam_tiny"), "--images", "voc/JPEGImages"),

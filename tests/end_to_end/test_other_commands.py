@@ -166,6 +166,14 @@ def test_cache_commands(masks: Path, world: Path, generate: Run) -> None:
     assert f"images        {len(LABELS)} (0 without labels)" in status
     (values,) = json.loads(wsss("cache", "status", "--cache", cache, "--json").stdout)
     assert (values["images"], values["complete"]) == (len(LABELS), True)
+    assert "quality" not in values
+    lines = wsss("cache", "status", "--cache", cache, "--quality").stdout.splitlines()
+    assert any("estimated mIoU" in line for line in lines)
+    assert "sure of nearly everything" in lines[-1], "its confidence is a CRF's posterior"
+    (values,) = json.loads(wsss("cache", "status", "--cache", cache, "--quality", "--json").stdout)
+    estimates = [sum(own.values()) / len(own) for own in values["quality"]["images"].values()]
+    assert len(estimates) == len(LABELS)
+    assert estimates == sorted(estimates)
     assert wsss("cache", "verify", "--cache", cache).exit_code == 0
     generate("--store-cams", "--overwrite")
     assert "5 replaced" in wsss("cache", "gc", "--cache", cache).stdout

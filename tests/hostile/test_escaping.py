@@ -14,9 +14,11 @@ import pytest
 from tests.end_to_end.conftest import GOLDEN, mask_set, write_labels, wsss
 from wsss_pipeline.cache.manifest import fingerprint
 from wsss_pipeline.data.masks import CERTAIN, PseudoMask
+from wsss_pipeline.evaluation.comparison import Comparison
 from wsss_pipeline.evaluation.metrics import Scores
+from wsss_pipeline.evaluation.quality import Quality, estimate
 from wsss_pipeline.evaluation.result import Evaluation, Variant
-from wsss_pipeline.pictures.evaluation_page import confidence_page, evaluation_page
+from wsss_pipeline.pictures.evaluation_page import comparison_page, confidence_page, evaluation_page
 
 # escape codes of seven and of eight bits, a reordering mark, a line break of Unicode, a byte that isn't UTF-8
 NASTY = "\x1b[2J\x9b31m\u202egpj\u2028x\udcff"
@@ -169,11 +171,22 @@ class Masks:
         return PseudoMask(mask, np.full((8, 8), CERTAIN, np.uint8), labels, np.ones((2, 8, 8), np.float16))
 
 
+def estimated(masks: dict[str, Any]) -> Quality:
+    return estimate(masks[NAME], [NAME])
+
+
+def compared(masks: dict[str, Any]) -> Comparison:
+    comparison = Comparison(list(masks), (NAME,))
+    comparison.add(NAME, [source[NAME] for source in masks.values()])
+    return comparison
+
+
 @pytest.mark.parametrize(
     "page",
     [
         lambda masks: evaluation_page(make_evaluation(), {}, masks, {NAME: NAME}),
-        lambda masks: confidence_page({NAME: 5.0}, {NAME: 5.0}, {}, masks, {NAME: NAME}),
+        lambda masks: confidence_page({NAME: 5.0}, {NAME: 5.0}, {}, masks, {NAME: NAME}, estimated(masks)),
+        lambda masks: comparison_page(compared(masks), {}, masks, {NAME: NAME}),
     ],
 )
 def test_a_page(page: Callable[[dict[str, Any]], str]) -> None:

@@ -284,6 +284,11 @@ COMMON: dict[str, list[Row]] = {
     "slic.segments": [Row(30, CHANGES, VOTE), Row(30, SAME, PARTLY), Row(30, SAME, CRF)],
     "slic.compactness": [Row(0.5, CHANGES, VOTE), Row(0.5, SAME, CRF)],
     "slic.sigma": [Row(4.0, CHANGES, VOTE), Row(4.0, SAME, CRF)],
+    "confidence": [
+        Row("margin", CHANGES),
+        Row("product", CHANGES, UNREFINED),
+        Row("product", CHANGES, {**VOTE, "max_pixels": 5000}),
+    ],
     "max_pixels": [Row(5000, CHANGES)],
 }
 
@@ -495,6 +500,9 @@ def test_determinants_are_canonical_json_and_what_a_manifest_gives_back(method: 
     settings = {"clip.weights": "demo", "classes": "demo", "method": method, "clip.precision": "fp32"}
     mask_set = MaskGenerator(settings=settings, device="cpu", offline=True).mask_set
     text = json.dumps(mask_set.determinants, sort_keys=True, allow_nan=False)
+    assert "confidence" not in mask_set.determinants, (
+        "sets of before there was a choice keep their fingerprint"
+    )
     assert json.loads(text) == mask_set.determinants, "no tuples, no keys that aren't texts"
     assert fingerprint(json.loads(text)) == mask_set.fingerprint
     assert mask_set.determinants["method"] == {

@@ -7,10 +7,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from wsss_pipeline.config import CrfConfig, MaskConfig, RefinerName
+from wsss_pipeline.config import ConfidenceName, CrfConfig, MaskConfig, ParConfig, RefinerName
 from wsss_pipeline.data.masks import PseudoMask
 from wsss_pipeline.errors import ConfigError, MaskError
-from wsss_pipeline.refine import DenseCrf, Unrefined, label, load_refiner
+from wsss_pipeline.refine import DenseCrf, Par, Unrefined, label, label_confidences, load_refiner
 
 
 def confidence_of(largest: np.ndarray) -> np.ndarray:
@@ -99,3 +99,53 @@ def test_the_refiner_is_the_one_named_or_the_methods_own(
 def test_a_crf_that_is_switched_off_cannot_be_asked_for() -> None:
     with pytest.raises(ConfigError, match="--refine crf and --crf none contradict each other"):
         load_refiner(MaskConfig(refine="crf", crf=CrfConfig(backend="none")), "crf")
+
+
+SCORES = torch.tensor([[[0.1, 0.9, 0.5]], [[0.3, 0.1, 0.5]], [[0.1, 0.0, 0.0]]])
+IMAGE = np.array([[[10, 10, 10], [11, 10, 10], [200, 0, 0]]], np.uint8)
+
+
+def test_the_margin_is_that_over_the_best_other_label() -> None:
+    (found,) = label_confidences("margin", [IMAGE], [SCORES])
+    assert found is not None
+    expected = [[0.3, 0.9, 0.5], [0.7, 0.1, 0.5], [0.3, 0.05, 0.25]]
+    np.testing.assert_allclose(found[:, 0], expected, atol=1e-5)
+
+
+def test_the_product_is_of_the_scores_and_their_mean_around_by_pars_own_constants() -> None:
+    (found,) = label_confidences("product", [IMAGE], [SCORES.half()])
+    assert found is not None
+    (around,) = Par(ParConfig())([IMAGE], [SCORES])
+    shares = SCORES / SCORES.sum(dim=0)
+    expected = (shares.clamp(min=1e-5) * around) ** 1.4
+    torch.testing.assert_close(found, expected / expected.sum(dim=0), atol=1e-3, rtol=0)
+    torch.testing.assert_close(found.sum(dim=0), torch.ones(1, 3))
+
+
+def test_labels_that_no_score_speaks_for_have_a_confidence_that_is_a_number() -> None:
+    scores = torch.zeros(2, 5, 5)
+    scores[0], scores[:, 2, 2] = 1, torch.tensor([0.0, 1.0])
+    kinds: tuple[ConfidenceName, ...] = ("margin", "product")
+    for kind in kinds:
+        (found,) = label_confidences(kind, [np.zeros((5, 5, 3), np.uint8)], [scores])
+        assert found is not None
+        assert torch.isfinite(found).all()
+        assert found.min() >= 0
+        assert found.max() <= 1
+
+
+def test_a_confidence_is_that_of_the_label_whatever_the_posterior_is() -> None:
+    posterior = torch.tensor([[[0.9, 0.2, float("nan")]], [[0.1, 0.8, 0.5]]])
+    own = torch.tensor([[[0.25, 0.7, 0.5]], [[0.75, 0.3, 0.5]]])
+    mask, confidence = label(posterior, [4], (1, 3), confidences=own)
+    assert mask.tolist()[0][:2] == [0, 4]
+    assert confidence.tolist() == [[50, 60, 255]]
+    assert label_confidences("posterior", [IMAGE], [SCORES]) == [None]
+
+
+def test_confidences_are_scaled_to_the_images_size() -> None:
+    own = torch.rand(2, 3, 4, generator=torch.Generator().manual_seed(1)).softmax(dim=0)
+    scaled = F.interpolate(own[None], (6, 8), mode="bilinear", align_corners=False)[0]
+    posterior = torch.stack([torch.zeros(6, 8), torch.ones(6, 8)])
+    found, expected = (label(posterior, [1], (6, 8), confidences=which)[1] for which in (own, scaled))
+    assert torch.equal(found, expected)

@@ -139,6 +139,19 @@ def test_a_crops_target_holds_its_images_classes_alone(
     assert any(part.beyond.any() for part in made)
 
 
+def test_the_confidence_of_targets_is_the_one_that_the_settings_name(
+    make_online: Make, made: list[Made]
+) -> None:
+    for kind in ("posterior", "product"):
+        config = online_config("excel", optimisation__iterations=1)
+        settings = (*config.online.settings, f"confidence={kind}")
+        config = config.model_copy(update={"online": config.online.model_copy(update={"settings": settings})})
+        train_seg(make_online(kind, config))
+    plain, other = made
+    assert torch.equal(plain.target, other.target)
+    assert not torch.equal(plain.confidence, other.confidence)
+
+
 @each_method
 def test_images_without_labels_teach_the_background(
     make_online: Make, root: Path, tmp_path: Path, made: list[Made], method: str

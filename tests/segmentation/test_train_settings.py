@@ -54,6 +54,7 @@ ROWS: dict[str, tuple[Any, set[str]]] = {
     "network.weights": ("{weights}", LEARNT),
     "loss.confidence": ("soft", LEARNT),
     "loss.min_confidence": (0.5, LEARNT),
+    "loss.keep": (0.9, LEARNT),
     "loss.balanced": (True, LEARNT),
     "augmentation.crop": (48, LEARNT),
     "augmentation.scale_min": (1.25, LEARNT),

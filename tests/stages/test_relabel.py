@@ -206,6 +206,7 @@ ROWS: dict[str, tuple[Any, Mapping[str, Any]]] = {
     "par.dilations": ((1, 2), PAR),
     "par.width": (1.0, PAR),
     "par.distance_weight": (1.0, PAR),
+    "confidence": ("margin", {}),
 }
 
 
@@ -223,6 +224,19 @@ def test_a_setting_changes_masks_and_fingerprint(root: Path, tmp_path: Path, key
     )
     assert plain[0] != other[0]
     assert not same(plain[1], other[1])
+
+
+def test_a_confidence_by_the_networks_own_scores_leaves_the_mask(root: Path, tmp_path: Path) -> None:
+    found = {
+        kind: identity_and_mask(job(root, tmp_path, config=config(refine="crf", confidence=kind)))
+        for kind in ("posterior", "margin", "product")
+    }
+    assert len({fingerprint for fingerprint, _ in found.values()}) == 3
+    determinants = job(root, tmp_path).maker().mask_set.determinants
+    assert "confidence" not in determinants, "sets of before there was a choice keep their fingerprint"
+    masks = [record for _, record in found.values()]
+    assert all(np.array_equal(record.mask, masks[0].mask) for record in masks)
+    assert len({record.confidence.tobytes() for record in masks}) == 3
 
 
 def test_what_means_nothing_changes_neither(root: Path, tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from wsss_pipeline.runtime.output import printable
 
 if TYPE_CHECKING:
     from wsss_pipeline.cache import MaskSetStatus
+    from wsss_pipeline.evaluation.quality import Quality
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON for machines.")
 
@@ -73,15 +74,21 @@ def list_sets(mask_sets: list[Path], as_json: bool) -> None:
 
 @command.command("status")
 @takes_mask_sets
+@click.option(
+    "--quality",
+    is_flag=True,
+    help="Also estimate IoU by class and image out of the masks' own confidence, worst first; reads every mask.",
+)
 @json_option
-def show_status(mask_sets: list[Path], as_json: bool) -> None:
+def show_status(mask_sets: list[Path], quality: bool, as_json: bool) -> None:
     """Say what each mask set holds and what its masks were made with.
 
     \b
     Example:
       wsss cache status cache/voc12-1f0c2a9be45d
+      wsss cache status cache/voc12-1f0c2a9be45d --quality
     """
-    _show(mask_sets, as_json, _details)
+    _show(mask_sets, as_json, _details, quality)
 
 
 @command.command("verify")
@@ -155,17 +162,38 @@ def collect_garbage(mask_sets: list[Path]) -> None:
             say(f"  {image_id}: its record was damaged; the command that made it makes it anew", err=True)
 
 
-def _show(mask_sets: list[Path], as_json: bool, lines: Callable[[MaskSetStatus], Iterable[str]]) -> None:
+def _show(
+    mask_sets: list[Path],
+    as_json: bool,
+    lines: Callable[[MaskSetStatus], Iterable[str]],
+    with_quality: bool = False,
+) -> None:
     from pydantic_core import to_jsonable_python
 
-    from wsss_pipeline.cache import status
+    from wsss_pipeline.cache import MaskCache, status
 
     found = [status(path) for path in mask_sets]
+    estimates: dict[Path, Quality] = {}
+    if with_quality:
+        from wsss_pipeline.evaluation.quality import POSTERIOR_REMARK, estimate, is_sure_of_everything
+
+        for item in found:
+            if item.manifest.mask_set.holds == "masks":
+                with MaskCache.open(item.path) as masks:
+                    estimates[item.path] = estimate(masks, list(masks))
     if as_json:
-        say(json.dumps(to_jsonable_python(found)))
+        values = to_jsonable_python(found)
+        for item, of_item in zip(found, values, strict=True):
+            if item.path in estimates:
+                of_item["quality"] = estimates[item.path].as_json()
+        say(json.dumps(values))
         return
-    for line in itertools.chain.from_iterable(map(lines, found)):
-        say(printable(line))  # a line break in a foreign manifest makes no further line
+    for item in found:
+        further = estimates[item.path].lines() if item.path in estimates else []
+        for line in itertools.chain(lines(item), (f"  {line}" for line in further)):
+            say(printable(line))  # a line break in a foreign manifest makes no further line
+        if further and is_sure_of_everything(item.manifest.mask_set.determinants):
+            say(f"  remark        {POSTERIOR_REMARK}")
 
 
 def _summary(item: MaskSetStatus) -> Iterable[str]:

@@ -18,6 +18,7 @@ import click
 
 from wsss_pipeline.config import (
     SCALES,
+    ConfidenceName,
     CrfBackend,
     CrfImage,
     InferenceConfig,
@@ -223,6 +224,7 @@ def _refiner_options(kind: type[MaskConfig | RelabelConfig], names: Any) -> Call
         setting(kind, "refine", "--refine", type=choice(names)),
         setting(kind, "crf.backend", "--crf", type=choice(CrfBackend)),
         setting(kind, "crf.image", "--crf-image", type=choice(CrfImage)),
+        setting(kind, "confidence", "--confidence", type=choice(ConfidenceName)),
     )
 
 

@@ -40,6 +40,11 @@ ROWS, MOST_ROWS = 12, 200
     type=click.IntRange(1),
     help=f"At most so many images.  [default: {ROWS} on a sheet, at most {MOST_ROWS}; all on a page]",
 )
+@click.option(
+    "--worst",
+    is_flag=True,
+    help="On a sheet: the images that are most likely wrong, worst first; reads every mask.",
+)
 @frozen_clip_option
 @device_option
 @click.pass_context
@@ -54,12 +59,14 @@ def command(
     html: Path | None,
     image_ids: tuple[str, ...],
     limit: int | None,
+    worst: bool,
     clip: str | None,
     device: str,
 ) -> None:
     """Draw images, pseudo masks, confidence and (where stored) CAMs side by side on a contact sheet.
 
-    Without --id, images are taken evenly from the whole cache. A file that is there is replaced only where this
+    Without --id, images are taken evenly from the whole cache, or with --worst by the IoU that the masks' own
+    confidence lets one expect, which stands beside every image. A file that is there is replaced only where this
     program wrote it.
 
     With --html, write a folder instead, with a page to look through the masks of thousands of images: open its
@@ -86,9 +93,13 @@ def command(
         if (limit or 0) > MOST_ROWS:
             raise ConfigError(f"--limit {limit}: a sheet has up to {MOST_ROWS} rows; --html shows more")
         check_apart(out or SHEET, "--out", inputs)
+        if worst and image_ids:
+            raise ConfigError("--worst chooses the images, and so does --id; drop one of them")
         files = find_images(images, suffix, option="--image-suffix")
-        say(preview(cache, files, out or SHEET, image_ids, limit or ROWS))
+        say(preview(cache, files, out or SHEET, image_ids, limit or ROWS, worst=worst))
         return
+    if worst:
+        raise ConfigError("--worst is for a contact sheet; the page of --html shows the worst first anyway")
     if out is not None:
         raise ConfigError("--out is for a contact sheet, --html for a page; give one of them")
     if clip is not None and checkpoint is None:

@@ -59,6 +59,7 @@ if TYPE_CHECKING:
 @setting(TrainConfig, "network.weights", "--weights")
 @setting(TrainConfig, "loss.confidence", "--loss", type=choice(Confidence))
 @setting(TrainConfig, "loss.min_confidence", "--min-confidence", type=float)
+@setting(TrainConfig, "loss.keep", "--keep", type=float)
 @setting(TrainConfig, "loss.balanced", "--balanced/--not-balanced")
 @setting(TrainConfig, "optimisation.iterations", "--iterations", type=int)
 @setting(TrainConfig, "optimisation.batch", "--batch-size", type=int)
@@ -149,6 +150,8 @@ def command(
     if flags["online.method"]:
         check_makes_targets(flags["online.method"])  # before a network is asked for that it needs
         recipe = recipe or online_recipe(flags["online.method"], classes)
+    if flags["loss.keep"] and flags["loss.min_confidence"] is not None:
+        raise ConfigError("--keep takes the place of --min-confidence; drop one of them")
     config = load_train_config(recipe, config_file, overrides, flags)
     masks: MaskSource | None
     if [cache is not None, gt_masks is not None, bool(config.online.method)].count(True) != 1:

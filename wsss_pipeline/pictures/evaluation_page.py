@@ -14,6 +14,8 @@ from PIL import Image
 from wsss_pipeline import __version__
 from wsss_pipeline.data.image_files import ImageFile
 from wsss_pipeline.data.masks import MaskSource
+from wsss_pipeline.evaluation.comparison import Comparison
+from wsss_pipeline.evaluation.quality import Quality
 from wsss_pipeline.evaluation.result import Evaluation
 from wsss_pipeline.pictures.overlays import Rgb, class_colour, encoded
 from wsss_pipeline.pictures.rows import Label, make_row
@@ -23,6 +25,7 @@ SHOWN = 12  # images a section
 CELL = (320, 320)  # largest width and height of an image
 CONFUSIONS_SHOWN = 10
 LARGEST_MATRIX = 256  # rows; more would be a page of many megabytes
+ESTIMATE = "from the masks' own confidence; no ground truth was looked at"
 SMALLEST_SHOWN = 0.05  # percent: less would read 0.0
 _LIBRARIES = ("torch", "transformers", "segmentation-models-pytorch", "numpy", "h5py", "Pillow")
 
@@ -88,19 +91,28 @@ def confidence_page(
     images: Mapping[str, ImageFile],
     masks: Mapping[str, MaskSource],
     settings: Mapping[str, object],
+    quality: Quality | None = None,
 ) -> str:
-    """The page where nobody knows what is right: the least sure pseudo masks, and the largest disagreement.
+    """The page where nobody knows what is right: the pseudo masks that are most likely wrong, the least sure ones,
+    and the largest disagreement.
 
     Args:
         confidence: image id to the mean confidence of its pseudo mask, in percent; one at least.
         agreement: image id to the share of pixels in which pseudo mask and prediction agree, in percent.
         images, masks, settings: arguments as for ``evaluation_page``.
+        quality: estimate of the pseudo masks' IoU.
     """
+    names = next(iter(masks.values())).class_names
+    legend = _legend(("background", *names))
     summary = [
         ("Images", f"{len(confidence):,}"),
         *((title, source.description) for title, source in masks.items()),
     ]
-    sections = {}
+    sections, estimates = {}, {} if quality is None else quality.by_class
+    if quality is not None and quality.mean is not None:
+        summary.append(("Estimated mIoU", f"{100 * quality.mean:.1f} % ({ESTIMATE})"))
+        worst = list(quality.by_image)[:SHOWN]
+        sections["Most likely wrong"] = {image_id: quality.note(image_id) for image_id in worst}
     disagreement = "Largest disagreement between pseudo mask and prediction"
     for title, name, values, note in (
         ("Lowest mean confidence", "confidence", confidence, "mean confidence {:.1f} %"),
@@ -117,7 +129,51 @@ def confidence_page(
         title="Masks without ground truth",
         summary=summary,
         sections=sections,
-        legend=_legend(("background", *next(iter(masks.values())).class_names)),
+        iou_heading="Estimated IoU by class, worst first",
+        classes=[legend[1 + list(names).index(name)] for name in estimates],
+        per_class_iou=list(estimates.values()),
+        legend=legend,
+    )
+
+
+def comparison_page(
+    comparison: Comparison,
+    images: Mapping[str, ImageFile],
+    masks: Mapping[str, MaskSource],
+    settings: Mapping[str, object],
+) -> str:
+    """The page of several masks side by side: IoU or expected IoU, agreement, and the images that differ most.
+
+    Args:
+        images, masks, settings: arguments as for ``evaluation_page``.
+    """
+    shown = comparison.most_different[:SHOWN]
+    agreement = [
+        [f"{one} and {other}", f"{100 * share:.1f}"] for (one, other), share in comparison.agreement.items()
+    ]
+    by_class = [[name, f"{100 * iou:.1f}"] for name, iou in comparison.agreement_by_class.items()]
+    return _page(
+        images,
+        masks,
+        settings,
+        title="Masks side by side",
+        warnings=[comparison.conclusion()],
+        summary=[
+            ("Images", f"{len(comparison.different):,}"),
+            *((name, source.description) for name, source in masks.items()),
+        ],
+        tables=[
+            ("By class", *comparison.table()),
+            ("Agreement of pairs", ["masks", "% of the pixels"], agreement),
+            ("Agreement by class, least first", ["class", "IoU % of one with another"], by_class),
+        ],
+        sections={
+            "Largest differences": {
+                image_id: f"{100 * comparison.different[image_id]:.1f} % of the pixels differ"
+                for image_id in shown
+            }
+        },
+        legend=_legend(comparison.class_names),
     )
 
 

@@ -23,7 +23,7 @@ from wsss_pipeline.data.transforms import resize
 from wsss_pipeline.errors import ConfigError, ImageError
 from wsss_pipeline.methods import Method, load_mask_config, load_method
 from wsss_pipeline.pseudo_masks.maker import Generated, LabelledImage
-from wsss_pipeline.refine import RegionVote, label, load_refiner
+from wsss_pipeline.refine import RegionVote, label, label_confidences, load_refiner
 from wsss_pipeline.runtime.device import mark, resolve_device, resolve_precision
 
 
@@ -124,6 +124,8 @@ class MaskGenerator:
                 **self._method_type.determinants(self.config),
                 **of_classes(self.config, self.class_set),
                 **self.refiner.determinants(),
+                # it came later: what was made before keeps its fingerprint
+                **({} if self.config.confidence == "posterior" else {"confidence": self.config.confidence}),
             },
             class_names=self.class_set.names,
             # COCO's category ids run from 1 to 90 with gaps; of use where each class has one
@@ -144,6 +146,7 @@ class MaskGenerator:
             *texts,
             f"method: {self._method_type.name}; CLIP: {self.config.clip.weights}, {self.precision} on {self.device}",
             self.refiner.description,
+            f"confidence: {self.config.confidence}",
         ]
 
     def __call__(self, image: AnyImage, labels: Sequence[str], image_id: str = "") -> PseudoMask:
@@ -216,11 +219,12 @@ class MaskGenerator:
             scores.append(assemble(upscaled.half(), power))
         regions = [image.regions for image in batch if image.regions is not None]
         posteriors = self.refiner(seen, scores, regions)
+        confidences = label_confidences(self.config.confidence, seen, scores)
         on_host: list[tuple[Tensor, Tensor, Tensor | None]] = []
-        for image, cams, posterior in zip(batch, maps, posteriors, strict=True):
+        for image, cams, posterior, sure in zip(batch, maps, posteriors, confidences, strict=True):
             size = (image.pixels.shape[0], image.pixels.shape[1])
             values = [image.classes[place] for place in self._order(image)]
-            mask, confidence = label(posterior, values, size, 1 + len(self.class_set.names))
+            mask, confidence = label(posterior, values, size, 1 + len(self.class_set.names), confidences=sure)
             stored = upscale_cams(cams, size).half().to("cpu", non_blocking=True) if with_cams else None
             on_host.append(
                 (mask.to("cpu", non_blocking=True), confidence.to("cpu", non_blocking=True), stored)

@@ -89,7 +89,11 @@ def load_refiner(config: MaskConfig | RelabelConfig, default: RefinerName) -> Re
 
 
 def label(
-    posterior: Tensor, classes: Sequence[int], size: tuple[int, int], outputs: int = 255
+    posterior: Tensor,
+    classes: Sequence[int],
+    size: tuple[int, int],
+    outputs: int = 255,
+    confidences: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Mask and confidence of an image.
 
@@ -98,15 +102,21 @@ def label(
         classes: mask value of each of the K classes.
         size: (H, W) of the mask; the posterior is scaled to it, bilinearly, where it differs from (h, w).
         outputs: number 1+C of values that masks of the class set may have; more than 255 of them take 16 bits.
+        confidences: float32 (1+K, h', w'), see ``label_confidences``; the posterior, where None. Scaled likewise.
 
     Returns:
-        The arg max, uint8 or uint16 (H, W), and its posterior in half percents, rounded down, uint8 (H, W): the
-        largest n in 0..200 with float32(n / 200) <= p, exactly. 255 stands for a posterior that is no number, which
+        The arg max, uint8 or uint16 (H, W), and its confidence in half percents, rounded down, uint8 (H, W): the
+        largest n in 0..200 with float32(n / 200) <= p, exactly. 255 stands for a confidence that is no number, which
         ``PseudoMask`` refuses. On the device of the posterior; nothing waits for it.
     """
     if posterior.shape[1:] != size:
         posterior = F.interpolate(posterior[None], size, mode="bilinear", align_corners=False)[0]
     largest, index = posterior.max(dim=0)
+    if confidences is not None:
+        if confidences.shape[1:] != size:
+            confidences = F.interpolate(confidences[None], size, mode="bilinear", align_corners=False)[0]
+        # what is no number in the posterior stays none
+        largest = confidences.gather(0, index[None])[0].masked_fill(largest.isnan(), torch.nan)
     values = torch.from_numpy(np.array([0, *classes], mask_type(outputs)))
     values = values.to(posterior.device, non_blocking=True)
     thresholds = (torch.arange(CERTAIN + 1, dtype=torch.float64) / CERTAIN).float().to(posterior.device)

@@ -88,6 +88,7 @@ class SegmentationDataset(Dataset[Sample]):
         augmentation: random changes.
         seed: seed of all random numbers.
         pixel_range: values of images that become 0 and 255, see ``read_image``.
+        least: uint8 (1+C,), for each mask value the confidence, in half percents, below which a pixel has none.
     """
 
     images: Mapping[str, ImageFile]
@@ -96,6 +97,7 @@ class SegmentationDataset(Dataset[Sample]):
     augmentation: JointAugmentation
     seed: int
     pixel_range: PixelRange | None = None
+    least: Tensor | None = None
     _warned: set[str] = field(default_factory=set)
 
     def __len__(self) -> int:
@@ -118,6 +120,9 @@ class SegmentationDataset(Dataset[Sample]):
                 labelled = self.masks[image_id]
                 mask, confidence = torch.tensor(labelled.mask).to(kind), torch.tensor(labelled.confidence)
                 present[1:] = torch.tensor([name in labelled.labels for name in self.masks.class_names])
+            if self.least is not None:
+                needed = self.least[mask.long().clamp(max=len(self.least) - 1)]
+                confidence[confidence < needed] = 0
             if image.shape[:2] != mask.shape:
                 raise ImageError(
                     f"the image is {image.shape[1]}x{image.shape[0]}, its mask {mask.shape[1]}x{mask.shape[0]}: "

@@ -26,13 +26,13 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from wsss_pipeline.config import CrfConfig, InferenceConfig, PixelRange
+from wsss_pipeline.config import ConfidenceName, CrfConfig, InferenceConfig, PixelRange
 from wsss_pipeline.data.image_files import ImageFile
 from wsss_pipeline.data.images import AnyImage, ImageWarnings, as_pixels, read_stored_image
 from wsss_pipeline.data.masks import Mask, PseudoMask, mask_type
 from wsss_pipeline.data.transforms import fitted_size
 from wsss_pipeline.errors import MaskError
-from wsss_pipeline.refine import DenseCrf, Refiner, Unrefined, label
+from wsss_pipeline.refine import DenseCrf, Refiner, Unrefined, label, label_confidences
 from wsss_pipeline.runtime.device import is_out_of_memory, memory_of_this_machine, resolve_device
 from wsss_pipeline.segmentation.checkpoint import find_checkpoint, load_network
 from wsss_pipeline.segmentation.clip_network import ClipNetwork
@@ -62,6 +62,7 @@ class Segmenter:
         crf: refine with the dense CRF of these settings; None, or backend ``none``, for no CRF.
         description: origin of the network, for people.
         refiner: another refiner, in place of ``crf``.
+        confidence: choice of what says how sure a label is; of the most refined mask.
 
     Raises:
         MissingDependencyError: the CRF's backend isn't installed.
@@ -76,6 +77,7 @@ class Segmenter:
         crf: CrfConfig | None = None,
         description: str = "network",
         refiner: Refiner | None = None,
+        confidence: ConfidenceName = "posterior",
     ) -> None:
         self.network = network
         self.class_names = tuple(class_names)
@@ -86,6 +88,7 @@ class Segmenter:
         self.refiner = None if isinstance(refiner, Unrefined) else refiner
         self.description = description
         self._has_told = False
+        self.confidence: ConfidenceName = confidence
 
     @classmethod
     def load(
@@ -112,6 +115,7 @@ class Segmenter:
         """Digest of the weights as they are now, the class names, and what is done beside the network."""
         refiner = None if self.refiner is None else dict(self.refiner.determinants())
         settings = [network_digest(self.network), self.class_names, self.inference.determinants(), refiner]
+        settings += [] if self.confidence == "posterior" else [self.confidence]
         return f"network {hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:12]}"
 
     @property
@@ -179,8 +183,9 @@ class Segmenter:
             )
             if classes is not None:
                 posteriors = {name: _restricted(full, present) for name, full in posteriors.items()}
+            scores = posteriors[self.inference.name]
+            (sure,) = label_confidences(self.confidence, [part], [scores])
             if self.refiner is not None:
-                scores = posteriors[self.inference.name]
                 if self.inference.winners_only:
                     winners = torch.unique(scores.argmax(dim=0))
                     full = torch.zeros_like(scores)
@@ -189,7 +194,8 @@ class Segmenter:
                 else:
                     (posteriors[refined],) = self.refiner([part], [scores])
             for name, posterior in posteriors.items():
-                arrays = label(posterior, present, part.shape[:2], outputs)
+                own = sure if name == next(reversed(posteriors)) else None
+                arrays = label(posterior, present, part.shape[:2], outputs, confidences=own)
                 size = image.shape[:2]
                 whole = found.setdefault(name, (np.empty(size, mask_type(outputs)), np.empty(size, np.uint8)))
                 for target, values in zip(whole, arrays, strict=True):

@@ -52,7 +52,7 @@ def weighted_losses(
         pictures: what the crops are; needed where the settings weigh seeding, boundary or score.
     """
     chosen, online = config.loss, config.online
-    weights = confidence_weights(confidence, chosen.confidence, chosen.min_confidence)
+    weights = confidence_weights(confidence, chosen.confidence, chosen.threshold)
     if "queries" in outputs:
         return query_losses(outputs["queries"], target, weights, total=total)
     if chosen.restrict_to_labels and pictures is not None:

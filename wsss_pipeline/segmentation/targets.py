@@ -14,8 +14,9 @@ from torch import Tensor
 
 from wsss_pipeline.cam.scores import assemble, upscale_cams
 from wsss_pipeline.clip.trunk import Features
+from wsss_pipeline.config import ConfidenceName
 from wsss_pipeline.data.masks import CERTAIN, ignore_value
-from wsss_pipeline.refine import Refiner, label
+from wsss_pipeline.refine import Refiner, label, label_confidences
 from wsss_pipeline.segmentation.train_config import OnlineConfig
 
 
@@ -65,6 +66,7 @@ class OnlineTarget:
         refiner: from scores to a posterior.
         config: settings.
         mean, std: RGB, for values in [0, 1], with which the crops are normalised.
+        confidence: choice of what says how sure a label is.
     """
 
     def __init__(
@@ -74,7 +76,9 @@ class OnlineTarget:
         config: OnlineConfig,
         mean: tuple[float, ...],
         std: tuple[float, ...],
+        confidence: ConfidenceName = "posterior",
     ) -> None:
+        self._confidence: ConfidenceName = confidence
         self.method, self._refiner, self._config = method, refiner, config
         self._mean, self._std = (torch.tensor(row)[:, None, None] for row in (mean, std))
 
@@ -122,7 +126,10 @@ class OnlineTarget:
         values = outputs["grid_logits"].shape[1]
         mask = torch.zeros_like(beyond, dtype=torch.int64)
         confidence = torch.full_like(mask, CERTAIN, dtype=torch.uint8)
-        for number, posterior in zip(labelled, self._refiner(seen, scores), strict=True):
-            labels, confidence[number] = label(posterior, present[number], (side, width), values)
+        sure = label_confidences(self._confidence, seen, scores)
+        for number, posterior, own in zip(labelled, self._refiner(seen, scores), sure, strict=True):
+            labels, confidence[number] = label(
+                posterior, present[number], (side, width), values, confidences=own
+            )
             mask[number] = labels.long()
         return mask.masked_fill_(beyond, ignore_value(values)), confidence.masked_fill_(beyond, 0)

@@ -121,6 +121,13 @@ class LossConfig(Settings):
         description="hard leaves out pixels under min_confidence, as published; soft weights the others by it.",
     )
     min_confidence: float = Field(0.95, ge=0, le=1, description="Pixels below it count nothing.")
+    keep: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="In place of min_confidence: the share of each class's pixels that count, the surest ones. "
+        "0 is off.",
+    )
     balanced: bool = Field(
         False,
         description="Background and foreground count half each; DeepLabV2 from ImageNet weights may diverge without.",
@@ -169,6 +176,11 @@ class LossConfig(Settings):
         False,
         description="Learn no class that an image hasn't got by its labels, from its mask or by boundary.",
     )
+
+    @property
+    def threshold(self) -> float:
+        """Confidence below which pixels count nothing; with ``keep`` those that don't count have none at all."""
+        return 0.005 if self.keep else self.min_confidence
 
 
 class OnlineConfig(Settings):
@@ -328,6 +340,10 @@ class TrainConfig(Settings):
         if not self.online.method and (chosen := [name for name in starts if getattr(self.online, name)]):
             raise ValueError(
                 f"online.{chosen[0]} is for targets that are made in training: give --online METHOD"
+            )
+        if self.loss.keep and self.online.method:
+            raise ValueError(
+                "loss.keep is for masks that are there before training: give --cache, or loss.min_confidence"
             )
         if self.loss.cross > 0 and not self.network.frozen.dino:
             raise ValueError("loss.cross needs two branches: give network.frozen.dino, or set it to 0")

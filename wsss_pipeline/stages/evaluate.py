@@ -19,6 +19,7 @@ from wsss_pipeline.data.image_files import ImageFile
 from wsss_pipeline.data.masks import MaskFolder, MaskSource
 from wsss_pipeline.errors import ConfigError, EvaluationError, ImageError, MaskError
 from wsss_pipeline.evaluation.metrics import Scores, check_sizes, confusion_matrix
+from wsss_pipeline.evaluation.quality import Quality
 from wsss_pipeline.evaluation.result import Evaluation, Variant
 from wsss_pipeline.pictures.evaluation_page import confidence_page, evaluation_page
 from wsss_pipeline.pictures.rows import GROUND_TRUTH, PREDICTION, PSEUDO_MASK
@@ -250,7 +251,8 @@ def report_without_ground_truth(
     predictions: MaskSource | None = None,
     settings: Mapping[str, object] | None = None,
 ) -> int:
-    """Writes a page of the least sure pseudo masks, and of those that differ most from the predictions.
+    """Writes a page of the pseudo masks that are most likely wrong, the least sure ones, and those that differ most
+    from the predictions.
 
     Args:
         images: image id to file; those without a pseudo mask are passed over.
@@ -265,6 +267,7 @@ def report_without_ground_truth(
         OutputError: the file can't be written, or is there and this program didn't write it.
     """
     check_replaceable(report)
+    quality = Quality(pseudo_masks.class_names)
     confidence: dict[str, float] = {}
     agreement: dict[str, float] = {}
     image_ids = [image_id for image_id in images if image_id in pseudo_masks]
@@ -273,6 +276,7 @@ def report_without_ground_truth(
             try:
                 record = pseudo_masks[image_id]
                 confidence[image_id] = float(record.confidence.mean()) / 2
+                quality.add(image_id, record)
                 if predictions is not None and image_id in predictions:
                     mask = predictions[image_id].mask
                     if mask.shape == record.mask.shape:
@@ -285,5 +289,5 @@ def report_without_ground_truth(
         )
     masks: dict[str, MaskSource] = {PSEUDO_MASK: pseudo_masks}
     masks |= {} if predictions is None else {PREDICTION: predictions}
-    write_file(report, confidence_page(confidence, agreement, images, masks, settings or {}))
+    write_file(report, confidence_page(confidence, agreement, images, masks, settings or {}, quality))
     return len(confidence)

@@ -14,6 +14,7 @@ from wsss_pipeline.data.image_files import ImageFile
 from wsss_pipeline.data.images import image_digest, image_size, read_image
 from wsss_pipeline.data.masks import CERTAIN, MaskSource, PseudoMask
 from wsss_pipeline.errors import CacheRecordError, ConfigError, ImageError, MaskError
+from wsss_pipeline.evaluation.quality import estimate
 from wsss_pipeline.pictures.contact_sheet import CELL_HEIGHT, CELL_WIDTH, draw_sheet
 from wsss_pipeline.pictures.overlays import encoded
 from wsss_pipeline.pictures.preview_page import (
@@ -172,7 +173,13 @@ def preview_folder(
 
 
 def preview(
-    cache: Path, images: Mapping[str, ImageFile], out: Path, ids: Sequence[str] = (), limit: int = 12
+    cache: Path,
+    images: Mapping[str, ImageFile],
+    out: Path,
+    ids: Sequence[str] = (),
+    limit: int = 12,
+    *,
+    worst: bool = False,
 ) -> Path:
     """Draws some of the cache's images, one row each, and writes the sheet as PNG, to ``out``.
 
@@ -182,6 +189,7 @@ def preview(
         out: the PNG file; its folder is made where it doesn't exist.
         ids: the images to show; without them, up to ``limit`` ids spread evenly over the sorted ids.
         limit: largest number of rows.
+        worst: choice to show the images of the lowest estimated IoU, see ``Quality``, in place of evenly spread ones.
 
     An image or record that can't be read leaves a marked cell; the others are drawn all the same.
 
@@ -201,7 +209,15 @@ def preview(
         raise CacheRecordError(f"cache {cache} holds no image yet; run generate-masks on it first")
     box = (CELL_WIDTH, CELL_HEIGHT)
     shown = _chosen(list(masks), ids, limit)
-    rows = [make_row(image_id, images.get(image_id), {PSEUDO_MASK: masks}, box) for image_id in shown]
+    quality = estimate(masks, list(masks) if worst and not ids else shown)
+    if worst and not ids:
+        shown = (
+            list(quality.by_image)[:limit] or shown
+        )  # where nothing has a class, there is nothing to estimate
+    rows = [
+        make_row(image_id, images.get(image_id), {PSEUDO_MASK: masks}, box, quality.note(image_id))
+        for image_id in shown
+    ]
     title = f"{masks.path.resolve().name}: {len(rows):,} of {len(masks):,} images"
     write_file(out, encoded(draw_sheet(title, rows), "PNG"), durable=False)
     return out

@@ -223,6 +223,7 @@ class RelabelJob(Job):
             "classes": list(class_set.names),
             "inference": inference.determinants(),
             **refiner.determinants(),
+            **({} if config.confidence == "posterior" else {"confidence": config.confidence}),
         }
         lines = [
             f"network: {folder}, fp32 on {where}",
@@ -230,8 +231,11 @@ class RelabelJob(Job):
             f"a mask may have: {'the classes of its labels' if is_restricted else 'any class'}",
             f"inference: {inference.name}" + (f", windows of {inference.window}" if inference.window else ""),
             refiner.description,
+            f"confidence: {config.confidence}",
         ]
-        segmenter = Segmenter(loaded.network, class_set.names, where, inference, refiner=refiner)
+        segmenter = Segmenter(
+            loaded.network, class_set.names, where, inference, refiner=refiner, confidence=config.confidence
+        )
         if segmenter.pixel_range:  # where it is given: mask sets from before keep their fingerprint
             determinants["pixel_range"] = list(segmenter.pixel_range)
         found = find_images(images, image_suffix, option="--image-suffix")

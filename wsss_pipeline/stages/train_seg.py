@@ -26,7 +26,13 @@ from wsss_pipeline.data.image_ids import find_images
 from wsss_pipeline.data.images import ImageWarnings, read_image, read_stored_image
 from wsss_pipeline.data.label_readers.label_table import OtherClasses
 from wsss_pipeline.data.labels import read_labels
-from wsss_pipeline.data.masks import MaskFolder, MaskSource, half_percent_threshold, ignore_value
+from wsss_pipeline.data.masks import (
+    CERTAIN,
+    MaskFolder,
+    MaskSource,
+    half_percent_threshold,
+    ignore_value,
+)
 from wsss_pipeline.errors import (
     ConfigError,
     EvaluationError,
@@ -44,6 +50,7 @@ from wsss_pipeline.runtime.output import check_apart, one_line
 from wsss_pipeline.segmentation.augmentation import Augmentation, OpenCvAugmentation
 from wsss_pipeline.segmentation.checkpoint import BEST, LAST, check_frozen
 from wsss_pipeline.segmentation.clip_network import ClipNetwork
+from wsss_pipeline.segmentation.coverage import surest
 from wsss_pipeline.segmentation.dataset import ImageLabels, SegmentationDataset, usable_ids
 from wsss_pipeline.segmentation.frozen_clip import FrozenClip
 from wsss_pipeline.segmentation.inference import Segmenter
@@ -279,7 +286,13 @@ def _train(
     augmentation = augment(config.augmentation, network.image_mean, network.image_std)
     # masks that were made of a part of the values belong to that part
     network.pixel_range = config.images.pixel_range or getattr(masks, "pixel_range", None)
-    dataset = SegmentationDataset(images, masks, ids, augmentation, config.seed, network.pixel_range)
+    coverage, least_confidence = None, None
+    if config.loss.keep and not isinstance(masks, ImageLabels):
+        coverage = surest(masks, ids, config.loss.keep, is_shown=accelerator.is_main_process)
+        least_confidence = torch.from_numpy(coverage.least)
+    dataset = SegmentationDataset(
+        images, masks, ids, augmentation, config.seed, network.pixel_range, least_confidence
+    )
     online = None if generator is None else _online_target(config, network, generator)
     trainer = Trainer(accelerator, config, network, dataset, out, job.workers, online)
     state = trainer.state
@@ -300,7 +313,10 @@ def _train(
         if isinstance(masks, ImageLabels):
             logger.info(f"targets: {_told(config.online)}")
         else:
-            background, foreground = _counted(masks, ids, loss.min_confidence)
+            if coverage is None:
+                background, foreground = _counted(masks, ids, loss.min_confidence)
+            else:
+                background, foreground = coverage.share(slice(1)), coverage.share(slice(1, None))
             counted = (
                 f"; {background:.0%} of the background and {foreground:.0%} of the objects' pixels count"
             )
@@ -312,9 +328,11 @@ def _train(
             )
             if weight
         )
-        logger.info(
-            f"loss: {loss.confidence} confidence from {loss.min_confidence:g}{balanced}{further}{counted}"
-        )
+        sure = f"from {loss.min_confidence:g}"
+        if coverage is not None:
+            there = coverage.least[coverage.pixels > 0] / CERTAIN
+            sure = f"of the surest {loss.keep:.0%} of each class, from {there.min():g} to {there.max():g}"
+        logger.info(f"loss: {loss.confidence} confidence {sure}{balanced}{further}{counted}")
         _warn_of_images(images, ids, network.pixel_range)
         if foreground < LEAST_COUNTED:
             logger.warning(
@@ -347,7 +365,7 @@ def _online_target(
             f"online.guide_from: {generator.config.method} takes no guide; leave it out, or give --online excel"
         )
     statistics = network.image_mean, network.image_std
-    return OnlineTarget(method, generator.refiner, config.online, *statistics)
+    return OnlineTarget(method, generator.refiner, config.online, *statistics, generator.config.confidence)
 
 
 def _told(online: OnlineConfig) -> str:
