@@ -124,7 +124,7 @@ def test_split_lists_keep_their_order(tmp_path: Path) -> None:
         "images/a.jpg,masks/a.png\nimages/with space.jpg, masks/with space.png\nimages/d/c.jpg,masks/d/c.png\n",
         "./a.jpg\n./with space.jpg\n././d/c.jpg\n",
         "C:\\data\\images\\a.jpg\r\nC:\\data\\images\\with space.jpg\r\nC:\\data\\images\\d\\c.jpg\r\n",
-        "/home/x/images/a.jpg\n../with space.jpg\n/home/x/d/c.jpg\n",
+        "/home/x/images/a.jpg\nhttps://host/with%20space.jpg?x=1\n/home/x/d/c.jpg\n",
         '["a.jpg", "with space", "images/d/c.jpg"]',
     ],
 )

@@ -433,6 +433,30 @@ def test_other_files_in_a_folder_are_no_labels(tmp_path: Path) -> None:
     assert read_labels(tmp_path / "d", IMAGES, PETS) == LABELS
 
 
+@pytest.mark.parametrize(
+    "written",
+    [
+        "/data/upload/7/8f3c2b1a-{}.jpg",
+        "/data/local-files/?d=pets%5C{}.jpg",
+        "https://host/pets/{}.jpg?sign=1",
+        "C:\\pets\\{}.jpg",
+        "s3://bucket/pets/{}.jpg",
+    ],
+)
+@pytest.mark.parametrize(
+    "case", ["Label Studio", "Label Studio JSON-MIN", "Label Studio CSV", "COCO with text ids"]
+)
+def test_images_are_found_by_how_tools_write_them(tmp_path: Path, case: str, written: str) -> None:
+    form, files, name = CASES[case]
+    content = str(files[name])
+    for image in LABELS:
+        there = written.format(image)
+        content = content.replace(f"{image}.jpg", json.dumps(there)[1:-1] if name.endswith("json") else there)
+    (tmp_path / name).write_text(content)
+    assert read_labels(tmp_path / name, IMAGES, PETS) == LABELS
+    assert read_labels(tmp_path / name, IMAGES, PETS, form=form) == LABELS
+
+
 def test_insisting_chooses_one_of_two_readings(tmp_path: Path) -> None:
     written(tmp_path, {"l.txt": "a 0 1\nb 1 0\n", "l.csv": "image,label,cat,dog\na,cat,0,1\n"})
     two = load_class_set("cat,dog")

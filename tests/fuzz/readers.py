@@ -11,6 +11,7 @@ import copy
 import io
 import json
 import logging
+import pickle
 import random
 import sys
 import tarfile
@@ -83,8 +84,9 @@ KNOWN = {"images": {"a": [SHARD.name, list(file_status(IMAGE)), ["cat"], False]}
 KINDS = [*(bytes([kind]) for kind in b"0000\0" + b"1234567xgLKSX")]
 SEEDS = [random.Random(number).randbytes(16 + 16 * (number % 8)) for number in range(64)]
 VECTOR = [0.0] * 7 + [1.0] + [0.0] * 12
+OBJECT = np.array({"a": np.array(VECTOR, np.float32), 2007000032: VECTOR, "b": [np.int64(1)]}, dtype=object)
 SAVED = io.BytesIO()
-np.save(SAVED, {"a": np.array(VECTOR, np.float32), 2007000032: VECTOR, "b": [np.int64(1)]}, allow_pickle=True)  # type: ignore[arg-type]
+np.save(SAVED, OBJECT, allow_pickle=True)
 TASK = {"data": {"image": "a.jpg"}, "annotations": [{"result": [{"value": {"rectanglelabels": ["cat"]}}]}]}
 MIN = {
     "image": "a.jpg",
@@ -128,7 +130,13 @@ LABELS = {
         '<annotations><image id="0" name="a.jpg"><box label="cat"/></image></annotations>',
         "<annotation><object><name>cat</name></object></annotation>",
     ],
-    "l.npy": [SAVED.getvalue()],
+    "l.npy": [
+        SAVED.getvalue(),
+        *(
+            SAVED.getvalue()[: SAVED.getvalue().index(b"\n") + 1] + pickle.dumps(OBJECT, protocol=protocol)
+            for protocol in (2, 5)
+        ),
+    ],
     "voc/a.xml": ["<annotation><object><name>cat</name></object></annotation>"],
     "labelme/a.json": [{"shapes": [{"label": "cat"}], "flags": {"dog": True}, "imagePath": "..\\b.jpg"}],
     "yolo/a.txt": ["0 0.5 0.5 1 1\n1 0.1 0.1 0.2 0.2 0.3 0.3\n"],

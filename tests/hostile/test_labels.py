@@ -87,6 +87,10 @@ FILES: dict[str, tuple[str, str | bytes]] = {
     "numpy with nothing behind its header": ("l.npy", NPY_HEAD),
     "numpy with a huge index": ("l.npy", NPY_HEAD + b"\x80\x02}r\xff\xff\xff\xff."),
     "numpy with a huge text": ("l.npy", NPY_HEAD + b"\x80\x04\x8d\xff\xff\xff\xff\xff\xff\xff\x0fa."),
+    "numpy with a huge array of bytes": (
+        "l.npy",
+        NPY_HEAD + b"\x80\x05\x96\xff\xff\xff\xff\xff\xff\x0f\x00a.",
+    ),
     "numpy with a huge frame": ("l.npy", NPY_HEAD + b"\x80\x04\x95\xff\xff\xff\xff\xff\xff\xff\x0f}."),
     "numpy with a huge number": (
         "l.npy",

@@ -17,6 +17,7 @@ from wsss_pipeline.data.image_ids import (
     find_images,
     without_image_suffix,
 )
+from wsss_pipeline.data.label_readers.image_names import ImageNames, normalised, written_path
 from wsss_pipeline.data.label_readers.label_table import (
     LabelTable,
     OtherClasses,
@@ -112,15 +113,16 @@ def read_split(path: Path, known: Collection[str] = ()) -> list[str]:
 
     One a line, or a JSON list. An id may carry the suffix of its image; ``./`` before it is dropped, a backslash read
     as ``/``. Of two paths in a line, an image's and a mask's with a space or a comma between them, the first counts.
-    A path that is none of the known ids stands for what is left of it, folder by folder taken off its beginning, once
-    that is one (``data/images/a.jpg`` for ``a``); such lines are warned of.
+    A path that is none of the known ids stands for the one that it can mean, as in labels (``ImageNames.find``:
+    ``data/images/a.jpg`` for ``a``); such lines are warned of.
 
     Args:
         path: the list.
         known: ids of the images that there are.
 
     Raises:
-        LabelError: the file can't be read, holds no id, an unsafe one, or paths in two folders that mean one image.
+        LabelError: the file can't be read, holds no id, an unsafe one, a path that can mean two images, or paths in
+            two folders that mean one.
     """
     text = read_text(path)
     if re.match(r'\s*\[\s*"', text):
@@ -131,6 +133,7 @@ def read_split(path: Path, known: Collection[str] = ()) -> list[str]:
     else:
         lines = text.splitlines()
     ids: dict[str, str] = {}
+    names = ImageNames(known)
     with FewWarnings(logger, "lines with folders that the images don't lie in") as longer:
         for number, line in enumerate(lines, start=1):
             where, line = f"{path} line {number}", line.strip()
@@ -139,14 +142,12 @@ def read_split(path: Path, known: Collection[str] = ()) -> list[str]:
             if len(line) > _LONGEST_LINE:
                 check_image_id(line, where)
             pair = None if without_image_suffix(line) in known else _TWO_PATHS.fullmatch(line)
-            written = (pair[1] if pair else line).replace("\\", "/").removeprefix("/JPEGImages/")
-            written = without_image_suffix(re.sub(r"\A(\./+)+", "", written))
-            image_id = written
+            text = pair[1] if pair else line
+            written = without_image_suffix(text)
             if written not in known:
-                # of a list of the whole set, what lies elsewhere stays what it is
-                parts = written.split("/")
-                tails = ("/".join(parts[at:]) for at in range(1, len(parts)))
-                image_id = next((tail for tail in tails if tail in known), written)
+                written = without_image_suffix(written_path(text).removeprefix("/JPEGImages/"))
+            # of a list of the whole set, what lies elsewhere stays what it is
+            image_id = written if written in known else names.find(written, where) or written
             check_image_id(image_id, where)
             first = ids.setdefault(image_id, written)
             if first != written:
@@ -154,7 +155,7 @@ def read_split(path: Path, known: Collection[str] = ()) -> list[str]:
                     f"{where}: '{one_line(first, 100)}' and '{one_line(written, 100)}' come to mean one image, "
                     f"'{one_line(image_id, 100)}'; write the paths below the image folder"
                 )
-            if image_id != written:
+            if normalised(image_id) != normalised(written):
                 longer.warn(
                     "%s: '%s' is taken for '%s'", where, one_line(written, 100), one_line(image_id, 100)
                 )

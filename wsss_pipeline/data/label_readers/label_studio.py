@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
-from urllib.parse import unquote
 
 from wsss_pipeline.data.classes import ClassSet
 from wsss_pipeline.data.image_ids import without_image_suffix
@@ -21,7 +20,6 @@ from wsss_pipeline.errors import LabelError
 # of an annotation, not of what is annotated
 _OWN = frozenset(("id", "annotator", "annotationid", "createdat", "updatedat", "leadtime", "agreement"))
 _CHOICES = ("choice", "choices")
-_LOCAL = "?d="  # before the path of a file of the server's own disk
 
 
 def is_tasks(content: Any, classes: ClassSet) -> bool:
@@ -127,5 +125,4 @@ def _image(data: dict[str, Any], where: str) -> str:
     if len(paths) != 1:
         keys = list(texts)
         paths = [texts[keys[column_of("the image", keys, IMAGE_COLUMNS, None, where)]]]
-    _, mark, path = paths[0].rpartition(_LOCAL)
-    return unquote(path) if mark else paths[0]
+    return paths[0]

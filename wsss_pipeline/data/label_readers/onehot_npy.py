@@ -10,8 +10,10 @@ import io
 import math
 import pickle
 import re
+import struct
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 
@@ -93,9 +95,19 @@ class _Made:
 class _Unpickler(pickle._Unpickler):
     """Unpickles lists, dicts, texts and numbers, and records of numpy's arrays; all else is refused."""
 
+    read: Callable[[int], bytes]
+    append: Callable[[Any], None]
+
     def __init__(self, stream: io.BytesIO, file: Path) -> None:
         super().__init__(stream)
         self._file = file
+
+    def load_bytearray8(self) -> None:
+        """As Python's own, which makes room for any number of bytes before it looks how many there are."""
+        (length,) = struct.unpack("<Q", self.read(8))
+        self.append(bytearray(self.read(length)))
+
+    dispatch: ClassVar[dict[int, Any]] = {**pickle._Unpickler.dispatch, pickle.BYTEARRAY8[0]: load_bytearray8}
 
     def find_class(self, module: str, name: str) -> Any:
         if (re.sub(r"\.(multiarray|numeric)$", "", module), name) in _NEEDED:
