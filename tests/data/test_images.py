@@ -250,6 +250,7 @@ def test_a_file_that_states_its_largest_value_needs_no_range(tmp_path: Path) -> 
         (TWELVE[..., :1], "has values from 0 to 1, less than half of 0 to 65535"),
         (TWELVE, "has values from 0 to 5119, less than half of 0 to 65535"),
         (np.array([[[40000], [60000]]]), "has values from 40000 to 60000"),
+        (np.array([[[4095, 0, 0, 65535], [0, 0, 0, 0]]]), "has values from 0 to 4095, less than half"),
     ],
 )
 def test_values_that_use_little_of_their_range_are_worth_a_word(

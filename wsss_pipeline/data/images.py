@@ -200,72 +200,73 @@ def _rgb(
     image: Image.Image, path: ImageFile, pixel_range: PixelRange | None, content: bytes = b""
 ) -> tuple[NDArray[np.uint8], str]:
     """uint8 (H, W, 3) RGB, and the remark on its values; ``content``: the file's bytes, where there is one."""
-    depth = _depth(image)
+    depth, remark = _depth(image), ""
     has_alpha, key = image.has_transparency_data, image.info.get("transparency")
+    alpha: NDArray[np.uint8] | None = None
     if image.mode.startswith("I") or image.mode == "F":
         # a netpbm file's largest value becomes 65535
         states_range = depth == 12 or any(tile[0].startswith("ppm") for tile in getattr(image, "tile", ()))
-        values = np.array(image, np.float64)[..., None]
-        alpha = None if key is None else (values[..., 0] != key).astype(np.float64)
-        is_float = image.mode == "F"
-        return _eight_bits(values, alpha, path, pixel_range, is_float, 2**depth - 1, states_range)
-    # Pillow compares 16 bits of a transparent colour with the upper 8
-    is_deep = depth == 16 and image.mode in ("RGB", "RGBA", "RGBX")
-    if is_deep and content and (pixel_range is not None or isinstance(key, tuple)):
+        values = np.array(image, np.float64)
+        if key is not None:
+            alpha = np.where(values == key, np.uint8(0), np.uint8(255))
+        largest = None if image.mode == "F" else 2**depth - 1
+        grey, remark = _eight_bits(values, path, None if states_range else pixel_range, largest)
+        rgb, remark = np.repeat(grey[..., None], 3, axis=2), "" if states_range else remark
+    # Pillow keeps the upper 8 bits, and compares 16 bits of a transparent colour with these
+    elif (
+        depth == 16
+        and content
+        and image.mode in ("RGB", "RGBA", "RGBX")
+        and (pixel_range is not None or isinstance(key, tuple))
+    ):
         image.load()  # whose errors are known, before another library sees the file
         stored = _sixteen_bits(content, image.size, path)
-        alpha = stored[..., 3] / 65535 if has_alpha and stored.shape[2] == 4 else None
-        return _eight_bits(stored[..., :3].astype(np.float64), alpha, path, pixel_range, False, 65535, False)
-    image.load()
-    remark = ""
-    if not has_alpha:
-        pixels = np.array(image.convert("RGB"))
+        levels = np.arange(2**16)
+        table = (levels >> 8).astype(np.uint8) if pixel_range is None else _scaled(levels, pixel_range)
+        rgb = table[stored[..., :3]]
+        if has_alpha and stored.shape[2] == 4:
+            alpha = (stored[..., 3] >> 8).astype(np.uint8)
     else:
-        blended = np.array(image.convert("RGBA")).astype(np.uint16)
-        alpha8 = blended[..., 3:]
-        _check_visible(alpha8, path)
-        # no product exceeds 16 bits, nor do two of them with weights that sum to 255
-        pixels = ((blended[..., :3] * alpha8 + 255 * (255 - alpha8) + 127) // 255).astype(np.uint8)
-    if depth == 16:
-        low, high = (int(end) for end in (pixels.min(), pixels.max()))
-        remark = _range_remark(256 * low, 256 * high + 255, 65535)
-    return pixels, remark
+        image.load()
+        coloured = image.convert("RGBA") if has_alpha else image
+        rgb = np.array(coloured.convert("RGB"))
+        alpha = np.array(coloured.getchannel("A")) if has_alpha else None
+        if depth == 16:
+            remark = _range_remark(256 * int(rgb.min()), 256 * int(rgb.max()) + 255, 65535)
+    if alpha is None:
+        return rgb, remark
+    if not alpha.any():
+        raise ImageError(
+            f"{_shown(path)}: every pixel is transparent, so there is nothing to see; save it without alpha"
+        )
+    blended = Image.new("RGB", (rgb.shape[1], rgb.shape[0]), "white")
+    blended.paste(Image.fromarray(rgb), mask=Image.fromarray(alpha))
+    return np.array(blended), remark
 
 
 def _eight_bits(
-    values: NDArray[np.float64],
-    alpha: NDArray[np.float64] | None,
-    path: ImageFile,
-    pixel_range: PixelRange | None,
-    is_float: bool,
-    largest: int,
-    states_range: bool,
+    values: NDArray[np.float64], path: ImageFile, pixel_range: PixelRange | None, largest: int | None
 ) -> tuple[NDArray[np.uint8], str]:
-    """RGB, and the remark, of values (H, W, 1) grey or (H, W, 3) RGB and of alpha (H, W), 0 to 1."""
-    remark = ""
+    """Values of one band in 8 bits, and the remark on them; ``largest``: value that becomes 255, None for floats."""
     low, high = float(np.min(values)), float(np.max(values))
     if not np.isfinite((low, high)).all():
         raise ImageError(
             f"{_shown(path)}: holds values that aren't numbers (NaN or infinite); give them a value"
         )
-    if pixel_range is not None and not states_range:
-        start, end = pixel_range
-        levels = ((values - start) / (end - start) * 255).clip(0, 255)
-    else:
-        if low < 0 or high > (255 if is_float else 65535):
-            raise ImageError(
-                f"{_shown(path)}: values run from {low:g} to {high:g}; say what becomes black and white, "
-                "--pixel-range LOW:HIGH, or save them as 8 or 16 bits"
-            )
-        top = float(largest if not is_float else 255 if high > 1 else 1)
-        levels = values * (255 / top)
-        if not states_range:
-            remark = _range_remark(low, high, top)
-    if alpha is not None:
-        _check_visible(alpha, path)
-        levels = levels * alpha[..., None] + 255 * (1 - alpha[..., None])
-    pixels = np.rint(levels).astype(np.uint8)
-    return np.repeat(pixels, 3 // pixels.shape[2], axis=2), remark
+    if pixel_range is not None:
+        return _scaled(values, pixel_range), ""
+    if low < 0 or high > (255 if largest is None else 65535):
+        raise ImageError(
+            f"{_shown(path)}: values run from {low:g} to {high:g}; say what becomes black and white, "
+            "--pixel-range LOW:HIGH, or save them as 8 or 16 bits"
+        )
+    top = float(largest or (255 if high > 1 else 1))
+    return np.rint(values * (255 / top)).astype(np.uint8), _range_remark(low, high, top)
+
+
+def _scaled(values: NDArray[Any], pixel_range: PixelRange) -> NDArray[np.uint8]:
+    low, high = pixel_range
+    return np.asarray(np.rint(((values - low) / (high - low) * 255).clip(0, 255)), np.uint8)
 
 
 def _range_remark(low: float, high: float, top: float) -> str:
@@ -276,13 +277,6 @@ def _range_remark(low: float, high: float, top: float) -> str:
         f"has values from {low:g} to {high:g}, less than half of 0 to {top:g}, for which they are taken; where they "
         "are of another range, give it: --pixel-range LOW:HIGH"
     )
-
-
-def _check_visible(alpha: NDArray[Any], path: ImageFile) -> None:
-    if not alpha.any():
-        raise ImageError(
-            f"{_shown(path)}: every pixel is transparent, so there is nothing to see; save it without alpha"
-        )
 
 
 def _depth(image: Image.Image) -> int:
