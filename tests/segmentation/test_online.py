@@ -27,7 +27,7 @@ from wsss_pipeline.config import to_yaml
 from wsss_pipeline.data.classes import load_class_set
 from wsss_pipeline.data.image_ids import find_images
 from wsss_pipeline.data.labels import read_labels
-from wsss_pipeline.data.masks import CERTAIN, IGNORE, MaskFolder
+from wsss_pipeline.data.masks import CERTAIN, IGNORE, WIDE_IGNORE, MaskFolder
 from wsss_pipeline.demo.scenes import draw_scene
 from wsss_pipeline.errors import CheckpointError, TrainingError
 from wsss_pipeline.methods import load_method
@@ -105,6 +105,25 @@ def made(monkeypatch: pytest.MonkeyPatch) -> list[Made]:
 def write(folder: Path, labels: Mapping[str, list[str]]) -> Path:
     (folder / "labels.json").write_text(json.dumps(labels))
     return folder / "labels.json"
+
+
+def test_with_more_than_254_classes_targets_know_beyond_the_edge_from_class_255(
+    make_online: Make, root: Path, tmp_path: Path, made: list[Made]
+) -> None:
+    names = (*(f"other {number}" for number in range(254)), *load_class_set("demo").names)
+    config = online_config("weclip", optimisation__batch=4, optimisation__iterations=2, loss__affinity=0.1)
+    config = changed(config, augmentation__scale_min=0.3, augmentation__scale_max=0.3)
+    run = train_seg(
+        make_online("run", config, labels=write(tmp_path, labels_of(root)), classes=",".join(names))
+    ).checkpoint.parent
+    assert all(math.isfinite(line["loss"]) for line in log_of(run))
+    found = set[int]()
+    for part in made:
+        assert part.beyond.any()
+        assert torch.equal(part.target == WIDE_IGNORE, part.beyond)
+        found |= set(part.target[~part.beyond].tolist())
+    assert found <= {0, *range(255, 265)}
+    assert len(found) > 3
 
 
 @pytest.mark.parametrize("batch", [1, 3, 5])

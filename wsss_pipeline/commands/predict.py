@@ -50,7 +50,8 @@ def command(
 ) -> None:
     """Segment every image of a folder with a trained network.
 
-    Masks are palette PNGs: 0 background, then the classes in the order of the network's config.json. The last
+    Masks are palette PNGs, with more than 254 classes grey ones of 16 bits: 0 background, then the classes in the
+    order of the network's config.json. An image that is too large for a whole look is worked on in tiles. The last
     line on stdout is their folder. Exit code 1 where images couldn't be read, 2 where none could. Files that
     another program wrote are never replaced.
 
