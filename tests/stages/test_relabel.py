@@ -186,6 +186,7 @@ ROWS: dict[str, tuple[Any, Mapping[str, Any]]] = {
     "inference.long_side": (64, {"inference.short_side": 60}),
     "inference.winners_only": (True, CRF),
     "inference.combine": ("max", LOOKS),
+    "precision": ("bf16", {}),
     "refine": ("crf", {}),
     "crf.backend": ("none", {"refine": "auto"}),
     "crf.image": ("reference", CRF),
