@@ -1,12 +1,13 @@
 """Speed of WeakCLIP: one training step, and one image's masks out of twelve views.
 
     OMP_WAIT_POLICY=PASSIVE python -m benchmarks.weakclip --part step|image|loss [--batch 2] [--classes 20]
-        [--repeats 3] [--device cuda] [--precision fp32|bf16]
+        [--scales 6] [--repeats 3] [--device cuda] [--precision fp32|bf16]
 
 A CLIP ViT-B/16 with seeded random weights, drawn images: speed doesn't depend on what they mean. *plain* computes in
 the published way: the CRF of the loss by pydensecrf, image after image on one core; texts encoded for each window, a
-window at a time; and a CRF by pydensecrf. *ours* is what ``train-seg`` and ``relabel`` do. ``loss`` is the boundary
-loss's CRF alone. The ways take turns within one run; the first call of each warms up. Seconds: median and range.
+window at a time; adapter and neck one after the other; and a CRF by pydensecrf. *ours* is what ``train-seg`` and
+``relabel`` do. ``loss`` is the boundary loss's CRF alone. The ways take turns within one run; the first call of each
+warms up. Seconds of CPU time, so that other work on its cores matters less (on a GPU seconds): median and range.
 """
 
 from __future__ import annotations
@@ -15,12 +16,14 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from transformers import (
     CLIPTextConfig,
@@ -35,7 +38,7 @@ from wsss_pipeline.segmentation import inference, objectives
 from wsss_pipeline.segmentation.inference import Segmenter
 from wsss_pipeline.segmentation.objectives import weighted_losses
 from wsss_pipeline.segmentation.train_config import load_train_config
-from wsss_pipeline.segmentation.weakclip import WeakClip
+from wsss_pipeline.segmentation.weakclip import WeakClip, _Neck
 from wsss_pipeline.segmentation.weakclip_losses import BOUNDARY_CRF, Pictures, crf_posterior
 from wsss_pipeline.stages.relabel import relabel_config
 
@@ -67,6 +70,18 @@ def plain_posterior(seen: Tensor, probability: Tensor, present: Tensor | None = 
     return posterior / posterior.sum(dim=1, keepdim=True)
 
 
+def plain_neck(self: Any, adapter: Any, patches: Any, score: Tensor) -> list[Tensor]:
+    """As ``_Neck.forward``, layer after layer."""
+    maps = []
+    for lateral, adapt, level in zip(self.lateral, adapter, patches, strict=True):
+        adapted = adapt(level)
+        guide = F.interpolate(score, adapted.shape[-2:], mode="bilinear", align_corners=True)
+        maps.append(lateral(torch.cat([adapted, guide], dim=1)))
+    for finer in (2, 1, 0):
+        maps[finer] = maps[finer] + F.interpolate(maps[finer + 1], maps[finer].shape[-2:], mode="nearest")
+    return [smooth(level) for smooth, level in zip(self.smooth, maps, strict=True)]
+
+
 def step(arguments: argparse.Namespace) -> dict[str, Way]:
     """A forward and a backward pass with all losses, and the update."""
     device = arguments.device
@@ -85,8 +100,10 @@ def step(arguments: argparse.Namespace) -> dict[str, Way]:
         counted = torch.ones(arguments.batch, dtype=torch.bool, device=device)
         pictures = Pictures(pixels, network.image_mean, network.image_std, known, counted)
 
+        neck = plain_neck if posterior is plain_posterior else _Neck.forward
+
         def run() -> float:
-            with patch.object(objectives, "crf_posterior", posterior):
+            with patch.object(objectives, "crf_posterior", posterior), patch.object(_Neck, "forward", neck):
                 with torch.autocast(device, torch.bfloat16, enabled=precision == "bf16"):
                     outputs = network.training_outputs(pixels)
                 losses = weighted_losses(outputs, target, certain, config, 1, lambda sums: sums, pictures)
@@ -101,20 +118,24 @@ def step(arguments: argparse.Namespace) -> dict[str, Way]:
     return {
         "plain, published": way("weakclip/voc12", plain_posterior, "fp32"),
         "ours, published": way("weakclip/voc12", crf_posterior, "fp32"),
-        "ours, frozen": way("weakclip/voc12-frozen", crf_posterior, arguments.precision),
+        f"ours, {arguments.precision}": way("weakclip/voc12", crf_posterior, arguments.precision),
+        f"ours, frozen, {arguments.precision}": way(
+            "weakclip/voc12-frozen", crf_posterior, arguments.precision
+        ),
     }
 
 
 def image(arguments: argparse.Namespace) -> dict[str, Way]:
     """Masks of a picture of 500x375."""
     config, names = relabel_config("weakclip/voc12"), [f"class {value}" for value in range(arguments.classes)]
+    views = config.inference.model_copy(update={"scales": config.inference.scales[: arguments.scales]})
     coarse = np.random.default_rng(0).integers(0, 256, (24, 32, 3), np.uint8)
     pixels = coarse.repeat(16, axis=0).repeat(16, axis=1)[:375, :500]
 
     def way(recipe: str, backend: str, precision: str) -> Way:
         network = drawn_network(recipe, arguments.classes, arguments.device, precision).eval()
         crf = config.crf.model_copy(update={"backend": backend})
-        segmenter = Segmenter(network, names, arguments.device, config.inference, crf)
+        segmenter = Segmenter(network, names, arguments.device, views, crf, precision=precision)
 
         def run() -> object:
             if backend == "auto":
@@ -125,7 +146,10 @@ def image(arguments: argparse.Namespace) -> dict[str, Way]:
                 self._kept_text = None
                 return encode(self)
 
-            with patch.object(WeakClip, "text", anew), patch.object(inference, "WINDOWS_AT_A_TIME", 1):
+            with ExitStack() as stack:
+                stack.enter_context(patch.object(WeakClip, "text", anew))
+                stack.enter_context(patch.object(_Neck, "forward", plain_neck))
+                stack.enter_context(patch.object(inference, "WINDOWS_AT_A_TIME", 1))
                 return segmenter(pixels)
 
         return run
@@ -133,7 +157,8 @@ def image(arguments: argparse.Namespace) -> dict[str, Way]:
     return {
         "plain, fp32": way("weakclip/voc12", "pydensecrf", "fp32"),
         "ours, fp32": way("weakclip/voc12", "auto", "fp32"),
-        "ours, frozen": way("weakclip/voc12-frozen", "auto", arguments.precision),
+        f"ours, {arguments.precision}": way("weakclip/voc12", "auto", arguments.precision),
+        f"ours, frozen, {arguments.precision}": way("weakclip/voc12-frozen", "auto", arguments.precision),
     }
 
 
@@ -164,20 +189,22 @@ def main() -> None:
     parser.add_argument("--part", choices=["step", "image", "loss"], required=True)
     parser.add_argument("--batch", type=int, default=2)
     parser.add_argument("--classes", type=int, default=20)
+    parser.add_argument("--scales", type=int, default=6, help="of the image's, the smallest ones")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--precision", default="fp32", choices=["fp32", "bf16"])
     arguments = parser.parse_args()
     ways = SimpleNamespace(step=step, image=image, loss=loss).__dict__[arguments.part](arguments)
+    clock = time.process_time if arguments.device == "cpu" else time.monotonic
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     for number in range(1 + arguments.repeats):
         for name, run in ways.items():
-            start = time.monotonic()
+            start = clock()
             run()
             if arguments.device != "cpu":
                 torch.cuda.synchronize()
             if number:
-                seconds[name].append(time.monotonic() - start)
+                seconds[name].append(clock() - start)
     for name, values in seconds.items():
         print(f"{name}: {statistics.median(values):.3f} s ({min(values):.3f} to {max(values):.3f})")
 

@@ -328,6 +328,10 @@ class RelabelConfig(Settings):
     """What a user can choose about a network's masks as a mask set."""
 
     inference: InferenceConfig = InferenceConfig()
+    precision: Precision = Field(
+        "fp32",
+        description="Of the network's matrix products; auto is bf16 where the device is fast at it, else fp32.",
+    )
     refine: NetworkRefinerName = Field("auto", description="From probabilities to masks; auto is crf.")
     crf: CrfConfig = CrfConfig()
     par: ParConfig = ParConfig()

@@ -192,6 +192,7 @@ ROWS: dict[str, tuple[Any, Mapping[str, Any]]] = {
     "inference.winners_only": (True, CRF),
     "inference.pixel_range": ((0, 30_000), {}),
     "inference.combine": ("max", LOOKS),
+    "precision": ("bf16", {}),
     "refine": ("crf", {}),
     "crf.backend": ("none", {"refine": "auto"}),
     "crf.image": ("reference", CRF),

@@ -323,6 +323,7 @@ inference_options = all_of(
 
 relabel_options = all_of(
     _look_options(RelabelConfig, "inference.", ""),
+    setting(RelabelConfig, "precision", "--precision", type=choice(Precision)),
     _refiner_options(RelabelConfig, NetworkRefinerName),
     _path("--preset", metavar="NAME", help="Published settings: weakclip/voc12 or weakclip/coco14."),
     file_options("crf.iterations=5", "docs/settings.md lists them"),

@@ -13,7 +13,7 @@ import hashlib
 import json
 import logging
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -26,7 +26,8 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from wsss_pipeline.config import ConfidenceName, CrfConfig, InferenceConfig, PixelRange
+from wsss_pipeline.clip.trunk import DTYPES
+from wsss_pipeline.config import ConfidenceName, CrfConfig, InferenceConfig, PixelRange, ResolvedPrecision
 from wsss_pipeline.data.image_files import ImageFile
 from wsss_pipeline.data.images import AnyImage, ImageWarnings, as_pixels, read_stored_image
 from wsss_pipeline.data.masks import Mask, PseudoMask, mask_type
@@ -63,6 +64,7 @@ class Segmenter:
         description: origin of the network, for people.
         refiner: another refiner, in place of ``crf``.
         confidence: choice of what says how sure a label is; of the most refined mask.
+        precision: type of the network's matrix products; probabilities are float32 in any case.
 
     Raises:
         MissingDependencyError: the CRF's backend isn't installed.
@@ -78,10 +80,12 @@ class Segmenter:
         description: str = "network",
         refiner: Refiner | None = None,
         confidence: ConfidenceName = "posterior",
+        precision: ResolvedPrecision = "fp32",
     ) -> None:
         self.network = network
         self.class_names = tuple(class_names)
         self.device = device
+        self.precision = precision
         self.inference = inference or InferenceConfig()
         if refiner is None and crf is not None and crf.backend != "none":
             refiner = DenseCrf(crf)
@@ -116,6 +120,8 @@ class Segmenter:
         refiner = None if self.refiner is None else dict(self.refiner.determinants())
         settings = [network_digest(self.network), self.class_names, self.inference.determinants(), refiner]
         settings += [] if self.confidence == "posterior" else [self.confidence]
+        if self.precision != "fp32":
+            settings.append(self.precision)
         return f"network {hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:12]}"
 
     @property
@@ -179,7 +185,7 @@ class Segmenter:
         for tile in tiles:
             part = image[tile.seen]
             posteriors = _probabilities(
-                self.network, part, image.shape[:2], self.inference, self.device, raw=raw
+                self.network, part, image.shape[:2], self.inference, self.device, self.precision, raw=raw
             )
             if classes is not None:
                 posteriors = {name: _restricted(full, present) for name, full in posteriors.items()}
@@ -346,6 +352,7 @@ def _probabilities(
     whole: tuple[int, int],
     config: InferenceConfig,
     device: torch.device | str,
+    precision: ResolvedPrecision,
     *,
     raw: bool,
 ) -> dict[str, Tensor]:
@@ -358,6 +365,11 @@ def _probabilities(
     def normalised(levels: NDArray[np.uint8]) -> Tensor:
         values = torch.from_numpy(levels).permute(2, 0, 1).float() / 255
         return ((values - mean) / std)[None].to(device)
+
+    def logits_of(images: Tensor) -> Tensor:
+        with torch.autocast(torch.device(device).type, DTYPES[precision], enabled=precision != "fp32"):
+            found: Tensor = network(images)
+        return found.float()
 
     pixels = normalised(image)
     looks, plain = _looks(config, size, whole), (size, False)
@@ -374,13 +386,13 @@ def _probabilities(
         mirrors = [mirrored for own, mirrored in wanted if own == scaled]
         batch = torch.cat([seen.flip(-1) if mirrored else seen for mirrored in mirrors])
         if config.window is None:
-            found = torch.cat([network(one[None]) for one in batch])
+            found = torch.cat([logits_of(one[None]) for one in batch])
         else:
             stride = config.window_stride or config.window // 2
             side = min(config.window, max(scaled))
             fitting = int(MOST_BYTES // ((NETWORK_BYTES + network.query_bytes) * side**2))
             together = 1 if pixels.device.type == "cpu" else max(1, min(WINDOWS_AT_A_TIME, fitting))
-            found = _in_windows(network, batch, config.window, stride, together)
+            found = _in_windows(logits_of, batch, config.window, stride, together)
         for mirrored, one in zip(mirrors, found, strict=True):
             own = (one.flip(-1) if mirrored else one)[None]
             if scaled != size:
@@ -416,7 +428,7 @@ def _looks(config: InferenceConfig, size: tuple[int, int], whole: tuple[int, int
 
 
 def _in_windows(
-    network: SegmentationNetwork, pixels: Tensor, window: int, stride: int, together: int
+    network: Callable[[Tensor], Tensor], pixels: Tensor, window: int, stride: int, together: int
 ) -> Tensor:
     """Mean of the logits of windows, (N, 1+C, H, W) for as many images; a smaller image is one window.
 

@@ -156,7 +156,8 @@ class _Neck(nn.Module):
             patches: four times float (B, D, h, w).
             score: float32 (B, K, h, w), with D + K the neck's channels.
         """
-        maps = []
+        maps: list[Tensor] = []
+        lateral: Any
         for lateral, adapt, level in zip(self.lateral, adapter, patches, strict=True):
             own, beside = lateral.weight.split([level.shape[1], score.shape[1]], dim=1)
             *before, last = adapt if isinstance(adapt, nn.Sequential) else [adapt]
@@ -392,7 +393,8 @@ class WeakClip(ClipNetwork):
             texts = F.normalize(text + decoder.gamma * text_gain.float(), dim=-1)
             patches = F.normalize((tokens.float() + decoder.beta * token_gain.float())[:, 1:], dim=-1)
             score = (texts @ patches.transpose(1, 2)).reshape(images.shape[0], -1, *features.grid)
-        maps = [features.taps[tap][:, 1:].transpose(1, 2).unflatten(2, features.grid) for tap in self._taps]
+        cells = (features.taps[tap][:, 1:].transpose(1, 2) for tap in self._taps)
+        maps = [patches.reshape(*patches.shape[:2], *features.grid) for patches in cells]
         return {"logits": decoder.head(decoder.neck(decoder.adapter, maps, score)), "score": score}
 
     def at_input_size(self, images: Tensor, look: Callable[[Tensor], Tensor]) -> Tensor:

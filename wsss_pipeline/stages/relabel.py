@@ -30,7 +30,7 @@ from wsss_pipeline.pseudo_masks.maker import Generated, LabelledImage
 from wsss_pipeline.pseudo_masks.report import MaskReport
 from wsss_pipeline.pseudo_masks.run import run_share
 from wsss_pipeline.refine import load_refiner
-from wsss_pipeline.runtime.device import resolve_device
+from wsss_pipeline.runtime.device import resolve_device, resolve_precision
 from wsss_pipeline.segmentation.checkpoint import find_checkpoint, load_network
 from wsss_pipeline.segmentation.clip_network import ClipNetwork
 from wsss_pipeline.segmentation.inference import Segmenter, network_digest
@@ -196,7 +196,8 @@ class RelabelJob(Job):
 
         Raises:
             CheckpointError: no network.
-            ConfigError, ClassSetError: no such device, or choices that contradict each other or the network.
+            ConfigError, ClassSetError: no such device or precision, or choices that contradict each other or the
+                network.
             LabelError, ImageError: from reading the labels, the split, the folder.
             MissingDependencyError: the refiner isn't installed.
         """
@@ -207,8 +208,11 @@ class RelabelJob(Job):
             option = next(option for option, given in only.items() if given)
             raise ConfigError(f"{option} goes with --labels; without them a mask may have any of the classes")
         where = resolve_device(device)
+        precision = resolve_precision(config.precision, where)
+        if precision == "fp16" and where.type == "cpu":
+            raise ConfigError("--precision fp16 is for GPUs; use bf16 or fp32")
         refiner = load_refiner(config, "crf")
-        loaded = load_network(checkpoint, where, clip)
+        loaded = load_network(checkpoint, where, clip, precision)
         folder = find_checkpoint(checkpoint)
         class_set = _class_set(loaded.class_names, classes, folder)
         inference, is_restricted = config.inference, labels is not None and not any_class
@@ -219,14 +223,14 @@ class RelabelJob(Job):
         determinants = {
             "relabel": {"version": VERSION, "classes": "of the labels" if is_restricted else "any"},
             "network": {**architecture, "digest": network_digest(loaded.network)},
-            "precision": "fp32",
+            "precision": precision,
             "classes": list(class_set.names),
             "inference": inference.determinants(),
             **refiner.determinants(),
             **({} if config.confidence == "posterior" else {"confidence": config.confidence}),
         }
         lines = [
-            f"network: {folder}, fp32 on {where}",
+            f"network: {folder}, {precision} on {where}",
             f"classes ({len(class_set.names)}): {', '.join(class_set.names)}",
             f"a mask may have: {'the classes of its labels' if is_restricted else 'any class'}",
             f"inference: {inference.name}" + (f", windows of {inference.window}" if inference.window else ""),
@@ -234,7 +238,13 @@ class RelabelJob(Job):
             f"confidence: {config.confidence}",
         ]
         segmenter = Segmenter(
-            loaded.network, class_set.names, where, inference, refiner=refiner, confidence=config.confidence
+            loaded.network,
+            class_set.names,
+            where,
+            inference,
+            refiner=refiner,
+            confidence=config.confidence,
+            precision=precision,
         )
         if segmenter.pixel_range:  # where it is given: mask sets from before keep their fingerprint
             determinants["pixel_range"] = list(segmenter.pixel_range)
