@@ -197,7 +197,7 @@ def compare(
         shown = dict(masks)
         if ground_truth is not None:
             names = next(iter(masks.values())).class_names
-            shown[GROUND_TRUTH] = MaskFolder(ground_truth, names, "ground truth", check=False)
+            shown[GROUND_TRUTH] = MaskFolder(ground_truth, names, "ground truth")
         write_file(report, comparison_page(comparison, images, shown, settings or {}))
     return Compared(comparison, skipped, len(wanted) - len(ids))
 
