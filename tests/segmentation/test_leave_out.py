@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import logging
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from tests.end_to_end.conftest import wsss
 from tests.segmentation.conftest import CONFIG, Make, changed
+from wsss_pipeline.data.classes import load_class_set
+from wsss_pipeline.data.masks import MaskFolder
 from wsss_pipeline.errors import LabelError, TrainingError
 from wsss_pipeline.evaluation.result import id_digest
 from wsss_pipeline.stages.train_seg import train_seg
@@ -42,6 +45,23 @@ def test_listed_images_are_not_trained_on_and_a_continued_run_is_held_to_it(
     rejected.write_text("train_00002\n")
     with pytest.raises(TrainingError, match="images: 5, 6"):
         train_seg(job)
+
+
+def test_an_image_beyond_the_split_isn_t_taken_for_its_namesake_in_it(
+    make: Make, root: Path, tmp_path: Path
+) -> None:
+    images, masks = tmp_path / "images", tmp_path / "masks"
+    for below in ("", "other"):
+        for folder, source, suffix in ((images, "JPEGImages", "jpg"), (masks, "SegmentationClass", "png")):
+            (folder / below).mkdir(parents=True, exist_ok=True)
+            for image_id in IDS[:3]:
+                (folder / below / f"{image_id}.{suffix}").symlink_to(root / source / f"{image_id}.{suffix}")
+    (tmp_path / "three.txt").write_text("\n".join(IDS[:3]))
+    (tmp_path / "rejected.txt").write_text(f"other/{IDS[0]}\n")
+    job = make(config=SHORT, split=tmp_path / "three.txt", leave_out=tmp_path / "rejected.txt")
+    job = replace(job, images=images, masks=MaskFolder(masks, load_class_set("demo").names, "ground truth"))
+    train_seg(job)
+    assert json.loads((job.out / "data.json").read_text())["ids"] == id_digest(IDS[:3])
 
 
 def test_a_list_of_all_images_or_of_none_is_refused(make: Make, tmp_path: Path) -> None:

@@ -27,7 +27,7 @@ ROWS, MOST_ROWS = 12, 200
 @click.option("--cache", type=PATH, help="A mask set, or a cache folder that holds one.")
 @click.option("--predictions", type=PATH, help="With --html: a folder of index masks instead.")
 @click.option("--checkpoint", type=PATH, help="With --html: a trained network's masks instead.")
-@click.option("--classes", help="With --predictions: voc12, coco14, a YAML file, or names.")
+@click.option("--classes", help="With --predictions: voc12, coco14, demo, a file of classes, or names.")
 @click.option("--images", type=PATH, required=True, help="Folder of the images that the masks belong to.")
 @image_suffix_option
 @click.option("--out", type=PATH, help=f"PNG file to write, the contact sheet.  [default: {SHEET}]")

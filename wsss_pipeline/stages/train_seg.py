@@ -161,7 +161,7 @@ def train_seg(job: TrainJob) -> TrainResult:
         raise ConfigError("no masks to train on, and no online.method that makes them")
     wanted = read_split(job.split, images) if job.split else list(images)
     if job.leave_out is not None:
-        wanted = _without(wanted, job.leave_out)
+        wanted = _without(wanted, job.leave_out, images)
     ids = usable_ids(images, masks, wanted, job.allow_missing)
     validate = _validation(job, job.val_gt, masks.class_names, accelerator) if job.val_gt else None
     with _run_folder(job, masks, ids, accelerator) if accelerator.is_main_process else nullcontext():
@@ -169,14 +169,14 @@ def train_seg(job: TrainJob) -> TrainResult:
         return _train(job, images, masks, ids, generator, accelerator, validate)
 
 
-def _without(ids: Sequence[str], leave_out: Path) -> list[str]:
+def _without(ids: Sequence[str], leave_out: Path, images: Mapping[str, ImageFile]) -> list[str]:
     """The ids that a list of images to leave out doesn't name; what it comes to is said.
 
     Raises:
         LabelError: the list can't be read.
         TrainingError: it names all of them.
     """
-    listed = set(read_split(leave_out, dict.fromkeys(ids)))
+    listed = set(read_split(leave_out, images))
     kept = [image_id for image_id in ids if image_id not in listed]
     left_out = len(ids) - len(kept)
     if ids and not kept:
