@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import unicodedata
 from pathlib import Path
 
 import pytest
@@ -33,6 +34,7 @@ ids = st.text(min_size=1, max_size=40).filter(
         and text == text.strip()
         and not text.lower().endswith(IMAGE_SUFFIXES)
         and "\ufeff" not in text
+        and unicodedata.is_normalized("NFC", text)  # the form that an id gets which is no known image's
     )
 )
 names = st.lists(st.sampled_from(VOC.names), unique=True, max_size=5).map(tuple)
