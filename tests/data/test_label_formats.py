@@ -481,6 +481,11 @@ def test_insisting_chooses_one_of_two_readings(tmp_path: Path) -> None:
         ),
         ({"l.npy": npy({"a": np.zeros(20)})}, "l.npy", "20 numbers for the 3 classes"),
         ({"l.npy": npy({"a": np.full(3, 0.5)})}, "l.npy", "0.5 among its numbers"),
+        ({"l.npy": npy({"a": [0] * 20_000})}, "l.npy", "20,000 values"),
+        ({"l.npy": npy({"a": np.zeros(20_000)})}, "l.npy", "isn't a vector of labels"),
+        ({"l.npy": npy({"a": np.zeros((3, 1))})}, "l.npy", "isn't a vector of labels"),
+        ({"l.npy": npy({"a": np.array(["x"] * 3)})}, "l.npy", "'x' among its numbers"),
+        ({"l.npy": npy({2**70: np.zeros(3)})}, "l.npy", "more than 64 bits"),
         ({"l.npy": npy(np.zeros((5, 3)))}, "l.npy", "without image ids"),  # type: ignore[arg-type]
         ({"l.txt": "a 0 1 0 0\nb 0 0 0 1\n"}, "l.txt", "4 numbers for the 3 classes"),
         ({"cat_train.txt": "a -1\nb  1\n"}, "cat_train.txt", "ImageSets/Main"),
