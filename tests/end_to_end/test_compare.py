@@ -52,6 +52,12 @@ def test_without_ground_truth_one_is_recommended_with_how_far_to_trust_it(place:
     assert values["by"] == "expected IoU"
 
 
+def test_a_split_may_name_paths_of_images(place: Path) -> None:
+    Path("split.txt").write_text("images/a/one.png masks/a/one.png\nthree\n")
+    values = json.loads(wsss("compare", "cache", "masks", "--split", "split.txt", "--json").stdout)
+    assert (values["images"], values["left_out"]) == (2, 0)
+
+
 def test_images_that_one_lacks_or_that_do_not_fit_are_left_out(place: Path) -> None:
     (place / "masks" / "a" / "one.png").unlink()
     shutil.copy(place / "images" / "three.png", place / "masks" / "a" / "two.png")

@@ -156,7 +156,8 @@ def compare(
             raise ConfigError("a report shows images; give their folder (--images)")
         check_replaceable(report)
     truth_files = find_images(ground_truth) if ground_truth is not None else None
-    wanted = list(dict.fromkeys(read_split(split) if split is not None else _ids(masks.values())))
+    there = _ids(masks.values())
+    wanted = there if split is None else read_split(split, dict.fromkeys(there))
     ids = [
         image_id
         for image_id in wanted
