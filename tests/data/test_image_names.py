@@ -66,6 +66,7 @@ def named(text: str, *images: str) -> str:
         # no known image: an id of its own
         ("val/b.jpg", "b"),
         ("x/a.jpg", "x/a"),
+        (unicodedata.normalize("NFD", "é.jpg"), unicodedata.normalize("NFD", "é")),
         ("images\\z.jpg", "images/z"),
         ("https://host.example/p/z.jpg", "p/z"),
         ("cab00000-", "cab00000-"),

@@ -179,6 +179,12 @@ def test_labels_of_another_machine_make_the_same_masks(tmp_path: Path) -> None:
     with MaskCache.open(mask_set(plain)) as cache:
         assert cache.class_names == ("ball", "kite", "fish")
         assert set(cache) == {"train_00000", "train_00001", decomposed}
+    for image_id, name in (("train_00000", "train_00000"), ("train_00002", "übung")):
+        mask = np.where(read_mask(tmp_path / f"SegmentationClass/{image_id}.png") > 0, 1, 0).astype(np.uint8)
+        save(tmp_path / "truth" / f"{name}.png", mask)
+    scored = wsss("evaluate", "--cache", tmp_path / "cache", "--gt", tmp_path / "truth", "--json", "-")
+    assert scored.exit_code == 0, scored.stderr
+    assert json.loads(scored.stdout)["images"] == 2, "a name in composed letters is that of its image"
     strange = wsss(*common, "--labels", tmp_path / "labels.csv", "--other-classes", "ignore")
     assert strange.exit_code == 0, strange.stderr
     assert "3 masks reused from the cache" in strange.stderr

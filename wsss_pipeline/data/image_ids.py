@@ -95,6 +95,11 @@ def check_image_id(image_id: str, origin: str) -> str:
     return image_id
 
 
+def is_image_id(text: str) -> bool:
+    """Whether ``check_image_id`` lets a text pass."""
+    return _objection(text) is None
+
+
 def _objection(image_id: str) -> str | None:
     if len(image_id) <= MAX_ID_LENGTH and _PLAIN.fullmatch(image_id):
         return None

@@ -16,7 +16,7 @@ from typing import Any, Literal
 from wsss_pipeline import files
 from wsss_pipeline.data.classes import ClassEntry, ClassSet
 from wsss_pipeline.data.few_warnings import FewWarnings
-from wsss_pipeline.data.image_ids import check_image_id, without_image_suffix
+from wsss_pipeline.data.image_ids import check_image_id, is_image_id, without_image_suffix
 from wsss_pipeline.data.label_readers.image_names import ImageNames, normalised, written_path
 from wsss_pipeline.errors import LabelError
 from wsss_pipeline.files import MIB, check_machine
@@ -90,6 +90,8 @@ class LabelTable:
             path = without_image_suffix(written)
             if found := self._names.find(written, where):
                 image_id = found
+            elif is_image_id(image_id):
+                path = image_id
             else:
                 image_id = _ROOT.sub("", path)
                 if image_id != path:
