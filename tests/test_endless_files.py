@@ -161,6 +161,9 @@ def digest_and_load(weights: Path, tokenizer: Path | None = None) -> None:
         "config.json",
         "model.safetensors",
         "pytorch_model.bin",
+        "open_clip_config.json",
+        "open_clip_model.safetensors",
+        "preprocessor_config.json",
         "vocab.json",
         "merges.txt",
         "tokenizer.json",
@@ -172,6 +175,9 @@ def test_a_clip_with_a_file_without_end(tmp_path: Path, clip: Path, name: str, k
     shutil.copytree(clip, copy)
     if name == "pytorch_model.bin":
         (copy / "model.safetensors").unlink()
+    if name == "open_clip_model.safetensors":
+        (copy / "config.json").unlink()
+        (copy / "open_clip_config.json").write_text("{}")
     (copy / name).unlink(missing_ok=True)
     endless(copy / name, kind)
     message = refusal(lambda: digest_and_load(copy))

@@ -309,7 +309,7 @@ class TrainConfig(Settings):
                 raise ValueError(f"{key} needs --network frozen-clip, not {self.network.name}")
         if self.network.name in ON_CLIP and self.network.encoder == NetworkConfig().encoder:
             raise ValueError(
-                f"--network {self.network.name} needs a CLIP: give --encoder, a hub id, a folder, an OpenAI .pt file "
+                f"--network {self.network.name} needs a CLIP: give --encoder, a hub id, a folder, a file of weights "
                 "or demo"
             )
         if self.network.name in TRANSFORMERS and self.network.encoder == NetworkConfig().encoder:
