@@ -45,21 +45,33 @@ class Remembering:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("large", [None, pytest.param(LARGE, marks=needs_large)], ids=["small", "large"])
-@pytest.mark.parametrize(("preset", "data"), [("weakclip/voc12", "voc12"), ("weakclip/coco14", "coco")])
-def test_masks_of_twelve_views_are_the_published_ones(large: Path | None, preset: str, data: str) -> None:
-    network, config = published_network(large, edges="cut"), relabel_config(preset)
+@pytest.mark.parametrize(
+    ("large", "picture", "step"),
+    [
+        (None, "tiny_odd", 1),
+        pytest.param(LARGE, "tiny_odd", 1, marks=needs_large),
+        pytest.param(LARGE, "chelsea", 4, marks=needs_large),
+    ],
+    ids=["small", "large", "chelsea"],
+)
+def test_masks_of_twelve_views_are_the_published_ones(large: Path | None, picture: str, step: int) -> None:
+    """The golden file has the mean of every ``step``-th row and column. Of its 135,300 pixels chelsea has a few in
+    which two labels are as probable to seven digits."""
+    network, config = published_network(large, edges="cut"), relabel_config("weakclip/voc12")
     folder = GOLDEN / "images" if large is None else large / "clip_es" / "images"
     file = GOLDEN / "weakclip" / "golden.npz"
-    golden = np.load(file if large is None else large / "weakclip" / "predict_tiny_odd.npz")
-    prefix, mask = ("", f"crf_{data}_mask") if large else ("predict/", f"crf/{data}_mask")
+    golden = np.load(file if large is None else large / "weakclip" / f"predict_{picture}.npz")
+    prefix, crf = ("", "crf_") if large else ("predict/", "crf/")
     refiner = Remembering(config.crf)
     names = SMALL_NAMES if large is None else [f"class {value}" for value in range(1, 21)]
     segmenter = Segmenter(network, names, "cpu", config.inference, refiner=refiner)
-    found = segmenter(read_image(folder / "tiny_odd.png"))
-    keys = golden[f"{prefix}keys"]
-    assert np.abs(refiner.scores.numpy() - golden[f"{prefix}mean"][keys]).max() < 1e-4
-    assert np.array_equal(found.mask, golden[mask])
+    image = read_image(folder / f"{picture}.png")
+    found = segmenter(image)
+    keys, scores = golden[f"{prefix}keys"], refiner.scores
+    assert np.abs(scores.numpy()[:, ::step, ::step] - golden[f"{prefix}mean"][keys]).max() < 1e-4
+    several = DenseCrf(relabel_config("weakclip/coco14").crf)([image], [scores])[0].argmax(dim=0).numpy()
+    for mask, data in ((found.mask, "voc12"), (keys[several], "coco")):
+        assert (mask != golden[f"{crf}{data}_mask"]).sum() <= (5 if step > 1 else 0), data
 
 
 class Brightness(SegmentationNetwork):
