@@ -1,10 +1,10 @@
 """A trained network on one image of any size: whole or in windows, at several scales, mirrored, refined.
 
 What the work takes grows with the image, with the largest scale, with the number of classes and with that of the
-looks at it. An image for which it would be more than ``MOST_BYTES``, or than half of what a smaller machine or
-container has, is worked on in tiles that overlap, each all the way to its labels; of the whole image only mask and
-confidence are kept. With 20 classes and one look this begins at 1.3 megapixels; below, tiles play no part. Where
-memory runs out all the same, smaller tiles are tried.
+looks at it. An image for which it would be more than ``MOST_BYTES`` is worked on in tiles that overlap, each all
+the way to its labels; of the whole image only mask and confidence are kept. With 20 classes and one look this
+begins at 1.3 megapixels; below, tiles play no part. Except for masks that a fingerprint stands for, a machine with
+less than twice as much memory has smaller tiles, and where memory runs out all the same, smaller ones are tried.
 """
 
 from __future__ import annotations
@@ -62,6 +62,8 @@ class Segmenter:
         crf: refine with the dense CRF of these settings; None, or backend ``none``, for no CRF.
         description: origin of the network, for people.
         refiner: another refiner, in place of ``crf``.
+        fixed_tiles: whether how an image is divided hangs on the image alone, as the same masks everywhere need it,
+            and not on the memory that there is.
 
     Raises:
         MissingDependencyError: the CRF's backend isn't installed.
@@ -76,6 +78,8 @@ class Segmenter:
         crf: CrfConfig | None = None,
         description: str = "network",
         refiner: Refiner | None = None,
+        *,
+        fixed_tiles: bool = False,
     ) -> None:
         self.network = network
         self.class_names = tuple(class_names)
@@ -85,7 +89,7 @@ class Segmenter:
             refiner = DenseCrf(crf)
         self.refiner = None if isinstance(refiner, Unrefined) else refiner
         self.description = description
-        self._has_told = False
+        self._fixed_tiles, self._has_told = fixed_tiles, False
 
     @classmethod
     def load(
@@ -138,6 +142,8 @@ class Segmenter:
             classes: mask values 1..C that may occur beside background, at least one; None for all. What the network
                 gives to others is dropped before the refiner, and the rest divided by its sum.
         """
+        if self._fixed_tiles:
+            return self._in_tiles(image, MOST_BYTES, raw=raw, classes=classes)
         for smaller in SMALLER:
             try:
                 return self._in_tiles(image, most_bytes() / smaller, raw=raw, classes=classes)

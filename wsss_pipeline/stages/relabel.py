@@ -224,7 +224,9 @@ class RelabelJob(Job):
             f"inference: {inference.name}" + (f", windows of {inference.window}" if inference.window else ""),
             refiner.description,
         ]
-        segmenter = Segmenter(loaded.network, class_set.names, where, inference, refiner=refiner)
+        segmenter = Segmenter(
+            loaded.network, class_set.names, where, inference, refiner=refiner, fixed_tiles=True
+        )
         files = find_images(images)
         if not files:
             raise ImageError(f"{images} holds no image; check --images")
