@@ -1,10 +1,10 @@
 """A trained network on one image of any size: whole or in windows, at several scales, mirrored, refined.
 
 What the work takes grows with the image, with the largest scale, with the number of classes and with that of the
-looks at it. An image for which it would be more than ``MOST_BYTES``, or than half of what a smaller machine or
-container has, is worked on in tiles that overlap, each all the way to its labels; of the whole image only mask and
-confidence are kept. With 20 classes and one look this begins at 1.3 megapixels; below, tiles play no part. Where
-memory runs out all the same, smaller tiles are tried.
+looks at it. An image for which it would be more than ``MOST_BYTES`` is worked on in tiles that overlap, each all
+the way to its labels; of the whole image only mask and confidence are kept. With 20 classes and one look this
+begins at 1.3 megapixels; below, tiles play no part. Except for masks that a fingerprint stands for, a machine with
+less than twice as much memory has smaller tiles, and where memory runs out all the same, smaller ones are tried.
 """
 
 from __future__ import annotations
@@ -65,6 +65,8 @@ class Segmenter:
         refiner: another refiner, in place of ``crf``.
         confidence: choice of what says how sure a label is; of the most refined mask.
         precision: type of the network's matrix products; probabilities are float32 in any case.
+        fixed_tiles: whether how an image is divided hangs on the image alone, as the same masks everywhere need it,
+            and not on the memory that there is.
 
     Raises:
         MissingDependencyError: the CRF's backend isn't installed.
@@ -81,6 +83,8 @@ class Segmenter:
         refiner: Refiner | None = None,
         confidence: ConfidenceName = "posterior",
         precision: ResolvedPrecision = "fp32",
+        *,
+        fixed_tiles: bool = False,
     ) -> None:
         self.network = network
         self.class_names = tuple(class_names)
@@ -91,7 +95,7 @@ class Segmenter:
             refiner = DenseCrf(crf)
         self.refiner = None if isinstance(refiner, Unrefined) else refiner
         self.description = description
-        self._has_told = False
+        self._fixed_tiles, self._has_told = fixed_tiles, False
         self.confidence: ConfidenceName = confidence
 
     @classmethod
@@ -154,6 +158,8 @@ class Segmenter:
             classes: mask values 1..C that may occur beside background, at least one; None for all. What the network
                 gives to others is dropped before the refiner, and the rest divided by its sum.
         """
+        if self._fixed_tiles:
+            return self._in_tiles(image, MOST_BYTES, raw=raw, classes=classes)
         for smaller in SMALLER:
             try:
                 return self._in_tiles(image, most_bytes() / smaller, raw=raw, classes=classes)

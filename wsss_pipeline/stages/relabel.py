@@ -245,6 +245,7 @@ class RelabelJob(Job):
             refiner=refiner,
             confidence=config.confidence,
             precision=precision,
+            fixed_tiles=True,
         )
         if segmenter.pixel_range:  # where it is given: mask sets from before keep their fingerprint
             determinants["pixel_range"] = list(segmenter.pixel_range)
