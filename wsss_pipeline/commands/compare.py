@@ -8,9 +8,13 @@ from pathlib import Path
 import click
 
 from wsss_pipeline.commands.options import (
+    CLASSES_FORMS,
     PATH,
     device_option,
     frozen_clip_option,
+    given_paths,
+    gt_suffix_option,
+    image_suffix_option,
     json_option,
     offline_guarantee,
     say,
@@ -20,11 +24,11 @@ from wsss_pipeline.runtime.output import check_apart
 
 @click.command("compare", short_help="Mask sets, folders of masks and networks side by side.")
 @click.argument("masks", metavar="MASKS MASKS...", nargs=-1, required=True, type=PATH)
-@click.option("--gt", "ground_truth", type=PATH, help="Folder of ground-truth index masks, to score them.")
+@click.option("--gt", "ground_truth", type=PATH, help="Folder of ground-truth masks, to score them.")
+@gt_suffix_option
 @click.option("--images", type=PATH, help="Folder of the images; for networks and --report.")
-@click.option(
-    "--classes", help="voc12, coco14, a YAML file, or names; where there are folders of masks alone."
-)
+@image_suffix_option
+@click.option("--classes", help=f"{CLASSES_FORMS}; where there are folders of masks alone.")
 @click.option("--split", type=PATH, help="Text file of image ids to look at.  [default: all]")
 @click.option("--report", type=PATH, metavar="FILE", help="Write a self-contained HTML page; needs --images.")
 @frozen_clip_option
@@ -66,16 +70,20 @@ def command(
         check_apart(
             report, "--report", {**inputs, "--gt": ground_truth, "--images": images, "--split": split}
         )
-    files = find_images(images) if images is not None else None
-    class_names = load_class_set(classes).names if classes else None
+    paths = given_paths(context)
+    suffix = paths["image_suffix"]
+    files = None if images is None else find_images(images, suffix, option="--image-suffix")
+    class_set = load_class_set(classes) if classes else None
     settings = {
         name: [str(path) for path in value] if isinstance(value, tuple) else str(value)
         for name, value in context.params.items()
         if value not in (None, False)
     }
     result = compare(
-        open_compared(masks, files, class_names, device, clip),
+        open_compared(masks, files, None if class_set is None else class_set.names, device, clip),
         ground_truth=ground_truth,
+        colors=None if class_set is None else class_set.colors,
+        gt_suffix=paths["gt_suffix"],
         split=split,
         report=report,
         images=files,

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from wsss_pipeline.data.masks import CERTAIN, IGNORE, PseudoMask
+from wsss_pipeline.data.masks import CERTAIN, Mask, PseudoMask, ignore_value
 from wsss_pipeline.errors import MaskError
 from wsss_pipeline.evaluation.metrics import Scores, confusion_matrix
 from wsss_pipeline.runtime.output import MARK
@@ -46,9 +46,7 @@ class Comparison:
         self._same, self._pixels = np.zeros((count, count), np.int64), 0
         self._shared, self._either = np.zeros(labels, np.int64), np.zeros(labels, np.int64)
 
-    def add(
-        self, image_id: str, records: Sequence[PseudoMask], truth: NDArray[np.uint8] | None = None
-    ) -> None:
+    def add(self, image_id: str, records: Sequence[PseudoMask], truth: Mask | None = None) -> None:
         """Count an image's masks, in the order of ``names``, and its ground truth.
 
         Raises:
@@ -67,10 +65,12 @@ class Comparison:
             same = masks[one] == masks[other]
             self._same[one, other] += np.count_nonzero(same)
             differing.append(1 - float(same.mean()))
-            first, second = (np.bincount(masks[n].ravel(), minlength=IGNORE + 1) for n in (one, other))
-            shared = np.bincount(masks[one][same], minlength=IGNORE + 1)
-            self._shared += shared[:labels]
-            self._either += (first + second - shared)[:labels]
+            first, second, shared = (
+                np.bincount(values, minlength=labels)[:labels]
+                for values in (masks[one].ravel(), masks[other].ravel(), masks[one][same])
+            )
+            self._shared += shared
+            self._either += first + second - shared
         self._pixels += masks[0].size
         self.different[image_id] = float(np.mean(differing))
         given = {name for record in records for name in record.labels}
@@ -80,7 +80,8 @@ class Comparison:
             for value, name in enumerate(self.class_names)
             if not value or value in seen or name in given
         ]
-        for value, truly in zip(present, _mean_probabilities(records, present), strict=True):
+        probabilities = _mean_probabilities(records, present, ignore_value(labels))
+        for value, truly in zip(present, probabilities, strict=True):
             total = float(truly.sum())
             for number, mask in enumerate(masks):
                 inside = mask == value
@@ -202,13 +203,15 @@ class Comparison:
         }
 
 
-def _mean_probabilities(records: Sequence[PseudoMask], present: Sequence[int]) -> NDArray[np.float32]:
+def _mean_probabilities(
+    records: Sequence[PseudoMask], present: Sequence[int], ignore: int
+) -> NDArray[np.float32]:
     """Probabilities (n, H, W) of an image's n labels, the mean of those that each of its masks implies."""
     total = np.zeros((len(present), *records[0].mask.shape), np.float32)
     for record in records:
         sure = record.confidence.astype(np.float32) / np.float32(CERTAIN)
         # no label says nothing of any
-        sure[record.mask == IGNORE] = 1 / len(present)
+        sure[record.mask == ignore] = 1 / len(present)
         rest = (1 - sure) / np.float32(max(1, len(present) - 1))
         for number, value in enumerate(present):
             total[number] += np.where(record.mask == value, sure, rest)

@@ -46,7 +46,7 @@ class Quality:
     _sums: dict[str, tuple[float, float]] = field(default_factory=dict)
 
     def add(self, image_id: str, record: PseudoMask) -> None:
-        """Count a mask; what it has under 255 takes no part."""
+        """Count a mask; pixels without a label take no part."""
         known = record.mask <= len(self.class_names)
         values, sure = record.mask[known].astype(np.int64), record.confidence[known]
         areas = np.bincount(values, minlength=1 + len(self.class_names))

@@ -146,7 +146,7 @@ class Trainer:
             worker_init_fn=_leave_signals_to_the_trainer,
         )
         seen = SamplesSeen(
-            config.max_unusable, len(self._dataset), config.loss.min_confidence, has_learnt=state.step > 0
+            config.max_unusable, len(self._dataset), config.loss.threshold, has_learnt=state.step > 0
         )
         with (
             loading(loader) as batches,
@@ -257,7 +257,7 @@ class Trainer:
         mean, std, device = self._network.image_mean, self._network.image_std, accelerator.device
         counted, present = ~batch["damaged"].to(device), batch["present"].to(device)
         pictures = Pictures(images, mean, std, present, counted)
-        weights = confidence_weights(confidence, chosen.confidence, chosen.min_confidence)
+        weights = confidence_weights(confidence, chosen.confidence, chosen.threshold)
         losses = weighted_losses(
             outputs, target, confidence, self._config, update, accelerator.reduce, pictures
         )

@@ -8,10 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from wsss_pipeline.cache import MaskCache, list_mask_sets
+from wsss_pipeline.data.class_lists import Color
 from wsss_pipeline.data.datasets import read_split
 from wsss_pipeline.data.image_files import ImageFile
-from wsss_pipeline.data.image_ids import find_images
-from wsss_pipeline.data.images import read_mask
 from wsss_pipeline.data.masks import MaskFolder, MaskSource
 from wsss_pipeline.errors import CheckpointError, ConfigError, EvaluationError, ImageError, MaskError
 from wsss_pipeline.evaluation.comparison import Comparison
@@ -130,6 +129,8 @@ def compare(
     masks: Mapping[str, MaskSource],
     *,
     ground_truth: Path | None = None,
+    colors: Mapping[Color, int] | None = None,
+    gt_suffix: str | None = None,
     split: Path | None = None,
     report: Path | None = None,
     images: Mapping[str, ImageFile] | None = None,
@@ -139,7 +140,9 @@ def compare(
 
     Args:
         masks: masks by name, see ``open_compared``.
-        ground_truth: folder of index masks; images without one are left out then. For scores alone.
+        ground_truth: folder of masks, see ``MaskFolder``; images without one are left out then. For scores alone.
+        colors: RGB colour to mask value of ground truth that holds colours.
+        gt_suffix: ending of ground-truth names, which image ids don't have.
         split: text file of the image ids to look at; all, without.
         report: HTML file to write; needs ``images``.
         images: image id to file.
@@ -155,14 +158,19 @@ def compare(
         if images is None:
             raise ConfigError("a report shows images; give their folder (--images)")
         check_replaceable(report)
-    truth_files = find_images(ground_truth) if ground_truth is not None else None
+    names = next(iter(masks.values())).class_names
+    truths = None
+    if ground_truth is not None:
+        try:
+            truths = MaskFolder(ground_truth, names, "ground truth", colors, suffix=gt_suffix)
+        except MaskError as error:
+            raise EvaluationError(str(error)) from error
     there = _ids(masks.values())
     wanted = there if split is None else read_split(split, dict.fromkeys(there))
     ids = [
         image_id
         for image_id in wanted
-        if all(image_id in source for source in masks.values())
-        and (truth_files is None or image_id in truth_files)
+        if all(image_id in source for source in masks.values()) and (truths is None or image_id in truths)
     ]
     if not ids:
         raise EvaluationError(
@@ -170,13 +178,13 @@ def compare(
             + (" and ground truth" if ground_truth is not None else "")
             + "; image ids are paths below a folder without suffix, and must be the same in all"
         )
-    comparison = Comparison(list(masks), next(iter(masks.values())).class_names)
+    comparison = Comparison(list(masks), names)
     skipped: dict[str, str] = {}
     with Progress(len(ids)) as progress:
         for image_id in ids:
             try:
                 records = [source[image_id] for source in masks.values()]
-                truth = None if truth_files is None else read_mask(truth_files[image_id])
+                truth = None if truths is None else truths[image_id].mask
                 if truth is not None:
                     try:
                         check_sizes(records[0].mask, truth, image_id)
@@ -196,9 +204,8 @@ def compare(
         raise EvaluationError(f"none of the {len(ids):,} images could be compared; the first: {first}")
     if report is not None and images is not None:
         shown = dict(masks)
-        if ground_truth is not None:
-            names = next(iter(masks.values())).class_names
-            shown[GROUND_TRUTH] = MaskFolder(ground_truth, names, "ground truth")
+        if truths is not None:
+            shown[GROUND_TRUTH] = truths
         write_file(report, comparison_page(comparison, images, shown, settings or {}))
     return Compared(comparison, skipped, len(wanted) - len(ids))
 
