@@ -144,6 +144,10 @@ def test_classes_counted_from_0_are_hinted_at(tmp_path: Path, caplog: pytest.Log
     assert "255 covers 60 % of the pixels" in caplog.text
     assert "the last class, 2, never occurs: are classes counted from 0 there" in caplog.text
     caplog.clear()
+    Image.fromarray(np.array([[0, 0, 0, 255, 1]], np.uint8)).save(path / "0.png")
+    MaskFolder(path, NAMES, "ground truth")
+    assert not caplog.messages, "borders without a label, in masks without the last class"
+    Image.fromarray(np.array([[255, 255, 255, 0, 1]], np.uint8)).save(path / "0.png")
     Image.fromarray(np.array([[255, 255, 255, 0, 2]], np.uint8)).save(path / "1.png")
     MaskFolder(path, NAMES, "ground truth")
     assert not caplog.messages
