@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from wsss_pipeline.config import MaskConfig, RefinerName, RelabelConfig
-from wsss_pipeline.data.masks import CERTAIN, mask_type
+from wsss_pipeline.data.masks import CERTAIN, IGNORE
 from wsss_pipeline.errors import ConfigError
 from wsss_pipeline.refine.dense_crf import DenseCrf
 from wsss_pipeline.refine.par import Par
@@ -117,9 +117,11 @@ def label(
             confidences = F.interpolate(confidences[None], size, mode="bilinear", align_corners=False)[0]
         # what is no number in the posterior stays none
         largest = confidences.gather(0, index[None])[0].masked_fill(largest.isnan(), torch.nan)
-    values = torch.from_numpy(np.array([0, *classes], mask_type(outputs)))
-    values = values.to(posterior.device, non_blocking=True)
+    is_wide = outputs > IGNORE
+    values = torch.tensor([0, *classes], dtype=torch.int32 if is_wide else torch.uint8)
+    mask = values.to(posterior.device, non_blocking=True)[index]
     thresholds = (torch.arange(CERTAIN + 1, dtype=torch.float64) / CERTAIN).float().to(posterior.device)
     steps = torch.searchsorted(thresholds, largest.contiguous(), right=True) - 1
     confidence = steps.clamp_(min=0).masked_fill_(largest.isnan(), 255).to(torch.uint8)
-    return values[index], confidence
+    # uint16 at last: not every device indexes it
+    return mask.to(torch.uint16) if is_wide else mask, confidence
