@@ -88,6 +88,7 @@ def candidates(
     (around,) = Par(ParConfig())([scene.image], [scores])
     (softer,) = DenseCrf(SOFTER)([scene.image], [scores])
     assert margin is not None
+    assert product is not None
     shares = scores.float() / scores.float().sum(dim=0)
     other = looked_at_twice.float() / looked_at_twice.float().sum(dim=0)
     index = posterior.argmax(dim=0)
@@ -105,7 +106,7 @@ def candidates(
         "mean of the score and its mirror image's": (shares + other) / 2,
         "distance to the border": _distances(index, len(scores)),
         "margin x posterior": margin * posterior,
-        "product x distance": product * _distances(index, len(scores)) if product is not None else None,
+        "product x distance": product * _distances(index, len(scores)),
     }
     found = {
         name: label(posterior, image.classes, (size[0], size[1]), confidences=kind)

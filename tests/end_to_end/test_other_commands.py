@@ -124,6 +124,22 @@ def test_preview_draws_a_row_for_each_image(masks: Path, world: Path) -> None:
     assert len(np.unique(one.reshape(-1, 3), axis=0)) > 1000, "a sheet without images"
 
 
+def test_preview_shows_the_worst_where_asked(masks: Path, world: Path) -> None:
+    (values,) = json.loads(wsss("cache", "status", masks, "--quality", "--json").stdout)
+    worst = next(iter(values["quality"]["images"]))
+    sheets = []
+    for name, chosen in (("worst", ("--worst", "--limit", 1)), ("named", ("--id", worst))):
+        out = world / f"{name}.png"
+        made = wsss("preview", "--cache", masks, "--images", world / "images", "--out", out, *chosen)
+        assert made.exit_code == 0, made.stderr
+        with Image.open(out) as image:
+            sheets.append(np.array(image))
+    assert np.array_equal(*sheets)
+    refused = wsss("preview", "--cache", masks, "--images", world / "images", "--worst", "--id", worst)
+    assert refused.exit_code == 2
+    assert "--worst chooses the images, and so does --id" in refused.stderr
+
+
 def test_preview_marks_what_it_cannot_read_and_refuses_what_makes_no_sense(masks: Path, world: Path) -> None:
     out = world / "preview.png"
     (world / "images" / "cat.png").write_bytes(b"")

@@ -7,7 +7,7 @@ import pytest
 
 from wsss_pipeline.data.masks import PseudoMask
 from wsss_pipeline.errors import EvaluationError, MaskError
-from wsss_pipeline.evaluation.comparison import Comparison
+from wsss_pipeline.evaluation.comparison import CLEAR, UNCLEAR, Comparison
 
 NAMES = ("cat", "dog")
 
@@ -30,11 +30,17 @@ def test_expected_iou_and_agreement_worked_out_by_hand() -> None:
     assert found.agreement_by_class == {"background": 0.5, "cat": 0.5}
     assert found.different == {"a": pytest.approx(1 / 3)}
     assert found.best == "other"
-    assert found.conclusion().startswith("likely the best: other (on drawn scenes")
+    assert found.conclusion() == f"likely the best: other ({CLEAR})"
     assert found.scores is None
     heads, rows = found.table()
     assert heads == ["expected IoU %", "one", "other"]
     assert [row[0] for row in rows] == ["background", "cat", "mean"]
+
+
+def test_a_small_lead_is_said_to_be_one() -> None:
+    found = Comparison(("one", "other"), NAMES)
+    found.add("a", [record([1] * 50 + [0] * 50, [200] * 100), record([1] * 51 + [0] * 49, [199] * 100)])
+    assert found.conclusion() == f"likely the best: one ({UNCLEAR})"
 
 
 def test_ground_truth_decides_where_there_is_some() -> None:
