@@ -204,7 +204,7 @@ def test_a_report_without_ground_truth_where_an_image_has_no_prediction(
     assert done.stdout.splitlines()[-1] == str(report)
     text = report.read_text("utf-8")
     assert "90.0 % of the pixels agree" in text
-    assert text.count('alt="Prediction of a/one"') == 2, "one in each section"
+    assert text.count('alt="Prediction of a/one"') == 3, "one in each section"
     assert 'alt="Prediction of three"' not in text
 
 
