@@ -76,6 +76,13 @@ def test_twelve_bits_in_sixteen_with_their_range_are_what_they_look_like_in_eigh
     row = make_row("one", find_images(twelve)["one"], {PSEUDO_MASK: source}, (200, 200))
     same = make_row("one", find_images(eight)["one"], {PSEUDO_MASK: source}, (200, 200))
     assert np.array_equal(row.cells[0].pixels, same.cells[0].pixels)
+    pages = []
+    for images, made in ((eight, expected), (twelve, ranged)):
+        page = tmp_path / f"page-{images.name}"
+        assert wsss("preview", "--cache", mask_set(made), "--images", images, "--html", page).exit_code == 0
+        pages.append(sorted(path.read_bytes() for path in page.rglob("*.jpg")))
+    assert len(pages[0]) == 2
+    assert pages[0] == pages[1]
 
     trained = wsss(
         *("train-seg", "--cache", mask_set(ranged), "--images", twelve, "--out", tmp_path / "run"),
@@ -313,8 +320,8 @@ def test_masks_beside_images_are_told_apart_by_suffix(tmp_path: Path) -> None:
     [
         ({"one": [], "two": []}, "names 2 images and no class of any"),
         (
-            {"x/one": ["ball"], "x/two": ["kite"]},
-            "none of the 2 images that the labels or the split name is there: they name 'x/one', 'x/two', the "
+            {"x/eins": ["ball"], "x/zwei": ["kite"]},
+            "none of the 2 images that the labels or the split name is there: they name 'x/eins', 'x/zwei', the "
             "images are 'one', 'two'; image ids are paths below",
         ),
     ],
