@@ -1,7 +1,7 @@
 """Speed of WeakCLIP: one training step, and one image's masks out of twelve views.
 
-    OMP_WAIT_POLICY=PASSIVE python -m benchmarks.weakclip --part step|image|loss [--batch 2] [--classes 20]
-        [--scales 6] [--repeats 3] [--device cuda] [--precision fp32|bf16]
+    OMP_WAIT_POLICY=PASSIVE python -m benchmarks.weakclip --part step|image|loss [--batch 2] [--crop 512]
+        [--classes 20] [--scales 6] [--repeats 3] [--device cuda] [--precision fp32|bf16]
 
 A CLIP ViT-B/16 with seeded random weights, drawn images: speed doesn't depend on what they mean. *plain* computes in
 the published way: the CRF of the loss by pydensecrf, image after image on one core; texts encoded for each window, a
@@ -42,7 +42,7 @@ from wsss_pipeline.segmentation.weakclip import WeakClip, _Neck
 from wsss_pipeline.segmentation.weakclip_losses import BOUNDARY_CRF, Pictures, crf_posterior
 from wsss_pipeline.stages.relabel import relabel_config
 
-CROP, GRID = 512, 64
+GRID = 64
 Way = Callable[[], object]
 
 
@@ -86,9 +86,10 @@ def step(arguments: argparse.Namespace) -> dict[str, Way]:
     """A forward and a backward pass with all losses, and the update."""
     device = arguments.device
     config = load_train_config("weakclip/voc12")
-    pixels = torch.randn(arguments.batch, 3, CROP, CROP, device=device)
+    pixels = torch.randn(arguments.batch, 3, arguments.crop, arguments.crop, device=device)
     mask = torch.randint(0, 1 + arguments.classes, (arguments.batch, 16, 16), device=device)
-    target = mask.repeat_interleave(32, dim=1).repeat_interleave(32, dim=2)
+    times = arguments.crop // 16
+    target = mask.repeat_interleave(times, dim=1).repeat_interleave(times, dim=2)
     certain = torch.full_like(target, 200)
 
     def way(recipe: str, posterior: Callable[..., Tensor], precision: str) -> Way:
@@ -188,6 +189,7 @@ def main() -> None:
     )
     parser.add_argument("--part", choices=["step", "image", "loss"], required=True)
     parser.add_argument("--batch", type=int, default=2)
+    parser.add_argument("--crop", type=int, default=512, help="side of a step's pictures")
     parser.add_argument("--classes", type=int, default=20)
     parser.add_argument("--scales", type=int, default=6, help="of the image's, the smallest ones")
     parser.add_argument("--repeats", type=int, default=3)

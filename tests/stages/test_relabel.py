@@ -369,6 +369,7 @@ def test_what_does_not_go_together_is_refused(root: Path, tmp_path: Path) -> Non
         ({"classes": "cat,dog"}, "aren't the classes of the network"),
         ({"config": config(refine="crf", crf={"backend": "none"})}, "contradict each other"),
         ({"device": "cuda:99"}, "cuda:99"),
+        ({"config": config(precision="fp16")}, "--precision fp16 is for GPUs"),
     ):
         with pytest.raises(ConfigError, match=text):
             job(root, tmp_path / "cache", **changes)
