@@ -11,7 +11,7 @@ import pytest
 from wsss_pipeline.data.masks import PseudoMask
 from wsss_pipeline.demo.scenes import draw_scene
 from wsss_pipeline.errors import MaskError
-from wsss_pipeline.evaluation.quality import Quality, estimate, is_sure_of_everything
+from wsss_pipeline.evaluation.quality import Quality, estimate, is_sure_of_everything, likely_wrong
 from wsss_pipeline.pictures.evaluation_page import confidence_page
 from wsss_pipeline.pseudo_masks.generator import MaskGenerator
 
@@ -35,6 +35,11 @@ def test_an_estimate_worked_out_by_hand() -> None:
     assert list(quality.by_image) == ["a", "b"]
     assert quality.mean == pytest.approx(np.mean([0, 0.5, 3.9 / (4 + missed)]))
     assert quality.note("b") == "estimated IoU bird 50 %, cat 100 %"
+
+
+def test_what_is_likely_wrong_is_what_the_estimate_lacks() -> None:
+    assert likely_wrong(record([2, 2], [100, 100], ("cat",)), NAMES) == {"cat": 1.0, "dog": 0.5}
+    assert likely_wrong(record([0], [20]), NAMES) == {}
 
 
 def test_an_image_without_classes_and_names_of_other_sets_take_no_part() -> None:

@@ -106,6 +106,18 @@ class Quality:
         }
 
 
+LIKELY_WRONG = (
+    "1 - the IoU that the mask's own confidence lets one expect of a class; of an image its worst class's"
+)
+
+
+def likely_wrong(record: PseudoMask, class_names: Sequence[str]) -> dict[str, float]:
+    """1 - estimated IoU of a mask's classes, by name."""
+    quality = Quality(class_names)
+    quality.add("", record)
+    return {name: 1 - iou for name, iou in quality.images.get("", {}).items()}
+
+
 def estimate(masks: MaskSource, ids: Sequence[str]) -> Quality:
     """The estimate of these masks; those that can't be read are warned of and left out."""
     quality = Quality(masks.class_names)
