@@ -145,8 +145,8 @@ class MaskGenerator:
             f"classes ({len(names)}): {', '.join(names)}",
             *texts,
             f"method: {self._method_type.name}; CLIP: {self.config.clip.weights}, {self.precision} on {self.device}",
-            self.refiner.description,
             f"confidence: {self.config.confidence}",
+            self.refiner.description,
         ]
 
     def __call__(self, image: AnyImage, labels: Sequence[str], image_id: str = "") -> PseudoMask:

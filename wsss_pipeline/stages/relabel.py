@@ -234,8 +234,8 @@ class RelabelJob(Job):
             f"classes ({len(class_set.names)}): {', '.join(class_set.names)}",
             f"a mask may have: {'the classes of its labels' if is_restricted else 'any class'}",
             f"inference: {inference.name}" + (f", windows of {inference.window}" if inference.window else ""),
-            refiner.description,
             f"confidence: {config.confidence}",
+            refiner.description,
         ]
         segmenter = Segmenter(
             loaded.network,
