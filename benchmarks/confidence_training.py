@@ -60,7 +60,7 @@ def masks_of(data: Path, cache: Path, confidence: str) -> MaskCache:
 
 def score(data: Path, out: Path, masks: MaskSource, settings: dict[str, object]) -> float:
     """mIoU on the unseen scenes of a network, trained where it isn't yet."""
-    file = out.with_suffix(".json")
+    file = out.with_name(f"{out.name}.json")  # names hold dots
     if not file.exists():
         splits = data / "ImageSets/Segmentation"
         config = load_train_config("weclip/demo", flags={**BASE, **settings})
