@@ -106,7 +106,7 @@ def test_one_bad_image_is_reported_skipped_and_counted(world: Path) -> None:
     [
         (("--checkpoint", "nowhere"), "nowhere holds no checkpoint"),
         (("--images", "nowhere"), "nowhere"),
-        (("--images", "none"), "none holds no image"),
+        (("--images", "none"), "none: holds no image"),
         (("--labels", "unknown.json"), "unknown class 'catt'; did you mean 'cat'?"),
         (("--labels", "nowhere.csv"), "nowhere.csv"),
         (("--labels", "labels.json", "--labels-format", "csv"), "never in the form csv"),

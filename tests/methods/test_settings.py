@@ -382,6 +382,7 @@ CLASS_SETS: dict[str, list[Row]] = {
     "classes.aliases": [Row(of_class("ball", aliases=["sphere"]), SAME)],
     "classes.attributes": [Row(of_class("ball", attributes=["It is round."]), SAME)],
     "classes.coco_id": [Row(of_class("ball", coco_id=37), SAME)],
+    "classes.color": [Row(of_class("ball", color=[200, 10, 10]), SAME)],
 }
 
 

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from wsss_pipeline.data.classes import load_class_set
-from wsss_pipeline.data.image_ids import IMAGE_SUFFIXES, check_image_id
+from wsss_pipeline.data.image_ids import IMAGE_SUFFIXES, UNREAD_SUFFIXES, check_image_id
 from wsss_pipeline.data.labels import read_labels
 from wsss_pipeline.errors import LabelError
 
@@ -32,7 +32,7 @@ ids = st.text(min_size=1, max_size=40).filter(
     lambda text: (
         is_safe(text)
         and text == text.strip()
-        and not text.lower().endswith(IMAGE_SUFFIXES)
+        and not text.lower().endswith((*IMAGE_SUFFIXES, *UNREAD_SUFFIXES))
         and "\ufeff" not in text
         and unicodedata.is_normalized("NFC", text)  # the form that an id gets which is no known image's
     )

@@ -49,6 +49,7 @@ LEARNT = {"loss", "trained", "kept"}
 # key -> another value, and what has to change; all else has to stay
 ROWS: dict[str, tuple[Any, set[str]]] = {
     "version": (2, set()),
+    "images.pixel_range": ((0, 40_000), set()),  # these images have 8 bits; others stand in end_to_end
     "network.name": ("linknet", {"architecture", *LEARNT}),
     "network.encoder": ("mit-b0", {"architecture", *LEARNT}),
     "network.weights": ("{weights}", LEARNT),

@@ -138,7 +138,7 @@ def test_in_a_frame_small_and_large_pictures_are_looked_at_at_one_size() -> None
 def test_a_tile_of_a_large_picture_has_the_scale_of_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     image = noise(6, 30).repeat(10, axis=0).repeat(10, axis=1)
     expected, _ = look(image, short_side=60, long_side=150)
-    monkeypatch.setattr(inference, "MOST_BYTES", 5_000_000)
+    monkeypatch.setattr(inference, "MOST_BYTES", 4_000_000)
     found, network = look(image, short_side=60, long_side=150)
     assert len(network.shown) > 2
     assert {height for height, _ in network.shown[1:]} == {30}
@@ -206,7 +206,9 @@ def test_what_was_made_before_keeps_its_fingerprint() -> None:
     }
     assert "half_scores" not in DenseCrf(CrfConfig()).determinants()["crf"]
     chosen = relabel_config("weakclip/voc12")
-    assert chosen.inference.determinants() == chosen.inference.model_dump(mode="json")
+    assert chosen.inference.determinants() == chosen.inference.model_dump(
+        mode="json", exclude={"pixel_range"}
+    )
     assert DenseCrf(chosen.crf).determinants()["crf"]["half_scores"] is False
 
 

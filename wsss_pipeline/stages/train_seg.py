@@ -80,12 +80,9 @@ class TrainJob:
         out: folder of the run; one that holds the same run goes on.
         config: settings, see ``TrainConfig``.
         labels: image-level labels, see ``read_labels``, for targets that are made in training.
-        labels_format: name of the labels' form; None for what their content shows.
         classes: class set of such targets, and the colours of ground truth, as ``--classes`` has it; None for that
             of the method's preset.
-        other_classes: what becomes of labels that are none of these, see ``LabelTable``.
         split: text file of the ids to train on; None for all images.
-        leave_out: text file of ids that aren't trained on all the same; None for none.
         val_gt: folder of ground-truth masks to validate on; None for no validation.
         val_images: folder of their images; None for ``images``.
         val_split: text file of the ids to validate on; None for all ground truth that has an image.
@@ -97,6 +94,9 @@ class TrainJob:
         track: name of a tracker of accelerate, such as tensorboard.
         image_suffix: choice of the images' files, see ``find_images``.
         gt_suffix: ending of the names in ``val_gt``.
+        labels_format: name of the labels' form; None for what their content shows.
+        other_classes: what becomes of labels that are none of these, see ``LabelTable``.
+        leave_out: text file of ids that aren't trained on all the same; None for none.
     """
 
     images: Path
@@ -104,11 +104,8 @@ class TrainJob:
     out: Path
     config: TrainConfig = field(default_factory=TrainConfig)
     labels: Path | None = None
-    labels_format: LabelFormat | None = None
     classes: str | None = None
-    other_classes: OtherClasses = "error"
     split: Path | None = None
-    leave_out: Path | None = None
     val_gt: Path | None = None
     val_images: Path | None = None
     val_split: Path | None = None
@@ -120,6 +117,9 @@ class TrainJob:
     track: str | None = None
     image_suffix: str | None = None
     gt_suffix: str | None = None
+    labels_format: LabelFormat | None = None
+    other_classes: OtherClasses = "error"
+    leave_out: Path | None = None
 
 
 @dataclass(frozen=True)
