@@ -16,6 +16,7 @@ from typing import Any
 from wsss_pipeline.errors import ResourceError
 
 MIB = 2**20
+GIT_LFS_POINTER = "version https://git-lfs.github.com/"  # how a file begins that Git LFS is yet to fetch
 
 # what the machine ran out of, and what to do about it
 _EXHAUSTED = {

@@ -397,6 +397,25 @@ def test_a_layer_that_the_configuration_does_not_know_is_refused(folder: Path, t
     assert "16 tensors more than its configuration says" in refused(copy)
 
 
+@pytest.mark.parametrize("case", ["pointer", "activation", "part"])
+def test_a_folder_that_is_not_whole_says_what_to_mend(folder: Path, tmp_path: Path, case: str) -> None:
+    copy = tmp_path / "clip"
+    shutil.copytree(folder, copy)
+    if case == "pointer":
+        (copy / "model.safetensors").write_text(
+            "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"
+        )
+        assert "a pointer of Git LFS in place of the weights; fetch them with git lfs pull" in refused(copy)
+    elif case == "activation":
+        values = json.loads((copy / "config.json").read_text())
+        values["vision_config"]["hidden_act"] = "swishy"
+        (copy / "config.json").write_text(json.dumps(values))
+        assert "'swishy' is no activation" in refused(copy)
+    else:
+        (copy / "model.safetensors").rename(copy / "model-00001-of-00002.safetensors")
+        assert "1 of the 2 parts of the weights are there" in refused(copy)
+
+
 def test_an_adapter_alone_is_named(tmp_path: Path) -> None:
     (tmp_path / "adapter_config.json").write_text("{}")
     assert "is a LoRA adapter; merge it" in refused(tmp_path)
@@ -596,6 +615,15 @@ class TestPixelStatistics:
         shutil.copytree(folder, copy)
         beside(copy, folder, preprocessor_config=values)
         assert "preprocessor_config.json has no mean and standard deviation of three" in refused(copy)
+
+    def test_statistics_of_values_to_255_are_refused(self, folder: Path, tmp_path: Path) -> None:
+        copy = tmp_path / "clip"
+        shutil.copytree(folder, copy)
+        values = {"image_mean": [123.7, 116.3, 103.5], "image_std": [58.4, 57.1, 57.4]}
+        beside(copy, folder, preprocessor_config=values)
+        assert "aren't of values from 0 to 1; divide them by 255" in refused(copy)
+        beside(copy, folder, preprocessor_config={"do_rescale": False, **values})
+        assert located(copy).own_statistics is not None
 
     @pytest.mark.parametrize("name", ["frozen-clip", "weakclip"])
     def test_a_network_has_them_and_keeps_them(self, folder: Path, tmp_path: Path, name: str) -> None:

@@ -76,6 +76,12 @@ def test_wrong_roots_are_told_apart(voc: Path) -> None:
         voc_inputs(voc, "train")
 
 
+def test_lists_of_the_classes_will_do_for_labels(voc: Path) -> None:
+    (voc / "labels.json").unlink()
+    write(voc / "ImageSets" / "Main" / "ape_trainval.txt", "2007_1  1\n2007_9 -1\n")
+    assert voc_inputs(voc, "trainval", load_class_set("ape,man"))[1] == {"2007_1": ("ape",)}
+
+
 def test_voc_without_images_is_an_error(voc: Path) -> None:
     (voc / "JPEGImages").rename(voc / "Images")
     with pytest.raises(ImageError, match="JPEGImages"):
@@ -131,6 +137,13 @@ def test_split_lists_keep_their_order(tmp_path: Path) -> None:
 def test_split_lists_of_other_tools(tmp_path: Path, text: str) -> None:
     path = write(tmp_path / "s.txt", text)
     assert read_split(path, {"a", "with space", "d/c", "c"}) == ["a", "with space", "d/c"]
+
+
+def test_the_list_of_one_class_is_no_split(tmp_path: Path) -> None:
+    path = write(tmp_path / "cat_train.txt", "a -1\nb  1\n")
+    with pytest.raises(LabelError, match=r"line 1: -1 and 1 are how VOC lists the images of one class"):
+        read_split(path, {"a", "b"})
+    assert read_split(path, {"a -1", "b  1", "a"}) == ["a -1", "b  1"]
 
 
 def test_a_known_id_is_no_pair_of_paths(tmp_path: Path) -> None:

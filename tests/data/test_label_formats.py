@@ -457,6 +457,33 @@ def test_images_are_found_by_how_tools_write_them(tmp_path: Path, case: str, wri
     assert read_labels(tmp_path / name, IMAGES, PETS, form=form) == LABELS
 
 
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("l.csv", "ImageID,Source,LabelName,Confidence\na,crowd,cat,1\na,crowd,dog,0\nb,crowd,dog,1\n"),
+        ("l.jsonl", '{"image": "a", "label": "cat", "score": 1.0}\n{"image": "a", "label": "dog", "score": 0}\n'
+         '{"image": "b", "label": "dog", "score": 1}\n'),
+    ],
+)  # fmt: skip
+def test_a_label_that_was_looked_for_in_vain_does_not_count(tmp_path: Path, name: str, text: str) -> None:
+    written(tmp_path, {name: text})
+    assert read_labels(tmp_path / name, IMAGES, PETS) == {"a": ("cat",), "b": ("dog",)}
+
+
+def test_a_spreadsheet_may_be_told_its_separator(tmp_path: Path) -> None:
+    written(tmp_path, {"l.csv": "sep=;\nimage;labels\na.jpg;cat,dog\nb.jpg;dog\n"})
+    assert read_labels(tmp_path / "l.csv", IMAGES, PETS) == {"a": ("cat", "dog"), "b": ("dog",)}
+
+
+def test_suffixes_of_label_files_in_capitals(tmp_path: Path) -> None:
+    written(tmp_path, {"v/a.XML": VOC_XML.format("a", "<object><name>cat</name></object>")})
+    written(
+        tmp_path, {"y/a.TXT": "1 0.5 0.5 1 1\n", "y/data.yaml": YAML, "l/a.JSON": labelme("a.jpg", {}, "cat")}
+    )
+    for folder in "vyl":
+        assert read_labels(tmp_path / folder, IMAGES, PETS) == {"a": ("cat",)}
+
+
 def test_insisting_chooses_one_of_two_readings(tmp_path: Path) -> None:
     written(tmp_path, {"l.txt": "a 0 1\nb 1 0\n", "l.csv": "image,label,cat,dog\na,cat,0,1\n"})
     two = load_class_set("cat,dog")
@@ -542,6 +569,8 @@ def test_insisting_chooses_one_of_two_readings(tmp_path: Path) -> None:
             "is present in one and absent in the other",
         ),
         ({"d/notes.txt": "hello\n"}, "d", "name a folder of labels or a label file"),
+        ({"l.csv": "ImageID,Label,Confidence\na,cat,0.7\n"}, "l.csv", "line 2: 'Confidence' is '0.7'; keep"),
+        ({"l.json": '[{"image": "a", "label": "cat", "score": 0.7}]'}, "l.json", "'score' is '0.7'"),
     ],
 )
 def test_what_cannot_be_meant_is_refused(

@@ -379,7 +379,7 @@ def pixel_statistics(processor: Mapping[str, Any], origin: str) -> PixelStatisti
         origin: file, for the message.
 
     Raises:
-        WeightsError: it has no mean and standard deviation of three channels.
+        WeightsError: it has no mean and standard deviation of three channels, or of values beyond [0, 1].
     """
     scale: Any = processor.get("rescale_factor", 1 / 255) if processor.get("do_rescale", True) else 1
     mean, std = processor.get("image_mean"), processor.get("image_std")
@@ -391,6 +391,10 @@ def pixel_statistics(processor: Mapping[str, Any], origin: str) -> PixelStatisti
     if not is_plain or not all(map(math.isfinite, numbers)) or min(*rows[1], scale) <= 0:
         raise WeightsError(f"{origin} has no mean and standard deviation of three channels")
     first, second = (tuple(number / (255 * scale) for number in row) for row in rows)
+    if min(first) < 0 or max(*first, *second) > 1.01:
+        raise WeightsError(
+            f"{origin}: mean {mean} and standard deviation {std} aren't of values from 0 to 1; divide them by 255"
+        )
     return PixelStatistics((first[0], first[1], first[2]), (second[0], second[1], second[2]))
 
 
@@ -479,9 +483,19 @@ def weight_files(folder: Path) -> tuple[Path, ...]:
     """Files of a model's weights, whole or in parts, maybe none.
 
     A repository may hold the same weights in several forms, of which one is enough.
+
+    Raises:
+        WeightsError: some of the parts are missing.
     """
     forms = (tuple(sorted(folder.glob(pattern))) for pattern in WEIGHT_FILES)
-    return next(filter(None, forms), ())
+    files = next(filter(None, forms), ())
+    parts = re.search(r"-of-(\d{1,6})\.", files[0].name) if files else None
+    if parts and len(files) < int(parts[1]):
+        raise WeightsError(
+            f"{one_line(folder, 200)}: {len(files)} of the {int(parts[1])} parts of the weights are there, such as "
+            f"{files[0].name}; fetch the others as well"
+        )
+    return files
 
 
 def _locate_tokenizer(tokenizer: str | None, beside: Path, offline: bool) -> Path:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from wsss_pipeline.errors import WeightsError
-from wsss_pipeline.files import MIB, check_machine, check_plain
+from wsss_pipeline.files import GIT_LFS_POINTER, MIB, check_machine, check_plain, open_plain
 from wsss_pipeline.runtime.output import one_line
 
 Value = TypeVar("Value")
@@ -89,10 +89,24 @@ def read_tensor_files(files: tuple[Path, ...], read: Callable[[Path], dict[str, 
             check_machine(error)
             reason = one_line(getattr(error, "strerror", None) or error, 200)
             mend = "fetch it again"
+            if is_lfs_pointer(path):
+                raise WeightsError(
+                    f"{path}: a pointer of Git LFS in place of the weights; fetch them with git lfs pull"
+                ) from error
             if isinstance(error, RefusedError):
                 mend += ", or save its tensors alone (a state dict), best as safetensors"
             raise WeightsError(f"{path} can't be read ({reason}); {mend}") from error
     return found
+
+
+def is_lfs_pointer(path: Path) -> bool:
+    """Whether a file is what Git LFS leaves in the place of one that it is yet to fetch."""
+    mark = GIT_LFS_POINTER.encode()
+    try:
+        with open_plain(path, MOST_WEIGHT_BYTES) as file:
+            return file.read(len(mark)) == mark
+    except OSError:
+        return False
 
 
 def check_unpacked(archive: zipfile.ZipFile, limit: int) -> None:

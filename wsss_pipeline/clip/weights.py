@@ -71,6 +71,7 @@ def load_clip(files: ClipFiles, device: torch.device) -> Clip:
         WeightsError: damaged, incomplete, not a vision transformer CLIP, or with another model's vocabulary.
     """
     import transformers as library
+    from transformers.activations import ACT2FN
 
     transformers: Any = library  # which knows the tokenizer's name only at run time
     with loading(f"CLIP {files.name}"):
@@ -106,6 +107,12 @@ def load_clip(files: ClipFiles, device: torch.device) -> Clip:
         family, tokenizer_class = FAMILIES[values.get("model_type", "clip")]
         config = getattr(transformers, f"{family}Config")(**values)
         vision_config, text_config = config.vision_config, config.text_config
+        for tower in (vision_config, text_config):
+            if tower.hidden_act not in ACT2FN:
+                raise WeightsError(
+                    f"{files.name}: {one_line(repr(tower.hidden_act), 40)} is no activation that transformers knows; "
+                    "set hidden_act in its config.json right, or state clip.activation"
+                )
         tokenizer = getattr(transformers, tokenizer_class).from_pretrained(
             files.tokenizer, local_files_only=True
         )

@@ -45,7 +45,8 @@ def voc_inputs(
     """A split of PASCAL VOC: image id to file, and image id to class names where labels are known.
 
     ``ROOT/JPEGImages``, the ids in ``ROOT/ImageSets/Segmentation/SPLIT.txt`` (or ``ImageSets/Main``), labels
-    of ``ROOT/Annotations/*.xml``, or of ``ROOT/labels.json`` where that folder holds none. An id without an
+    of ``ROOT/Annotations/*.xml``; where that folder holds none, of ``ROOT/labels.json``, or of the lists
+    ``ImageSets/Main/CLASS_SPLIT.txt``. An id without an
     image keeps the path where the image should be, so that reading it is reported.
 
     Args:
@@ -68,10 +69,13 @@ def voc_inputs(
             table = LabelTable(images, classes, other_classes)
             fill_from_voc_files(table, annotated)
             return images, table.labels()
-        if not (root / "labels.json").is_file():
-            tried = f"{root / 'Annotations'}/*.xml nor {root / 'labels.json'}"
-            raise LabelError(f"no labels for this split: neither {tried}; give --labels")
-        labels = read_labels(root / "labels.json", images, classes, other_classes=other_classes)
+        source, lists = root / "labels.json", root / "ImageSets" / "Main"
+        if not source.is_file():
+            source = lists
+            if not any((lists / f"{name}_{split}.txt").is_file() for name in classes.names):
+                tried = f"{root / 'Annotations'}/*.xml, {root / 'labels.json'} nor {lists}/CLASS_{split}.txt"
+                raise LabelError(f"no labels for this split: neither {tried}; give --labels")
+        labels = read_labels(source, images, classes, other_classes=other_classes)
         return images, {image_id: names for image_id, names in labels.items() if image_id in images}
 
 
@@ -142,6 +146,12 @@ def read_split(path: Path, known: Collection[str] = ()) -> list[str]:
             if len(line) > _LONGEST_LINE:
                 check_image_id(line, where)
             pair = None if without_image_suffix(line) in known else _TWO_PATHS.fullmatch(line)
+            first_word, _, last_word = line.rpartition(" ")
+            if last_word in ("-1", "0", "1") and line not in known and first_word.rstrip() in known:
+                raise LabelError(
+                    f"{where}: -1 and 1 are how VOC lists the images of one class; give the list of the split, "
+                    "such as train.txt"
+                )
             text = pair[1] if pair else line
             written = without_image_suffix(text)
             if written not in known:

@@ -41,7 +41,7 @@ from wsss_pipeline.data.classes import voc_palette
 from wsss_pipeline.data.few_warnings import FewWarnings
 from wsss_pipeline.data.image_files import ImageFile, TarMember
 from wsss_pipeline.errors import ImageError, MaskError, WsssError
-from wsss_pipeline.files import check_machine, open_plain
+from wsss_pipeline.files import GIT_LFS_POINTER, check_machine, open_plain
 from wsss_pipeline.runtime.output import one_line
 
 # Nothing with more pixels is decoded; an RGB image of that size takes 400 MB. It lies under the number
@@ -609,6 +609,8 @@ def _formats() -> tuple[str, ...]:
 
 def _known_but_unread(path: ImageFile, start: bytes) -> str:
     """What a file is that no reader takes, and what to do about it; empty where that isn't known."""
+    if start.startswith(GIT_LFS_POINTER.encode()):
+        return "a pointer of Git LFS in place of the image; fetch it with git lfs pull"
     read = {"HEIC": HAS_HEIC, "AVIF": HAS_AVIF}
     for offset, mark, brands, name in _UNREAD:
         if read.get(name):

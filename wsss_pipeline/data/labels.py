@@ -35,6 +35,7 @@ from wsss_pipeline.data.label_readers.label_table import (
 )
 from wsss_pipeline.data.label_readers.tar_labels import fill_from_tar
 from wsss_pipeline.errors import ConfigError, LabelError
+from wsss_pipeline.files import GIT_LFS_POINTER
 
 Kind = Literal["folder", "json", "csv", "text", "xml", "npy"]
 
@@ -189,7 +190,7 @@ def _content(path: Path, classes: ClassSet, form: str | None) -> tuple[Kind, Any
     if kind == "npy" or form == "npy":
         return "npy", onehot_npy.read_npy(path)
     text = read_text(path)
-    if text.startswith("version https://git-lfs.github.com/"):
+    if text.startswith(GIT_LFS_POINTER):
         raise LabelError(f"{path}: a pointer of Git LFS in place of the file; fetch it with git lfs pull")
     if kind == "text":
         if re.match(r'\s*[\[{]\s*["\[{]', text):
@@ -226,7 +227,7 @@ def _files_below(folder: Path) -> list[Path]:
         files = sorted(
             file
             for file in folder.rglob("*")
-            if file.suffix in (".xml", ".json", ".txt") and not file.name.startswith(".")
+            if file.suffix.lower() in (".xml", ".json", ".txt") and not file.name.startswith(".")
         )
     except RecursionError as error:
         raise LabelError(

@@ -15,6 +15,7 @@ from wsss_pipeline.cache import MaskCache
 from wsss_pipeline.config import CrfConfig, InferenceConfig
 from wsss_pipeline.data.class_lists import Color
 from wsss_pipeline.data.datasets import read_split
+from wsss_pipeline.data.few_warnings import FewWarnings
 from wsss_pipeline.data.image_files import ImageFile
 from wsss_pipeline.data.masks import MaskFolder, MaskSource
 from wsss_pipeline.errors import ConfigError, EvaluationError, ImageError, MaskError
@@ -159,7 +160,11 @@ def evaluate(
     matrices: dict[str, NDArray[np.int64]] = {}
     image_miou: dict[str, float | None] = {}
     skipped: dict[str, str] = {}
-    with network.warnings if network else nullcontext(), Progress(len(image_ids)) as progress:
+    with (
+        network.warnings if network else nullcontext(),
+        FewWarnings(logger, "images left out") as left_out,
+        Progress(len(image_ids)) as progress,
+    ):
         for image_id in image_ids:
             try:
                 try:
@@ -177,8 +182,8 @@ def evaluate(
                     mask = record.mask if min_confidence is None else record.with_ignore(min_confidence)
                     counts[name] = confusion_matrix(mask, truth, len(names), image_id)
             except (ImageError, MaskError, MemoryError, RuntimeError) as error:
-                skipped[image_id] = _reason(error)
-                logger.warning("%s: left out: %s", image_id, skipped[image_id])
+                skipped[image_id] = _reason(error).removeprefix(f"{image_id}: ")
+                left_out.warn("%s: left out: %s", image_id, skipped[image_id])
                 progress.advance(failed=1)
                 continue
             for name, matrix in counts.items():
@@ -186,8 +191,10 @@ def evaluate(
             image_miou[image_id] = Scores.from_matrix(matrix, names).miou if matrix.any() else None
             progress.advance()
     if not matrices:
-        reason = next(iter(skipped.values()))
-        raise EvaluationError(f"none of the {len(image_ids):,} images could be scored; the first: {reason}")
+        image_id, reason = next(iter(skipped.items()))
+        raise EvaluationError(
+            f"none of the {len(image_ids):,} images could be scored; the first, {image_id}: {reason}"
+        )
     matrix = list(matrices.values())[-1]
     evaluation = Evaluation(
         variants={

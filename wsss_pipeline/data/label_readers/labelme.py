@@ -23,7 +23,7 @@ def is_labelme(content: Any, classes: ClassSet) -> bool:
 
 def is_labelme_folder(files: Sequence[Path], classes: ClassSet) -> bool:
     """Whether one of the first JSON files is LabelMe's."""
-    for file in [file for file in files if file.suffix == ".json"][:LOOKED_AT]:
+    for file in [file for file in files if file.suffix.lower() == ".json"][:LOOKED_AT]:
         try:
             if is_labelme(_content(file), classes):
                 return True
@@ -35,7 +35,7 @@ def is_labelme_folder(files: Sequence[Path], classes: ClassSet) -> bool:
 def fill_from_labelme_folder(table: LabelTable, files: Sequence[Path], folder: Path) -> None:
     """LabelMe's JSON files below a folder."""
     for file in files:
-        if file.suffix == ".json":
+        if file.suffix.lower() == ".json":
             _fill(table, _content(file), file.relative_to(folder).parent, file)
 
 

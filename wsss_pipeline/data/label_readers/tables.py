@@ -21,11 +21,13 @@ IMAGE_COLUMNS = frozenset(
     ]
 )
 ONE_LABEL_COLUMNS = frozenset(
-    ["label", "class", "classname", "category", "categoryname", "tag"]
+    ["label", "labelname", "class", "classname", "category", "categoryname", "tag"]
 )  # a row for each label
 LABELS_COLUMNS = frozenset(
     ["labels", "classes", "categories", "tags", "findinglabels", "objects"]
 )  # a row for each image
+# how sure the label of a row is; OpenImages lists with 0 what an image was looked through for in vain
+CONFIDENCE_COLUMNS = frozenset(["confidence", "score", "probability"])
 LABEL_COLUMNS = ONE_LABEL_COLUMNS | LABELS_COLUMNS
 BITS = {text: bit for bit, texts in enumerate(("0 0.0 false", "1 1.0 true")) for text in texts.split()}
 NO_LABEL_COLUMN = "unlabeled"  # of Roboflow's: 1 where no other column is
@@ -94,6 +96,8 @@ class CsvTable:
         rows = csv.reader(lines, delimiter=delimiter, strict=True)
         try:
             for row in rows:
+                if rows.line_num == 1 and row and re.fullmatch("sep=[,\t;|]?", row[0]):
+                    continue  # by which a spreadsheet is told the separator
                 yield rows.line_num, row
         except csv.Error as error:
             raise LabelError(f"{self.file} line {rows.line_num}: not valid CSV: {error}") from error
@@ -127,7 +131,8 @@ def fill_from_csv(table: LabelTable, content: CsvTable, file: Path) -> None:
 
     Under ``labels`` and other plurals a row stands for an image, under ``label`` and other singulars rows of the
     same image add up. Labels in a cell are joined by ``;``, ``|`` or ``,``, under ``tags`` also by spaces. An
-    empty cell, and NIH's ``No Finding``, add no label. Further columns are passed over.
+    empty cell, and NIH's ``No Finding``, add no label. Of rows with one label those count whose ``confidence`` is 1,
+    where there is such a column. Further columns are passed over.
     """
     header = content.header
     if not has_names(header):
@@ -138,8 +143,12 @@ def fill_from_csv(table: LabelTable, content: CsvTable, file: Path) -> None:
     image_at = column_of("the image", header, IMAGE_COLUMNS, table.classes, f"{file} line 1")
     labels_at = column_of("its labels", header, LABEL_COLUMNS, table.classes, f"{file} line 1")
     column = plain_name(header[labels_at])
-    for where, row in content.rows((image_at, labels_at)):
+    sure_at = [at for at, name in enumerate(header) if plain_name(name) in CONFIDENCE_COLUMNS]
+    sure_at = sure_at if column in ONE_LABEL_COLUMNS else []
+    for where, row in content.rows((image_at, labels_at, *sure_at)):
         cell = row[labels_at].strip()
+        if not all(_is_sure(row[at].strip(), header[at], where) for at in sure_at):
+            cell = ""
         if column == "findinglabels" and cell == "No Finding":
             cell = ""
         names = names_in_cell(table.classes, cell, spaces=column == "tags")
@@ -183,6 +192,16 @@ def is_records(content: Any, classes: ClassSet) -> bool:
     )
 
 
+def _is_sure(value: str, column: str, where: str) -> bool:
+    """Whether a row's label counts; a LabelError where its confidence is neither 0 nor 1."""
+    bit = BITS.get(value.lower())
+    if bit is None:
+        raise LabelError(
+            f"{where}: {column!r:.60} is {value!r:.60}; keep the rows whose labels are to count, without that column"
+        )
+    return bool(bit)
+
+
 def is_onehot_records(content: Any, classes: ClassSet) -> bool:
     """Whether JSON content is a list of objects with a key for the image and one that is called like a class."""
     return _are_objects(content) and has_onehot(list(content[0]), classes)
@@ -208,6 +227,8 @@ def fill_from_records(table: LabelTable, content: Any, file: Path) -> None:
         raise LabelError(
             f"{file}: its lists of numbers may be indices of classes, or have a number a class; write names"
         )
+    sure = [key for key in keys if plain_name(key) in CONFIDENCE_COLUMNS]
+    sure = sure if plain_name(labels) in ONE_LABEL_COLUMNS else []
     for where, record in records:
         if labels not in record:
             raise LabelError(f"{where}: no {labels!r:.60}; write [] where there is none")
@@ -215,6 +236,8 @@ def fill_from_records(table: LabelTable, content: Any, file: Path) -> None:
             names = classes_in_vector(record[labels], table.classes, where)
         else:
             names = _names(record[labels], table.classes, where, spaces=plain_name(labels) == "tags")
+        if not all(_is_sure(str(record.get(key)), key, where) for key in sure):
+            names = []
         adds_up = plain_name(labels) in ONE_LABEL_COLUMNS
         table.add_record(text_of(record, image, where), names, where, adds_up=adds_up)
 

@@ -15,7 +15,7 @@ _LINE = re.compile(r"\s*(\S+)\s+(-1|0|1)\s*")
 
 def is_voc_lists(files: Sequence[Path], classes: ClassSet) -> bool:
     """Whether the first text file that is called like a list of one class begins like one."""
-    file = next((file for file in files if file.suffix == ".txt" and "_" in file.stem), None)
+    file = next((file for file in files if file.suffix.lower() == ".txt" and "_" in file.stem), None)
     return file is not None and begins_with(_LINE, file, MOST_BYTES)
 
 
@@ -27,7 +27,7 @@ def fill_from_voc_lists(table: LabelTable, files: Sequence[Path], folder: Path) 
     said: dict[tuple[str, str], tuple[bool, str]] = {}
     for file in files:
         name, underscore, _ = file.stem.rpartition("_")
-        if not underscore or file.suffix != ".txt":
+        if not underscore or file.suffix.lower() != ".txt":
             continue
         table.class_named(name, str(file))
         for number, line in enumerate(read_text(file).splitlines(), start=1):

@@ -25,12 +25,12 @@ def is_voc_xml(text: str, classes: ClassSet) -> bool:
 
 def is_voc_folder(files: Sequence[Path], classes: ClassSet) -> bool:
     """Whether a folder holds XML."""
-    return any(file.suffix == ".xml" for file in files)
+    return any(file.suffix.lower() == ".xml" for file in files)
 
 
 def fill_from_voc_folder(table: LabelTable, files: Sequence[Path], folder: Path) -> None:
     """All ``.xml`` files below the folder; the image id is the path of the file without its suffix."""
-    annotations = [file for file in files if file.suffix == ".xml"]
+    annotations = [file for file in files if file.suffix.lower() == ".xml"]
     ids = (file.relative_to(folder).with_suffix("").as_posix() for file in annotations)
     fill_from_voc_files(table, zip(ids, annotations, strict=True))
 

@@ -58,7 +58,9 @@ def fill_from_yolo(table: LabelTable, files: Sequence[Path], folder: Path) -> No
 
 
 def _label_files(files: Sequence[Path]) -> list[Path]:
-    texts = [file for file in files if file.suffix == ".txt" and not file.name.lower().startswith("readme")]
+    texts = [
+        file for file in files if file.suffix.lower() == ".txt" and not file.name.lower().startswith("readme")
+    ]
     inside = [
         file for file in texts if any(re.fullmatch("labels|obj_.*data", part) for part in file.parts[:-1])
     ]
