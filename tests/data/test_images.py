@@ -391,6 +391,15 @@ def test_avif_is_read(tmp_path: Path) -> None:
     assert np.abs(read_image(path).astype(int) - np.array(image)).max() <= 4
 
 
+def test_what_git_lfs_is_yet_to_fetch_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "a.jpg"
+    path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
+    with pytest.raises(
+        ImageError, match="a pointer of Git LFS in place of the image; fetch it with git lfs pull"
+    ):
+        read_image(path)
+
+
 @pytest.mark.skipif(not HAS_HEIC, reason="the optional package pillow-heif isn't installed")
 def test_heic_is_read(tmp_path: Path) -> None:
     import pillow_heif
