@@ -134,9 +134,9 @@ def test_the_demo_runs_and_runs_again(tmp_path: Path) -> None:
     assert all(path.exists() for path in first.folders.values())
     assert len(list((tmp_path / "cache").glob("*/manifest.json"))) == len(PSEUDO_MASKS), "no two are the same"
     learnt_from = MaskCache.open(first.folders["pseudo masks"]).manifest.mask_set.determinants
-    assert {"excel", "crf"} <= learnt_from.keys(), "ExCEL's masks, refined by the CRF and not by its own PAR"
+    assert {"excel", "par"} <= learnt_from.keys(), "ExCEL's masks, refined by its own PAR"
     rows = [line.split("  ")[0] for line in first.lines()]
-    assert {"network raw", "network +CRF"} <= set(rows)
+    assert {"network raw", "network scales 0.75,1,1.25 flip", "network +CRF"} <= set(rows)
     again = run_demo(tmp_path, 7, scenes=(4, 2), overrides=overrides, upper_bound=True)
     assert again.lines() == first.lines()
     assert all(0 <= result.scores.miou <= 1 for result in first.scores.values())

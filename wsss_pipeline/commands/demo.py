@@ -22,11 +22,13 @@ NEXT = (
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of scenes and network.")
 @click.option(
     "--recipe",
-    type=click.Choice(["demo/weakclip", "weclip/demo", "excel/demo", "demo/deeplabv3plus", "demo/segformer"]),
-    default="demo/weakclip",
+    type=click.Choice(
+        ["demo/frozen-clip", "weclip/demo", "excel/demo", "demo/deeplabv3plus", "demo/segformer"]
+    ),
+    default="demo/frozen-clip",
     show_default=True,
-    help="Of the network: demo/weakclip is on the frozen CLIP; weclip and excel are too, and learn from the labels; "
-    "the others start from nothing.",
+    help="Of the network. weclip and excel learn from the labels, on the frozen CLIP as demo/frozen-clip; the others "
+    "start from nothing.",
 )
 @click.option("--upper-bound", is_flag=True, help="Also train a network on the ground truth.")
 @click.option("--data-only", is_flag=True, help="Draw the scenes, print their folder, and stop.")
