@@ -10,13 +10,14 @@ import torch
 from tests.end_to_end.conftest import mask_set, wsss
 from tools.demo_clip.clip_model import embed_images, embed_texts, normalise
 from tools.demo_clip.zero_shot import zero_shot_accuracy
+from wsss_pipeline.cache import MaskCache
 from wsss_pipeline.clip.sources import locate_clip
 from wsss_pipeline.clip.weights import load_clip
 from wsss_pipeline.config import ClipConfig
 from wsss_pipeline.demo.voc_folder import write_voc_folder
 from wsss_pipeline.methods import load_mask_config as load_config
 from wsss_pipeline.pseudo_masks.report import MaskReport
-from wsss_pipeline.stages.demo import run_demo
+from wsss_pipeline.stages.demo import PSEUDO_MASKS, run_demo
 from wsss_pipeline.stages.evaluate import evaluate, open_masks
 
 FOLDER = Path(__file__).parents[2] / "wsss_pipeline" / "demo" / "clip"
@@ -125,12 +126,17 @@ def test_the_demo_runs_and_runs_again(tmp_path: Path) -> None:
     for run in ("network", "network-on-ground-truth"):
         assert "seed: 7\n" in (tmp_path / run / "config.yaml").read_text()
     assert list(first.scores) == [
-        *("pseudo masks: CAM", "pseudo masks: CAM + CAA", "pseudo masks: CAM + CAA + CRF"),
-        *("network, unseen images", "network-on-ground-truth, unseen images"),
+        *(f"pseudo masks, {name}" for name in PSEUDO_MASKS),
+        *("network", "network-on-ground-truth"),
     ]
     measured = [(result.split, result.images) for result in first.scores.values()]
-    assert measured == [("train", 4)] * 3 + [("val", 2)] * 2
+    assert measured == [("train", 4)] * len(PSEUDO_MASKS) + [("val", 2)] * 2
     assert all(path.exists() for path in first.folders.values())
+    assert len(list((tmp_path / "cache").glob("*/manifest.json"))) == len(PSEUDO_MASKS), "no two are the same"
+    learnt_from = MaskCache.open(first.folders["pseudo masks"]).manifest.mask_set.determinants
+    assert {"excel", "par"} <= learnt_from.keys(), "ExCEL's masks, refined by its own PAR"
+    rows = [line.split("  ")[0] for line in first.lines()]
+    assert {"network raw", "network scales 0.75,1,1.25 flip", "network +CRF"} <= set(rows)
     again = run_demo(tmp_path, 7, scenes=(4, 2), overrides=overrides, upper_bound=True)
     assert again.lines() == first.lines()
     assert all(0 <= result.scores.miou <= 1 for result in first.scores.values())

@@ -44,7 +44,12 @@ def test_writing_again_gives_the_same_bytes(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "file",
-    ["data/JPEGImages/train_00001.jpg", "data/ImageSets/Segmentation/val.txt", "preview.png", "report.html"],
+    [
+        "data/JPEGImages/train_00001.jpg",
+        "data/ImageSets/Segmentation/val.txt",
+        "preview/index.html",
+        "report.html",
+    ],
 )
 def test_others_files_are_not_written_over(tmp_path: Path, file: str) -> None:
     (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
