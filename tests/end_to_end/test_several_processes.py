@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -16,14 +17,14 @@ import pytest
 from tests.end_to_end.conftest import LABELS, Run, for_each_method, generate_arguments, mask_set, with_method
 from tests.end_to_end.runs_in_turn import ended, write_list
 from tests.end_to_end.test_interruptions import ROOT, many_images, records
-from wsss_pipeline.methods import method_names
+from wsss_pipeline.methods import DEFAULT_METHOD, method_names
 
 RAY_IMAGES = 60  # a worker has half of them, and is killed at one of the first
 
 each_method = pytest.mark.parametrize("method", method_names())
 
 
-def runs(world: Path, clip: Path, *further: object) -> Path:
+def runs(world: Path, clip: Path, *further: object, methods: Sequence[str] = method_names()) -> Path:
     """The list of a run with each method, each into a cache of its own."""
     arguments = {
         method: [
@@ -32,7 +33,7 @@ def runs(world: Path, clip: Path, *further: object) -> Path:
             "--json",
             *further,
         ]
-        for method in method_names()
+        for method in methods
     }
     return write_list(world / "runs", arguments)
 
@@ -102,11 +103,18 @@ def parent(process: int) -> int:
 
 
 @pytest.mark.skipif(find_spec("ray") is None, reason="the optional package ray isn't installed")
-def test_ray_goes_on_when_a_worker_is_killed_half_way(world: Path, clip: Path, generate: Run) -> None:
-    """One cluster works with all methods in turn, and loses a worker to each."""
+@pytest.mark.parametrize(
+    "methods",
+    [[DEFAULT_METHOD], pytest.param(method_names(), marks=pytest.mark.slow)],
+    ids=["default", "all"],
+)
+def test_ray_goes_on_when_a_worker_is_killed_half_way(
+    world: Path, clip: Path, generate: Run, methods: list[str]
+) -> None:
+    """One cluster works with the methods in turn, and loses a worker to each."""
     many_images(world, RAY_IMAGES)
     (world / "images" / "tiny_odd_4.png").write_bytes(b"no picture")
-    file = runs(world, clip, "--engine", "ray", "--workers", 2)
+    file = runs(world, clip, "--engine", "ray", "--workers", 2, methods=methods)
     process = subprocess.Popen(
         [sys.executable, "-m", "tests.end_to_end.runs_in_turn", file],
         cwd=ROOT,
@@ -115,7 +123,7 @@ def test_ray_goes_on_when_a_worker_is_killed_half_way(world: Path, clip: Path, g
         text=True,
     )
     killed = {}
-    for method in method_names():
+    for method in methods:
         deadline = time.monotonic() + 120
         while not list((world / f"cache-{method}").glob("*/shard-*.h5*")) and time.monotonic() < deadline:
             time.sleep(0.02)
@@ -140,4 +148,4 @@ def test_ray_goes_on_when_a_worker_is_killed_half_way(world: Path, clip: Path, g
         again = generate(*with_method(method), "--json", cache=f"cache-{method}").stdout.splitlines()[0]
         assert (json.loads(again)["reused"], json.loads(again)["computed"]) == (RAY_IMAGES - 1, 0)
 
-    for_each_method(check)
+    for_each_method(check, methods)

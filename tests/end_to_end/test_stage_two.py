@@ -231,7 +231,7 @@ def test_a_browser_shows_the_report_and_runs_nothing_in_it(hostile: Path, tmp_pa
     arguments = ("--cache", hostile / "cache", "--images", hostile / "images", "--report", report)
     assert wsss("evaluate", *arguments).exit_code == 0
     page = read_page(chromium(report, "--dump-dom"))
-    assert len(page.loads) == 2 * 3, "picture, pseudo mask and confidence of each image"
+    assert len(page.loads) == 2 * 2 * 3, "picture, pseudo mask and confidence of each image, in both sections"
     chromium(report, f"--screenshot={tmp_path / 'page.png'}")
     with Image.open(tmp_path / "page.png") as shot:
         pixels = np.asarray(shot.convert("RGB"))
