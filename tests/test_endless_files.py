@@ -119,7 +119,7 @@ for path in map(Path, sys.argv[1:]):
     assert time.process_time() - began < 10, path
 """
     done = subprocess.run(
-        ["bash", "-c", 'ulimit -v 4000000; exec "$@"', "-", sys.executable, "-c", code, *paths],
+        ["bash", "-c", 'ulimit -v 5000000; exec "$@"', "-", sys.executable, "-c", code, *paths],
         capture_output=True,
         text=True,
         timeout=120,
