@@ -729,3 +729,34 @@ for read, argument in (
 """
     (tmp_path / "a.tar").write_bytes(b"")
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+@pytest.mark.skipif(
+    not HAS_HEIC, reason="the optional package pillow-heif isn't installed: these tests ran themselves"
+)
+def test_without_the_package_heic_is_named() -> None:
+    """What is skipped where HEIC is read, in a process that doesn't find the package."""
+    code = "import sys; sys.modules['pillow_heif'] = None; import pytest; sys.exit(pytest.main(sys.argv[1:]))"
+    root = Path(__file__).parents[2]
+    files = ["data/test_images.py", "data/test_image_ids.py", "end_to_end/test_images_as_people_have_them.py"]
+    chosen = "heic or content_of_a_format or (test_image_ids and folder)"
+    arguments = [
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "-p",
+        "no:xdist",
+        "-k",
+        chosen,
+        *(f"tests/{file}" for file in files),
+    ]
+    done = subprocess.run(
+        [sys.executable, "-c", code, *arguments],
+        cwd=root,
+        capture_output=True,
+        text=True,
+        timeout=400,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-2000:]
+    assert "here HEIC is read" not in done.stdout
