@@ -25,9 +25,10 @@ from wsss_pipeline.data.datasets import read_split, split_line
 from wsss_pipeline.data.image_ids import find_images
 from wsss_pipeline.data.masks import PseudoMask
 from wsss_pipeline.errors import MaskError, OutputError
+from wsss_pipeline.evaluation.quality import likely_wrong
 from wsss_pipeline.pictures.preview_page import PreviewImage, layer, preview_page
 from wsss_pipeline.stages import preview as stage
-from wsss_pipeline.stages.preview import preview_folder, unsureness
+from wsss_pipeline.stages.preview import preview_folder
 
 EVIL = "a/</script><img src=x onerror=alert(2)>"
 ODD = "100%41 #1?x=\"'&amp;"
@@ -43,16 +44,6 @@ def shown_in(page: Path) -> list[dict[str, object]]:
 
 
 # -- the folder
-
-
-def test_doubt_is_what_confidence_lacks_and_a_label_without_a_pixel_is_the_worst() -> None:
-    mask = np.zeros((10, 10), np.uint8)
-    mask[:5], mask[5:7], mask[9] = 1, 3, 255
-    confidence = np.full((10, 10), 200, np.uint8)
-    confidence[:5] = 150
-    confidence[0] = 100
-    record = PseudoMask(mask, confidence, ("b", "unknown"))
-    assert unsureness(record, ["a", "b", "c"]) == pytest.approx({"a": 0.3, "b": 1.0, "c": 0.0})
 
 
 def test_pictures_are_drawn_once_and_anew_where_image_or_mask_is_another(
@@ -83,7 +74,9 @@ def test_a_layer_is_transparent_where_it_darkens_and_has_the_class_s_colour(
     assert layer.shape == (30, 40, 4)
     assert layer[0, 0].tolist() == [0, 0, 0, 115]
     assert layer[10, 10].tolist() == [128, 0, 0, 153]
-    assert entry["classes"] == [[0, 0.1, round(20 * 16 / 1200, 4)]]
+    (doubt,) = likely_wrong(masks["plain"], masks.class_names).values()
+    assert 0 < doubt < 1
+    assert entry["classes"] == [[0, round(doubt, 4), round(20 * 16 / 1200, 4)]]
 
 
 def test_a_layer_of_a_mask_of_16_bits_is_smaller_and_has_its_classes() -> None:
@@ -94,7 +87,9 @@ def test_a_layer_of_a_mask_of_16_bits_is_smaller_and_has_its_classes() -> None:
     assert pixels[0, 0].tolist() == [0, 0, 0, 115]
     assert pixels[0, 200].tolist() == [*voc_palette(301)[300], 153]
     record = PseudoMask(mask, np.full(mask.shape, 150, np.uint8))
-    assert unsureness(record, [f"class {value}" for value in range(1, 400)]) == {"class 300": 0.25}
+    # 0.75 makes 0.9 right; of the other half the tenth that is wrong may all belong to it
+    doubt = likely_wrong(record, [f"class {value}" for value in range(1, 400)])
+    assert doubt == pytest.approx({"class 300": 1 - 0.9 / 1.1})
 
 
 def test_images_can_be_chosen_and_what_is_not_there_is_refused(
@@ -256,7 +251,7 @@ def test_the_worst_stand_first_and_names_are_text_alone(browser: Browser) -> Non
     )
     browser.wait_for("[...document.images].every((one) => one.complete)")
     assert browser.run("[...document.images].map((one) => one.naturalWidth)") == [40] * 14
-    assert browser.texts("li:nth-child(2) .classes > span") == [f"{CAT} 0.50", f"{DOG} 0.20"]
+    assert browser.texts("li:nth-child(2) .classes > span") == [f"{CAT} 0.50", f"{DOG} 0.06"]
     assert browser.texts("li:nth-child(1) .classes > span") == [f"{DOG} 1.00"]
     assert browser.texts("li:nth-child(7) .classes") == ["background only"]
     colour = "getComputedStyle(document.querySelector('li:nth-child(2) .swatch')).backgroundColor"

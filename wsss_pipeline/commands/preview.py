@@ -106,7 +106,6 @@ def command(
         raise ConfigError("--clip goes with --checkpoint")
     if classes is not None and predictions is None:
         raise ConfigError("--classes goes with --predictions; a mask set and a network know theirs")
-    from wsss_pipeline.evaluation.quality import LIKELY_WRONG, likely_wrong
     from wsss_pipeline.segmentation.checkpoint import find_checkpoint
     from wsss_pipeline.stages.evaluate import open_masks
 
@@ -122,7 +121,7 @@ def command(
         device=device,
         clip=clip,
     )
-    report = preview_folder(masks, files, html, image_ids, limit, likely_wrong, LIKELY_WRONG)
+    report = preview_folder(masks, files, html, image_ids, limit)
     for image_id, reason in report.failed.items():
         say(f"{image_id}: {reason}", err=True)
     say(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -12,9 +12,9 @@ import numpy as np
 from wsss_pipeline.cache import MaskCache
 from wsss_pipeline.data.image_files import ImageFile
 from wsss_pipeline.data.images import image_digest, image_size, read_image
-from wsss_pipeline.data.masks import CERTAIN, MaskSource, PseudoMask
+from wsss_pipeline.data.masks import MaskSource
 from wsss_pipeline.errors import CacheRecordError, ConfigError, ImageError, MaskError
-from wsss_pipeline.evaluation.quality import estimate
+from wsss_pipeline.evaluation.quality import LIKELY_WRONG, estimate, likely_wrong
 from wsss_pipeline.pictures.contact_sheet import CELL_HEIGHT, CELL_WIDTH, draw_sheet
 from wsss_pipeline.pictures.overlays import encoded
 from wsss_pipeline.pictures.preview_page import (
@@ -34,25 +34,6 @@ from wsss_pipeline.runtime.progress import Progress
 PAGE = "index.html"
 
 logger = logging.getLogger(__name__)
-
-# the doubt in each class of a mask, 0 to 1, by its name: of all that it is labelled with or that it has pixels of
-Doubt = Callable[[PseudoMask, Sequence[str]], dict[str, float]]
-
-
-def unsureness(record: PseudoMask, class_names: Sequence[str]) -> dict[str, float]:
-    """1 - mean confidence of each class's pixels, and 1 for a label that none has; a ``Doubt``."""
-    values = {name: value for value, name in enumerate(class_names, start=1)}
-    result = {name: 1.0 for name in record.labels if name in values}
-    counts = np.bincount(record.mask.ravel(), minlength=len(class_names) + 1)
-    for name, value in values.items():
-        if counts[value]:
-            result[name] = 1 - float(record.confidence[record.mask == value].mean()) / CERTAIN
-    return result
-
-
-UNSURENESS = (
-    "1 - mean confidence of a class's pixels, 1 for a label that has none; of an image its worst class's"
-)
 
 
 @dataclass
@@ -80,8 +61,6 @@ def preview_folder(
     out: Path,
     ids: Sequence[str] = (),
     limit: int | None = None,
-    doubt: Doubt = unsureness,
-    about_doubt: str = UNSURENESS,
 ) -> PreviewReport:
     """Writes a folder with a page to look through masks, the most doubtful first, and the pictures that it shows.
 
@@ -94,8 +73,6 @@ def preview_folder(
         out: folder, made where it doesn't exist.
         ids: the images to show; without them all, or ``limit`` of them, spread evenly over their order.
         limit: largest number of images; None for all.
-        doubt: function that tells how doubtful each class of a mask is.
-        about_doubt: what the function tells, for people.
 
     Raises:
         MaskError: no image has a mask, or one of ``ids`` hasn't.
@@ -144,7 +121,7 @@ def preview_folder(
                     write_file(over, layer(mask), durable=False, below=out)
                     report.drawn += 1
                 entry.layer = over.name
-                entry.doubt = doubt(record, masks.class_names)
+                entry.doubt = likely_wrong(record, masks.class_names)
                 values = {name: value for value, name in enumerate(masks.class_names, start=1)}
                 entry.share = {name: float((mask == values[name]).mean()) for name in entry.doubt}
             except (ImageError, MaskError, MemoryError, RuntimeError) as error:
@@ -165,7 +142,7 @@ def preview_folder(
         entries,
         masks.class_names,
         identity=masks.identity,
-        summary={"Masks": masks.description, "Doubt": about_doubt},
+        summary={"Masks": masks.description, "Doubt": LIKELY_WRONG},
         warnings=warnings,
     )
     write_file(page, content, below=out)
