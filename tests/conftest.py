@@ -9,6 +9,8 @@ from collections.abc import Iterator
 
 import pytest
 
+from tests.forks import ForkServer
+
 # before any test module imports a library that reads them
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -40,3 +42,11 @@ def without_heic(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     finally:
         for module, names in before:
             vars(module).update(names)
+
+
+@pytest.fixture(scope="session")
+def forks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ForkServer]:
+    """Where processes come from that needn't import everything again."""
+    server = ForkServer(tmp_path_factory.mktemp("forks"))
+    yield server
+    server.close()
