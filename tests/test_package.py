@@ -189,6 +189,19 @@ def test_wrong_usage_exits_with_2(arguments: list[str]) -> None:
     assert "Traceback" not in result.output
 
 
+def test_a_mistake_of_ours_is_no_work_done(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Exit code 1 is for failed images; with a traceback Python would have ended so."""
+    monkeypatch.setattr("wsss_pipeline.commands.doctor.command.callback", lambda **options: {}["x"])
+    with pytest.raises(SystemExit) as ended:
+        main(["doctor"], prog_name="wsss")
+    assert ended.value.code == 2
+    said = capsys.readouterr().err.splitlines()
+    assert said[0].startswith("Traceback")
+    assert said[-1].startswith("error: KeyError, a mistake of wsss itself")
+
+
 def test_every_error_is_a_wsss_error() -> None:
     from wsss_pipeline import errors
 

@@ -2,7 +2,8 @@
 
 0    done
 1    done, but some images failed (they are listed)
-2    the command could not do its work: usage, bad input, a cache that can't be written, a full disk behind stdout
+2    the command could not do its work: usage, bad input, a cache that can't be written, a full disk behind stdout,
+     or a mistake of this program's, whose traceback is printed
 130  interrupted; the command that goes on is printed
 
 A closed stdout or stderr is nobody who listens, and no error.
@@ -16,6 +17,7 @@ import logging
 import os
 import sys
 import threading
+import traceback
 from contextlib import suppress
 from typing import Any, TextIO
 
@@ -47,6 +49,19 @@ FETCHING = (
 
 class CommandGroup(click.Group):
     """Loads a command's module when it is asked for, and turns errors into one line and an exit code."""
+
+    def __call__(self, *arguments: Any, **options: Any) -> Any:
+        """``main`` as a process calls it: Python's exit code for a traceback, 1, would say that the work is done."""
+        try:
+            return self.main(*arguments, **options)
+        except Exception as error:
+            with suppress(OSError):
+                traceback.print_exc()
+            kind = type(error).__name__
+            _complain(
+                f"error: {kind}, a mistake of wsss itself: please report the lines above (what was finished is kept)"
+            )
+            sys.exit(2)
 
     def main(self, *arguments: Any, **options: Any) -> Any:
         """As click does it, with standard streams to print on, and what is printed on its way before the end."""

@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 
 from wsss_pipeline.data.image_ids import check_image_id, find_images, without_image_suffix
-from wsss_pipeline.data.images import HAS_HEIC
 from wsss_pipeline.errors import ConfigError, ImageError, LabelError
 
 
@@ -78,11 +77,9 @@ def test_a_folder_without_images_gives_none_where_that_is_allowed(tmp_path: Path
     ],
 )
 def test_a_folder_without_images_is_refused_with_what_lies_there(
-    tmp_path: Path, names: tuple[str, ...], said: str
+    tmp_path: Path, without_heic: None, names: tuple[str, ...], said: str
 ) -> None:
     make(tmp_path, *names)
-    if any(name.endswith(".heic") for name in names) and HAS_HEIC:
-        pytest.skip("here HEIC is read")
     with pytest.raises(ImageError) as caught:
         find_images(tmp_path)
     assert said in str(caught.value)

@@ -374,10 +374,8 @@ def test_bands_that_make_no_picture_are_named(
     ],
 )
 def test_content_of_a_format_that_is_not_read_is_named_whatever_the_suffix(
-    tmp_path: Path, start: bytes, said: str
+    tmp_path: Path, without_heic: None, start: bytes, said: str
 ) -> None:
-    if "HEIC" in said and HAS_HEIC:
-        pytest.skip("here HEIC is read")
     (tmp_path / "a.jpg").write_bytes(start + bytes(300))
     for read in (read_image, image_size):
         with pytest.raises(ImageError, match=rf"a\.jpg: its content is {said}"):
@@ -729,34 +727,3 @@ for read, argument in (
 """
     (tmp_path / "a.tar").write_bytes(b"")
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
-
-
-@pytest.mark.skipif(
-    not HAS_HEIC, reason="the optional package pillow-heif isn't installed: these tests ran themselves"
-)
-def test_without_the_package_heic_is_named() -> None:
-    """What is skipped where HEIC is read, in a process that doesn't find the package."""
-    code = "import sys; sys.modules['pillow_heif'] = None; import pytest; sys.exit(pytest.main(sys.argv[1:]))"
-    root = Path(__file__).parents[2]
-    files = ["data/test_images.py", "data/test_image_ids.py", "end_to_end/test_images_as_people_have_them.py"]
-    chosen = "heic or content_of_a_format or (test_image_ids and folder)"
-    arguments = [
-        "-q",
-        "-p",
-        "no:cacheprovider",
-        "-p",
-        "no:xdist",
-        "-k",
-        chosen,
-        *(f"tests/{file}" for file in files),
-    ]
-    done = subprocess.run(
-        [sys.executable, "-c", code, *arguments],
-        cwd=root,
-        capture_output=True,
-        text=True,
-        timeout=400,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout[-2000:]
-    assert "here HEIC is read" not in done.stdout

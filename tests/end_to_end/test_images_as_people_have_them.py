@@ -19,7 +19,7 @@ from tests.end_to_end.conftest import mask_set, write_scored_world, wsss
 from tests.end_to_end.test_bad_input import only_error
 from wsss_pipeline.cache import MaskCache, MaskSet, MaskWriter, open_mask_set
 from wsss_pipeline.data.image_ids import find_images
-from wsss_pipeline.data.images import HAS_HEIC, read_image
+from wsss_pipeline.data.images import read_image
 from wsss_pipeline.demo.scenes import draw_scene
 from wsss_pipeline.pictures.rows import PSEUDO_MASK, make_row
 from wsss_pipeline.stages import train_seg as module
@@ -255,8 +255,7 @@ def test_an_image_that_is_there_in_another_format_is_not_called_missing(tmp_path
     assert list(masks(done)) == ["one"]
 
 
-@pytest.mark.skipif(HAS_HEIC, reason="here HEIC is read")
-def test_heic_alone_is_named_with_what_to_install(tmp_path: Path) -> None:
+def test_heic_alone_is_named_with_what_to_install(tmp_path: Path, without_heic: None) -> None:
     (tmp_path / "images").mkdir()
     for name in ("one.heic", "two.HEIC"):
         (tmp_path / "images" / name).write_bytes(HEIC)

@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-import resource
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -22,17 +19,13 @@ from tests.end_to_end.conftest import (
     mask_set,
     write_labels,
 )
+from tests.forks import ForkServer
 from wsss_pipeline.cache import MaskCache
 from wsss_pipeline.demo.voc_folder import write_voc_folder
 
 ROOT = Path(__file__).parent.parent.parent
 
 IMAGES = 120  # more than a run finishes before it is stopped
-
-
-def without_coverage() -> dict[str, str]:
-    """The environment of a process that mustn't write files of its own beside ours."""
-    return {name: value for name, value in os.environ.items() if not name.startswith("COVERAGE_")}
 
 
 def many_images(world: Path, count: int) -> None:
@@ -53,24 +46,12 @@ def records(path: Path) -> dict[str, tuple[bytes, bytes, tuple[str, ...]]]:
         }
 
 
-def start(world: Path, clip: Path, *further: str) -> subprocess.Popen[str]:
-    """generate-masks in a process of its own."""
-    arguments = [*(str(item) for item in generate_arguments(world, clip)), *further]
-    return subprocess.Popen(
-        [sys.executable, "-m", "wsss_pipeline", *arguments],
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-
-
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_finishes_the_image_and_says_how_to_go_on(
-    world: Path, clip: Path, number: signal.Signals, generate: Run
+    world: Path, clip: Path, forks: ForkServer, number: signal.Signals, generate: Run
 ) -> None:
     many_images(world, IMAGES)
-    process = start(world, clip)
+    process = forks.start(*generate_arguments(world, clip))
     deadline = time.monotonic() + 60
     while not list((world / "cache").glob("*/*.partial")) and time.monotonic() < deadline:
         time.sleep(0.02)  # the first records are on disk
@@ -86,33 +67,21 @@ def test_a_signal_finishes_the_image_and_says_how_to_go_on(
     assert (summary["reused"], summary["computed"]) == (finished, IMAGES - finished)
 
 
-def test_a_signal_to_all_processes_ends_training_between_updates(tmp_path: Path) -> None:
+def test_a_signal_to_all_processes_ends_training_between_updates(tmp_path: Path, forks: ForkServer) -> None:
     """As a scheduler sends it: what loads the samples gets it too."""
     write_voc_folder(tmp_path, seed=5, scenes={"train": 8})
-    process = subprocess.Popen(
-        [
-            *(
-                sys.executable,
-                "-m",
-                "wsss_pipeline",
-                "train-seg",
-                "--gt-masks",
-                tmp_path / "SegmentationClass",
-            ),
-            *("--classes", "demo", "--images", tmp_path / "JPEGImages", "--out", tmp_path / "run"),
-            *("--network", "segformer", "--encoder", "tiny", "--weights", "none", "--crop", "64"),
-            *("--batch-size", "2", "--iterations", "100000", "--workers", "1", "--device", "cpu"),
-        ],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
+    process = forks.start(
+        *("train-seg", "--gt-masks", tmp_path / "SegmentationClass"),
+        *("--classes", "demo", "--images", tmp_path / "JPEGImages", "--out", tmp_path / "run"),
+        *("--network", "segformer", "--encoder", "tiny", "--weights", "none", "--crop", "64"),
+        *("--batch-size", "2", "--iterations", "100000", "--workers", "1", "--device", "cpu"),
+        is_group=True,
     )
     deadline = time.monotonic() + 60
     while not (tmp_path / "run" / "log.jsonl").exists() and time.monotonic() < deadline:
         time.sleep(0.05)
     os.killpg(process.pid, signal.SIGTERM)
-    output, _ = process.communicate(timeout=60)
+    _, output = process.communicate(timeout=60)
     assert process.returncode == 130, output
     assert "go on with: wsss train-seg" in output
     assert (tmp_path / "run" / "last").is_dir()
@@ -131,28 +100,13 @@ def test_a_second_writer_is_told_about_the_first(generate: Run, world: Path) -> 
 
 
 def test_a_full_disk_stops_with_one_line_and_the_next_run_goes_on(
-    world: Path, clip: Path, generate: Run
+    world: Path, clip: Path, forks: ForkServer, generate: Run
 ) -> None:
     many_images(world, IMAGES)
-
-    def small_files() -> None:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (150_000, 150_000))
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-
-    arguments = [str(item) for item in generate_arguments(world, clip)]
-    done = subprocess.run(
-        [sys.executable, "-m", "wsss_pipeline", *arguments],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-        env=without_coverage(),
-        preexec_fn=small_files,
-    )
-    assert done.returncode == 2, done.stderr
-    assert "Traceback" not in done.stderr
-    assert len([line for line in done.stderr.splitlines() if line.startswith("error: ")]) == 1
+    code, _, stderr = forks.run(*generate_arguments(world, clip), file_size=150_000)
+    assert code == 2, stderr
+    assert "Traceback" not in stderr
+    assert len([line for line in stderr.splitlines() if line.startswith("error: ")]) == 1
     summary = json.loads(generate("--json").stdout.splitlines()[0])
     assert summary["reused"] > 0
     assert summary["reused"] + summary["computed"] == IMAGES

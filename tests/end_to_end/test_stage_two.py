@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import subprocess
-import sys
 import time
 from html.parser import HTMLParser
 from pathlib import Path
@@ -16,6 +15,7 @@ import torch
 from PIL import Image
 
 from tests.end_to_end.conftest import wsss
+from tests.forks import ForkServer
 from tests.pictures.browser import CHROMIUM, needs_chromium
 from wsss_pipeline.cache import MaskCache, MaskSet, MaskWriter, PseudoMask, open_mask_set
 from wsss_pipeline.data.images import read_mask
@@ -327,14 +327,13 @@ def test_recipes_are_whole() -> None:
     assert load_train_config("voc12/deeplabv2-coco").optimisation.lr == 2.5e-5
 
 
-def test_a_kill_at_any_moment_loses_no_checkpoint(root: Path, tmp_path: Path) -> None:
+def test_a_kill_at_any_moment_loses_no_checkpoint(root: Path, tmp_path: Path, forks: ForkServer) -> None:
     """SIGKILL while checkpoints are written after every update; the run still ends as one that wasn't disturbed."""
     arguments = [*train_arguments(root, tmp_path / "run"), "--iterations", 16, "--set", "save_every=1"]
-    command = [sys.executable, "-m", "wsss_pipeline", *map(str, arguments)]
     log = tmp_path / "run" / "log.jsonl"
     seen = 0
     for extra in (0.0, 0.05):
-        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        process = forks.start(*arguments)
         while process.poll() is None and (not log.exists() or len(log.read_text().splitlines()) < seen + 3):
             time.sleep(0.005)
         time.sleep(extra)

@@ -1,10 +1,10 @@
 """kill -9 at random moments, over every command that writes for long: ``python -m tests.faults.kills``.
 
-Campaigns: generate-masks with each method in 1 and in 4 processes, propose-regions, merge, train-seg. In each, the
-command is started again and again and killed after a random part of the time that it takes undisturbed. After each
-kill what was finished before must still be there, whole and the same; a last run must then end with what an
-undisturbed one made. Each run is a fork of this process, which has imported everything: the kills fall into the work,
-not into the imports.
+Campaigns: generate-masks with each method in 1 and in 4 processes, propose-regions, merge, relabel, learn-prompts,
+export-masks, preview, compare, a chain, train-seg. In each, the command is started again and again and killed after
+a random part of the time that it takes undisturbed. After each kill what was finished before must still be there,
+whole and the same; a last run must then end with what an undisturbed one made. Each run is a fork of this process,
+which has imported everything: the kills fall into the work, not into the imports.
 
     python -m tests.faults.kills --kills 100 --seed 0
 """
@@ -13,20 +13,19 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import importlib
 import json
 import os
 import random
 import shutil
 import signal
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from wsss_pipeline.methods import DEFAULT_METHOD, load_method, method_names
+from tests import forks
+from wsss_pipeline.methods import DEFAULT_METHOD, method_names
 
 State = Mapping[str, str]  # what is finished, by name, with a digest
 
@@ -47,11 +46,11 @@ class Campaign:
     result: str
 
 
-def masks(folder: Path) -> State:
-    """Of all finished shards, which must be sound, image id to digest of mask, confidence and labels."""
+def masks(folder: Path, name: str = "demo") -> State:
+    """Of all finished shards of the mask set, which must be sound, image id to digest of all of its record."""
     from wsss_pipeline.cache import MaskCache, verify
 
-    (path,) = folder.glob("demo-*") or [None]
+    (path,) = folder.glob(f"{name}-*") or [None]
     if path is None or not list(path.glob("shard-*.h5")):
         return {}
     report = verify(path)
@@ -80,12 +79,29 @@ def regions(folder: Path) -> State:
         return {i: hashlib.sha256(found.read(i).counts.tobytes()).hexdigest() for i in found}
 
 
-def network(folder: Path) -> State:
-    """Digest of the network at the end of training, once it is there."""
-    file = folder / "last" / "model.safetensors"
-    if not file.exists() or json.loads((folder / "state" / "progress.json").read_text())["step"] < STEPS:
+def learned(folder: Path, file: str) -> State:
+    """Digest of what was learned at the end of training, once it is there."""
+    if not (folder / file).exists() or (
+        json.loads((folder / "state" / "progress.json").read_text())["step"] < STEPS
+    ):
         return {}
-    return {"network": hashlib.sha256(file.read_bytes()).hexdigest()}
+    return {file: hashlib.sha256((folder / file).read_bytes()).hexdigest()}
+
+
+NETWORK, PROMPTS = "last/model.safetensors", "prompts.safetensors"
+
+
+def network(folder: Path) -> State:
+    """As ``learned``."""
+    return learned(folder, NETWORK)
+
+
+def files(folder: Path) -> State:
+    """All files that have got their names."""
+    found = [path for path in folder.rglob("*") if path.is_file() and path.suffix != ".tmp"]
+    return {
+        path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in found
+    }
 
 
 STEPS = 24
@@ -124,9 +140,25 @@ def campaigns(root: Path) -> list[Campaign]:
     propose = ["propose-regions", "--sam", str(SAM), "--images", str(voc / "JPEGImages"), "--device", "cpu"]
     propose += ["--set", "points=[3]", "--set", "iou_threshold=0.5", "--set", "stability_threshold=0.3"]
 
-    def merge(folder: Path) -> list[list[str]]:
-        sources = [str(root / f"share-{index}") for index in range(2)]
-        return [["cache", "merge", *sources, "--into", str(folder)]]
+    sources = [str(root / f"share-{index}") for index in range(2)]
+    pictures = ["--images", str(voc / "JPEGImages")]
+    learn = ["learn-prompts", "--voc", str(voc), "--split", "train", "--classes", "demo", "--clip", "demo"]
+    learn += ["--offline", "--workers", "0", "--iterations", str(STEPS), "--batch-size", "2"]
+    learn += ["--set", "augmentation.crop=48", "--set", "save_every=3"]
+    relabel = ["relabel", "--checkpoint", str(root / "run"), *pictures, "--labels", str(voc / "Annotations")]
+    relabel += ["--device", "cpu"]
+    compare = ["compare", sources[0], str(voc / "SegmentationClass"), *pictures, "--report"]
+    page = ["preview", "--cache", sources[0], *pictures, "--html"]
+    export = ["export-masks", "--cache", sources[0], "--out"]
+    chain = root / "chain.yaml"
+    chain.write_text(
+        "about: Both shares as files.\ninputs: {out: {about: folder}}\nstages:\n"
+        f"  merged: cache merge {' '.join(sources)} --into {{out}}/cache\n"
+        "  files: export-masks --cache {merged} --out {out}/files\n"
+    )
+
+    def both(folder: Path) -> State:
+        return {**masks(folder / "cache"), **files(folder / "files")}
 
     return [
         *(generating(root, method, count) for method in method_names() for count in (1, 4)),
@@ -137,7 +169,37 @@ def campaigns(root: Path) -> list[Campaign]:
             True,
             "regions",
         ),
-        Campaign("cache merge", merge, masks, True, "merged"),
+        Campaign(
+            "cache merge",
+            lambda folder: [["cache", "merge", *sources, "--into", str(folder)]],
+            masks,
+            True,
+            "merged",
+        ),
+        Campaign(
+            "relabel",
+            lambda folder: [[*relabel, "--cache", str(folder)]],
+            lambda folder: masks(folder, "relabel"),
+            True,
+            "relabelled",
+        ),
+        Campaign(
+            "learn-prompts",
+            lambda folder: [[*learn, "--out", str(folder)]],
+            lambda folder: learned(folder, PROMPTS),
+            False,
+            "prompts",
+        ),
+        Campaign("export-masks", lambda folder: [[*export, str(folder)]], files, True, "exported"),
+        Campaign("preview --html", lambda folder: [[*page, str(folder)]], files, True, "page"),
+        Campaign(
+            "compare --report",
+            lambda folder: [[*compare, str(folder / "report.html")]],
+            files,
+            True,
+            "report",
+        ),
+        Campaign("run", lambda folder: [["run", str(chain), f"out={folder}"]], both, True, "chain"),
         Campaign("train-seg", lambda folder: [[*train, "--out", str(folder)]], network, False, "network"),
         Campaign(
             "train-seg --online", lambda folder: [[*online, "--out", str(folder)]], network, False, "online"
@@ -146,30 +208,25 @@ def campaigns(root: Path) -> list[Campaign]:
 
 
 def prepare(root: Path, images: int) -> None:
-    """Draw the scenes; make the sources of merge, of many small shards."""
+    """Draw the scenes; make the sources of merge, of many small shards, and a network."""
+    from wsss_pipeline.data.classes import load_class_set
     from wsss_pipeline.demo.voc_folder import write_voc_folder
+    from wsss_pipeline.segmentation.checkpoint import save_network
+    from wsss_pipeline.segmentation.networks import build_network
+    from wsss_pipeline.segmentation.train_config import NetworkConfig
 
     write_voc_folder(root / "voc", seed=4, scenes={"train": images}, size=(64, 48))
     for index in range(2):
         finish([share(root, DEFAULT_METHOD, root / f"share-{index}", index, 2)])
+    names = load_class_set("demo").names
+    config = NetworkConfig(name="segformer", encoder="tiny", weights="none")
+    save_network(build_network(config, 1 + len(names)), root / "run" / "best", config, names)
 
 
 def start(command: list[str]) -> int:
-    """A fork that runs ``wsss`` with its output in a file; its process id."""
-    from wsss_pipeline.cli import main as wsss
-
-    child = os.fork()
-    if child == 0:
-        output = os.open(os.environ["FAULTS_OUTPUT"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-        os.dup2(output, 1)
-        os.dup2(output, 2)
-        sys.argv = ["wsss", *command]
-        try:
-            wsss(command, prog_name="wsss")
-        except SystemExit as end:
-            os._exit(int(end.code or 0))
-        os._exit(99)
-    return child
+    """A fork that runs ``wsss`` in a group of its own with its output in a file; its process id."""
+    output = Path(os.environ["FAULTS_OUTPUT"])
+    return forks.start("wsss_pipeline", command, (output, output), is_group=True)
 
 
 def finish(commands: list[list[str]]) -> float:
@@ -188,7 +245,7 @@ def kill_at_random(commands: list[list[str]], duration: float, chance: random.Ra
     started = time.monotonic()
     for moment, child in moments:
         time.sleep(max(0.0, started + moment - time.monotonic()))
-        os.kill(child, signal.SIGKILL)
+        os.killpg(child, signal.SIGKILL)  # a chain and the command that it is at
     codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for _, child in moments]
     assert set(codes) <= {0, -signal.SIGKILL}, (
         codes,
@@ -239,18 +296,9 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=160, help="drawn scenes to make masks of")
     parser.add_argument("--only", default="", help="campaigns whose name begins so")
     options = parser.parse_args()
-    import torch
-    import transformers
-
     from wsss_pipeline.cache import writer
 
-    for module in ("generate_masks", "propose_regions", "train_seg", "evaluate"):
-        importlib.import_module(f"wsss_pipeline.stages.{module}")
-    importlib.import_module("skimage.segmentation")
-    for name in method_names():
-        load_method(name)
-    assert transformers.CLIPModel
-    torch.set_num_threads(1)  # no thread pool that a fork would break
+    forks.import_all()
     writer.IMAGES_PER_FLUSH, writer.FLUSH_REST, writer.SECONDS_PER_FLUSH = 3, 0.0, 0.0
     writer.IMAGES_PER_SHARD = 8
     writer.MaskWriter.__init__.__kwdefaults__["images_per_shard"] = 8

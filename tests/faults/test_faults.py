@@ -4,41 +4,28 @@ from __future__ import annotations
 
 import json
 import os
-import resource
 import shutil
-import signal
-import subprocess
-import sys
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import h5py
 import pytest
 
 from tests.end_to_end.conftest import wsss
-from tests.end_to_end.test_interruptions import without_coverage
 from tests.faults.conftest import Finished
+from tests.forks import ForkServer
 from wsss_pipeline.methods import method_names
 
-ROOT = Path(__file__).parents[2]
 
-
-def test_kills_of_every_long_command_lose_nothing() -> None:
+def test_kills_of_every_long_command_lose_nothing(forks: ForkServer) -> None:
     """A small round of the harness; ``make faults`` does a hundred kills."""
-    campaigns = 2 * len(method_names()) + 4
+    campaigns = 2 * len(method_names()) + 10
     kills = str(2 * campaigns)
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.faults.kills", "--kills", kills, "--images", "32", "--seed", "1"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=400,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("ended as undisturbed ones") == campaigns
+    arguments = ("--kills", kills, "--images", "32", "--seed", "1")
+    code, stdout, stderr = forks.run(*arguments, module="tests.faults.kills", timeout=400)
+    assert code == 0, stderr
+    assert stdout.count("ended as undisturbed ones") == campaigns
 
 
 def regions(shard: Path) -> dict[str, int]:
@@ -105,7 +92,7 @@ def test_half_a_manifest_is_written_anew(finished: Finished, tenth: int) -> None
     assert "0 to compute" in finished.said or "nothing was left to compute" in finished.said
 
 
-def test_permission_lost_in_the_midst(original: Finished) -> None:
+def test_permission_lost_in_the_midst(original: Finished, forks: ForkServer) -> None:
     # not below pytest's folder, which is for its user alone
     with tempfile.TemporaryDirectory() as name:
         Path(name).chmod(0o755)
@@ -114,20 +101,12 @@ def test_permission_lost_in_the_midst(original: Finished) -> None:
         finished.cache.mkdir()
         finished.cache.chmod(0o777)
         *arguments, _, _ = map(str, finished.arguments())
-        done = subprocess.run(
-            [
-                *(sys.executable, "-m", "tests.faults.permission_lost"),
-                *(finished.root / "first", finished.cache, *arguments),
-            ],
-            cwd=ROOT,
-            capture_output=True,
-            text=True,
-            timeout=200,
-            check=False,
+        code, _, stderr = forks.run(
+            finished.root / "first", finished.cache, *arguments, module="tests.faults.permission_lost"
         )
-        errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-        assert done.returncode == 2, done.stderr
-        assert len(errors) == 1, done.stderr
+        errors = [line for line in stderr.splitlines() if line.startswith("error: ")]
+        assert code == 2, stderr
+        assert len(errors) == 1, stderr
         assert "Permission denied" in errors[0]
         assert "have its permissions changed" in errors[0]
         (path,) = finished.cache.iterdir()
@@ -137,37 +116,20 @@ def test_permission_lost_in_the_midst(original: Finished) -> None:
         assert "salvaged" in finished.said  # what was flushed before is kept
 
 
-def limited(bytes_in_a_file: int) -> Callable[[], None]:
-    def limit() -> None:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (bytes_in_a_file, bytes_in_a_file))
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-
-    return limit
-
-
-def stopped_by_a_full_disk(arguments: list[object], limit: int) -> str:
+def stopped_by_a_full_disk(forks: ForkServer, arguments: list[object], limit: int) -> str:
     """The one line that a command says when no file may grow beyond a limit."""
-    done = subprocess.run(
-        [sys.executable, "-m", "wsss_pipeline", *map(str, arguments)],
-        cwd=ROOT,
-        env=without_coverage(),
-        capture_output=True,
-        text=True,
-        timeout=200,
-        check=False,
-        preexec_fn=limited(limit),
-    )
-    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-    assert done.returncode == 2, done.stderr
-    assert "Traceback" not in done.stderr
-    assert len(errors) == 1, done.stderr
+    code, _, stderr = forks.run(*arguments, file_size=limit)
+    errors = [line for line in stderr.splitlines() if line.startswith("error: ")]
+    assert code == 2, stderr
+    assert "Traceback" not in stderr
+    assert len(errors) == 1, stderr
     return errors[0]
 
 
-def test_merge_on_a_full_disk_can_be_repeated(finished: Finished) -> None:
+def test_merge_on_a_full_disk_can_be_repeated(finished: Finished, forks: ForkServer) -> None:
     source, into = finished.generate(), finished.root / "merged"
     merge = ["cache", "merge", source, "--into", into]
-    assert "can't be written" in stopped_by_a_full_disk(merge, 4000)
+    assert "can't be written" in stopped_by_a_full_disk(forks, merge, 4000)
     assert wsss(*merge).exit_code == 0
     finished.cache = into
     merged = finished.state()
@@ -175,14 +137,14 @@ def test_merge_on_a_full_disk_can_be_repeated(finished: Finished) -> None:
     assert merged == finished.state()
 
 
-def test_training_on_a_full_disk_goes_on_where_it_was(finished: Finished) -> None:
+def test_training_on_a_full_disk_goes_on_where_it_was(finished: Finished, forks: ForkServer) -> None:
     train: list[object] = [
         *("train-seg", "--gt-masks", finished.voc / "SegmentationClass", "--classes", "demo"),
         *("--images", finished.voc / "JPEGImages", "--network", "segformer", "--encoder", "tiny"),
         *("--weights", "none", "--crop", 48, "--batch-size", 2, "--iterations", 4, "--set", "save_every=2"),
         *("--workers", 0, "--device", "cpu", "--precision", "fp32", "--out", finished.root / "run"),
     ]
-    assert "can't be written" in stopped_by_a_full_disk(train, 100_000)
+    assert "can't be written" in stopped_by_a_full_disk(forks, train, 100_000)
     result = wsss(*train)
     assert result.exit_code == 0, result.stderr
     assert (finished.root / "run" / "last" / "model.safetensors").exists()
@@ -211,14 +173,10 @@ def test_a_clock_that_was_set_back_changes_nothing(
     assert json.loads((path / "manifest.json").read_text())["completion"]["complete"]
 
 
-def test_two_runs_at_once_leave_one_whole_cache(finished: Finished) -> None:
+def test_two_runs_at_once_leave_one_whole_cache(finished: Finished, forks: ForkServer) -> None:
     expected = finished.state()
     shutil.rmtree(finished.cache)
-    command = [sys.executable, "-m", "wsss_pipeline", *map(str, finished.arguments())]
-    runs = [
-        subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        for _ in range(3)
-    ]
+    runs = [forks.start(*finished.arguments()) for _ in range(3)]
     said = [run.communicate(timeout=200)[1] for run in runs]
     codes = [run.returncode for run in runs]
     assert 0 in codes

@@ -34,6 +34,7 @@ import h5py
 import numpy as np
 from PIL import Image
 
+from tests import forks
 from wsss_pipeline.cache import (
     FinishedImages,
     MaskCache,
@@ -373,14 +374,11 @@ def kill_trainings(table: Table, times: int, seed: int) -> None:
 
 
 def wsss(*arguments: object) -> tuple[int, str]:
-    done = subprocess.run(
-        [sys.executable, "-m", "wsss_pipeline", *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        check=False,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-    )
-    return done.returncode, done.stderr
+    with tempfile.TemporaryDirectory() as name:
+        output = Path(name) / "output"
+        child = forks.start("wsss_pipeline", [*map(str, arguments)], (output, output))
+        _, status = os.waitpid(child, 0)
+        return os.waitstatus_to_exitcode(status), output.read_text("utf-8", errors="replace")
 
 
 def work_together(table: Table, root: Path, seconds: float) -> None:
@@ -400,24 +398,11 @@ def work_together(table: Table, root: Path, seconds: float) -> None:
     write_masks(folder, ids, mask_of, 2)
     write_masks(other, ids[:6], mask_of, 2)
     until, started, over = time.monotonic() + seconds, time.monotonic(), root / "over"
-    neighbours = [
-        subprocess.Popen(
-            [
-                sys.executable,
-                "-m",
-                "tests.hostile.attack",
-                "--neighbour",
-                name,
-                str(folder),
-                str(other),
-                str(over),
-            ],
-            cwd=ROOT,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        for name in ("gc", "merge", "write")
-    ]
+    neighbours = {}
+    for name in ("gc", "merge", "write"):
+        output = root / f"{name}.txt"
+        words = ["--neighbour", name, str(folder), str(other), str(over)]
+        neighbours[forks.start("tests.hostile.attack", words, (output, output))] = output
     train = ["train-seg", "--cache", folder, "--images", root / "JPEGImages", "--network", "segformer"]
     train += ["--encoder", "tiny", "--weights", "none", "--crop", 48, "--batch-size", 2]
     train += ["--iterations", 150 if seconds > 30 else 30]
@@ -440,11 +425,10 @@ def work_together(table: Table, root: Path, seconds: float) -> None:
             "no effect" if report.ok and report.sound == len(ids) else str(report),
         )
     over.touch()
-    for process in neighbours:
-        output, _ = process.communicate(timeout=120)
-        kind, rounds, fault = (
-            output.strip().split(" ", 2) if output.strip() else ("a neighbour", "1", "it died")
-        )
+    for process, output in neighbours.items():
+        os.waitpid(process, 0)
+        lines = output.read_text().splitlines()
+        kind, rounds, fault = lines[-1].split(" ", 2) if lines else ("a neighbour", "1", "it died")
         table.count(f"{kind} beside the others", "no effect" if fault == "-" else fault, int(rounds))
     with MaskCache.open(folder) as cache:
         same = all(np.array_equal(cache[image_id].mask, mask_of(image_id).mask) for image_id in ids)
@@ -496,6 +480,8 @@ def main() -> int:
         kind, *places = options.neighbour
         be_a_neighbour(kind, *map(Path, places))
         return 0
+
+    forks.import_all()
 
     def over(*_: object) -> None:
         raise TimeoutError(f"it took over {PATIENCE:.0f} s")

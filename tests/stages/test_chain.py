@@ -147,6 +147,44 @@ def test_stages_get_what_those_before_them_made_and_the_first_that_fails_ends_it
     assert not (tmp_path / "my out" / "never").exists()
 
 
+@pytest.fixture
+def acted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """In place of every command ``acts.sh``, which gets its words; what was called stands in ``calls``."""
+    script = tmp_path / "python"
+    script.write_text(f'#!/bin/sh\nshift 2\necho "$*" >> {tmp_path}/calls\n. {tmp_path}/acts.sh\n')
+    script.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(script))
+    return tmp_path
+
+
+STAGES = {"data": "demo --out {out}", "masks": "preview --cache {data}", "seen": "compare {masks}"}
+
+
+def test_a_stage_that_fails_ends_the_chain_and_the_same_line_goes_on_there(acted: Path) -> None:
+    chain(acted, STAGES)
+    (acted / "acts.sh").write_text("[ $1 = preview ] && exit 139; echo $1-made")
+    words = ["run", str(acted / "chain.yaml"), "out=here"]
+    ended = CliRunner().invoke(main, words)
+    assert ended.exit_code == 139
+    assert "stage masks could not do its work (exit code 139)" in ended.stderr
+    assert (acted / "calls").read_text().splitlines() == ["demo --out here", "preview --cache demo-made"]
+    (acted / "acts.sh").write_text("echo $1-made; [ $1 != preview ]")  # some images of which failed
+    again = CliRunner().invoke(main, words)
+    assert again.exit_code == 1
+    assert (acted / "calls").read_text().splitlines()[2:] == [
+        *("demo --out here", "preview --cache demo-made", "compare preview-made")
+    ]
+
+
+def test_no_stage_gets_an_empty_path(acted: Path) -> None:
+    chain(acted, STAGES)
+    (acted / "acts.sh").write_text("[ $1 = preview ] || echo made")
+    ended = CliRunner().invoke(main, ["run", str(acted / "chain.yaml"), "out=here"])
+    assert ended.exit_code == 2
+    assert "stage seen can't begin: masks printed nothing that {masks} could stand for" in ended.stderr
+    assert "compare" not in (acted / "calls").read_text()
+
+
 def test_an_interrupted_stage_ends_the_chain_with_the_line_that_goes_on(tmp_path: Path) -> None:
     chain(tmp_path, {"data": "demo --out {out}", "again": "demo --out {out}"})
     words = [

@@ -165,9 +165,18 @@ def run_chain(chain: Chain, values: Mapping[str, str], *, offline: bool = False)
         chain: chain.
         values: value of each input.
         offline: choice to fetch nothing.
+
+    Raises:
+        ConfigError: a stage printed nothing, and a later one has its name in braces.
     """
     known = dict(values)
     for number, (name, line) in enumerate(chain.stages.items(), 1):
+        for place in _PLACE.findall(line):
+            if not known[place] and place in chain.stages:
+                raise ConfigError(
+                    f"stage {name} can't begin: {place} printed nothing that {{{place}}} could stand for; "
+                    "name the folder that it makes instead"
+                )
         words = _words(line, known) + (["--offline"] if offline else [])
         logger.info("%d/%d %s: wsss %s", number, len(chain.stages), name, printable(shlex.join(words)))
         result = StageResult(name, words, *_run(words))
