@@ -8,9 +8,11 @@ data or output. ``wsss`` runs in this process: its start alone would take second
 from __future__ import annotations
 
 import json
+import os
 import re
 import shlex
 import shutil
+import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,10 +20,15 @@ from pathlib import Path
 from urllib.parse import urlparse
 
 import pytest
+from PIL import Image
 
 from docs.generate import FOLDER, commands_page, settings_page
 from tests.end_to_end.conftest import GOLDEN, wsss
 from tests.tiny_clip import write_golden_clip
+from wsss_pipeline import __version__
+from wsss_pipeline.cli import COMMANDS
+from wsss_pipeline.config import recipe_names
+from wsss_pipeline.methods import load_method, method_names
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
@@ -100,8 +107,6 @@ def place(tmp_path: Path, hub: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def write_voc(root: Path) -> None:
-    from PIL import Image
-
     for folder in ("Annotations", "ImageSets/Segmentation", "SegmentationClass"):
         (root / folder).mkdir(parents=True)
     ids = ["2007_1", "2007_2", "2007_3"]
@@ -186,3 +191,93 @@ def test_the_toy_method_is_shown_as_it_is() -> None:
 def test_the_generated_pages_are_what_the_code_says(name: str, page: Callable[[], str]) -> None:
     text = (FOLDER / f"{name}.md").read_text("utf-8")
     assert text == page(), f"run: {sys.executable} docs/generate.py"
+
+
+def rows(page: str, header: str) -> list[list[str]]:
+    """The cells of the one table of a page whose first line begins with ``header``."""
+    lines = (ROOT / page).read_text("utf-8").splitlines()
+    (start,) = [number for number, line in enumerate(lines) if line.startswith(header)]
+    cells = []
+    for line in lines[start + 2 :]:
+        if not line.startswith("|"):
+            break
+        cells.append([cell.strip() for cell in line.strip("|").split("|")])
+    return cells
+
+
+@pytest.mark.parametrize(
+    ("page", "header"),
+    [("README.md", "| method | what"), ("docs/which-method.md", "| method | pseudo masks |")],
+)
+def test_the_tables_of_methods_have_all_methods_and_systems_that_there_are(page: str, header: str) -> None:
+    data_sets = {"voc12", "coco14", "demo"}
+    systems = {name.split("/")[0] for name in recipe_names()} - data_sets
+    listed = [cells[0].strip("`") for cells in rows(page, header) if cells[0]]
+    assert sorted(listed) == sorted({*method_names(), *systems})
+
+
+def test_both_tables_of_methods_have_the_same_scores() -> None:
+    full = {
+        cells[0]: cells for cells in rows("docs/which-method.md", "| method | pseudo masks |") if cells[0]
+    }
+    best = {"`clip-es`": "73.8", "`weclip-plus`": "83.9"}  # the second row of CLIP-ES; on test, not val
+    for method, _, _, _, val, coco, _ in rows("README.md", "| method | what"):
+        assert val.split(" ")[0] == best.get(method, full[method][2]), method
+        assert coco == full[method][4], method
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_methods_presets_and_recipes_that_are_named_exist(page: Path) -> None:
+    text = page.read_text("utf-8")
+    methods = {match.strip("`") for match in re.findall(r"--(?:method|online) ([a-z-]+)[\s`]", text)}
+    assert methods <= {*method_names()}
+    known = {f"{name}/{preset}" for name in method_names() for preset in load_method(name).presets}
+    presets = set(re.findall(r"--preset ([a-z-]+/[a-z0-9-]+)", text))
+    assert presets <= known | set(recipe_names())  # relabel's presets are called like recipes
+    assert set(re.findall(r"--recipe ([a-z0-9-]+/[a-z0-9-]+)", text)) <= set(recipe_names())
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_commands_that_are_named_exist(page: Path) -> None:
+    named = set(re.findall(r"`wsss ([a-z][a-z-]*)", page.read_text("utf-8")))
+    assert named <= {*COMMANDS}
+
+
+def test_the_readme_is_short_and_leads_to_every_page() -> None:
+    text = (ROOT / "README.md").read_text("utf-8")
+    assert text.count("\n") <= 130
+    assert {f"docs/{page.name}" for page in PAGES[1:]} <= set(re.findall(r"\]\(([^)#]+)", text))
+
+
+def test_the_changelog_begins_with_this_version() -> None:
+    headings = re.findall(r"^## (.*)$", (ROOT / "CHANGELOG.md").read_text("utf-8"), re.MULTILINE)
+    assert headings[0].split()[0] == __version__
+
+
+def test_the_picture_of_the_readme_is_small_and_wide_enough() -> None:
+    file = ROOT / "docs/picture.jpg"
+    assert file.stat().st_size < 150_000
+    with Image.open(file) as picture:
+        assert picture.width >= 1200
+
+
+@pytest.mark.slow
+def test_the_picture_is_drawn_by_its_script(tmp_path: Path) -> None:
+    arguments = [
+        "--out",
+        tmp_path / "picture.jpg",
+        "--work",
+        tmp_path / "work",
+        "--scenes",
+        8,
+        "--iterations",
+        1,
+    ]
+    subprocess.run(
+        [sys.executable, "docs/picture.py", *map(str, arguments)],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        check=True,
+    )
+    with Image.open(tmp_path / "picture.jpg") as drawn, Image.open(ROOT / "docs/picture.jpg") as kept:
+        assert drawn.size == kept.size

@@ -79,6 +79,15 @@ def test_predict_decodes_once_and_looks_no_oftener_than_the_scales_say(
     }
 
 
+def test_predict_does_the_images_of_a_split_and_says_which_are_not_there(root: Path, tmp_path: Path) -> None:
+    split = tmp_path / "split.txt"
+    split.write_text(f"{IDS[1]}.png\nnowhere\n")
+    done = predict(root, tmp_path / "out", "--split", split)
+    assert done.exit_code == 1, done.output
+    assert f"nowhere: {split} names it, but {root / 'images'} has no such image" in done.stderr
+    assert [path.stem for path in (tmp_path / "out").rglob("*.*")] == [Path(IDS[1]).name]
+
+
 def test_evaluate_decodes_once_and_reuses_the_plain_pass(
     root: Path, decoded: Counter[str], passes: list[tuple[int, ...]]
 ) -> None:

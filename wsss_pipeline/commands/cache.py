@@ -84,7 +84,7 @@ def show_status(mask_sets: list[Path], quality: bool, as_json: bool) -> None:
     """Say what each mask set holds and what its masks were made with.
 
     \b
-    Example:
+    Examples:
       wsss cache status cache/voc12-1f0c2a9be45d
       wsss cache status cache/voc12-1f0c2a9be45d --quality
     """

@@ -26,6 +26,7 @@ from wsss_pipeline.config import CrfConfig
 @click.option("--checkpoint", type=PATH, required=True, help="A training run, or a checkpoint folder.")
 @click.option("--images", type=PATH, required=True, help="Folder of images, searched with all below it.")
 @click.option("--out", type=PATH, required=True, help="Folder for masks/, overlays/ and confidence/.")
+@click.option("--split", type=PATH, help="Text file of the ids of the images to do.  [default: all]")
 @image_suffix_option
 @inference_options
 @frozen_clip_option
@@ -41,6 +42,7 @@ def command(
     checkpoint: Path,
     images: Path,
     out: Path,
+    split: Path | None,
     crf: bool,
     clip: str | None,
     overlays: bool,
@@ -48,7 +50,7 @@ def command(
     device: str,
     overwrite: bool,
 ) -> None:
-    """Segment every image of a folder with a trained network.
+    """Segment every image of a folder with a trained network, or those of a split.
 
     Masks are palette PNGs, with more than 254 classes grey ones of 16 bits: 0 background, then the classes in the
     order of the network's config.json. An image that is too large for a whole look is worked on in tiles. The last
@@ -73,6 +75,7 @@ def command(
         device=device,
         overwrite=overwrite,
         image_suffix=given_paths(context)["image_suffix"],
+        split=split,
     )
     kept = f", {report.kept} were there already" if report.kept else ""
     say(f"{report.written} masks written{kept}, {len(report.failed)} failed", err=True)

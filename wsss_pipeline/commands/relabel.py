@@ -100,7 +100,7 @@ def command(
     train-seg, evaluate and preview take as --cache.
 
     \b
-    Example:
+    Examples:
       wsss relabel --checkpoint run --images photos --labels labels.csv --cache cache --scales 0.5,1,1.5 --flip
       wsss relabel --checkpoint run --images photos --labels labels.csv --cache cache --preset weakclip/voc12
     """

@@ -49,7 +49,7 @@ def command(
     Without --template, the list that comes with the package is ranked. Images with one class say nothing.
 
     \b
-    Example:
+    Examples:
       wsss select-prompt --images photos --labels labels.csv --classes cat,dog --out prompt.yaml
       wsss generate-masks --images photos --labels labels.csv --classes cat,dog --config prompt.yaml
     """

@@ -197,7 +197,9 @@ def usable_ids(
     wanted = ids = list(images if split is None else split)
     is_labelled = isinstance(masks, ImageLabels)
     remedy_of_masks, what_else = (
-        ("label them", "labels") if is_labelled else ("make their masks first", "a mask")
+        ("label them", "labels")
+        if is_labelled
+        else ("make their masks first, list the images to train on with --split", "a mask")
     )
     for source, what, remedy in (
         (images, "have no image file", "give the folder that the list belongs to"),

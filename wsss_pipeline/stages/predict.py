@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from PIL import Image
 
 from wsss_pipeline.config import CrfConfig, InferenceConfig
+from wsss_pipeline.data.datasets import read_split
+from wsss_pipeline.data.image_files import ImageFile
 from wsss_pipeline.data.image_ids import find_images
 from wsss_pipeline.data.images import ImageWarnings, read_stored_image
 from wsss_pipeline.data.masks import PseudoMask
@@ -49,6 +52,7 @@ def predict(
     device: str = "auto",
     overwrite: bool = False,
     image_suffix: str | None = None,
+    split: Path | None = None,
 ) -> PredictReport:
     """Writes ``out/masks/ID.png`` (palette PNG, 0..C) for each image that hasn't got one yet.
 
@@ -62,26 +66,37 @@ def predict(
         confidence: choice to write ``out/confidence/ID.png``, uint8, the label's probability in half percents.
         overwrite: choice to predict again what is there.
         image_suffix: choice of the files, see ``find_images``.
+        split: text file of the ids of the images to do; all of them, where None.
 
-    An image that can't be read, or for which memory ran out, is reported, skipped and counted.
+    An image of ``split`` that isn't there, one that can't be read, or for which memory ran out, is reported, skipped
+    and counted.
 
     Raises:
         CheckpointError, ConfigError, ImageError: no network, no such device, no folder, or an output in an input.
+        LabelError: ``split`` can't be read, or names no image unmistakably.
         OutputError: ``out`` can't be written, or a file to be replaced isn't this program's.
     """
     # the mask last: a run that was killed before it does the image again
     kinds = {CONFIDENCE: "png"} if confidence else {}
     kinds |= ({OVERLAYS: "jpg"} if overlays else {}) | {MASKS: "png"}
-    inputs = {"--images": images, "--checkpoint": find_checkpoint(checkpoint)}
+    inputs = {"--images": images, "--checkpoint": find_checkpoint(checkpoint), "--split": split}
     for kind in kinds:
         check_apart(out / kind, "--out", inputs)
-    files = find_images(images, image_suffix, option="--image-suffix")
+    files: Mapping[str, ImageFile] = find_images(images, image_suffix, option="--image-suffix")
+    report = PredictReport()
+    if split is not None:
+        wanted = read_split(split, files)
+        report.failed = {
+            i: f"{split} names it, but {images} has no such image" for i in wanted if i not in files
+        }
+        files = {i: files[i] for i in wanted if i in files}
+        for image_id, reason in report.failed.items():
+            logger.warning("%s: %s", image_id, reason)
     targets = {i: {kind: out / kind / f"{i}.{suffix}" for kind, suffix in kinds.items()} for i in files}
     kept = set() if overwrite else {i for i in files if all(map(Path.exists, targets[i].values()))}
     for target in (target for i in files if i not in kept for target in targets[i].values()):
         check_replaceable(target)
     segmenter = Segmenter.load(checkpoint, device, inference, crf, clip)
-    report = PredictReport()
     with ImageWarnings() as image_warnings, StopRequest() as stop, Progress(len(files)) as progress:
         for image_id, file in files.items():
             if stop.requested:

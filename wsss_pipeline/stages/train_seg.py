@@ -336,8 +336,8 @@ def _train(
         _warn_of_images(images, ids, network.pixel_range)
         if foreground < LEAST_COUNTED:
             logger.warning(
-                "of the objects' pixels %.1f %% are certain enough to count: lower --min-confidence, or refine the "
-                "masks otherwise (PAR is far less sure of its labels than the CRF)",
+                "of the objects' pixels %.1f %% are certain enough to count: lower --min-confidence, or train on the "
+                "surest of each class with --keep 0.8 (PAR is far less sure of its labels than the CRF)",
                 100 * foreground,
             )
         logger.info(

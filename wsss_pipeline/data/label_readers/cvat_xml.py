@@ -42,7 +42,7 @@ def fill_from_cvat(table: LabelTable, text: str, file: Path) -> None:
             depth -= 1
             if depth == 1:
                 if element.tag == "image":
-                    where = f"{file}, image {element.get('id', '?')!r:.40}"
+                    where = f"{file}, image {element.get('name') or element.get('id', '?')!r:.80}"
                     names = [shape.get("label", "") for shape in element if shape.get("label") is not None]
                     table.add_record(element.get("name", ""), names, where)
                 if root is not None:
