@@ -55,6 +55,17 @@ def write_images(folder: Path, image_ids: Iterable[str], *, cams: bool = False, 
         writer.finish(ids)
 
 
+def is_current(
+    finished: MaskWriter | FinishedImages,
+    image_id: str,
+    file: Path,
+    labels: tuple[str, ...],
+    **how: bool,
+) -> bool:
+    """Whether the mask of one image needn't be made."""
+    return finished.unfinished([image_id], {image_id: file}, {image_id: labels}, **how) == []
+
+
 class Images:
     """Image files whose bytes have the digests of ``make_digest``, and their labels, which a test may change."""
 
@@ -67,11 +78,8 @@ class Images:
 
     def current(self, finished: MaskWriter | FinishedImages, need_cams: bool = False) -> set[str]:
         """Those whose mask needn't be made."""
-        return {
-            image_id
-            for image_id, file in self.files.items()
-            if finished.is_current(image_id, file, self.labels[image_id], need_cams=need_cams)
-        }
+        ids = list(self.files)
+        return {*ids} - {*finished.unfinished(ids, self.files, self.labels, need_cams=need_cams)}
 
 
 def current(finished: MaskWriter | FinishedImages, folder: Path, image_ids: Iterable[str]) -> set[str]:

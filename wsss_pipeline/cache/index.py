@@ -1,9 +1,9 @@
 """What the finished shards of a mask set hold, who has checked them, and ``index.h5``: external links to all images,
 so that any HDF5 tool sees one file.
 
-``checked.json`` says of each shard whose records have all been found sound which ids it holds, its SHA-256, and its
-size and times then, as git's index does. The time of change can't be chosen: files that were changed, or handed over
-together with such notes, are looked at again.
+``checked.json`` says, in a line for each shard whose records have all been found sound, which ids it holds, its
+SHA-256, and its size and times then, as git's index does. The time of change can't be chosen: files that were changed,
+or handed over together with such notes, are looked at again.
 """
 
 from __future__ import annotations
@@ -11,13 +11,13 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import h5py
-from pydantic import BaseModel, TypeAdapter
+from pydantic import BaseModel, RootModel
 
 from wsss_pipeline.cache.inspection import Inspection, inspect
 from wsss_pipeline.cache.records import RecordKind, escape_id
@@ -26,11 +26,12 @@ from wsss_pipeline.cache.shards import (
     MAX_SHARD_BYTES,
     ShardBuilder,
     UnreadableShardError,
+    is_plain,
     open_shard,
     shard_files,
 )
-from wsss_pipeline.files import check_machine, open_plain, read_bytes
-from wsss_pipeline.runtime.output import write_file, writing
+from wsss_pipeline.files import check_machine, open_plain
+from wsss_pipeline.runtime.output import append_line, replacing, write_file, writing
 
 INDEX = "index.h5"
 CHECKED = "checked.json"
@@ -58,7 +59,11 @@ class SoundShard(BaseModel):
     unlabelled: list[str] = []
 
 
-_NOTE = TypeAdapter(dict[str, SoundShard])  # by name
+class _Note(RootModel[dict[str, SoundShard]]):
+    """A line of ``checked.json``: shards by name."""
+
+
+Line = TypeVar("Line", bound=BaseModel)
 
 
 @dataclass
@@ -69,6 +74,7 @@ class Listing:
         shard_of: image id to the name of the shard that holds its record; where several do, of the latest.
         stamps: stamps of those that could be opened, taken before reading.
         sound: those of them that were checked in full, and haven't changed since.
+        noted: shards of which the folder has a note, whether or not they are still there.
         superseded: number of records that a later one of the same image replaces.
         unreadable: shard to the error, for those that can't be opened.
     """
@@ -76,6 +82,7 @@ class Listing:
     shard_of: dict[str, str] = field(default_factory=dict)
     stamps: dict[str, Stamp] = field(default_factory=dict)
     sound: dict[str, SoundShard] = field(default_factory=dict)
+    noted: frozenset[str] = frozenset()
     superseded: int = 0
     unreadable: dict[str, UnreadableShardError] = field(default_factory=dict)
 
@@ -92,8 +99,9 @@ def list_records(
         folder, fingerprint, kind: those of the mask set.
         checked: shards that the caller knows to be sound, and that needn't be noted in the folder yet.
     """
-    known = read_checked(folder) | dict(checked or {})
-    listing = Listing()
+    known = read_checked(folder)
+    listing = Listing(noted=frozenset(known))
+    known |= checked or {}
     waiting = shard_files(folder)
     while waiting:
         path = waiting.pop(0)
@@ -167,30 +175,57 @@ def read_checked(folder: Path) -> dict[str, SoundShard]:
     """Shards that were checked in full, by their names, as they were then."""
     checked: dict[str, SoundShard] = {}
     for path in [folder / CHECKED, *sorted(folder.glob(NOTES))]:
-        checked |= _read_note(path)
+        for note in read_lines(path, _Note, "what it stood for is checked again"):
+            checked |= note.root
     return checked
 
 
 def note_checked(folder: Path, index: int, count: int, checked: Mapping[str, SoundShard]) -> None:
     """Leave a note of shards that were checked in full, for whoever writes the index next."""
-    path = folder / f"checked-{index}-of-{count}.json"
-    _write_note(path, _read_note(path) | dict(checked))
+    add_lines(folder / f"checked-{index}-of-{count}.json", _lines(checked))
 
 
-def _write_note(path: Path, checked: Mapping[str, SoundShard]) -> None:
-    content = {name: sound.model_dump() for name, sound in checked.items()}
-    write_file(path, json.dumps(content, separators=(",", ":")), durable=False)
+def _lines(checked: Mapping[str, SoundShard]) -> Iterator[str]:
+    for name, sound in checked.items():
+        yield json.dumps({name: sound.model_dump()}, separators=(",", ":"))
 
 
-def _read_note(path: Path) -> dict[str, SoundShard]:
+def read_lines(path: Path, kind: type[Line], otherwise: str) -> Iterator[Line]:
+    """Notes that may be anybody's, a line of JSON each: what can't be understood costs itself alone, and a warning.
+
+    Args:
+        path: the file; none is an empty one.
+        kind: content of a line.
+        otherwise: end of the warning.
+    """
+    is_damaged = False
     try:
-        return _NOTE.validate_json(read_bytes(path, MAX_NOTES_BYTES))
+        with open_plain(path, MAX_NOTES_BYTES) as file:
+            for line in file:
+                if line.strip():
+                    try:
+                        content = kind.model_validate_json(line, strict=True)
+                    except ValueError:
+                        is_damaged = True
+                    else:
+                        yield content
     except FileNotFoundError:
-        return {}
-    except (OSError, ValueError) as error:
+        return
+    except OSError as error:
         check_machine(error)
-        logger.warning("%s can't be read; what it stood for is checked again", path)
-        return {}
+        is_damaged = True
+    if is_damaged:
+        logger.warning("%s can't be read; %s", path, otherwise)
+
+
+def add_lines(path: Path, lines: Iterable[str]) -> None:
+    """Put lines behind those of a note; what is no plain file is replaced."""
+    # where a killed process left half a line, that ends here
+    content = "\n".join(["", *lines])
+    if is_plain(path):
+        append_line(path, content)
+    else:
+        write_file(path, f"{content}\n", durable=False)
 
 
 def write_index(
@@ -213,7 +248,8 @@ def write_index(
             name = escape_id(image_id)
             builder.images[name] = h5py.ExternalLink(shard, f"/{IMAGES}/{name}")
         write_file(folder / INDEX, builder.to_bytes())
-        _write_note(folder / CHECKED, listing.sound)
+        with replacing(folder / CHECKED, durable=False) as file:
+            file.writelines(f"{line}\n".encode() for line in _lines(listing.sound))
         for note in folder.glob(NOTES):
             with writing(note):
                 note.unlink()

@@ -57,11 +57,12 @@ def named_shards(folder: Path) -> list[ShardFile]:
     return sorted(
         ShardFile(int(match[3]), int(match[1]), int(match[2]), match[4] or "", path)
         for match, path in matches
-        if match is not None and (match[4] is None or _is_plain(path))
+        if match is not None and (match[4] is None or is_plain(path))
     )
 
 
-def _is_plain(path: Path) -> bool:
+def is_plain(path: Path) -> bool:
+    """Whether a plain file lies at ``path``, not a link to one."""
     with suppress(OSError):
         return stat.S_ISREG(path.lstat().st_mode)
     return False
@@ -74,7 +75,7 @@ def shard_files(folder: Path, suffix: str = "") -> list[Path]:
 
 def is_left_over(path: Path) -> bool:
     """Whether a file of a mask set is one that a killed process didn't finish, and nobody needs."""
-    return _LEFT_OVER.fullmatch(path.name) is not None and _is_plain(path)
+    return _LEFT_OVER.fullmatch(path.name) is not None and is_plain(path)
 
 
 def next_shard(folder: Path, index: int, count: int) -> str:

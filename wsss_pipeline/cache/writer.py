@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import time
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,9 +14,6 @@ from wsss_pipeline.cache.finished import FinishedImages
 from wsss_pipeline.cache.index import (
     INDEX,
     SoundShard,
-    list_records,
-    note_checked,
-    read_checked,
     stamp,
     write_index,
 )
@@ -86,7 +83,6 @@ class MaskWriter:
         self._flush_duration = 0.0
         self._is_marked_incomplete = False
         self._failed = False
-        self._shard_of: Mapping[str, str] = {}
 
     def __enter__(self) -> MaskWriter:
         manifest = read_manifest(self._folder)
@@ -112,11 +108,15 @@ class MaskWriter:
                 raise
             logger.warning("%s", second)
 
-    def is_current(
-        self, image_id: str, file: ImageFile, labels: tuple[str, ...] | None, **options: bool
-    ) -> bool:
-        """Whether finished shards held this image's mask at the start; as ``FinishedImages.is_current``."""
-        return self._open().is_current(image_id, file, labels, **options)
+    def unfinished(
+        self,
+        image_ids: Sequence[str],
+        files: Mapping[str, ImageFile],
+        labels: Mapping[str, tuple[str, ...] | None],
+        **options: bool,
+    ) -> list[str]:
+        """Images whose masks finished shards didn't hold at the start; as ``FinishedImages.unfinished``."""
+        return self._open().unfinished(image_ids, files, labels, **options)
 
     def write(
         self,
@@ -185,42 +185,42 @@ class MaskWriter:
         finished = self._open()
         self._finish_shard()
         # outside the lock, which others wait for: what they finish meanwhile is theirs to count
-        self._shard_of = list_records(self._folder, self._fingerprint, self._kind, finished.checked).shard_of
-        missing = sum(image_id not in self._shard_of for image_id in expected_ids)
-        images, own = len(self._shard_of), ShareCompletion(expected=len(expected_ids), missing=missing)
+        shard_of = finished.list_again().shard_of
+        missing = sum(image_id not in shard_of for image_id in expected_ids)
+        images, own = len(shard_of), ShareCompletion(expected=len(expected_ids), missing=missing)
         with set_lock(self._folder):
             completion = update_completion(
                 self._folder,
                 lambda before: Completion.of(images, {**before.shares, self._share: own}, self._count),
             )
-        finished.save(self._shard_of)
+        finished.save()
+        finished.tidy()
         return completion
 
     def close(self) -> None:
         """Finish the shard at hand, see to the index, let go of the lock; nothing more the second time.
 
-        The index is rewritten whole, so of several writers only the last one to close does it; the others
-        leave a note of the shards that need no checking.
+        The index is rewritten whole, so of several writers only the last one to close does it.
         """
         if self._finished is None:
             return
         try:
             if not self._failed:
                 self._finish_shard()
-                checked, listed = self._finished.checked, set(self._shard_of.values())
+                self._finished.save()
+                listing = self._finished.listing
                 if (
-                    checked
+                    self._finished.has_checked
                     or not (self._folder / INDEX).exists()
-                    or (listed and listed != read_checked(self._folder).keys())
+                    or listing.stamps.keys() != listing.noted
                 ):
                     with set_lock(self._folder):
                         # let go within the set's lock: of two that close together, the second finds itself alone
                         self._lock.release()
-                        if held_locks(self._folder):
-                            note_checked(self._folder, self._index, self._count, checked)
-                        else:
-                            listing = write_index(self._folder, self._fingerprint, self._kind, checked)
-                            images = len(listing.shard_of)
+                        if not held_locks(self._folder):
+                            images = len(
+                                write_index(self._folder, self._fingerprint, self._kind, {}).shard_of
+                            )
                             update_completion(
                                 self._folder, lambda before: before.model_copy(update={"images": images})
                             )
@@ -245,7 +245,9 @@ class MaskWriter:
         if len(builder.images):
             with self._failing_for_good():
                 self._mark_incomplete()
-                self._open().checked[name] = finish_shard(self._folder, name, builder)
+                finished, sound = self._open(), finish_shard(self._folder, name, builder)
+                finished.note_sound(name, sound)
+                finished.save()
         builder.close()
         self._shard, self._unsaved = None, 0
 

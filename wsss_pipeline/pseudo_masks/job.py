@@ -290,18 +290,15 @@ def plan_masks(job: Job, maker: MaskMaker | None = None) -> MaskPlan:
     maker = maker or job.maker()
     check_apart(job.cache_dir / maker.mask_set.folder_name, job.cache_option, job.inputs)
     share = job.share.select(job.labels)[: job.limit]
-    there = {image_id for image_id in share if image_id in job.images and is_there(job.images[image_id])}
-    return MaskPlan(
-        job,
-        maker,
-        # stable: files of their own keep the order of the labels
-        sorted(
-            (image_id for image_id in share if image_id in there),
-            key=lambda image_id: reading_order(job.images[image_id]),
-        ),
-        [image_id for image_id in share if image_id not in there],
-        sum(image_id not in job.labels for image_id in job.images),
-    )
+    there: list[str] = []
+    missing: list[str] = []
+    for image_id in share:
+        is_found = image_id in job.images and is_there(job.images[image_id])
+        (there if is_found else missing).append(image_id)
+    # stable: files of their own keep the order of the labels
+    there.sort(key=lambda image_id: reading_order(job.images[image_id]))
+    unlabelled = sum(image_id not in job.labels for image_id in job.images)
+    return MaskPlan(job, maker, there, missing, unlabelled)
 
 
 def describe_plan(plan: MaskPlan) -> list[str]:
@@ -316,7 +313,7 @@ def describe_plan(plan: MaskPlan) -> list[str]:
     if is_mask_set(folder) and not job.overwrite:
         finished = FinishedImages(folder, job.share.index, job.share.count)
         options = {"need_cams": job.store_cams, "check_bytes": job.check_bytes}
-        todo = [i for i in todo if not finished.is_current(i, job.images[i], job.labels[i], **options)]
+        todo = finished.unfinished(todo, job.images, job.labels, **options)
     is_of_masks = plan.maker.mask_set.holds == "masks"
     per_pixel = BYTES_PER_PIXEL if is_of_masks else BYTES_PER_REGION_PIXEL
     bad: list[str] = []

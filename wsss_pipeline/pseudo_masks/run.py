@@ -88,7 +88,7 @@ def run_share(job: Job, maker: MaskMaker | None = None, *, quiet: bool = False) 
         todo = plan.image_ids
         if not job.overwrite:
             options = {"need_cams": job.store_cams, "check_bytes": job.check_bytes}
-            todo = [i for i in todo if not writer.is_current(i, job.images[i], job.labels[i], **options)]
+            todo = writer.unfinished(todo, job.images, job.labels, **options)
         report.reused = len(plan.image_ids) - len(todo)
         if todo:
             if not quiet:
