@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from wsss_pipeline.clip.learned_prompts import (
     class_rows,
     initial_context,
     seed_number,
+    text_features,
     text_tower_digest,
 )
 from wsss_pipeline.clip.sources import locate_clip
@@ -73,6 +75,43 @@ def test_a_context_of_words_gives_the_row_of_the_sentence(
     encoder = PromptEncoder(clip, [("cat",), ("good small dog",), ("",)], layout, len(context))
     expected = TextEncoder(clip.text, clip.tokenizer).encode(prompts)
     assert torch.allclose(encoder(context), expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("count", [3, 33])
+def test_what_texts_share_is_encoded_once_and_changes_nothing(clip: Clip, count: int) -> None:
+    tower = deepcopy(clip.text).double()
+    generator = torch.Generator().manual_seed(0)
+    context = torch.randn(1, 4, 64, generator=generator, dtype=torch.float64).requires_grad_()
+    own = torch.randn(count, 3, 64, generator=generator, dtype=torch.float64).requires_grad_()
+    ends = 4 + torch.arange(count) % 3
+    tokens: list[int] = []
+    tower.text_model.encoder.layers[0].register_forward_pre_hook(
+        lambda _, given: tokens.append(given[0].shape[:2].numel())
+    )
+    found = []
+    for shared in (0, 4):
+        embedded = torch.cat([context.expand(count, -1, -1), own], dim=1)
+        rows = text_features(tower, embedded, ends, shared)
+        found.append([rows, *torch.autograd.grad(rows.pow(3).sum(), (context, own))])
+    for apart, together in zip(*found, strict=True):
+        assert apart.abs().max() > 1e-3
+        assert (apart - together).abs().max() < 1e-12
+    assert tokens == [7 * count, {3: 4 + 3 * 3, 33: 2 * (4 + 17 * 3)}[count]]
+
+
+def test_a_shared_context_is_encoded_once_for_all_classes_and_one_of_its_own_is_not(clip: Clip) -> None:
+    tokens: list[int] = []
+    encoder = PromptEncoder(clip, [("cat",), ("dog",)], "end", 3)  # start, 3 of context; name, full stop, end
+    handle = clip.text.text_model.encoder.layers[0].register_forward_pre_hook(
+        lambda _, given: tokens.append(given[0].shape[:2].numel())
+    )
+    try:
+        rows = [encoder(initial_context(shape, 0.5, "1")) for shape in ((3, 64), (2, 3, 64))]
+    finally:
+        handle.remove()
+    length = encoder.tokens.shape[1]
+    assert tokens == [4 + 2 * (length - 4), 2 * length]
+    assert rows[0].shape == rows[1].shape
 
 
 def test_a_class_of_several_texts_has_the_mean_of_their_rows(clip: Clip) -> None:

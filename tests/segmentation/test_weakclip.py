@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +16,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from benchmarks.weakclip import plain_head
 from tests.segmentation.conftest import CONFIG, Make, changed, other_clip
 from wsss_pipeline.clip.trunk import Trunk
 from wsss_pipeline.clip.weights import Clip
@@ -52,6 +54,24 @@ def answer(network: WeakClip, images: Tensor) -> Tensor:
     with torch.no_grad():
         logits: Tensor = network(images)
     return logits
+
+
+@pytest.mark.parametrize("sides", [(64, 64), (48, 80)])  # even and odd numbers of patches
+def test_classes_are_told_before_levels_are_enlarged_to_the_same_result(
+    demo_clip: Clip, sides: tuple[int, int]
+) -> None:
+    head = made(demo_clip, dropout=0.4).model["decoder"].head.double().train()
+    grid = [side // 16 for side in sides]
+    maps = [
+        torch.randn(2, 16, *(math.floor(side * times) for side in grid), dtype=torch.float64)
+        for times in (4, 2, 1, 0.5)
+    ]
+    found = []
+    for forward in (type(head).forward, plain_head):
+        torch.manual_seed(1)  # of the dropout
+        found.append(forward(head, maps))
+    assert found[0].shape == (2, 3, *maps[0].shape[-2:])
+    assert (found[0] - found[1]).abs().max() < 1e-12
 
 
 @each_form

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
@@ -32,6 +33,7 @@ logger = logging.getLogger(__name__)
 
 MOST_FILE_BYTES = 512 * MIB  # 1,254 contexts of CLIP's longest prompt and largest width
 MOST_DESCRIPTION = 8 * MIB  # characters of JSON
+TEXTS_TOGETHER = 32  # that are encoded behind the tokens that they share; what is left of each sees no other
 _TENSOR, _DESCRIPTION = "context", "prompts"
 
 
@@ -60,7 +62,7 @@ class PromptEncoder:
     def __init__(
         self, clip: Clip, texts: Sequence[Sequence[str]], layout: ContextLayout, length: int
     ) -> None:
-        self._text = clip.text
+        self._text, self._layout = clip.text, layout
         longest = int(clip.text.config.max_position_embeddings)
         start, *_, end = clip.tokenizer("")["input_ids"]
         room = [0] * length
@@ -96,26 +98,40 @@ class PromptEncoder:
 
     def __call__(self, context: Tensor) -> Tensor:
         """Unit rows, float32 (C, P), out of one context (length, D), or one for each class, (C, length, D)."""
-        features = text_features(self._text, self.embedded(context), self.ends)
+        # what each class has of its own comes first, or a context of its own: then no two have more than the start
+        shared = 1 + len(context) if self._layout == "end" and context.ndim == 2 else 0
+        features = text_features(self._text, self.embedded(context), self.ends, shared)
         return fuse(F.normalize(features, dim=1), self._counts)
 
 
-def text_features(text_model: Any, embedded: Tensor, ends: Tensor) -> Tensor:
+def text_features(text_model: Any, embedded: Tensor, ends: Tensor, shared: int = 0) -> Tensor:
     """What a text tower makes of token embeddings, float32 (N, P), not normalised; differentiable in all of it.
 
     Args:
         text_model: a ``transformers.CLIPTextModelWithProjection``.
         embedded: float32 (N, T, D), before the position embeddings.
-        ends: int64 (N,), place of each text's end token.
+        ends: int64 (N,), place of each text's end token, behind the ``shared`` ones.
+        shared: number of first tokens that are the same in all texts. No token sees those behind it, so they are
+            encoded once for some dozens of texts.
     """
-    tower, length = text_model.text_model, embedded.shape[1]
+    tower, (count, length, width) = text_model.text_model, embedded.shape
     hidden = embedded + tower.embeddings.position_embedding.weight[:length]
-    # no token sees those behind it
-    mask = torch.full((length, length), -torch.inf, device=embedded.device).triu(1)
+    together = math.ceil(count / math.ceil(count / TEXTS_TOGETHER)) if shared else 1
+    rows = math.ceil(count / together)
+    own = F.pad(hidden[:, shared:], (0, 0, 0, 0, 0, rows * together - count))
+    # a row of tokens is what is shared, and behind it what is left of one text after another
+    hidden = torch.cat(
+        [hidden[:1, :shared].expand(rows, -1, -1), own.reshape(rows, together * own.shape[1], width)], dim=1
+    )
+    place = torch.arange(hidden.shape[1], device=embedded.device)
+    text = torch.where(place < shared, -1, (place - shared) // own.shape[1])
+    is_seen = (place <= place[:, None]) & ((text == text[:, None]) | (text == -1))
+    mask = torch.zeros_like(is_seen, dtype=hidden.dtype).masked_fill(~is_seen, -torch.inf)
     for layer in tower.encoder.layers:
         hidden = layer(hidden, mask[None, None])
-    taken = tower.final_layer_norm(hidden[torch.arange(len(hidden), device=hidden.device), ends])
-    features: Tensor = text_model.text_projection(taken)
+    number = torch.arange(count, device=embedded.device)
+    taken = hidden[number // together, number % together * own.shape[1] + ends]
+    features: Tensor = text_model.text_projection(tower.final_layer_norm(taken))
     return features
 
 

@@ -201,14 +201,17 @@ class _Head(nn.Module):
     def forward(self, maps: Sequence[Tensor]) -> Tensor:
         """Logits (B, 1+C, h_0, w_0) out of (B, width, h_i, w_i)."""
         size = maps[0].shape[-2:]
-        total = self.branches[0][0](maps[0])  # type: ignore[index]
+        # drawn once for all levels, as it would be of their sum
+        kept = self.dropout(maps[0].new_ones(*maps[0].shape[:2], 1, 1))
+        logits: Tensor = self.classify(kept * self.branches[0][0](maps[0]))  # type: ignore[index]
         for level in (1, 2, 3):
             branch = maps[level]
-            blocks: Any = self.branches[level]
-            for block in blocks:
+            *before, last = self.branches[level]  # type: ignore[misc]
+            for block in before:
                 branch = resized(block(branch), scale_factor=2)
-            total = total + resized(branch, size=size)
-        logits: Tensor = self.classify(self.dropout(total))
+            # classified before the last step of enlarging: the two commute, and there are fewer classes than channels
+            own = resized(F.conv2d(kept * last(branch), self.classify.weight), scale_factor=2)
+            logits = logits + (own if own.shape[-2:] == size else resized(own, size=size))
         return logits
 
 
@@ -356,9 +359,8 @@ class WeakClip(ClipNetwork):
         with torch.autocast(contexts.device.type, enabled=False):
             words = text_model.text_model.embeddings.token_embedding(self.tokens)
             between = contexts.expand(len(words), -1, -1)
-            rows = text_features(
-                text_model, torch.cat([words[:, :1], between, words[:, 1:]], dim=1), self.ends
-            )
+            embedded = torch.cat([words[:, :1], between, words[:, 1:]], dim=1)
+            rows = text_features(text_model, embedded, self.ends, 1 + between.shape[1])
         if state:
             self._kept_text = state, rows
         return rows
