@@ -281,3 +281,11 @@ def test_the_picture_is_drawn_by_its_script(tmp_path: Path) -> None:
     )
     with Image.open(tmp_path / "picture.jpg") as drawn, Image.open(ROOT / "docs/picture.jpg") as kept:
         assert drawn.size == kept.size
+
+
+@pytest.mark.parametrize("header", ["| pseudo masks | mIoU |", "| network on 300"])
+def test_figures_of_drawn_scenes_stand_on_the_page_of_the_demo_too(header: str) -> None:
+    demo = (ROOT / "docs/demo.md").read_text("utf-8")
+    figures = [figure for cells in rows("docs/which-method.md", header) for figure in cells[1].split(", ")]
+    assert figures
+    assert [figure for figure in figures if figure not in demo] == []
