@@ -195,7 +195,7 @@ def preview(
         make_row(image_id, images.get(image_id), {PSEUDO_MASK: masks}, box, quality.note(image_id))
         for image_id in shown
     ]
-    title = f"{masks.path.resolve().name}: {len(rows):,} of {len(masks):,} images"
+    title = f"{len(rows):,} of {len(masks):,} images of {masks.path.resolve().name}"
     write_file(out, encoded(draw_sheet(title, rows), "PNG"), durable=False)
     return out
 
