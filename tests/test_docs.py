@@ -289,3 +289,13 @@ def test_figures_of_drawn_scenes_stand_on_the_page_of_the_demo_too(header: str) 
     figures = [figure for cells in rows("docs/which-method.md", header) for figure in cells[1].split(", ")]
     assert figures
     assert [figure for figure in figures if figure not in demo] == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_settings_that_are_named_exist(page: Path) -> None:
+    known = set(re.findall(r"^\| `([a-z_.0-9]+)` \|", settings_page(), re.MULTILINE))
+    groups = {key.split(".")[0] for key in known if "." in key}
+    text = page.read_text("utf-8")
+    named = re.findall(r"`([a-z]+(?:\.[a-z_]+)+)(?:=[^`]*)?`", text)
+    named = [key for key in named if key.split(".")[0] in groups and Path(key).suffix != ".py"]
+    assert {*named, *re.findall(r"--set '?([a-z_.0-9]+)=", text)} - known <= {"key"}  # --set key=value
