@@ -230,9 +230,11 @@ def test_a_shard_is_checked_once_and_one_that_is_damaged_each_time(
     checked: list[int] = []
     inspect = finished.inspect
 
-    def count(path: Path, fingerprint: str, kind: MaskRecords, depth: Depth) -> object:
+    def count(
+        path: Path, fingerprint: str, kind: MaskRecords, depth: Depth, only: list[str] | None
+    ) -> object:
         checked.extend([1] * (depth == "records"))
-        return inspect(path, fingerprint, kind, depth)
+        return inspect(path, fingerprint, kind, depth, only)
 
     monkeypatch.setattr(finished, "inspect", count)
     assert is_current(folder, image, check_bytes=True)

@@ -146,7 +146,7 @@ class FinishedImages:
             if image_id in shard_of:
                 of_shard[shard_of[image_id]].append(image_id)
         for shard, members in of_shard.items():
-            records = self._inspected(shard)
+            records = self._inspected(shard, members)
             for image_id in members:
                 record, wanted = records.get(image_id), labels[image_id]
                 if (
@@ -165,14 +165,17 @@ class FinishedImages:
     def record(self, image_id: str) -> RecordInfo | None:
         """What is known of an image; None where it has no record, or a damaged one."""
         shard = self.listing.shard_of.get(image_id)
-        return None if shard is None else self._inspected(shard).get(image_id)
+        return None if shard is None else self._inspected(shard, [image_id]).get(image_id)
 
-    def _inspected(self, shard: str) -> dict[str, RecordInfo]:
-        """What is known of the sound records of a shard; all of them are read where nobody has checked it."""
+    def _inspected(self, shard: str, image_ids: Sequence[str]) -> dict[str, RecordInfo]:
+        """What is known of the sound records of these images; a shard that nobody has checked is read whole."""
         is_believed, path, manifest = shard in self.listing.sound, self._folder / shard, self._manifest
         try:
             inspection = inspect(
-                path, manifest.fingerprint, manifest.mask_set.kind, "infos" if is_believed else "records"
+                path,
+                manifest.fingerprint,
+                manifest.mask_set.kind,
+                *(("infos", image_ids) if is_believed else ("records", None)),
             )
         except CacheFormatError as error:
             logger.warning("its images are done again: %s", error)

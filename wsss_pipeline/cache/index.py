@@ -2,8 +2,8 @@
 so that any HDF5 tool sees one file.
 
 ``checked.json`` says, in a line for each shard whose records have all been found sound, which ids it holds, its
-SHA-256, and its size and times then, as git's index does. The time of change can't be chosen: files that were changed,
-or handed over together with such notes, are looked at again.
+SHA-256, and its size and times then, as git's index does. The time of change can't be chosen: files that were
+changed, or handed over together with such notes, are looked at again.
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -61,7 +61,13 @@ class Inspection:
     sha256: str = ""
 
 
-def inspect(path: Path, fingerprint: str, kind: RecordKind[Any], depth: Depth) -> Inspection:
+def inspect(
+    path: Path,
+    fingerprint: str,
+    kind: RecordKind[Any],
+    depth: Depth,
+    only: Sequence[str] | None = None,
+) -> Inspection:
     """Look into a shard in bounded time and memory, whatever it is.
 
     Args:
@@ -70,11 +76,12 @@ def inspect(path: Path, fingerprint: str, kind: RecordKind[Any], depth: Depth) -
         kind: what its records hold.
         depth: ids alone; digests of all records; what is known of them; or the same, with every array of every
             record read and compared with its digest.
+        only: ids of the images that more than their ids is asked for; all of them, where None.
 
     Raises:
         UnreadableShardError: as ``open_shard``; also where it took too long or ended the process that read it.
     """
-    return _inspector().ask(path, fingerprint, kind, depth)
+    return _inspector().ask(path, fingerprint, kind, depth, only)
 
 
 class _Inspector:
@@ -86,7 +93,14 @@ class _Inspector:
         self._process: subprocess.Popen[bytes] | None = None
         atexit.register(self.close)
 
-    def ask(self, path: Path, fingerprint: str, kind: RecordKind[Any], depth: Depth) -> Inspection:
+    def ask(
+        self,
+        path: Path,
+        fingerprint: str,
+        kind: RecordKind[Any],
+        depth: Depth,
+        only: Sequence[str] | None,
+    ) -> Inspection:
         try:
             size = path.stat().st_size
         except OSError as error:
@@ -98,6 +112,7 @@ class _Inspector:
             "holds": kind.holds,
             "class_names": list(kind.class_names),
             "depth": depth,
+            "only": only,
             "seconds": seconds,
         }
         with self._lock:
@@ -236,7 +251,7 @@ def _look(question: Mapping[str, Any]) -> Inspection:
         images = file[IMAGES]
         ids, strange = image_ids(images)
         if depth in ("infos", "records"):
-            infos, damaged = check_records(images, kind, arrays=depth == "records")
+            infos, damaged = check_records(images, kind, question["only"], arrays=depth == "records")
             return Inspection(ids, {i: info.digest for i, info in infos.items()}, infos, damaged, digest)
         digests: dict[str, str] = {}
         damaged = dict.fromkeys(strange, "its name is no image id")

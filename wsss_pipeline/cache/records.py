@@ -15,7 +15,7 @@ import importlib
 import json
 import math
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, Protocol, TypeVar
@@ -283,9 +283,10 @@ def read_texts(images: h5py.Group, image_id: str, name: str) -> tuple[str, ...]:
 
 
 def check_records(
-    images: h5py.Group, kind: RecordKind[Any], *, arrays: bool = True
+    images: h5py.Group, kind: RecordKind[Any], only: Collection[str] | None = None, *, arrays: bool = True
 ) -> tuple[dict[str, RecordInfo], dict[str, str]]:
-    """Read and recompute every record of a shard; without ``arrays`` only read what else is known.
+    """Read and recompute every record of a shard, or those of some ids; without ``arrays`` only read what else is
+    known.
 
     Returns:
         What is known of each sound record, and for each damaged one the reason, both by image id.
@@ -296,7 +297,7 @@ def check_records(
     sound: dict[str, RecordInfo] = {}
     ids, strange = image_ids(images)
     damaged = dict.fromkeys(strange, "its name is no image id")
-    for image_id in ids:
+    for image_id in ids if only is None else set(only).intersection(ids):
         try:
             if arrays:
                 _, sound[image_id] = read_record(images, image_id, kind)

@@ -10,8 +10,9 @@ from __future__ import annotations
 import logging
 import os
 import re
+import sys
 from collections import Counter, deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from fnmatch import fnmatchcase
 from pathlib import Path
 
@@ -113,18 +114,49 @@ def without_image_suffix(path: str) -> str:
     return stem if suffix in IMAGE_SUFFIXES or suffix in UNREAD_SUFFIXES else path
 
 
-class FoundImages(dict[str, ImageFile]):
-    """Image id to file.
+class FoundImages(Mapping[str, ImageFile]):
+    """Image id to file, of which there may be millions: the path of a file of its own is made when it is asked for.
+
+    Args:
+        root: folder of the images that lie in no archive.
 
     Attributes:
         unread: image id to what is wrong with the format of its file, which lies there all the same.
         suffixes: number of files by suffix, lower case, that are no images.
     """
 
-    def __init__(self, images: dict[str, ImageFile]) -> None:
-        super().__init__(images)
+    def __init__(self, root: Path) -> None:
+        self._root = root
+        self._files: dict[str, str | TarMember] = {}  # for a file of its own what its name has behind the id
         self.unread: dict[str, str] = {}
         self.suffixes: Counter[str] = Counter()
+
+    def __getitem__(self, image_id: str) -> ImageFile:
+        file = self._files[image_id]
+        return file if isinstance(file, TarMember) else self._root / f"{image_id}{file}"
+
+    def __contains__(self, image_id: object) -> bool:
+        return image_id in self._files
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._files)
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+    def add(self, image_id: str, file: str | TarMember) -> None:
+        """Add an image; ``file``: a member of an archive, or the path below the folder, which begins with the id."""
+        self._files[image_id] = file if isinstance(file, TarMember) else sys.intern(file[len(image_id) :])
+
+    def pop(self, image_id: str) -> ImageFile:
+        """Take an image out; its file."""
+        file = self[image_id]
+        del self._files[image_id]
+        return file
+
+    def sort(self) -> None:
+        """Put the images in the order of their ids."""
+        self._files = {image_id: self._files[image_id] for image_id in sorted(self._files)}
 
 
 def find_images(
@@ -164,15 +196,16 @@ def find_images(
     if strip and suffix and re.search(r"[*?\[/]|\A!", suffix):
         raise ConfigError(f"{option} {suffix:.60}: write what the names end in, like _mask, without * or !")
     in_tar = is_tar_pattern(root)
-    found = FoundImages({})
+    found = FoundImages(root)
     passed_over = 0
     shared: dict[str, ImageFile] = {}  # id of several in archives to the first of them
     with (
         FewWarnings(logger, "files whose image ids can't be used") as unfit,
         FewWarnings(logger, "files that share an image id") as twins,
     ):
-        for file in tar_images(root, (*IMAGE_SUFFIXES, *UNREAD_SUFFIXES)) if in_tar else _files_below(root):
-            name = file.name if isinstance(file, TarMember) else file.relative_to(root).as_posix()
+        of_tar = tar_images(root, (*IMAGE_SUFFIXES, *UNREAD_SUFFIXES))
+        for file in of_tar if in_tar else _files_below(root):
+            name = file.name if isinstance(file, TarMember) else file
             ending = os.path.splitext(name)[1].lower()  # noqa: PTH122  # a million times
             if ending not in IMAGE_SUFFIXES:
                 found.suffixes[ending] += 1
@@ -188,10 +221,12 @@ def find_images(
                 whole = name if name.lower().endswith(suffix.lower()) else image_id
                 image_id = whole[: -len(suffix)]
             if reason := _objection(image_id):
-                unfit.warn("%r is left out: its image id %s; rename the file", one_line(file, 200), reason)
+                path = file if isinstance(file, TarMember) else root / file
+                unfit.warn("%r is left out: its image id %s; rename the file", one_line(path, 200), reason)
             elif image_id in found or image_id in shared:
                 first = shared[image_id] if image_id in shared else found.pop(image_id)
-                pair = f"{one_line(first, 200)} and {one_line(file, 200)}"
+                second = file if isinstance(file, TarMember) else root / file
+                pair = f"{one_line(first, 200)} and {one_line(second, 200)}"
                 same = f"have the same image id '{one_line(image_id, 200)}'"
                 if not in_tar:
                     choose = f", or say which are meant: {option} {Path(first.name).suffix}"
@@ -199,7 +234,7 @@ def find_images(
                 shared[image_id] = first
                 twins.warn("%s %s; both are left out", pair, same)
             else:
-                found[image_id] = file
+                found.add(image_id, file)
     if shared and not found:
         raise ImageError(f"no image is left: {pair} {same}, all others too; name each archive once")
     if not found and not may_be_empty:
@@ -208,9 +243,7 @@ def find_images(
         raise _nothing_in(root, found, passed_over, f"{option} {suffix}" if suffix else "")
     _warn_of_others(root, found, option if not suffix else "")
     if not in_tar:
-        found_sorted = sorted(found.items())
-        found.clear()
-        found.update(found_sorted)
+        found.sort()
     return found
 
 
@@ -277,29 +310,28 @@ def _warn_of_others(root: Path, found: FoundImages, option: str) -> None:
         )
 
 
-def _files_below(root: Path) -> Iterator[Path]:
-    """Files of ``root`` and all folders below it, each real folder once; linked folders after all others."""
+def _files_below(root: Path) -> Iterator[str]:
+    """Paths below ``root`` of its files and those of all folders in it; each real folder once, linked ones last."""
     try:
         # A link to a folder around the root would bring in everything that lies beside it.
         seen = {(status.st_dev, status.st_ino) for status in map(os.stat, root.resolve().parents)}
-        pending = deque([root])
+        pending = deque([""])  # paths below the root, each with a slash behind it
         while pending:
             folder = pending.popleft()
-            status = folder.stat()
+            status = (root / folder).stat()
             if (status.st_dev, status.st_ino) in seen:
                 continue
             seen.add((status.st_dev, status.st_ino))
-            with os.scandir(folder) as listing:
+            with os.scandir(root / folder) as listing:
                 entries = sorted(listing, key=lambda entry: entry.name)
             for entry in entries:
-                path = Path(entry.path)
                 if entry.name.startswith("."):
                     continue
                 if entry.is_dir():
-                    (pending.append if entry.is_symlink() else pending.appendleft)(path)
+                    (pending.append if entry.is_symlink() else pending.appendleft)(f"{folder}{entry.name}/")
                 # A pipe or a socket with the suffix of an image would block whoever opens it.
-                elif entry.is_file() or (entry.is_symlink() and not path.exists()):
-                    yield path
+                elif entry.is_file() or (entry.is_symlink() and not Path(entry.path).exists()):
+                    yield f"{folder}{entry.name}"
     except OSError as error:
         check_machine(error)
         raise ImageError(
