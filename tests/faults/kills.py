@@ -97,10 +97,12 @@ def network(folder: Path) -> State:
 
 
 def files(folder: Path) -> State:
-    """All files that have got their names."""
+    """Of all files that have got their names, path to digest; pages show the folder that they were made in."""
     found = [path for path in folder.rglob("*") if path.is_file() and path.suffix != ".tmp"]
+    contents = {path: path.read_bytes().replace(str(folder).encode(), b"") for path in found}
     return {
-        path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in found
+        path.relative_to(folder).as_posix(): hashlib.sha256(content).hexdigest()
+        for path, content in contents.items()
     }
 
 
