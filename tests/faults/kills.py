@@ -24,6 +24,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from safetensors.torch import load_file
+
 from tests import forks
 from wsss_pipeline.methods import DEFAULT_METHOD, method_names
 
@@ -85,7 +87,10 @@ def learned(folder: Path, file: str) -> State:
         json.loads((folder / "state" / "progress.json").read_text())["step"] < STEPS
     ):
         return {}
-    return {file: hashlib.sha256((folder / file).read_bytes()).hexdigest()}
+    # of the tensors: the file's own description comes in any order
+    tensors = sorted(load_file(folder / file).items())
+    content = b"".join(name.encode() + tensor.numpy().tobytes() for name, tensor in tensors)
+    return {file: hashlib.sha256(content).hexdigest()}
 
 
 NETWORK, PROMPTS = "last/model.safetensors", "prompts.safetensors"
