@@ -41,7 +41,7 @@ attack: $(VENV)/installed-dev  ## ten thousand mutated shards, hostile manifests
 	$(BIN)/python -m tests.hostile.attack
 
 fuzz: $(VENV)/installed-dev  ## a minute of coverage-guided fuzzing for each reader of files
-	for target in labels archives manifest known; do \
+	for target in labels archives manifest known settings prompts; do \
 		$(BIN)/python -m tests.fuzz.readers $$target -max_total_time=60 || exit 1; done
 
 mutants: $(VENV)/installed-dev  ## mutation testing of all that makes masks, trains and keeps; takes many hours

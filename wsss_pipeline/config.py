@@ -348,6 +348,7 @@ def resolve(kind: type[Kind], layers: Iterable[Layer]) -> Kind:
     """
     values: dict[str, Any] = {}
     origins: dict[str, str] = {}
+    origin = "settings"
     for origin, layer in layers:
         for key, value in _flat(layer, kind, origin):
             *outer, last = key.split(".")
@@ -362,7 +363,7 @@ def resolve(kind: type[Kind], layers: Iterable[Layer]) -> Kind:
     except ValidationError as error:
         # an unknown key may be what explains a missing one
         first = min(error.errors(), key=lambda item: item["type"] != "extra_forbidden")
-        raise ConfigError(_explained(first, kind, origins)) from error
+        raise ConfigError(_explained(first, kind, origins, origin)) from error
 
 
 def _flat(
@@ -387,8 +388,8 @@ def section(kind: type[Settings], key: str) -> type[Settings] | None:
     return found if isinstance(found, type) and issubclass(found, Settings) else None
 
 
-def _explained(error: ErrorDetails, kind: type[Settings], origins: Mapping[str, str]) -> str:
-    """One line for one of pydantic's errors: layer, key, what is wrong, what would be right."""
+def _explained(error: ErrorDetails, kind: type[Settings], origins: Mapping[str, str], last: str) -> str:
+    """One line for one of pydantic's errors: layer (the last where none has the key), key, what would be right."""
     problem, value = error["type"], error["input"]
     if problem == "value_error" and not error["loc"]:  # two settings that contradict each other
         return str(error["ctx"]["error"])
@@ -399,9 +400,9 @@ def _explained(error: ErrorDetails, kind: type[Settings], origins: Mapping[str, 
         keys.append(part)
         kind = section(kind, part) or kind
     if not keys:  # half a character, which no key holds
-        return f"{list(origins.values())[-1]}: a key isn't UTF-8 text; write it anew"
+        return f"{last}: a key isn't UTF-8 text; write it anew"
     key, name = ".".join(keys), keys[-1]
-    origin = next((origins[k] for k in origins if f"{k}.".startswith(f"{key}.")), list(origins.values())[-1])
+    origin = next((origins[k] for k in origins if f"{k}.".startswith(f"{key}.")), last)
     if problem == "extra_forbidden":
         close = difflib.get_close_matches(name, kind.model_fields, n=1)
         meant = ".".join(keys[:-1] + close)

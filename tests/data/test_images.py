@@ -382,6 +382,18 @@ def test_content_of_a_format_that_is_not_read_is_named_whatever_the_suffix(
             read(tmp_path / "a.jpg")
 
 
+def test_a_mask_whose_pixels_have_changed_is_refused(tmp_path: Path) -> None:
+    mask = np.random.default_rng(0).integers(0, 3, (12, 16)).astype(np.uint8)
+    content = bytearray(save(tmp_path / "a.png", Image.fromarray(mask)).read_bytes())
+    start = content.find(b"IDAT") + 6
+    for place in range(start, start + 40):
+        content[place] ^= 4
+        (tmp_path / "a.png").write_bytes(content)
+        with pytest.raises(ImageError, match=r"a\.png"):
+            read_mask(tmp_path / "a.png")
+        content[place] ^= 4
+
+
 @pytest.mark.skipif(not HAS_AVIF, reason="this Pillow has no reader of AVIF")
 def test_avif_is_read(tmp_path: Path) -> None:
     image = Image.new("RGB", (32, 24), (200, 30, 60))

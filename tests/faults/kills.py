@@ -24,6 +24,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from safetensors.torch import load_file
+
 from tests import forks
 from wsss_pipeline.methods import DEFAULT_METHOD, method_names
 
@@ -85,7 +87,10 @@ def learned(folder: Path, file: str) -> State:
         json.loads((folder / "state" / "progress.json").read_text())["step"] < STEPS
     ):
         return {}
-    return {file: hashlib.sha256((folder / file).read_bytes()).hexdigest()}
+    # of the tensors: the file's own description comes in any order
+    tensors = sorted(load_file(folder / file).items())
+    content = b"".join(name.encode() + tensor.numpy().tobytes() for name, tensor in tensors)
+    return {file: hashlib.sha256(content).hexdigest()}
 
 
 NETWORK, PROMPTS = "last/model.safetensors", "prompts.safetensors"
@@ -97,10 +102,12 @@ def network(folder: Path) -> State:
 
 
 def files(folder: Path) -> State:
-    """All files that have got their names."""
+    """Of all files that have got their names, path to digest; pages show the folder that they were made in."""
     found = [path for path in folder.rglob("*") if path.is_file() and path.suffix != ".tmp"]
+    contents = {path: path.read_bytes().replace(str(folder).encode(), b"") for path in found}
     return {
-        path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in found
+        path.relative_to(folder).as_posix(): hashlib.sha256(content).hexdigest()
+        for path, content in contents.items()
     }
 
 

@@ -1,8 +1,9 @@
 """Coverage-guided fuzzing of what reads files that others may have written: ``python -m tests.fuzz.readers``.
 
-    python -m tests.fuzz.readers labels|archives|manifest|known [-max_total_time=60] [further options of libFuzzer]
+    python -m tests.fuzz.readers TARGET [-max_total_time=60] [further options of libFuzzer]
 
-Any exception but the package's own, and any message that isn't short, is a finding.
+TARGET is one of labels, archives, manifest, known, settings and prompts. Any exception but the package's own, and any
+message that isn't short, is a finding.
 """
 
 from __future__ import annotations
@@ -16,25 +17,29 @@ import random
 import sys
 import tarfile
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, get_args
 
 import atheris
 import numpy as np
+import torch
 
 with atheris.instrument_imports(include=["wsss_pipeline"]):
     from wsss_pipeline.cache import FinishedImages, MaskSet, MaskWriter, open_mask_set
     from wsss_pipeline.cache.manifest import fingerprint, read_manifest
-    from wsss_pipeline.config import LabelFormat
+    from wsss_pipeline.clip.learned_prompts import LearnedPrompts
+    from wsss_pipeline.config import LabelFormat, MaskConfig, resolve, user_layers
     from wsss_pipeline.data.classes import load_class_set
     from wsss_pipeline.data.image_files import file_status
     from wsss_pipeline.data.image_ids import check_image_id, find_images
     from wsss_pipeline.data.images import file_digest
     from wsss_pipeline.data.labels import read_labels
     from wsss_pipeline.data.masks import PseudoMask
-    from wsss_pipeline.errors import CacheError, ImageError, LabelError, WsssError
+    from wsss_pipeline.errors import CacheError, ConfigError, ImageError, LabelError, WsssError
+    from wsss_pipeline.segmentation.train_config import load_train_config
+    from wsss_pipeline.stages.chain import load_chain
 
 FOLDERS = ("voc-lists", "yolo")
 # what the first byte of fuzzed labels chooses: a file, the path to read, and a form to insist on
@@ -235,6 +240,65 @@ def known(content: bytes) -> None:
     images.tidy()
 
 
+# what the first byte of fuzzed settings chooses: a file, what reads it, and a sound one
+SETTINGS: list[tuple[str, Callable[[Path], object], str]] = [
+    (
+        "classes.yaml",
+        lambda path: load_class_set(str(path)),
+        "name: x\ntemplate: 'a {}.'\nbackground: [sky]\nclasses:\n- {name: cat, synonyms: [tom], color: [1, 2, 3]}\n",
+    ),
+    ("classes.json", lambda path: load_class_set(str(path)), '{"names": {"0": "cat", "1": "dog"}}'),
+    ("classes.txt", lambda path: load_class_set(str(path)), "background\ncat\n1: dog\n"),
+    (
+        "labelmap.txt",
+        lambda path: load_class_set(str(path)),
+        "# label:color_rgb:parts:actions\nbackground:0,0,0::\ncat:128,0,0:a,b:run\n",
+    ),
+    ("masks.yaml", lambda path: resolve(MaskConfig, user_layers(path, (), {})), "cam: {threshold: 0.4}\n"),
+    (
+        "train.yaml",
+        lambda path: load_train_config(file=path),
+        "network: {name: segformer}\noptimisation: {lr: 1e-3, iterations: 5}\nprecision: fp32\n",
+    ),
+    (
+        "chain.yaml",
+        lambda path: (chain := load_chain(str(path))) and chain.values(["out=x"]),
+        "about: a\ninputs: {out: {about: b, default: 'r/{out}'}}\nstages: {data: demo --out {out}}\n",
+    ),
+]
+
+
+def settings_seeds() -> Iterator[bytes]:
+    """The sound ones, each before the byte that chooses its reader."""
+    for number, (_, _, sound) in enumerate(SETTINGS):
+        yield bytes([number]) + sound.encode()
+
+
+def settings(content: bytes) -> None:
+    """The first byte chooses one of ``SETTINGS``."""
+    name, read, _ = SETTINGS[content[0] % len(SETTINGS) if content else 0]
+    (FOLDER / name).write_bytes(content[1:])
+    with refusing(WsssError):
+        read(FOLDER / name)
+
+
+PROMPTS = FOLDER / "prompts.safetensors"
+LearnedPrompts(torch.zeros(4, 8), "end", ("cat", "dog"), (("cat",), ("dog", "hound")), ("",), "0" * 64).save(
+    PROMPTS
+)
+LEARNED = PROMPTS.read_bytes()
+DESCRIBED = json.loads(LEARNED[8 : 8 + int.from_bytes(LEARNED[:8], "little")])
+
+
+def prompts(content: bytes) -> None:
+    """A file of learned prompts, as bytes or with a header that is wrong in some places."""
+    data = atheris.FuzzedDataProvider(content)
+    header = damaged_json(data, DESCRIBED)
+    PROMPTS.write_bytes(len(header).to_bytes(8, "little") + header + bytes(4 * 4 * 8))
+    with refusing(ConfigError):
+        LearnedPrompts.load(PROMPTS)
+
+
 @contextmanager
 def refusing(kind: type[WsssError]) -> Iterator[None]:
     """The package may refuse, in a short message."""
@@ -292,11 +356,13 @@ def replaced(data: atheris.FuzzedDataProvider, value: Any) -> Any:
 
 
 def main() -> None:
-    """Fuzz one of the four until a finding, or libFuzzer's own limit."""
+    """Fuzz one of them until a finding, or libFuzzer's own limit."""
     targets = {"labels": labels, "archives": archives, "manifest": manifest, "known": known}
+    targets |= {"settings": settings, "prompts": prompts}
     target = targets[sys.argv.pop(1)]
     corpus = Path(tempfile.mkdtemp())
-    for number, seed in enumerate(label_seeds() if target is labels else SEEDS):
+    seeds = {labels: label_seeds(), settings: settings_seeds()}
+    for number, seed in enumerate(seeds.get(target, SEEDS)):
         (corpus / str(number)).write_bytes(seed)
     logging.disable()
     atheris.Setup([*sys.argv, str(corpus)], target)

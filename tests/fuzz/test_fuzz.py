@@ -14,7 +14,11 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.mark.skipif(find_spec("atheris") is None, reason="the optional package atheris isn't installed")
 @pytest.mark.parametrize(
-    ("target", "runs"), [("labels", 4000), ("archives", 4000), ("manifest", 4000), ("known", 1000)]
+    ("target", "runs"),
+    [
+        *(("labels", 4000), ("archives", 4000), ("manifest", 4000), ("known", 1000), ("settings", 1000)),
+        pytest.param("prompts", 4000, marks=pytest.mark.slow),
+    ],
 )
 def test_nothing_is_found_in_a_few_thousand_runs(target: str, runs: int, tmp_path: Path) -> None:
     done = subprocess.run(

@@ -1,6 +1,7 @@
 """Strangers' files and bad neighbours, many times over: ``python -m tests.hostile.attack``, or ``make attack``.
 
-Campaigns: mutated shards, manifests, lists of what was checked, checkpoints and tar archives; train-seg killed at
+Campaigns: mutated shards of masks, of masks of 16 bits and of regions, manifests, lists of what was checked,
+checkpoints, learned prompts, masks of 16 bits in files and tar archives; train-seg killed at
 random updates; gc, merge, verify, export and training on one mask set at once. Each attempt has to end soon, with a
 right result or an error of the package's own. Prints a table; exit code 1 where something did not hold.
 
@@ -32,6 +33,7 @@ from typing import Any
 
 import h5py
 import numpy as np
+import torch
 from PIL import Image
 
 from tests import forks
@@ -47,14 +49,18 @@ from wsss_pipeline.cache import (
 from wsss_pipeline.cache import inspection as inspection_module
 from wsss_pipeline.cache.inspection import inspect
 from wsss_pipeline.cache.manifest import read_manifest
-from wsss_pipeline.cache.records import MaskRecords
+from wsss_pipeline.cache.records import MaskRecords, RecordKind
 from wsss_pipeline.cache.shards import UnreadableShardError
+from wsss_pipeline.clip.learned_prompts import LearnedPrompts
 from wsss_pipeline.data.classes import load_class_set
 from wsss_pipeline.data.image_ids import find_images
 from wsss_pipeline.data.images import read_image, read_mask
 from wsss_pipeline.data.labels import read_labels
+from wsss_pipeline.data.masks import MaskFolder
 from wsss_pipeline.demo.voc_folder import write_voc_folder
 from wsss_pipeline.errors import CheckpointError, ImageError, WsssError
+from wsss_pipeline.regions.regions import Regions
+from wsss_pipeline.regions.store import RegionRecords, StoredRegions
 from wsss_pipeline.segmentation.checkpoint import load_network, save_network
 from wsss_pipeline.segmentation.networks import build_network
 from wsss_pipeline.segmentation.train_config import NetworkConfig
@@ -63,6 +69,7 @@ ROOT = Path(__file__).parents[2]
 PATIENCE = 30.0  # seconds an attempt may take
 LONGEST_MESSAGE = 3000
 CLASSES = ("cat", "dog")
+WIDE = (*CLASSES, *(f"class {number}" for number in range(3, 301)))  # too many for 8 bits
 COLUMNS = ("no effect", "damage noticed", "refused", "ended by the limit", "did not hold")
 
 
@@ -113,8 +120,22 @@ def make_mask(number: int, size: tuple[int, int] = (12, 16)) -> PseudoMask:
     return PseudoMask(mask, rng.integers(0, 201, size).astype(np.uint8), labels)
 
 
+def make_wide_mask(number: int, size: tuple[int, int] = (12, 16)) -> PseudoMask:
+    """One of 16 bits."""
+    sound = make_mask(number, size)
+    mask = np.where(sound.mask == 1, 299, sound.mask).astype(np.uint16)
+    labels = tuple(WIDE[value - 1] for value in np.unique(mask) if value)
+    return PseudoMask(mask, sound.confidence, labels)
+
+
+def make_regions(number: int, size: tuple[int, int] = (12, 16)) -> Regions:
+    rng, count = np.random.default_rng(number), 1 + number % 5
+    scores = {"iou": rng.random(count), "stability": rng.random(count), "points": rng.random((count, 2)) * 12}
+    return Regions.of_masks(rng.random((count, *size)) < 0.5, rng.integers(0, 3, count), **scores)
+
+
 def write_masks(
-    folder: Path, ids: list[str], masks: Callable[[str], PseudoMask], size: int = 1000, digest: str = "0" * 64
+    folder: Path, ids: list[str], masks: Callable[[str], Any], size: int = 1000, digest: str = "0" * 64
 ) -> None:
     with MaskWriter(folder, images_per_shard=size) as writer:
         for image_id in ids:
@@ -131,9 +152,11 @@ def regions(shard: Path) -> dict[str, list[tuple[int, int]]]:
     start = content.find(b"GCOL")
     heap = (start, start + int.from_bytes(content[start + 8 : start + 16], "little"))
     with h5py.File(shard) as file:
-        datasets = [record[name] for record in file["images"].values() for name in ("mask", "confidence")]
-        stored = [dataset.id.get_chunk_info(0) for dataset in datasets]
-    pixels = [(chunk.byte_offset, chunk.byte_offset + chunk.size) for chunk in stored]
+        datasets = [dataset for record in file["images"].values() for dataset in record.values()]
+        chunks = [dataset.id.get_chunk_info(0) for dataset in datasets if dataset.chunks and dataset.size]
+        plain = [dataset for dataset in datasets if not dataset.chunks and dataset.id.get_offset()]
+        pixels = [(chunk.byte_offset, chunk.byte_offset + chunk.size) for chunk in chunks]
+        pixels += [(d.id.get_offset(), d.id.get_offset() + d.id.get_storage_size()) for d in plain]
     taken = sorted([(0, 48), heap, *pixels])
     gaps = [(a, b) for (_, a), (b, _) in zip(taken, [*taken[1:], (len(content), 0)], strict=True) if a < b]
     return {"superblock": [(0, 48)], "heap of texts": [heap], "pixels": pixels, "groups and headers": gaps}
@@ -162,23 +185,42 @@ def mutated(content: bytes, place: int, chance: random.Random) -> bytes:
 
 
 def attack_shards(table: Table, root: Path, times: int, chance: random.Random) -> None:
-    folder = open_mask_set(root, MaskSet(name="x", determinants={"a": 1}, class_names=CLASSES))
+    attack_records(table, root, times, chance, "shard", MaskRecords(CLASSES), make_mask)
+
+
+def attack_wide_shards(table: Table, root: Path, times: int, chance: random.Random) -> None:
+    attack_records(table, root, times, chance, "shard of 16 bits", MaskRecords(WIDE), make_wide_mask)
+
+
+def attack_regions(table: Table, root: Path, times: int, chance: random.Random) -> None:
+    attack_records(table, root, times, chance, "shard of regions", RegionRecords(), make_regions)
+
+
+def attack_records(
+    table: Table,
+    root: Path,
+    times: int,
+    chance: random.Random,
+    what: str,
+    kind: RecordKind[Any],
+    make: Callable[[int], Any],
+) -> None:
+    """Shards whose records are of a kind."""
+    mask_set = MaskSet(name="x", determinants={"a": 1}, class_names=kind.class_names, holds=kind.holds)
+    folder = open_mask_set(root, mask_set)
     ids = [str(number) for number in range(20)]
-    write_masks(folder, ids, lambda image_id: make_mask(int(image_id)))
+    write_masks(folder, ids, lambda image_id: make(int(image_id)))
     (shard,) = folder.glob("shard-*.h5")
     fingerprint, content = read_manifest(folder).fingerprint, shard.read_bytes()
-    expected = {
-        i: info.digest
-        for i, info in inspect(shard, fingerprint, MaskRecords(CLASSES), "records").infos.items()
-    }
+    expected = {i: info.digest for i, info in inspect(shard, fingerprint, kind, "records").infos.items()}
     places = regions(shard)
     for number in range(times):
         region = list(places)[number % len(places)]
         place = chance.randrange(*chance.choice(places[region]))
         shard.write_bytes(mutated(content, place, chance))
-        with table.attempt(f"shard, {region}") as outcome:
+        with table.attempt(f"{what}, {region}") as outcome:
             try:
-                found = inspect(shard, fingerprint, MaskRecords(CLASSES), "records")
+                found = inspect(shard, fingerprint, kind, "records")
             except UnreadableShardError as error:
                 outcome.append("ended by the limit" if "took over" in str(error) else "refused")
                 continue
@@ -188,11 +230,13 @@ def attack_shards(table: Table, root: Path, times: int, chance: random.Random) -
             elif digests != expected:
                 outcome.append("damage noticed")
             if number % 20 == 0:  # and what any command does with it
-                with MaskCache.open(folder) as cache:
+                with (MaskCache if kind.holds == "masks" else StoredRegions).open(folder) as cache:
                     for image_id in found.infos:
-                        mask = make_mask(int(image_id))
-                        if not np.array_equal(cache[image_id].mask, mask.mask):
-                            outcome.append("another mask was read")
+                        read, sound = kind.parts(cache.read(image_id)), kind.parts(make(int(image_id)))
+                        if not all(
+                            np.array_equal(read.arrays[name], sound.arrays[name]) for name in sound.arrays
+                        ):
+                            outcome.append("another record was read")
     shard.write_bytes(content)
 
 
@@ -287,6 +331,40 @@ def attack_checkpoints(table: Table, root: Path, times: int, chance: random.Rand
                 if len(found.class_names) != 2 or not all(map(str.isprintable, found.class_names)):
                     outcome.append(f"classes {found.class_names}")
         (folder / name).write_bytes(content[name])
+
+
+def attack_prompts(table: Table, root: Path, times: int, chance: random.Random) -> None:
+    texts, file = ((("cat",), ("dog", "hound")), root / "prompts.safetensors")
+    LearnedPrompts(torch.randn(4, 8), "end", CLASSES, texts, ("", "sky"), "0" * 64).save(file)
+    content = file.read_bytes()
+    header = 8 + int.from_bytes(content[:8], "little")
+    described = json.loads(content[8:header])
+    for number in range(times):
+        if number % 2:
+            changed = mutated(content, chance.randrange(header), chance)
+        else:
+            wrong = damaged_json(described, chance)
+            changed = len(wrong).to_bytes(8, "little") + wrong + content[header:]
+        file.write_bytes(changed)
+        with table.attempt("learned prompts") as outcome:
+            found = LearnedPrompts.load(file)
+            if found.class_names != CLASSES or not torch.isfinite(found.context).all():
+                outcome.append("damage noticed" if all(map(str.isprintable, found.class_names)) else "names")
+
+
+def attack_targets(table: Table, root: Path, times: int, chance: random.Random) -> None:
+    """Files of 16 bits that a network is trained on."""
+    sound, file = make_wide_mask(7).mask, root / "a.png"
+    Image.fromarray(sound).save(file)
+    content = file.read_bytes()
+    for _ in range(times):
+        file.write_bytes(mutated(content, chance.randrange(len(content)), chance))
+        with table.attempt("masks of 16 bits") as outcome:
+            found = MaskFolder(root, WIDE)["a"].mask
+            if found.dtype != np.uint16:
+                outcome.append(f"a mask of {found.dtype}")
+            elif not np.array_equal(found, sound):
+                outcome.append("damage noticed" if found.shape != sound.shape else "another mask was read")
 
 
 def attack_archives(table: Table, root: Path, times: int, chance: random.Random) -> None:
@@ -498,8 +576,12 @@ def main() -> int:
         for number, (campaign, count) in enumerate(
             (
                 (attack_shards, times(10_000)),
+                (attack_wide_shards, times(2_000)),
+                (attack_regions, times(4_000)),
                 (attack_manifests, times(2_000)),
                 (attack_checkpoints, times(1_000)),
+                (attack_prompts, times(2_000)),
+                (attack_targets, times(2_000)),
                 (attack_archives, times(2_000)),
             )
         ):

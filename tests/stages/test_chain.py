@@ -106,6 +106,12 @@ def test_inputs_that_do_not_fit_are_refused(tmp_path: Path, given: list[str], me
         chain(tmp_path, {"data": "demo --out {out}"}).values(given)
 
 
+def test_an_empty_chain_is_refused_with_what_it_lacks(tmp_path: Path) -> None:
+    (tmp_path / "chain.yaml").write_text("")
+    with pytest.raises(ConfigError, match=r"chain .*chain\.yaml: 'about' is missing"):
+        load_chain(str(tmp_path / "chain.yaml"))
+
+
 def test_an_unknown_chain_is_a_line_with_the_known_ones() -> None:
     result = CliRunner().invoke(main, ["run", "clip-es/dem"])
     assert result.exit_code == 2

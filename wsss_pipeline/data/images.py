@@ -380,7 +380,11 @@ def read_mask(
         ImageError: as ``read_image``; also colours where none are known, values outside 0..255 (0..65,535), or JPEG.
         MaskError: a colour that isn't among the known ones, or that of what is no class.
     """
-    with _opened(path) as (image, _):
+    with _opened(path) as (image, content):
+        if image.format == "PNG":
+            # Pillow decodes pixels without a look at their check sum, and another class index can't be seen
+            with Image.open(BytesIO(content), formats=("PNG",)) as again:
+                again.verify()
         if image.format in ("JPEG", "MPO"):
             raise ImageError(f"{_shown(path)}: JPEG changes the values of a mask; save it as an 8-bit PNG")
         if colors and image.mode in ("P", "RGB", "RGBA"):
