@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from stage_one import write_clip
+from seeded_clip import write_clip
 from torch import Tensor
 
 from wsss_pipeline.cam.gradcam import softmax_gradcam

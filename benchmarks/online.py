@@ -29,7 +29,7 @@ from unittest.mock import patch
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
+from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection, Dinov2Config, Dinov2Model
 
 from benchmarks.plain_online import (
     AFFINITY,
@@ -46,21 +46,28 @@ from benchmarks.plain_online import (
     ExcelStep,
     Seconds,
     WeclipStep,
+    assemble,
     check,
+    grid_of,
     normalised,
+    pseudo_mask,
+    size_of,
     step,
+    transition,
 )
 from tests.segmentation.published_decoder import renamed
 from wsss_pipeline.clip import learned_prompts
 from wsss_pipeline.clip.text import ClassEmbeddings
+from wsss_pipeline.clip.trunk import Features
 from wsss_pipeline.clip.weights import Clip
 from wsss_pipeline.data.classes import load_class_set
 from wsss_pipeline.methods import excel, load_mask_config, load_method
 from wsss_pipeline.refine import load_refiner
-from wsss_pipeline.segmentation.frozen_clip import FrozenClip
+from wsss_pipeline.segmentation.dino import Dino
+from wsss_pipeline.segmentation.frozen_clip import Encoded, FrozenClip
 from wsss_pipeline.segmentation.objectives import weighted_losses
 from wsss_pipeline.segmentation.targets import OnlineTarget
-from wsss_pipeline.segmentation.train_config import load_train_config
+from wsss_pipeline.segmentation.train_config import TrainConfig, load_train_config
 
 SIDE, CLASSES, BACKGROUND = 320, 20, 25
 PARTS = (ENCODER, CAM, AFFINITY, PAR, DECODER)
@@ -72,7 +79,7 @@ class Setting:
     """What every way is given.
 
     Attributes:
-        method: ``weclip`` or ``excel``.
+        method: ``weclip``, ``excel`` or ``weclip-plus``.
         gated: the phase in which the decoder's affinity counts.
         vision: CLIP, frozen.
         texts: unit rows (T, P), those of the classes first.
@@ -90,8 +97,8 @@ class Setting:
     labels: Sequence[Classes]
 
 
-def setting(method: str, phase: str, batch: int, device: str) -> Setting:
-    """Seeded."""
+def seeded_vision() -> Any:
+    """A vision tower of ViT-B/16."""
     torch.manual_seed(0)
     config = CLIPVisionConfig(
         hidden_size=768,
@@ -106,11 +113,18 @@ def setting(method: str, phase: str, batch: int, device: str) -> Setting:
     for name, parameter in vision.named_parameters():
         if "q_proj.weight" in name or "k_proj.weight" in name:
             parameter.mul_(6)  # sharp attention, as trained models have it
+    return vision
+
+
+def setting(method: str, phase: str, batch: int, device: str, vision: Any, side: int = SIDE) -> Setting:
+    """Seeded; ``vision``: CLIP's tower, frozen."""
+    torch.manual_seed(0)
+    config = vision.config
     texts = F.normalize(torch.randn(CLASSES + BACKGROUND, config.projection_dim), dim=1)
-    layers = config.num_hidden_layers - (method == "weclip")
+    layers = config.num_hidden_layers - (method != "excel")
     decoder = Decoder(layers, config.hidden_size, classes=1 + CLASSES, dropout=0.0).train()
     coarse = torch.rand(batch, 3, 12, 12) * 255
-    crops = F.interpolate(coarse, size=(SIDE, SIDE), mode="bicubic").clamp(0, 255).to(torch.uint8)
+    crops = F.interpolate(coarse, size=(side, side), mode="bicubic").clamp(0, 255).to(torch.uint8)
     labels = [sorted(torch.randperm(CLASSES)[: 1 + index % 3].tolist()) for index in range(batch)]
     images = normalised(crops.permute(0, 2, 3, 1).numpy()).to(device)
     vision, texts, decoder = vision.to(device), texts.to(device), decoder.to(device)
@@ -119,6 +133,8 @@ def setting(method: str, phase: str, batch: int, device: str) -> Setting:
 
 def plain(given: Setting) -> Run:
     """The published way."""
+    if given.method == "weclip-plus":
+        return plain_plus(given)
     kind = WeclipStep if given.method == "weclip" else ExcelStep
     method = kind(given.vision, given.texts, CLASSES, given.decoder)
     late = LATE if given.method == "weclip" else LVC
@@ -129,6 +145,62 @@ def plain(given: Setting) -> Run:
         return seconds, float(found.total.detach())
 
     return run
+
+
+def plain_plus(given: Setting) -> Run:
+    """That of WeCLIP+, in its encoders and its masks; decoder and losses are the same code in all ways."""
+    book = WeclipStep(given.vision, given.texts, CLASSES, given.decoder)
+    network, config = plus_network(given, Clip(given.vision, None, None, math.exp(LOGIT_SCALE)), "fp32")
+    dino, grid = network.frozen.dino, grid_of(given.vision, given.images)
+    assert dino is not None
+    update, size = 18001 if given.gated else 1, size_of(given.images)
+
+    def run() -> tuple[Seconds, float]:
+        seconds, pseudo = Seconds(), []
+        network.zero_grad()
+        with seconds.part(ENCODER):
+            encoding = book.encode(given.images)
+            with torch.no_grad():
+                maps = network._dino_maps(dino.model, given.images)
+        features = Features(grid, given.images.new_zeros(0), {}, [])
+        encoded = Encoded(features, [encoding.features[-1][:, 1:]], maps)
+        with seconds.part(DECODER), patch.object(network, "encode", lambda *_, **__: encoded):
+            outputs = network.training_outputs(given.images)
+        gates = outputs["similarity"].detach().sigmoid()
+        priors = outputs["grid_logits"].detach().softmax(dim=1)
+        for index, classes in enumerate(given.labels):
+            with seconds.part(CAM):  # a block is left out before the last one
+                found, last = book.cams(encoding.features[-2][index], classes, grid)
+            with seconds.part(AFFINITY):
+                attentions = torch.stack([*(own[index] for own in encoding.attentions), last])
+                weighted = found * priors[index, [1 + value for value in classes]]
+                spread = transition(attentions[-6:], gates[index]) @ weighted.flatten(1).T
+            with seconds.part(PAR):
+                scores = assemble([cam.view(grid).cpu().numpy() for cam in spread.T], size)
+                pseudo.append(pseudo_mask(given.images[index], scores, classes))
+        with seconds.part(DECODER):
+            mask = torch.stack(pseudo)
+            certain = torch.full_like(mask, 200, dtype=torch.uint8)
+            losses = weighted_losses(outputs, mask, certain, config, update, lambda sums: sums)
+            total = torch.stack(list(losses.values())).sum()
+            total.backward()
+        return seconds, float(total.detach())
+
+    return run
+
+
+def plus_network(given: Setting, clip: Clip, precision: Any) -> tuple[FrozenClip, TrainConfig]:
+    """WeCLIP+'s network and settings, seeded, beside a DINOv2 half as wide as CLIP: with ViT-B its smallest one."""
+    config = load_train_config("weclip-plus/voc12", overrides=["network.frozen.dropout=0"])
+    torch.manual_seed(0)
+    own = clip.vision.config
+    width, heads = own.hidden_size // 2, max(1, own.num_attention_heads // 2)
+    table = Dinov2Config(
+        hidden_size=width, num_attention_heads=heads, num_hidden_layers=own.num_hidden_layers, image_size=518
+    )
+    dino = Dino(Dinov2Model(table).eval().requires_grad_(False), "drawn")
+    network = FrozenClip(config.network.frozen, 1 + CLASSES, clip, precision, dino)
+    return network.to(given.images.device).train(), config
 
 
 class Timed:
@@ -155,7 +227,10 @@ class Timed:
 def ours(given: Setting, precision: Literal["fp32", "bf16"] = "fp32") -> Run:
     """The step of ``wsss train-seg --online``, without reading and without the optimiser."""
     overrides = ["clip.weights=demo", *(["excel.attributes=none"] if given.method == "excel" else [])]
-    settings = load_mask_config(f"{given.method}/voc12", overrides=overrides)
+    is_plus = given.method == "weclip-plus"
+    settings = load_mask_config(
+        "weclip/plus-voc12" if is_plus else f"{given.method}/voc12", overrides=overrides
+    )
     texts = given.texts.cpu()
     rows = ClassEmbeddings(texts[:CLASSES], texts[CLASSES:])
     vision = given.vision if precision == "fp32" else deepcopy(given.vision)
@@ -164,16 +239,21 @@ def ours(given: Setting, precision: Literal["fp32", "bf16"] = "fp32") -> Run:
         for module in (excel, learned_prompts):
             stack.enter_context(patch.object(module, "class_embeddings", lambda *_: rows))
             stack.enter_context(patch.object(module, "TextEncoder", lambda *_: SimpleNamespace(encode=None)))
-        kind: Any = load_method(given.method)
+        kind: Any = load_method(settings.method)
         method = Timed(kind(settings, clip, load_class_set("voc12"), precision), "cams", CAM)
-    config = load_train_config(f"{given.method}/voc12", overrides=["network.frozen.dropout=0"])
-    network = FrozenClip(config.network.frozen, 1 + CLASSES, clip, precision).to(given.images.device).train()
-    network.load_state_dict(renamed(given.decoder.state_dict()))
+    if is_plus:
+        network, config = plus_network(given, clip, precision)
+    else:
+        config = load_train_config(f"{given.method}/voc12", overrides=["network.frozen.dropout=0"])
+        network = (
+            FrozenClip(config.network.frozen, 1 + CLASSES, clip, precision).to(given.images.device).train()
+        )
+        network.load_state_dict(renamed(given.decoder.state_dict()))
     refiner = Timed(load_refiner(settings, "par"), "", PAR)
     target = OnlineTarget(method, refiner, config.online, network.image_mean, network.image_std)
     present = [[value + 1 for value in values] for values in given.labels]
-    within = torch.zeros(len(given.images), SIDE, SIDE, dtype=torch.bool, device=given.images.device)
-    update = 14001 if given.gated else 1
+    within = torch.zeros_like(given.images[:, 0], dtype=torch.bool)
+    update = {"weclip-plus": 18001}.get(given.method, 14001) if given.gated else 1
 
     def run() -> tuple[Seconds, float]:
         seconds = Seconds()
@@ -237,7 +317,7 @@ def main() -> None:
     )
     largest = max(value for stage, value in check(options.method, case).items() if stage != "pseudo")
     print(f"plain step against the published code: maps, losses and gradients within {largest:.1e}")
-    given = setting(options.method, options.phase, options.batch, options.device)
+    given = setting(options.method, options.phase, options.batch, options.device, seeded_vision())
     ways = {name: way(given) for name, way in WAYS.items()}
     seconds: dict[str, list[Seconds]] = {name: [] for name in ways}
     losses: dict[str, float] = {}

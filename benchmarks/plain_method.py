@@ -31,6 +31,8 @@ class PlainMethod:
         foreground: unit rows (C, P) of the classes; background: those of the background words (G, P).
     """
 
+    rounded_positions = True
+
     def __init__(self, vision: Any, foreground: Tensor, background: Tensor, logit_scale: float) -> None:
         self.vision = vision
         self.foreground, self.background = foreground, background
@@ -47,16 +49,17 @@ class PlainMethod:
 
     def refined_cams(self, clip_input: Tensor, classes: Sequence[int]) -> list[NDArray[np.float32]]:
         """One map (h, w) for each class."""
-        hidden, attentions, grid = self._trunk(clip_input)
+        hidden, attentions, grid = self.trunk(clip_input)
         texts = torch.cat([self.foreground[list(classes)], self.background])
         refined = []
         for target in range(len(classes)):
-            cam, last = self._gradcam(hidden, texts, target, grid)
+            raw, last = self.raw_cam(hidden, texts, target, grid)
+            cam = torch.from_numpy(rescaled(F.relu(torch.from_numpy(rescaled(F.relu(raw).numpy()))).numpy()))
             refined.append(affinity(cam, [*attentions, last], grid))
         return refined
 
     @torch.no_grad()
-    def _trunk(self, images: Tensor) -> tuple[Tensor, list[Tensor], tuple[int, int]]:
+    def trunk(self, images: Tensor) -> tuple[Tensor, list[Tensor], tuple[int, int]]:
         model = self.vision.vision_model
         patch = self.vision.config.patch_size
         grid = (images.shape[2] // patch, images.shape[3] // patch)
@@ -65,7 +68,8 @@ class PlainMethod:
         side = int((len(table) - 1) ** 0.5)
         square = table[1:].T.reshape(1, -1, side, side)
         resized = F.interpolate(square, size=grid, mode="bilinear", align_corners=False).flatten(2)[0].T
-        table = torch.cat([table[:1], resized]).half().float()
+        table = torch.cat([table[:1], resized])
+        table = table.half().float() if self.rounded_positions else table
         hidden = torch.cat([model.embeddings.class_embedding[None, None], cells], dim=1) + table
         hidden = model.pre_layrnorm(hidden)[0]
         attentions = []
@@ -76,9 +80,10 @@ class PlainMethod:
             hidden = hidden + layer.mlp(layer.layer_norm2(hidden))
         return hidden, attentions, grid
 
-    def _gradcam(
+    def raw_cam(
         self, hidden: Tensor, texts: Tensor, target: int, grid: tuple[int, int]
     ) -> tuple[Tensor, Tensor]:
+        """Softmax-GradCAM (h, w) of a row of the texts, and the last block's attention (N, N)."""
         model = self.vision.vision_model
         layer = model.encoder.layers[-1]
         tokens = layer.layer_norm1(hidden).detach().requires_grad_()
@@ -87,13 +92,14 @@ class PlainMethod:
         output = output + layer.mlp(layer.layer_norm2(output))
         patches = self.vision.visual_projection(model.post_layernorm(output)[1:])
         embedding = F.normalize(patches.mean(dim=0), dim=0)
-        score = torch.softmax(self.logit_scale * texts @ embedding, dim=0)[target]
-        score.backward()
+        self.probabilities(texts, embedding)[target].backward()
         assert tokens.grad is not None
         weights = tokens.grad[1:].mean(dim=0)
-        raw = (tokens.detach()[1:] @ weights).view(grid).cpu()
-        cam = torch.from_numpy(rescaled(F.relu(torch.from_numpy(rescaled(F.relu(raw).numpy()))).numpy()))
-        return cam, attention.detach()
+        return (tokens.detach()[1:] @ weights).view(grid).cpu(), attention.detach()
+
+    def probabilities(self, texts: Tensor, embedding: Tensor) -> Tensor:
+        """Of the texts' rows (T), out of an image's unit vector (P)."""
+        return torch.softmax(self.logit_scale * texts @ embedding, dim=0)
 
 
 def attend(module: Any, tokens: Tensor) -> tuple[Tensor, Tensor]:
@@ -109,23 +115,29 @@ def attend(module: Any, tokens: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
-def affinity(cam: Tensor, attentions: Sequence[Tensor], grid: tuple[int, int]) -> NDArray[np.float32]:
-    """A CAM (h, w) spread along the mean of the last layers' attention."""
+def affinity(
+    cam: Tensor,
+    attentions: Sequence[Tensor],
+    grid: tuple[int, int],
+    mask: Tensor | None = None,
+    rounds: int = 3,
+) -> NDArray[np.float32]:
+    """A CAM (h, w) spread along the mean of the last layers' attention, from within a mask (h, w)."""
     matrix = torch.stack(list(attentions))[-LAYERS:].mean(dim=0)[1:, 1:]
-    for _ in range(3):
+    for _ in range(rounds):
         matrix = matrix / matrix.sum(dim=0, keepdim=True)
         matrix = matrix / matrix.sum(dim=1, keepdim=True)
     matrix = (matrix + matrix.T) / 2
     matrix = matrix @ matrix
-    mask = box_mask(cam.numpy()).reshape(1, -1).to(matrix.device)
-    spread = (matrix * mask) @ cam.reshape(-1, 1).to(matrix.device)
+    mask = box_mask(cam.numpy()) if mask is None else mask
+    spread = (matrix * mask.reshape(1, -1).to(matrix.device)) @ cam.reshape(-1, 1).to(matrix.device)
     return spread.view(grid).cpu().numpy()
 
 
-def box_mask(cam: NDArray[np.float32]) -> Tensor:
+def box_mask(cam: NDArray[np.float32], threshold: float = THRESHOLD) -> Tensor:
     """1 within the boxes around the parts of a CAM above the threshold, short of the last row and column."""
     steps = (cam * 255).astype(np.uint8)
-    foreground = (steps > int(THRESHOLD * steps.max())).astype(np.uint8)
+    foreground = (steps > int(threshold * steps.max())).astype(np.uint8)
     contours, _ = cv2.findContours(foreground, cv2.RETR_TREE, cv2.CHAIN_APPROX_SIMPLE)
     mask = torch.zeros(cam.shape)
     for contour in contours:

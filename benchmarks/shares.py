@@ -15,7 +15,8 @@ import sys
 import tempfile
 from pathlib import Path
 
-from stage_one import choose_images, write_clip
+from seeded_clip import write_clip
+from stage_one import choose_images
 
 
 def run(work: Path, arguments: list[str], ways: list[list[str]]) -> tuple[float, int]:

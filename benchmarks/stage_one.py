@@ -31,8 +31,8 @@ import plain_excel
 import torch
 from numpy.typing import NDArray
 from plain_excel import PlainExcel
+from seeded_clip import write_clip
 from torch import Tensor
-from transformers import AutoTokenizer, CLIPConfig, CLIPModel
 
 from wsss_pipeline.cache import MaskCache
 from wsss_pipeline.clip.attributes import attribute_bank, load_attributes
@@ -57,30 +57,6 @@ CLASSES = "voc12"
 PLAIN, FP32, BF16 = "plain", "fp32", "bf16"
 PLAIN_PAR, PAR = "PAR, plain", "PAR"
 PlainMask = Callable[[NDArray[np.uint8], list[int]], NDArray[np.uint8]]  # image (H, W, 3), rows from 0
-
-
-def write_clip(folder: Path) -> Path:
-    """A seeded CLIP ViT-B/16 with the embedded CLIP's vocabulary."""
-    torch.manual_seed(0)
-    demo = locate_clip(load_mask_config(flags={"clip.weights": "demo", "classes": "demo"}).clip, offline=True)
-
-    tokenizer = AutoTokenizer.from_pretrained(demo.tokenizer)
-    config = CLIPConfig(
-        vision_config={"patch_size": 16, "image_size": 224},
-        text_config={
-            "vocab_size": len(tokenizer),
-            "bos_token_id": tokenizer.bos_token_id,
-            "eos_token_id": tokenizer.eos_token_id,
-            "pad_token_id": tokenizer.pad_token_id,
-        },
-    )
-    model = CLIPModel(config)
-    for name, parameter in model.named_parameters():
-        if "q_proj.weight" in name or "k_proj.weight" in name:
-            parameter.data.mul_(6)  # sharp attention, as trained models have it
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
 
 
 @dataclass

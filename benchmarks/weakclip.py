@@ -50,17 +50,24 @@ WEAKCLIP_TEXT = WeakClip.text
 Way = Callable[[], object]
 
 
-def drawn_network(recipe: str, classes: int, device: str, precision: Any) -> WeakClip:
-    """Seeded; a name is two tokens."""
+def drawn_network(
+    recipe: str, classes: int, device: str, precision: Any, clip: Clip | None = None
+) -> WeakClip:
+    """Seeded; a name is two tokens, where no other CLIP is given."""
     torch.manual_seed(0)
+    clip = clip or drawn_clip()
+    config = load_train_config(recipe).network.weakclip
+    names = [f"class {value}" for value in range(classes)]
+    return WeakClip(config, names, clip, precision).to(device)
+
+
+def drawn_clip() -> Clip:
+    """ViT-B/16."""
     width = {"hidden_size": 768, "intermediate_size": 3072, "projection_dim": 512}
     vision = CLIPVisionModelWithProjection(CLIPVisionConfig(**width, num_attention_heads=12, patch_size=16))
     text = CLIPTextModelWithProjection(CLIPTextConfig(eos_token_id=49407, bos_token_id=49406))
     towers: list[Any] = [tower.eval().requires_grad_(False) for tower in (vision, text)]
-    clip = Clip(*towers, lambda *_, **__: {"input_ids": [49406, 320, 321, 49407]}, 100.0)
-    config = load_train_config(recipe).network.weakclip
-    names = [f"class {value}" for value in range(classes)]
-    return WeakClip(config, names, clip, precision).to(device)
+    return Clip(*towers, lambda *_, **__: {"input_ids": [49406, 320, 321, 49407]}, 100.0)
 
 
 def plain_posterior(seen: Tensor, probability: Tensor, present: Tensor | None = None) -> Tensor:
@@ -118,7 +125,7 @@ def plainly() -> Iterator[None]:
         yield
 
 
-def step(arguments: argparse.Namespace) -> dict[str, Way]:
+def step(arguments: argparse.Namespace, clip: Clip | None = None) -> dict[str, Way]:
     """A forward and a backward pass with all losses, and the update."""
     device = arguments.device
     config = load_train_config("weakclip/voc12")
@@ -129,7 +136,7 @@ def step(arguments: argparse.Namespace) -> dict[str, Way]:
     certain = torch.full_like(target, 200)
 
     def way(recipe: str, precision: str, *, is_plain: bool = False) -> Way:
-        network = drawn_network(recipe, arguments.classes, device, precision).train()
+        network = drawn_network(recipe, arguments.classes, device, precision, clip).train()
         chosen = config.optimisation
         groups = network.parameter_groups(chosen.lr, chosen.weight_decay, chosen.head_lr_factor)
         optimizer = torch.optim.AdamW(groups, fused=(device == "cpu" and not is_plain) or None)
@@ -138,6 +145,7 @@ def step(arguments: argparse.Namespace) -> dict[str, Way]:
         pictures = Pictures(pixels, network.image_mean, network.image_std, known, counted)
 
         def run() -> float:
+            torch.manual_seed(0)  # all ways draw the same of dropout
             with plainly() if is_plain else nullcontext():
                 with torch.autocast(device, torch.bfloat16, enabled=precision == "bf16"):
                     outputs = network.training_outputs(pixels)
@@ -158,15 +166,15 @@ def step(arguments: argparse.Namespace) -> dict[str, Way]:
     }
 
 
-def image(arguments: argparse.Namespace) -> dict[str, Way]:
+def image(arguments: argparse.Namespace, clip: Clip | None = None) -> dict[str, Way]:
     """Masks of a picture of 500x375."""
     config, names = relabel_config("weakclip/voc12"), [f"class {value}" for value in range(arguments.classes)]
     views = config.inference.model_copy(update={"scales": config.inference.scales[: arguments.scales]})
     coarse = np.random.default_rng(0).integers(0, 256, (24, 32, 3), np.uint8)
-    pixels = coarse.repeat(16, axis=0).repeat(16, axis=1)[:375, :500]
+    pixels = getattr(arguments, "pixels", coarse.repeat(16, axis=0).repeat(16, axis=1)[:375, :500])
 
     def way(recipe: str, backend: str, precision: str) -> Way:
-        network = drawn_network(recipe, arguments.classes, arguments.device, precision).eval()
+        network = drawn_network(recipe, arguments.classes, arguments.device, precision, clip).eval()
         crf = config.crf.model_copy(update={"backend": backend})
         segmenter = Segmenter(network, names, arguments.device, views, crf, precision=precision)
 

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from transformers import CLIPVisionModelWithProjection
 
+from benchmarks.plain_fma import PlainFma
 from wsss_pipeline.cam.affinity import box_masks
 from wsss_pipeline.cam.scores import min_max
 from wsss_pipeline.clip.learned_prompts import LearnedPrompts, text_tower_digest
@@ -21,6 +22,7 @@ from wsss_pipeline.clip.weights import Clip, load_clip
 from wsss_pipeline.config import ClipConfig
 from wsss_pipeline.data.classes import load_class_set
 from wsss_pipeline.data.images import read_image
+from wsss_pipeline.data.transforms import prepare_image
 from wsss_pipeline.errors import ConfigError
 from wsss_pipeline.methods import fma as module
 from wsss_pipeline.methods import load_mask_config
@@ -70,6 +72,10 @@ def test_maps_are_those_of_the_published_code(name: str, monkeypatch: pytest.Mon
     assert difference(score, stored["score"]) < 5e-5
     for preset, key in SETTINGS.items():
         assert difference(maps(clip, preset, image, stored["label_ids"]), stored[key]) < 5e-5, key
+    plain = PlainFma(vision, rows[:20], rows[20:], clip.logit_scale)
+    pixels = prepare_image(image, 16, 1 << 20).pixels[None]
+    found = np.stack(plain.refined_cams(pixels, stored["label_ids"].tolist()))
+    assert difference(torch.from_numpy(found), stored["refined_voc_seg"]) < 5e-5
     for key, threshold in (("voc_cls", 0.4), ("voc_seg", 0.5), ("coco_cls", 0.6)):
         assert np.array_equal(box_masks(score, threshold).numpy(), stored[f"box_mask_{key}"])
 

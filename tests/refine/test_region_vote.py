@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from benchmarks import plain_fma
 from wsss_pipeline.config import CrfConfig, VoteConfig
 from wsss_pipeline.refine.refiner import label
 from wsss_pipeline.refine.region_vote import RegionVote, painted, vote
@@ -61,6 +62,15 @@ def test_each_power_gives_the_published_seeds(golden: tuple[dict[str, Any], Regi
     values = np.array([0, *(1 + numbers["class_ids"])])
     assert (values[found.winners.numpy()] == numbers[f"{key}_cls"]).all()
     assert (found.order.numpy() == numbers[f"{key}_order"]).all()
+
+
+def test_the_plain_form_that_speed_is_measured_against_gives_the_published_seeds(
+    golden: tuple[dict[str, Any], Regions],
+) -> None:
+    numbers, regions = golden
+    winners = plain_fma.vote(torch.from_numpy(numbers["cam"]), regions.masks(), numbers["levels"])
+    values = np.array([0, *(1 + numbers["class_ids"])])
+    assert (values[winners] == numbers["p0.7_seed"]).all()
 
 
 PHOTOGRAPHS = [

@@ -159,7 +159,8 @@ def _steps(parameters: ParConfig) -> list[tuple[int, int]]:
 
 
 def _distance_weights(parameters: ParConfig) -> Tensor:
-    """float32 (n,): the part of the neighbours' weights that is the same for all pixels."""
-    distances = torch.tensor(_steps(parameters), dtype=torch.float32).square().sum(dim=1).sqrt()
+    """float32 (n,) on the CPU: the part of the neighbours' weights that is the same for all pixels."""
+    steps = torch.tensor(_steps(parameters), dtype=torch.float32, device="cpu")
+    distances = steps.square().sum(dim=1).sqrt()
     scaled = distances / ((distances.std() + _TINY) * parameters.width)
     return parameters.distance_weight * (-scaled.square()).softmax(dim=0)

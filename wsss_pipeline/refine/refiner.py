@@ -118,9 +118,11 @@ def label(
         # what is no number in the posterior stays none
         largest = confidences.gather(0, index[None])[0].masked_fill(largest.isnan(), torch.nan)
     is_wide = outputs > IGNORE
-    values = torch.tensor([0, *classes], dtype=torch.int32 if is_wide else torch.uint8)
+    # both tables are the host's, which rounds alike everywhere
+    values = torch.tensor([0, *classes], dtype=torch.int32 if is_wide else torch.uint8, device="cpu")
     mask = values.to(posterior.device, non_blocking=True)[index]
-    thresholds = (torch.arange(CERTAIN + 1, dtype=torch.float64) / CERTAIN).float().to(posterior.device)
+    thresholds = torch.arange(CERTAIN + 1, dtype=torch.float64, device="cpu") / CERTAIN
+    thresholds = thresholds.float().to(posterior.device)
     steps = torch.searchsorted(thresholds, largest.contiguous(), right=True) - 1
     confidence = steps.clamp_(min=0).masked_fill_(largest.isnan(), 255).to(torch.uint8)
     # uint16 at last: not every device indexes it
