@@ -24,7 +24,7 @@ from cache_samples import (
 from wsss_pipeline.cache import FinishedImages, MaskCache, MaskSet, MaskWriter, open_mask_set, status, verify
 from wsss_pipeline.cache import writer as writer_module
 from wsss_pipeline.cache.index import read_checked
-from wsss_pipeline.cache.manifest import read_manifest
+from wsss_pipeline.cache.manifest import Completion, ShareCompletion, read_manifest
 from wsss_pipeline.errors import CacheError, CacheFormatError, CacheLockedError, OutputError
 
 IDS = [f"image-{number}" for number in range(30)]
@@ -489,3 +489,10 @@ def test_flushes_come_by_number_by_time_and_not_too_often(
         assert add(0) == 3, "nothing is unsaved"
         monkeypatch.undo()
     assert writes == [("shard-0of1-00001.h5.partial", False)] * 3
+
+
+def test_what_failed_is_known_when_all_shares_have_run() -> None:
+    one, other = ShareCompletion(expected=5, missing=2), ShareCompletion(expected=4, missing=0)
+    assert Completion.of(3, {"0/2": one}, 2).failed == 0
+    assert Completion.of(7, {"0/2": one, "1/2": other}, 2).failed == 2
+    assert Completion.of(0, {}, 1).failed == 0

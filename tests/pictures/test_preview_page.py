@@ -19,7 +19,8 @@ from PIL import Image
 from tests.end_to_end.conftest import write_scored_world, wsss
 from tests.pictures.browser import Browser, needs_chromium
 from tests.pictures.conftest import CAT, DOG
-from wsss_pipeline.cache import MaskCache
+from wsss_pipeline.cache import MaskCache, MaskSet, MaskWriter
+from wsss_pipeline.cache.manifest import open_mask_set
 from wsss_pipeline.data.classes import voc_palette
 from wsss_pipeline.data.datasets import read_split, split_line
 from wsss_pipeline.data.image_ids import find_images
@@ -90,6 +91,31 @@ def test_a_layer_of_a_mask_of_16_bits_is_smaller_and_has_its_classes() -> None:
     # 0.75 makes 0.9 right; of the other half the tenth that is wrong may all belong to it
     doubt = likely_wrong(record, [f"class {value}" for value in range(1, 400)])
     assert doubt == pytest.approx({"class 300": 1 - 0.9 / 1.1})
+
+
+@pytest.mark.parametrize(
+    ("determinants", "is_remarked"),
+    [
+        ({"crf": {"backend": "lattice"}}, True),
+        ({"crf": {"backend": "lattice"}, "confidence": "product"}, False),
+    ],
+)
+def test_masks_that_are_sure_of_everything_are_remarked_on(
+    determinants: dict[str, object],
+    is_remarked: bool,
+    hostile: Path,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    folder = open_mask_set(tmp_path, MaskSet(name="sure", determinants=determinants, class_names=(CAT,)))
+    with MaskWriter(folder) as writer:
+        record = PseudoMask(np.ones((30, 40), np.uint8), np.full((30, 40), 200, np.uint8), (CAT,))
+        writer.write("plain", record, image_digest="0" * 64, seconds=0.1)
+    images = find_images(hostile / "images")
+    page = preview_folder(MaskCache.open(folder), images, tmp_path / "look").page.read_text("utf-8")
+    stage.preview(folder, images, tmp_path / "sheet.png")
+    assert ("sure of nearly everything" in page) == is_remarked
+    assert ("sure of nearly everything" in caplog.text) == is_remarked
 
 
 def test_images_can_be_chosen_and_what_is_not_there_is_refused(

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
+from wsss_pipeline.cache import MaskCache, MaskSet, MaskWriter, open_mask_set
 from wsss_pipeline.data.classes import load_class_set
 from wsss_pipeline.data.image_ids import find_images
 from wsss_pipeline.data.images import read_image
@@ -150,6 +151,32 @@ def test_the_stream_goes_on_anywhere_and_is_shared_out() -> None:
     assert list(islice(sample_order(7, seed=2, start=16), 24)) == stream[16:]
     shares = [list(islice(sample_order(7, 2, 4, rank, 3), 12)) for rank in range(3)]
     assert [place for group in zip(*shares, strict=True) for place in group] == stream[4:40]
+
+
+def test_images_that_failed_in_stage_one_stop_no_training(
+    root: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    data = dataset(root)
+    names = ("cat", "dog")
+    folder = open_mask_set(tmp_path, MaskSet(name="pets", determinants={}, class_names=names))
+    ids = sorted(data.images)
+    with MaskWriter(folder) as writer:
+        for image_id in ids[1:]:
+            record = PseudoMask(np.zeros((4, 4), np.uint8), np.full((4, 4), 200, np.uint8), ())
+            writer.write(image_id, record, image_digest="0" * 64, seconds=0.1)
+        writer.close()
+        unfinished = MaskCache.open(folder)
+        with pytest.raises(
+            TrainingError, match=f"1 of the 6 images aren't in the mask set .* \\({ids[0]}\\)"
+        ):
+            usable_ids(data.images, unfinished)
+    with MaskWriter(folder) as writer:
+        writer.finish(ids)
+    masks = MaskCache.open(folder)
+    assert usable_ids(data.images, masks) == usable_ids(data.images, masks, ids) == ids[1:]
+    assert f"aren't in the {masks.description} ({ids[0]}); they are left out" in caplog.text
+    with pytest.raises(TrainingError, match="2 of the 7 images aren't in the mask set"):
+        usable_ids({**data.images, "new": Path("new.jpg")}, masks)
 
 
 def test_missing_masks_are_refused_or_left_out(root: Path) -> None:

@@ -161,6 +161,12 @@ class Completion(_Stored):
         is_complete = len(same) == count and not any(item.missing for item in same.values())
         return cls(images=images, shares=same, complete=is_complete)
 
+    @property
+    def failed(self) -> int:
+        """Number of images that were tried and aren't there; 0 before all shares have run to their end."""
+        is_ended = all(len(self.shares) == int(share.rpartition("/")[2]) for share in self.shares)
+        return sum(item.missing for item in self.shares.values()) if is_ended else 0
+
 
 class Manifest(_Stored):
     """The content of ``manifest.json``; ``created``: ISO 8601, UTC; ``versions``: of the libraries, then."""

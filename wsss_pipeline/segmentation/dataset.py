@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from wsss_pipeline.cache import MaskCache
 from wsss_pipeline.config import PixelRange
 from wsss_pipeline.data.image_files import ImageFile
 from wsss_pipeline.data.images import read_image
@@ -191,8 +192,11 @@ def usable_ids(
 ) -> list[str]:
     """Ids of ``split``, of all images without it, that have an image and a mask.
 
+    Images that lack a mask are left out, with a warning, where they are no more than those that failed when the masks
+    were made: one damaged image in a million stops neither stage.
+
     Raises:
-        TrainingError: some lack one of the two and ``allow_missing`` is false, or none is left.
+        TrainingError: more lack one of the two and ``allow_missing`` is false, or none is left.
     """
     wanted = ids = list(images if split is None else split)
     is_labelled = isinstance(masks, ImageLabels)
@@ -206,14 +210,16 @@ def usable_ids(
         (masks, f"aren't in the {masks.description}", remedy_of_masks),
     ):
         missing = [image_id for image_id in ids if image_id not in source]
-        if missing and not allow_missing:
-            shown = ", ".join(missing[:_SHOWN]) + (", ..." if len(missing) > _SHOWN else "")
+        shown = ", ".join(missing[:_SHOWN]) + (", ..." if len(missing) > _SHOWN else "")
+        failed = source.manifest.completion.failed if isinstance(source, MaskCache) else 0
+        if len(missing) > failed and not allow_missing:
             raise TrainingError(
                 f"{len(missing):,} of the {len(wanted):,} images {what} ({shown}); {remedy}, or leave them out "
                 "with --allow-missing"
             )
         if missing:
-            logger.warning("%d of the %d images %s; they are left out", len(missing), len(wanted), what)
+            left_out = "%d of the %d images %s (%s); they are left out"
+            logger.warning(left_out, len(missing), len(wanted), what, shown)
         ids = [image_id for image_id in ids if image_id in source]
     if not ids:
         raise TrainingError(f"no image to work on: none of {len(wanted):,} has an image file and {what_else}")

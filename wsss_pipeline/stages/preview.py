@@ -14,7 +14,13 @@ from wsss_pipeline.data.image_files import ImageFile
 from wsss_pipeline.data.images import image_digest, image_size, read_image
 from wsss_pipeline.data.masks import MaskSource
 from wsss_pipeline.errors import CacheRecordError, ConfigError, ImageError, MaskError
-from wsss_pipeline.evaluation.quality import LIKELY_WRONG, estimate, likely_wrong
+from wsss_pipeline.evaluation.quality import (
+    LIKELY_WRONG,
+    POSTERIOR_REMARK,
+    estimate,
+    is_sure_of_everything,
+    likely_wrong,
+)
 from wsss_pipeline.pictures.contact_sheet import CELL_HEIGHT, CELL_WIDTH, draw_sheet
 from wsss_pipeline.pictures.overlays import encoded
 from wsss_pipeline.pictures.preview_page import (
@@ -142,7 +148,7 @@ def preview_folder(
         entries,
         masks.class_names,
         identity=masks.identity,
-        summary={"Masks": masks.description, "Doubt": LIKELY_WRONG},
+        summary={"Masks": masks.description, "Doubt": LIKELY_WRONG, **_remark(masks)},
         warnings=warnings,
     )
     write_file(page, content, below=out)
@@ -186,6 +192,8 @@ def preview(
         raise CacheRecordError(f"cache {cache} holds no image yet; run generate-masks on it first")
     box = (CELL_WIDTH, CELL_HEIGHT)
     shown = _chosen(list(masks), ids, limit)
+    for remark in _remark(masks).values():
+        logger.warning("the estimates on the sheet are rough: %s", remark)
     quality = estimate(masks, list(masks) if worst and not ids else shown)
     if worst and not ids:
         shown = (
@@ -198,6 +206,13 @@ def preview(
     title = f"{len(rows):,} of {len(masks):,} images of {masks.path.resolve().name}"
     write_file(out, encoded(draw_sheet(title, rows), "PNG"), durable=False)
     return out
+
+
+def _remark(masks: MaskSource) -> dict[str, str]:
+    """What is to be said of the doubt in these masks, if anything, by what it is about."""
+    if isinstance(masks, MaskCache) and is_sure_of_everything(masks.manifest.mask_set.determinants):
+        return {"Confidence": POSTERIOR_REMARK}
+    return {}
 
 
 def _chosen(there: Sequence[str], ids: Sequence[str], limit: int | None) -> list[str]:
