@@ -95,13 +95,13 @@ class Turn:
 
 def stage_one(method: str, given: Given) -> dict[str, Way]:
     """Masks of all images."""
-    flags = {"clip.weights": "demo", "classes": "voc12", "method": method}
+    flags = {"clip.weights": "demo"}
     flags |= {"excel.attributes": "none"} if method == "excel" else {}
     flags |= {"vote.regions": "slic"} if method == "fma" else {}
     found: dict[int, Regions] = {}
 
     def ours(precision: str) -> Way:
-        config = load_mask_config(flags={**flags, "clip.precision": precision})
+        config = load_mask_config(f"{method}/voc12", flags={**flags, "clip.precision": precision})
         generator = MaskGenerator(config=config, device=given.device, offline=True)
         vision = given.clip.vision if precision == FP32 else deepcopy(given.clip.vision)
         vars(generator)["loaded_clip"] = replace(given.clip, vision=vision)

@@ -45,8 +45,8 @@ def test_stage_one_makes_the_plain_masks(capsys: pytest.CaptureFixture[str], cli
     assert found.keys() == STAGE_ONE
     for name, (plain, fp32, times, _, _, equal, _, where) in found.items():
         fast, exact = float(fp32.split()[0]), float(equal.split()[0])
-        # a tie of classes, which a random CLIP has many of, goes one way or the other for a whole region
-        assert exact > (98 if name.startswith("fma") else 99.9), name
+        # maps go to the vote in half precision, by which a small region may fall to another class
+        assert exact > (99 if name.startswith("fma") else 99.9), name
         # both are printed with three digits behind the point
         assert float(times) == pytest.approx(float(plain.split()[0]) / fast, rel=0.1, abs=0.1), name
         assert where.startswith("CLIP, CAM, affinity"), name

@@ -206,11 +206,11 @@ class _Head(nn.Module):
         logits: Tensor = self.classify(kept * self.branches[0][0](maps[0]))  # type: ignore[index]
         for level in (1, 2, 3):
             branch = maps[level]
-            *before, last = self.branches[level]  # type: ignore[misc]
-            for block in before:
+            blocks: Any = self.branches[level]
+            for block in blocks[:-1]:
                 branch = resized(block(branch), scale_factor=2)
             # classified before the last step of enlarging: the two commute, and there are fewer classes than channels
-            own = resized(F.conv2d(kept * last(branch), self.classify.weight), scale_factor=2)
+            own = resized(F.conv2d(kept * blocks[-1](branch), self.classify.weight), scale_factor=2)
             logits = logits + (own if own.shape[-2:] == size else resized(own, size=size))
         return logits
 
