@@ -2,7 +2,6 @@
 
     OMP_WAIT_POLICY=PASSIVE python benchmarks/stage_one.py [--images DIR] [--count 24] [--device cuda]
     OMP_WAIT_POLICY=PASSIVE python benchmarks/stage_one.py --method excel [--images DIR] [--count 6]
-    OMP_WAIT_POLICY=PASSIVE python benchmarks/stage_one.py --scaling 100 1000 10000
 
 A CLIP ViT-B/16 with seeded random weights is made on the spot: speed doesn't depend on what they mean. Every
 few images the ways take turns, so what else the machine does hits all alike: the plain method of
@@ -10,14 +9,11 @@ few images the ways take turns, so what else the machine does hits all alike: th
 command, reading, refinement and cache included, in float32 and in bfloat16. Seconds are those from the first image
 to the last, without loading CLIP. Of ExCEL there is also PAR alone, on the plain method's own scores. Without
 --images, scenes are drawn at VOC's size.
-
---scaling runs the embedded CLIP over small drawn scenes and says how throughput and memory go with their number.
 """
 
 from __future__ import annotations
 
 import argparse
-import resource
 import tempfile
 import time
 from collections import Counter, defaultdict
@@ -237,36 +233,6 @@ def compare(options: argparse.Namespace, work: Path) -> None:
         print(f"| {way} | {seconds / len(ids):.3f} | {ways.seconds[PLAIN_PAR] / seconds:.2f} | | |")
 
 
-def scale(options: argparse.Namespace, work: Path) -> None:
-    print("| images | images/s | peak memory MiB | cache bytes an image | second run, images/s checked |")
-    print("| ---: | ---: | ---: | ---: | ---: |")
-    for count in sorted(options.scaling):
-        root = work / f"scenes-{count}"
-        write_voc_folder(root, seed=9, scenes={"train": count}, size=(80, 64))
-        images = find_images(root / "JPEGImages")
-        classes = load_class_set("demo")
-        job = MaskJob(
-            images=images,
-            labels=dict.fromkeys(images, (classes.names[0],)),
-            class_set=classes,
-            config=load_mask_config(flags={"clip.weights": "demo", "classes": "demo"}),
-            cache_dir=work / f"cache-{count}",
-            device=options.device,
-            workers=options.workers,
-            offline=True,
-        )
-        first = generate_masks(job)
-        again = generate_masks(job)
-        assert (first.computed, again.reused) == (count, count)
-        size = sum(file.stat().st_size for file in first.path.glob("shard-*.h5"))
-        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-        print(
-            f"| {count:,} | {count / first.computing:.1f} | {memory:.0f} | {size / count:.0f} "
-            f"| {count / again.seconds:,.0f} |",
-            flush=True,
-        )
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -279,10 +245,9 @@ def main() -> None:
     parser.add_argument(
         "--turn", type=int, default=12, help="images before the next way's turn; more for a GPU"
     )
-    parser.add_argument("--scaling", type=int, nargs="+", metavar="N")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        (scale if options.scaling else compare)(options, Path(folder))
+        compare(options, Path(folder))
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import cache_samples
@@ -199,6 +199,72 @@ def test_the_lists_of_earlier_versions_are_read(
     path.write_text(json.dumps({"shards": {shards(folder)[0].name: [1, 2]}, **content}))
     assert is_current(folder, image)
     assert reads.files == []
+
+
+def test_a_shard_is_looked_into_once_and_only_for_the_images_in_question(
+    folder: Path, image: Path, write: Write, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = [f"image-{number}" for number in range(12)]
+    write(*names)
+    for file in folder.glob("known-*.json"):
+        file.unlink()
+    asked: list[tuple[str, Sequence[str] | None]] = []
+    inspect = finished.inspect
+
+    def count(
+        path: Path, fingerprint: str, kind: MaskRecords, depth: Depth, only: list[str] | None
+    ) -> object:
+        asked.append((depth, only))
+        return inspect(path, fingerprint, kind, depth, only)
+
+    monkeypatch.setattr(finished, "inspect", count)
+    labels = {name: make_mask(name).labels for name in names}
+    wanted = [names[7], "elsewhere", names[2]]
+    found = FinishedImages(folder).unfinished(
+        wanted, dict.fromkeys(wanted, image), {**labels, "elsewhere": ()}
+    )
+    assert asked == [("infos", [names[7], names[2]])]
+    assert found == wanted, "their records are of other bytes"
+
+
+def test_what_a_killed_run_had_finished_is_known_and_not_checked_again(
+    folder: Path, image: Path, reads: Reads, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    writer = MaskWriter(folder, images_per_shard=1).__enter__()
+    for name in ("image", "other"):
+        mask, digest = make_mask(name), make_digest(name)
+        writer.write(name, mask, image_digest=digest, seconds=0.0, status=file_status(image))
+    writer._lock.release()  # as the system does for a process that is gone
+    assert set(read_checked(folder)) == {path.name for path in shards(folder)}
+    assert known_ids(folder) == ["image", "other"]
+    monkeypatch.setattr(finished, "inspect", None)
+    assert is_current(folder, image)
+    assert reads.files == []
+
+
+def test_a_line_that_a_killed_process_did_not_finish_costs_its_own_images_alone(
+    folder: Path, image: Path, write: Write, reads: Reads
+) -> None:
+    write("image")
+    path = folder / "known-0-of-1.json"
+    with path.open("a") as file:
+        file.write('{"digests":2,"images":{"half')
+    write("other")
+    assert known_ids(folder) == ["image", "other"]
+    path.write_text(f'{path.read_text()}{{"digests":2,"images":{{"half')
+    assert is_current(folder, image)
+    assert reads.files == []
+
+
+def test_a_list_of_images_that_are_known_already_does_not_grow(
+    folder: Path, image: Path, write: Write, reads: Reads
+) -> None:
+    write("image", "other")
+    size = (folder / "known-0-of-1.json").stat().st_size
+    for _ in range(3):
+        write("image", "other")
+    assert known_ids(folder) == ["image", "other"]
+    assert (folder / "known-0-of-1.json").stat().st_size == size
 
 
 def test_what_was_known_stays_known(folder: Path, image: Path, write: Write, reads: Reads) -> None:

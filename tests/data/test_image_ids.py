@@ -3,11 +3,12 @@ from __future__ import annotations
 import logging
 import os
 import subprocess
+import tracemalloc
 from pathlib import Path
 
 import pytest
 
-from wsss_pipeline.data.image_ids import check_image_id, find_images, without_image_suffix
+from wsss_pipeline.data.image_ids import FoundImages, check_image_id, find_images, without_image_suffix
 from wsss_pipeline.errors import ConfigError, ImageError, LabelError
 
 
@@ -35,6 +36,19 @@ def test_unsafe_ids_are_refused_in_one_line_with_their_origin(image_id: str) -> 
 def test_only_suffixes_of_images_are_cut_off() -> None:
     texts = ["a/b.jpg", "a.JPEG", "a.b", "a.tar.png", "a", "v1.0/a"]
     assert [without_image_suffix(text) for text in texts] == ["a/b", "a", "a.b", "a.tar", "a", "v1.0/a"]
+
+
+def test_an_image_takes_little_memory_and_has_its_path_all_the_same() -> None:
+    images, count = FoundImages(Path("some/folder")), 5000
+    tracemalloc.start()
+    for number in range(count):
+        name = f"part/{number:09}"
+        images.add(name, f"{name}.jpg")
+    images.sort()
+    taken, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert taken < 200 * count, "there may be a million"
+    assert images["part/000000007"] == Path("some/folder/part/000000007.jpg")
 
 
 def make(root: Path, *names: str) -> None:

@@ -14,7 +14,7 @@ from wsss_pipeline.cache import FinishedImages, is_mask_set
 from wsss_pipeline.config import LabelFormat, MaskConfig
 from wsss_pipeline.data.classes import ClassSet, load_class_set
 from wsss_pipeline.data.datasets import coco_inputs, voc_inputs
-from wsss_pipeline.data.image_files import ImageFile, is_there, reading_order
+from wsss_pipeline.data.image_files import ImageFile, TarMember, is_there, reading_order
 from wsss_pipeline.data.image_ids import find_images
 from wsss_pipeline.data.images import image_size
 from wsss_pipeline.data.label_readers.label_table import OtherClasses
@@ -292,11 +292,13 @@ def plan_masks(job: Job, maker: MaskMaker | None = None) -> MaskPlan:
     share = job.share.select(job.labels)[: job.limit]
     there: list[str] = []
     missing: list[str] = []
+    are_in_archives = False
     for image_id in share:
-        is_found = image_id in job.images and is_there(job.images[image_id])
-        (there if is_found else missing).append(image_id)
-    # stable: files of their own keep the order of the labels
-    there.sort(key=lambda image_id: reading_order(job.images[image_id]))
+        file = job.images.get(image_id)
+        (missing if file is None or not is_there(file) else there).append(image_id)
+        are_in_archives |= isinstance(file, TarMember)
+    if are_in_archives:  # stable: files of their own keep the order of the labels
+        there.sort(key=lambda image_id: reading_order(job.images[image_id]))
     unlabelled = sum(image_id not in job.labels for image_id in job.images)
     return MaskPlan(job, maker, there, missing, unlabelled)
 

@@ -34,6 +34,9 @@ logger = logging.getLogger(__name__)
 _LONGEST_TEXT = 10_000  # characters of an image's name; signed addresses have thousands
 _EXAMPLES = 3
 
+_PLACE = re.compile(
+    r"(.*?)([1-9][0-9]*)?", re.DOTALL
+)  # a million texts that differ in a number take much memory
 _ROOT = re.compile(r"\A(?:[A-Za-z]:)?/+")
 
 
@@ -61,7 +64,9 @@ class LabelTable:
         self._shared: dict[
             tuple[str, ...], tuple[str, ...]
         ] = {}  # of a million images many have the same labels
-        self._records: dict[str, str] = {}  # image id to where its one record stands
+        # image id to where its one record stands: a text, or the number in it where the rest is ``_file``
+        self._records: dict[str, str | int] = {}
+        self._file = ""
         self.repeated = FewWarnings(logger, "records of images that have one already")
         self._other_classes = other_classes
         self._others: Counter[str] = Counter()
@@ -151,9 +156,13 @@ class LabelTable:
         if adds_up or image_id not in self._records:
             for entry in entries:
                 self.add_class(image_id, entry)
-            self._records.setdefault(image_id, where)
+            if image_id not in self._records:
+                file, number = _PLACE.fullmatch(where).groups()  # type: ignore[union-attr]  # anything fits
+                self._file = self._file or file
+                self._records[image_id] = int(number) if number and file == self._file else where
             return
-        first = self._records[image_id]
+        place = self._records[image_id]
+        first = f"{self._file}{place}" if isinstance(place, int) else place
         before, now = self._labels[image_id], {entry.name for entry in entries}
         shown = one_line(image_id, 100)
         if set(before) != now:
