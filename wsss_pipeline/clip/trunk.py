@@ -271,7 +271,9 @@ class Trunk:
             for some in _heads_together(heads, hidden):
                 scores = query[:, some] * scale @ key[:, some].transpose(-2, -1)
                 probabilities = torch.softmax(scores.float(), dim=-1)
-                total.add_(probabilities[:, :, 1:, 1:].sum(dim=1), alpha=1 / heads)
+                looks = probabilities[:, :, 1:, 1:]
+                # the sum over a single head would be a copy
+                total.add_(looks[:, 0] if looks.shape[1] == 1 else looks.sum(dim=1), alpha=1 / heads)
                 mixed[:, some] = probabilities[:, :, :goes_on].to(self._dtype) @ value[:, some]
         alike = None
         if values is not None:

@@ -8,21 +8,14 @@ without Python's lock, so images can be worked on in threads.
 
 from __future__ import annotations
 
-import math
-
 import numpy as np
 from numpy.typing import NDArray
 
 from wsss_pipeline.config import ParConfig
-from wsss_pipeline.refine.dense_crf_cpu import compiled
+from wsss_pipeline.refine.dense_crf_cpu import compiled, exponential
 
 _TINY = np.float32(1e-8)
-_ONE, _HALF = np.float32(1), np.float32(0.5)
-_LEAST = np.float32(-87)  # whose exponential is the least that single precision holds in full
-_PER_LN2 = np.float32(1 / math.log(2))
-_LN2 = np.float32(355 / 512)  # so short that its multiples are exact; the rest of ln 2 is
-_LN2_REST = np.float32(math.log(2) - 355 / 512)
-_C3, _C4, _C5, _C6, _C7 = (np.float32(1 / math.factorial(k)) for k in range(3, 8))
+_ONE = np.float32(1)
 
 
 def propagate_compiled(
@@ -116,7 +109,7 @@ def _softmax(logits, added, divisor, largest, total):  # type: ignore[no-untyped
     for k in range(count):
         for x in range(columns):
             logits[k, x] = (logits[k, x] - largest[x]) / divisor
-        _exponential(logits[k], powers)
+        exponential(logits[k], powers)
         for x in range(columns):
             total[x] += logits[k, x]
     for x in range(columns):
@@ -124,27 +117,6 @@ def _softmax(logits, added, divisor, largest, total):  # type: ignore[no-untyped
     for k in range(count):
         for x in range(columns):
             logits[k, x] = logits[k, x] * total[x] + added[k]
-
-
-@compiled
-def _exponential(values, powers):  # type: ignore[no-untyped-def]  # compiled
-    """Exponentials of a row (W,) of numbers up to 0, in their place; an int32 row (W,) to work in.
-
-    Within 2e-7 of the value. The C library's is called for one number at a time; this becomes vector instructions.
-    """
-    columns = len(values)
-    factors = powers.view(np.float32)
-    for x in range(columns):
-        value = values[x]
-        value = _LEAST if value < _LEAST else value  # what is no number stays so
-        # x = n ln 2 + r with r in -0.35..0.35, then the series of e^r, and 2^n made of its bits
-        whole = np.floor(value * _PER_LN2 + _HALF)
-        r = value - whole * _LN2 - whole * _LN2_REST
-        rest = _HALF + r * (_C3 + r * (_C4 + r * (_C5 + r * (_C6 + r * _C7))))
-        values[x] = _ONE + (r + r * r * rest)
-        powers[x] = (np.int32(whole) + np.int32(127)) << np.int32(23)
-    for x in range(columns):
-        values[x] *= factors[x]
 
 
 @compiled
