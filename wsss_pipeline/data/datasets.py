@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 from wsss_pipeline.data.classes import ClassSet, load_class_set
@@ -36,7 +36,7 @@ _LONGEST_LINE = 4 * MAX_ID_LENGTH  # of a list of images
 _SUFFIX = "|".join(re.escape(suffix) for suffix in IMAGE_SUFFIXES)
 _TWO_PATHS = re.compile(rf"(.+?(?:{_SUFFIX}))(?:\s*,\s*|\s+)\S.*(?:{_SUFFIX})", re.IGNORECASE)
 
-ImagesAndLabels = tuple[dict[str, ImageFile], dict[str, tuple[str, ...]]]
+ImagesAndLabels = tuple[Mapping[str, ImageFile], dict[str, tuple[str, ...]]]
 
 
 def voc_inputs(
