@@ -299,9 +299,9 @@ class MaskConfig(Settings):
     vote: VoteConfig = VoteConfig()
     slic: SlicConfig = SlicConfig()
     confidence: ConfidenceName = Field(
-        "posterior",
-        description="What says how sure a label is: the refiner's posterior, as published; the margin of its score "
-        "over the best other; or the product of scores and their mean around, which tells errors best.",
+        "product",
+        description="What says how sure a label is: the product of scores and their mean around, which tells errors "
+        "best; the margin of its score over the best other; or the refiner's posterior, as published.",
     )
     max_pixels: int = Field(
         1_048_576,

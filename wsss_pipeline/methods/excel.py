@@ -96,8 +96,12 @@ class Excel:
     Config = ExcelConfig
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         # numbers of the published code
-        "voc12": {"classes": "voc12"},
-        "coco14": {"classes": "coco14", "excel": {"threshold": 0.88, "clusters": 224}},
+        "voc12": {"classes": "voc12", "confidence": "posterior"},
+        "coco14": {
+            "classes": "coco14",
+            "excel": {"threshold": 0.88, "clusters": 224},
+            "confidence": "posterior",
+        },
         # The demo's objects are 3 to 6 patches wide: a square loses the edges, and affinity spreads a map beyond them
         # (mIoU after the CRF 85.2 without it, 78.5 with one iteration, on 80 scenes of another seed).
         "demo": {"classes": "demo", "excel": {"size": "native", "affinity": False}},

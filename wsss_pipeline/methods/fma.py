@@ -84,19 +84,27 @@ class Fma:
             "classes": "voc12",
             "fma": {"affinity": "score", "threshold": 0.4},
             "vote": {"background_power": 0.6},
+            "confidence": "posterior",
         },
         "voc12": {
             "classes": "voc12",
             "fma": {"affinity": "raw", "threshold": 0.5},
             "vote": {"background_power": 0.7},
+            "confidence": "posterior",
         },
         # published: the best of 0.3, 0.4 and 0.5 by ground truth of the training images; here the middle one
         "coco14-coarse": {
             "classes": "coco14",
             "fma": {"affinity": "raw", "threshold": 0.6},
             "vote": {"background_power": 0.4},
+            "confidence": "posterior",
         },
-        "coco14": {"classes": "coco14", "fma": {"affinity": "none"}, "vote": {"background_power": 1.0}},
+        "coco14": {
+            "classes": "coco14",
+            "fma": {"affinity": "none"},
+            "vote": {"background_power": 1.0},
+            "confidence": "posterior",
+        },
         # as for clip-es: the demo's objects are 3 to 6 patches wide
         "demo": {
             "classes": "demo",

@@ -81,12 +81,21 @@ class WeClip:
     Config = WeClipConfig
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         # numbers of the published code
-        "voc12": {"classes": "voc12"},
-        "coco14": {"classes": "coco14", "weclip": {"threshold": 0.7, "gated_layers": 10}},
-        "plus-voc12": {"classes": "voc12", "weclip": {"boxes": False, "prior": True, "left_out": 1}},
+        "voc12": {"classes": "voc12", "confidence": "posterior"},
+        "coco14": {
+            "classes": "coco14",
+            "weclip": {"threshold": 0.7, "gated_layers": 10},
+            "confidence": "posterior",
+        },
+        "plus-voc12": {
+            "classes": "voc12",
+            "weclip": {"boxes": False, "prior": True, "left_out": 1},
+            "confidence": "posterior",
+        },
         "plus-coco14": {
             "classes": "coco14",
             "weclip": {"threshold": 0.7, "gated_layers": 8, "prior": True},
+            "confidence": "posterior",
         },
         # as for clip-es: the demo's objects are 3 to 6 patches wide
         "demo": {"classes": "demo", "weclip": {"affinity_iterations": 1}},

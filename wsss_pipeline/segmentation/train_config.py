@@ -117,10 +117,11 @@ class LossConfig(Settings):
     """Confidence-guided cross entropy (CLIP-ES, arXiv 2212.09506, section 3.5), and further losses with weights."""
 
     confidence: Confidence = Field(
-        "hard",
-        description="hard leaves out pixels under min_confidence, as published; soft weights the others by it.",
+        "soft",
+        description="soft weights each pixel by its confidence; hard leaves out those under min_confidence, as "
+        "published.",
     )
-    min_confidence: float = Field(0.95, ge=0, le=1, description="Pixels below it count nothing.")
+    min_confidence: float = Field(0.0, ge=0, le=1, description="Pixels below it count nothing.")
     keep: float = Field(
         0.0,
         ge=0,
