@@ -213,7 +213,7 @@ def test_a_scaled_mask_lies_where_the_scaled_image_does() -> None:
 def test_with_more_than_254_classes_255_is_one_and_nothing_beyond_the_edge_is(
     root: Path, style: type[Augmentation | OpenCvAugmentation] | None
 ) -> None:
-    images = find_images(root / "JPEGImages")
+    images = dict(find_images(root / "JPEGImages"))
 
     class Many:
         class_names = tuple(map(str, range(1, 301)))
