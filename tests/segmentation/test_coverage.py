@@ -85,7 +85,7 @@ def test_nothing_is_learnt_from_the_others(
         "__getitem__",
         lambda dataset, key: (lambda sample: seen.append(sample) or sample)(get(dataset, key)),
     )
-    job = make(config=changed(CONFIG, loss__keep=0.5, optimisation__iterations=3))
+    job = make(config=changed(CONFIG, loss__confidence="hard", loss__keep=0.5, optimisation__iterations=3))
     masks = Unsure(job.masks.path, job.masks.class_names)  # type: ignore[attr-defined]
     with caplog.at_level("INFO"):
         train_seg(replace(job, masks=masks))

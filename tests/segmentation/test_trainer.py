@@ -456,7 +456,7 @@ class Vague(MaskFolder):
 def test_a_threshold_that_leaves_no_objects_is_warned_of(
     make: Make, caplog: pytest.LogCaptureFixture
 ) -> None:
-    job = make(config=changed(CONFIG, optimisation__iterations=1))
+    job = make(config=changed(CONFIG, loss__min_confidence=0.95, optimisation__iterations=1))
     with caplog.at_level("INFO"):
         train_seg(job)
         assert "100% of the background and 100% of the objects' pixels count" in caplog.text
