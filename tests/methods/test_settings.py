@@ -286,8 +286,8 @@ COMMON: dict[str, list[Row]] = {
     "slic.sigma": [Row(4.0, CHANGES, VOTE), Row(4.0, SAME, CRF)],
     "confidence": [
         Row("margin", CHANGES),
-        Row("product", CHANGES, UNREFINED),
-        Row("product", CHANGES, {**VOTE, "max_pixels": 5000}),
+        Row("posterior", CHANGES, UNREFINED),
+        Row("posterior", CHANGES, {**VOTE, "max_pixels": 5000}),
     ],
     "max_pixels": [Row(5000, CHANGES)],
 }
@@ -499,6 +499,7 @@ def test_every_part_of_a_class_set_has_a_row() -> None:
 @pytest.mark.parametrize("method", [*method_names(), TOY])
 def test_determinants_are_canonical_json_and_what_a_manifest_gives_back(method: str) -> None:
     settings = {"clip.weights": "demo", "classes": "demo", "method": method, "clip.precision": "fp32"}
+    settings["confidence"] = "posterior"
     mask_set = MaskGenerator(settings=settings, device="cpu", offline=True).mask_set
     text = json.dumps(mask_set.determinants, sort_keys=True, allow_nan=False)
     assert "confidence" not in mask_set.determinants, (

@@ -136,7 +136,7 @@ def batch() -> tuple[dict[str, Tensor], Tensor, Tensor]:
     return outputs, target, torch.full_like(target, 200)
 
 
-WEIGHTS = LossConfig(segmentation=0.0, seeding=1.0, boundary=1.0, score=0.4, grid=16, min_confidence=0.0)
+WEIGHTS = LossConfig(segmentation=0.0, seeding=1.0, boundary=1.0, score=0.4, grid=16, confidence="hard")
 
 
 def objectives(
