@@ -38,13 +38,21 @@ def runs(world: Path, clip: Path, *further: object, methods: Sequence[str] = met
     return write_list(world / "runs", arguments)
 
 
+default_or_all = pytest.mark.parametrize(
+    "methods",
+    [[DEFAULT_METHOD], pytest.param(method_names(), marks=pytest.mark.slow)],
+    ids=["default", "all"],
+)
+
+
+@default_or_all
 def test_torchrun_divides_the_images_and_one_bad_one_stops_nobody(
-    world: Path, clip: Path, generate: Run
+    world: Path, clip: Path, generate: Run, methods: list[str]
 ) -> None:
-    """The two processes go through all methods."""
+    """The two processes go through the methods in turn."""
     many_images(world, 10)
     (world / "images" / "tiny_odd_4.png").write_bytes(b"no picture")
-    file = runs(world, clip)
+    file = runs(world, clip, methods=methods)
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     done = subprocess.run(
         [*torchrun, "-m", "tests.end_to_end.runs_in_turn", file],
@@ -68,7 +76,7 @@ def test_torchrun_divides_the_images_and_one_bad_one_stops_nobody(
         assert {name.name.split("-")[1] for name in path.glob("shard-*.h5")} == {"0of2", "1of2"}
         assert records(path) == records(mask_set(generate(*with_method(method), cache="alone")))
 
-    for_each_method(check)
+    for_each_method(check, methods)
 
 
 @each_method
@@ -103,11 +111,7 @@ def parent(process: int) -> int:
 
 
 @pytest.mark.skipif(find_spec("ray") is None, reason="the optional package ray isn't installed")
-@pytest.mark.parametrize(
-    "methods",
-    [[DEFAULT_METHOD], pytest.param(method_names(), marks=pytest.mark.slow)],
-    ids=["default", "all"],
-)
+@default_or_all
 def test_ray_goes_on_when_a_worker_is_killed_half_way(
     world: Path, clip: Path, generate: Run, methods: list[str]
 ) -> None:
