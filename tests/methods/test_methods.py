@@ -104,3 +104,9 @@ def test_masks_lie_where_the_objects_are(name: str) -> None:
     made = generator(name)
     masks = [made(scene.image, scene.labels).mask for scene in scenes]
     assert miou_of_classes(masks, scenes) > 0.5
+
+
+@pytest.mark.parametrize("preset", preset_names())
+def test_presets_of_published_systems_keep_the_published_confidence(preset: str) -> None:
+    config = load_mask_config(preset=preset)
+    assert config.confidence == ("product" if preset.endswith("/demo") else "posterior")
