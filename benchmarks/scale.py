@@ -59,8 +59,9 @@ def write_images(root: Path, count: int) -> tuple[Path, Path]:
     """A folder of ``count`` images and a file of their labels; what is there already stays."""
     folder, labels = root / f"images-{count}", root / f"labels-{count}.csv"
     if not labels.is_file():
-        scenes = root / "scenes"
-        write_voc_folder(scenes, seed=9, scenes={"train": min(count, SCENES)}, size=SIZE)
+        drawn = min(count, SCENES)
+        scenes = root / f"scenes-{drawn}"
+        write_voc_folder(scenes, seed=9, scenes={"train": drawn}, size=SIZE)
         files = sorted((scenes / "JPEGImages").iterdir())
         name = load_class_set("demo").names[0]
         with labels.with_suffix(".tmp").open("w") as file:

@@ -134,7 +134,11 @@ class Recorder:
         return {}
 
     def __call__(
-        self, images: Sequence[np.ndarray], scores: Sequence[Tensor], regions: Sequence[object] = ()
+        self,
+        images: Sequence[np.ndarray],
+        scores: Sequence[Tensor],
+        regions: Sequence[object] = (),
+        cams: Sequence[Tensor] = (),
     ) -> list[Tensor]:
         self.images += images
         self.scores += scores
@@ -186,7 +190,11 @@ def test_a_posterior_that_is_no_number_is_a_mask_error(clip: Path) -> None:
 
 class Broken(Recorder):
     def __call__(
-        self, images: Sequence[np.ndarray], scores: Sequence[Tensor], regions: Sequence[object] = ()
+        self,
+        images: Sequence[np.ndarray],
+        scores: Sequence[Tensor],
+        regions: Sequence[object] = (),
+        cams: Sequence[Tensor] = (),
     ) -> list[Tensor]:
         return [score.float().fill_(float("nan")) for score in scores]
 

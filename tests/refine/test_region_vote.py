@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks import plain_fma
+from wsss_pipeline.cam.scores import upscale_cams
 from wsss_pipeline.config import CrfConfig, VoteConfig
 from wsss_pipeline.refine.refiner import label
 from wsss_pipeline.refine.region_vote import RegionVote, painted, vote
@@ -121,13 +122,16 @@ class Given:
         raise AssertionError
 
 
-def refined(maps: Tensor, regions: Regions, **settings: Any) -> Tensor:
-    """Posterior of maps (K, H, W) in [0, 1] with their background, of an image whose left half is dark."""
+def refined(maps: Tensor, regions: Regions, cams: Tensor | None = None, **settings: Any) -> Tensor:
+    """Posterior of maps (K, H, W) in [0, 1] with their background, of an image whose left half is dark.
+
+    They vote themselves, or the CAMs that they were made of do.
+    """
     image = np.full((*maps.shape[1:], 3), 220, np.uint8)
     image[:, : image.shape[1] // 2] = 30
     scores = torch.cat([1 - maps.amax(dim=0, keepdim=True), maps])
     refiner = RegionVote(VoteConfig(regions="given", **settings), CrfConfig(), Given())
-    (posterior,) = refiner([image], [scores], [regions])
+    (posterior,) = refiner([image], [scores], [regions], [maps if cams is None else cams])
     return posterior
 
 
@@ -221,6 +225,20 @@ def test_scores_of_a_scaled_image_meet_regions_of_its_own_size() -> None:
     posterior = refined(small, Regions.of_masks(HALVES))
     assert posterior.shape == (3, 20, 30)
     assert (posterior.argmax(dim=0)[:, 15:] == 2).all()
+
+
+def test_maps_vote_before_they_are_scaled(golden: tuple[dict[str, Any], Regions]) -> None:
+    # as weak as CLIP's own gradients can be: the constant of the min-max keeps them weak
+    numbers, regions = golden
+    weak = torch.from_numpy(numbers["cam"]) * (3e-8 / np.abs(numbers["cam"]).max())
+    scaled = upscale_cams(weak, regions.size)
+    covered = torch.from_numpy(painted(regions, list(range(len(regions))))) >= 0
+    expected = vote(F.interpolate(weak[None], regions.size, mode="bilinear")[0].clamp(min=0), regions, 1.0)
+    assert expected.scores[1:].nan_to_num().max() < 0.25
+    posterior = refined(scaled, regions, weak, background_power=1.0)
+    assert (posterior.argmax(dim=0)[covered] == 0).all()
+    # where they were scaled first, most would have won
+    assert (refined(scaled, regions, scaled, background_power=1.0).argmax(dim=0)[covered] > 0).any()
 
 
 @pytest.mark.parametrize(("power", "winner"), [(0.2, 0), (5.0, 1)])

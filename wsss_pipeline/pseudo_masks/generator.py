@@ -209,16 +209,16 @@ class MaskGenerator:
                 "CLIP's class activation isn't finite; try --precision fp32, or check the weights"
             )
         middle = mark(self.device)
-        seen, scores = [], []
+        seen, scores, ordered = [], [], []
         for image, cams in zip(batch, maps, strict=True):
             height, width = (max(1, round(side * image.prepared.scale)) for side in image.pixels.shape[:2])
             own = image.prepared.seen
             seen.append(resize(image.pixels, width, height) if own is None else own)
             # half precision is what the cache stores and what the published CRF reads
-            upscaled = upscale_cams(cams[self._order(image)], (height, width))
-            scores.append(assemble(upscaled.half(), power))
+            ordered.append(cams[self._order(image)])
+            scores.append(assemble(upscale_cams(ordered[-1], (height, width)).half(), power))
         regions = [image.regions for image in batch if image.regions is not None]
-        posteriors = self.refiner(seen, scores, regions)
+        posteriors = self.refiner(seen, scores, regions, ordered if regions else ())
         confidences = label_confidences(self.config.confidence, seen, scores)
         on_host: list[tuple[Tensor, Tensor, Tensor | None]] = []
         for image, cams, posterior, sure in zip(batch, maps, posteriors, confidences, strict=True):

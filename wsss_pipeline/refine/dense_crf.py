@@ -54,7 +54,11 @@ class DenseCrf:
         return {"crf": self.config.model_dump(exclude={"half_scores"} if self.config.half_scores else set())}
 
     def __call__(
-        self, images: Sequence[NDArray[np.uint8]], scores: Sequence[Tensor], regions: Sequence[Regions] = ()
+        self,
+        images: Sequence[NDArray[np.uint8]],
+        scores: Sequence[Tensor],
+        regions: Sequence[Regions] = (),
+        cams: Sequence[Tensor] = (),
     ) -> list[Tensor]:
         """See ``Refiner``.
 

@@ -53,7 +53,11 @@ class Par:
         return {"par": self.config.model_dump(mode="json")}
 
     def __call__(
-        self, images: Sequence[NDArray[np.uint8]], scores: Sequence[Tensor], regions: Sequence[Regions] = ()
+        self,
+        images: Sequence[NDArray[np.uint8]],
+        scores: Sequence[Tensor],
+        regions: Sequence[Regions] = (),
+        cams: Sequence[Tensor] = (),
     ) -> list[Tensor]:
         """See ``Refiner``; an image may be float32 in 0..255 as well, between the bytes' values.
 

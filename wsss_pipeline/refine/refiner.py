@@ -34,7 +34,11 @@ class Refiner(Protocol):
         """The part of the fingerprint that is its own."""
 
     def __call__(
-        self, images: Sequence[NDArray[np.uint8]], scores: Sequence[Tensor], regions: Sequence[Regions] = ()
+        self,
+        images: Sequence[NDArray[np.uint8]],
+        scores: Sequence[Tensor],
+        regions: Sequence[Regions] = (),
+        cams: Sequence[Tensor] = (),
     ) -> list[Tensor]:
         """Posteriors of several images of any sizes.
 
@@ -42,6 +46,7 @@ class Refiner(Protocol):
             images: uint8 (H, W, 3) RGB.
             scores: per image float (1+K, H, W) in [0, 1], background first; they need not sum to 1.
             regions: per image its regions, at its stored size, where the refiner is the region vote.
+            cams: per image the CAMs (K, h, w) that its scores were made of, of any range, where it is.
 
         Returns:
             Per image float32 (1+K, H, W) on the device of its scores, summing to 1 over the labels; of the size of
@@ -59,7 +64,11 @@ class Unrefined:
         return {"crf": {"backend": "none"}}
 
     def __call__(
-        self, images: Sequence[NDArray[np.uint8]], scores: Sequence[Tensor], regions: Sequence[Regions] = ()
+        self,
+        images: Sequence[NDArray[np.uint8]],
+        scores: Sequence[Tensor],
+        regions: Sequence[Regions] = (),
+        cams: Sequence[Tensor] = (),
     ) -> list[Tensor]:
         """See ``Refiner``."""
         return [score.float() / score.float().sum(dim=0) for score in scores]

@@ -131,37 +131,47 @@ class RegionVote:
     def determinants(self) -> Mapping[str, Any]:
         """What determines the regions, and the settings that are of use."""
         settings = {"background_power": self.config.background_power, "uncovered": self.config.uncovered}
-        found = {"vote": {**settings, "regions": dict(self.source.identity)}}
+        # raw maps vote since masks of scaled ones were made
+        found = {"vote": {**settings, "maps": "raw", "regions": dict(self.source.identity)}}
         return {**found, **self._crf.determinants()} if self._crf else found
 
     @torch.no_grad()
     def __call__(
-        self, images: Sequence[NDArray[np.uint8]], scores: Sequence[Tensor], regions: Sequence[Regions] = ()
+        self,
+        images: Sequence[NDArray[np.uint8]],
+        scores: Sequence[Tensor],
+        regions: Sequence[Regions] = (),
+        cams: Sequence[Tensor] = (),
     ) -> list[Tensor]:
         """See ``Refiner``; the posterior has the size of the regions."""
         check_arrays(images, scores, "the region vote", (np.uint8,))
         found = []
-        for image, score, of_image in zip(images, scores, regions, strict=True):
+        for image, score, of_image, raw in zip(images, scores, regions, cams, strict=True):
             size = of_image.size
-            maps = score[1:].float()
-            if maps.shape[1:] != size:
-                maps = F.interpolate(maps[None], size, mode="bilinear", align_corners=False)[0]
-            result = vote(maps, of_image, self.config.background_power)
-            owner = torch.from_numpy(painted(of_image, result.order.tolist())).to(maps.device)
+            # not the scores: they are scaled to 0..1, and a weak map would be scaled twice
+            result = vote(_resized(raw.float(), size).clamp(min=0), of_image, self.config.background_power)
+            owner = torch.from_numpy(painted(of_image, result.order.tolist())).to(score.device)
             beyond = owner < 0
             if self._crf is None:
+                maps = _resized(score[1:].float(), size)
                 strongest = maps.amax(dim=0, keepdim=True)
                 rest = _winning(torch.cat([1 - strongest, maps]), torch.zeros_like(owner))
             elif bool(beyond.any()):
                 (rest,) = self._crf([image], [score])
-                if rest.shape[1:] != size:
-                    rest = F.interpolate(rest[None], size, mode="bilinear", align_corners=False)[0]
+                rest = _resized(rest, size)
             else:
-                rest = torch.zeros_like(maps[:1])
+                rest = result.scores.new_zeros(1, *size)
             table = _winning(result.scores, result.winners)
             inside = table[:, owner.clamp(min=0)] if len(of_image) else rest
             found.append(torch.where(beyond, rest, inside))
         return found
+
+
+def _resized(maps: Tensor, size: tuple[int, int]) -> Tensor:
+    """Maps (K, h, w), bilinearly at ``size``."""
+    if maps.shape[1:] == size:
+        return maps
+    return F.interpolate(maps[None], size, mode="bilinear", align_corners=False)[0]
 
 
 def _winning(scores: Tensor, winners: Tensor) -> Tensor:
