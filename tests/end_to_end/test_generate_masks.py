@@ -159,7 +159,7 @@ def test_images_without_labels_are_background_and_counted(generate: Run, world: 
     write_labels(world, {**LABELS, "cat": []})
     result = generate("--store-cams")
     assert result.exit_code == 0
-    assert "1 images have no label: their masks are all background" in result.stderr
+    assert "1 of 5 images without a label: all background" in result.stderr
     with MaskCache.open(mask_set(result)) as cache:
         assert not cache["cat"].mask.any()
         assert (cache["cat"].confidence == 200).all()
@@ -169,7 +169,7 @@ def test_images_that_the_labels_do_not_name_are_left_out(generate: Run, world: P
     write_labels(world, {"cat": ["cat"]})
     result = generate()
     assert result.exit_code == 0
-    assert "4 images aren't named in the labels" in result.stderr
+    assert "since the labels don't name them: 4" in result.stderr
     with MaskCache.open(mask_set(result)) as cache:
         assert list(cache) == ["cat"]
 
@@ -210,7 +210,7 @@ def test_bad_images_are_reported_skipped_and_counted(
 def test_large_images_are_scaled_and_the_mask_is_not(generate: Run) -> None:
     result = generate("--max-pixels", 5000)
     assert result.exit_code == 0
-    assert "4 images were scaled down" in result.stderr
+    assert "4 of 5 images scaled down" in result.stderr
     with MaskCache.open(mask_set(result)) as cache:
         assert cache["cat"].mask.shape == (120, 180)
         assert cache.record_info("cat").scale == pytest.approx((5000 / (120 * 180)) ** 0.5)

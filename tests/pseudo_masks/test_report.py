@@ -31,12 +31,12 @@ def test_a_run_tells_what_it_did(caplog: pytest.LogCaptureFixture) -> None:
         # two threads have 8 seconds for the first three
         "busy: reading 12 %, CLIP 50 %, refining 38 %, writing 50 %; waiting on CLIP",
         "5 masks reused from the cache",
-        "3 images have no label: their masks are all background",
-        "2 images were scaled down for CLIP and the refiner (--max-pixels)",
-        "4 images aren't named in the labels and were left out",
-        "1 images failed:",
+        "3 of 20 images without a label: all background",
+        "2 of 20 images scaled down for CLIP and the refiner (--max-pixels)",
+        "images left out, since the labels don't name them: 4",
+        "1 of 20 images failed:",
         "  broken: broken.jpg: cut short",
-        "4 images are left to do",
+        "4 of 20 images left to do",
     ]
     assert report.as_dict()["path"] == "cache/voc12-1"
 
@@ -52,7 +52,7 @@ def test_a_long_list_of_failures_is_cut(more: int) -> None:
     for number in range(report.images):
         report.fail(f"image-{number:02}", "damaged")
     first, *listed = report.lines()
-    assert first == f"{report.images} images failed:"
+    assert first == f"{report.images} of {report.images} images failed:"
     assert listed[FAILURES_SHOWN - 1] == f"  image-{FAILURES_SHOWN - 1:02}: damaged"
     assert listed[FAILURES_SHOWN:] == ([f"  and {more} more; --json has them all"] if more else [])
 
@@ -65,4 +65,4 @@ def test_a_million_images_that_are_not_there_bring_a_few_warnings(caplog: pytest
     assert caplog.messages[-1] == "and 980 more images that the labels or the split name aren't there"
     assert len(report.failed) == 1000
     assert len(set(map(id, report.failed.values()))) == 1, "one text for all"
-    assert "1000 images failed:" in report.lines()
+    assert "1000 of 1000 images failed:" in report.lines()

@@ -123,7 +123,7 @@ def test_a_bad_image_is_reported_skipped_and_counted(world: Path) -> None:
     summary = json.loads(result.stdout.splitlines()[0])
     assert summary["failed"].keys() == {"three"}
     assert summary["computed"] == 2
-    assert "1 images failed:" in result.stderr
+    assert "1 of 3 images failed:" in result.stderr
 
 
 def test_an_image_for_which_memory_runs_out_is_skipped(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:

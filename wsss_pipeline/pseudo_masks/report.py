@@ -97,18 +97,20 @@ class MaskReport:
             consequence = ", so CLIP was not loaded" if self.model == "CLIP" else ""
             lines.append(f"nothing was left to compute{consequence}")
         if self.without_labels:
-            lines.append(f"{self.without_labels} images have no label: their masks are all background")
+            lines.append(f"{self.without_labels} of {self.images} images without a label: all background")
         if self.scaled:
-            lines.append(f"{self.scaled} images were scaled down for CLIP and the refiner (--max-pixels)")
+            lines.append(
+                f"{self.scaled} of {self.images} images scaled down for CLIP and the refiner (--max-pixels)"
+            )
         if self.unlabelled:
-            lines.append(f"{self.unlabelled} images aren't named in the labels and were left out")
+            lines.append(f"images left out, since the labels don't name them: {self.unlabelled}")
         if self.failed:
-            lines.append(f"{len(self.failed)} images failed:")
+            lines.append(f"{len(self.failed)} of {self.images} images failed:")
             shown = list(self.failed.items())[:FAILURES_SHOWN]
             lines += [f"  {image_id}: {reason}" for image_id, reason in shown]
             if len(self.failed) > FAILURES_SHOWN:
                 lines.append(f"  and {len(self.failed) - FAILURES_SHOWN} more; --json has them all")
         left = self.images - self.computed - self.reused - len(self.failed)
         if left:
-            lines.append(f"{left} images are left to do")
+            lines.append(f"{left} of {self.images} images left to do")
         return lines
