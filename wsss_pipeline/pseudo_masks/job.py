@@ -290,14 +290,10 @@ def plan_masks(job: Job, maker: MaskMaker | None = None) -> MaskPlan:
     maker = maker or job.maker()
     check_apart(job.cache_dir / maker.mask_set.folder_name, job.cache_option, job.inputs)
     share = job.share.select(job.labels)[: job.limit]
-    there: list[str] = []
-    missing: list[str] = []
-    are_in_archives = False
-    for image_id in share:
-        file = job.images.get(image_id)
-        (missing if file is None or not is_there(file) else there).append(image_id)
-        are_in_archives |= isinstance(file, TarMember)
-    if are_in_archives:  # stable: files of their own keep the order of the labels
+    # what was found is looked at once, for whether it is finished, and not here too: there may be a million files
+    there = [image_id for image_id in share if image_id in job.images]
+    missing = [image_id for image_id in share if image_id not in job.images]
+    if there and isinstance(job.images[there[0]], TarMember):  # all are, or none
         there.sort(key=lambda image_id: reading_order(job.images[image_id]))
     unlabelled = sum(image_id not in job.labels for image_id in job.images)
     return MaskPlan(job, maker, there, missing, unlabelled)
