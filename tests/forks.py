@@ -14,6 +14,7 @@ import resource
 import runpy
 import select
 import signal
+import socket
 import subprocess
 import sys
 import traceback
@@ -23,6 +24,11 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
+# variables that torchrun sets, of those that are read here, by torch or by accelerate
+TORCHRUN = (
+    *("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"),
+    *("MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RUN_ID"),
+)
 STAGES = ("generate_masks", "propose_regions", "learn_prompts", "train_seg", "relabel", "evaluate")
 
 
@@ -164,6 +170,19 @@ class ForkServer:
         output = tuple(str(self._folder / f"{self._count}.{name}") for name in ("stdout", "stderr"))
         pid = self.ask(module=module, arguments=[str(word) for word in arguments], output=output, **options)
         return Fork(self, pid, (Path(output[0]), Path(output[1])))
+
+    def run_two(self, *arguments: object, **options: Any) -> tuple[list[int], str, str]:
+        """Exit codes, stdout and stderr of two processes that are told what torchrun tells the two that it starts."""
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            port = free.getsockname()[1]
+        processes = []
+        for rank in range(2):
+            values = (rank, rank, 2, 2, "127.0.0.1", port, "none")
+            environment = {name: str(value) for name, value in zip(TORCHRUN, values, strict=True)}
+            processes.append(self.start(*arguments, environment=environment, **options))
+        said = [process.communicate() for process in processes]
+        codes = [process.wait() for process in processes]
+        return codes, "".join(stdout for stdout, _ in said), "".join(stderr for _, stderr in said)
 
     def run(self, *arguments: object, timeout: float = 200, **options: Any) -> tuple[int, str, str]:
         """Exit code, stdout and stderr of a process at its end."""

@@ -63,8 +63,9 @@ def generate_arguments(world: Path, clip: Path, cache: str = "cache") -> list[ob
 
 
 def with_method(method: str) -> tuple[str, ...]:
-    """Options of a method, with what it can't do without."""
-    return ("--method", method, *(("--regions", "slic") if method == "fma" else ()))
+    """Options of a method, with what it can't do without, and no larger input than it needs."""
+    further = {"fma": ("--regions", "slic"), "excel": ("--set", "excel.side=128")}
+    return ("--method", method, *further.get(method, ()))
 
 
 def wsss(*arguments: object) -> Result:

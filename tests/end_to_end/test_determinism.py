@@ -18,7 +18,7 @@ from wsss_pipeline.demo.voc_folder import write_voc_folder
 from wsss_pipeline.methods import method_names
 from wsss_pipeline.refine.dense_crf import has_pydensecrf
 
-SCENES = 12
+SCENES = 8
 # pydensecrf's labels come from other code; --batch-size means something with it alone where there is no GPU
 WAYS: dict[str, tuple[object, ...]] = {
     "no workers": ("--workers", 0),

@@ -17,8 +17,10 @@ import pytest
 from tests.end_to_end.conftest import LABELS, Run, for_each_method, generate_arguments, mask_set, with_method
 from tests.end_to_end.runs_in_turn import ended, write_list
 from tests.end_to_end.test_interruptions import ROOT, many_images, records
+from tests.forks import ForkServer
 from wsss_pipeline.methods import DEFAULT_METHOD, method_names
 
+RUNS_IN_TURN = "tests.end_to_end.runs_in_turn"
 RAY_IMAGES = 60  # a worker has half of them, and is killed at one of the first
 
 each_method = pytest.mark.parametrize("method", method_names())
@@ -47,23 +49,27 @@ default_or_all = pytest.mark.parametrize(
 
 @default_or_all
 def test_torchrun_divides_the_images_and_one_bad_one_stops_nobody(
-    world: Path, clip: Path, generate: Run, methods: list[str]
+    world: Path, clip: Path, generate: Run, forks: ForkServer, methods: list[str]
 ) -> None:
-    """The two processes go through the methods in turn."""
+    """The two processes go through the methods in turn; those with the default alone are forks, told the same."""
     many_images(world, 10)
     (world / "images" / "tiny_odd_4.png").write_bytes(b"no picture")
     file = runs(world, clip, methods=methods)
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    done = subprocess.run(
-        [*torchrun, "-m", "tests.end_to_end.runs_in_turn", file],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
+    if methods == [DEFAULT_METHOD]:
+        codes, _, stderr = forks.run_two(file, module=RUNS_IN_TURN)
+        assert codes == [0, 0], stderr
+    else:
+        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+        done = subprocess.run(
+            [*torchrun, "-m", RUNS_IN_TURN, file],
+            cwd=ROOT,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            capture_output=True,
+            text=True,
+            timeout=300,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
 
     def check(method: str) -> None:
         found = [ended(file, method, rank) for rank in range(2)]
@@ -120,7 +126,7 @@ def test_ray_goes_on_when_a_worker_is_killed_half_way(
     (world / "images" / "tiny_odd_4.png").write_bytes(b"no picture")
     file = runs(world, clip, "--engine", "ray", "--workers", 2, methods=methods)
     process = subprocess.Popen(
-        [sys.executable, "-m", "tests.end_to_end.runs_in_turn", file],
+        [sys.executable, "-m", RUNS_IN_TURN, file],
         cwd=ROOT,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         stderr=subprocess.PIPE,

@@ -20,7 +20,6 @@ from tests.pictures.browser import CHROMIUM, needs_chromium
 from wsss_pipeline.cache import MaskCache, MaskSet, MaskWriter, PseudoMask, open_mask_set
 from wsss_pipeline.data.images import read_mask
 from wsss_pipeline.demo.voc_folder import write_voc_folder
-from wsss_pipeline.runtime.output import check_replaceable
 from wsss_pipeline.segmentation.checkpoint import load_network
 
 TINY = ("--network", "segformer", "--encoder", "tiny", "--weights", "none", "--crop", 64, "--batch-size", 2)
@@ -239,36 +238,6 @@ def test_a_browser_shows_the_report_and_runs_nothing_in_it(hostile: Path, tmp_pa
     # the pictures are coloured noise, the rest of the page is nearly grey
     saturated = pixels.max(axis=2).astype(int) - pixels.min(axis=2) > 100
     assert saturated.mean() > 0.005
-
-
-def test_export_to_onnx_and_to_hugging_face(root: Path, run: Path, tmp_path: Path) -> None:
-    onnxruntime = pytest.importorskip("onnxruntime", reason="extra [export] isn't installed")
-    result = wsss("export-model", "--checkpoint", run, "--out", tmp_path / "net.onnx")
-    assert result.exit_code == 0, result.output
-    assert "checked against torch on 2 shapes" in result.stderr
-    check_replaceable(tmp_path / "net.onnx")  # as this program's own
-    # the producer stands at the beginning, however long the names of the classes behind it are
-    assert b"wsss-pipeline" in (tmp_path / "net.onnx").read_bytes()[:100]
-    images = torch.randn(2, 3, 50, 81)
-    session = onnxruntime.InferenceSession(str(tmp_path / "net.onnx"), providers=["CPUExecutionProvider"])
-    (logits,) = session.run(None, {"images": images.numpy()})
-    with torch.no_grad():
-        expected = load_network(run).network(images).numpy()
-    assert np.abs(logits - expected).max() < 1e-3
-    names = json.loads(session.get_modelmeta().custom_metadata_map["id2label"])
-    assert (names["0"], names["10"]) == ("background", "starfish")
-
-    result = wsss("export-model", "--checkpoint", run, "--out", tmp_path / "hf", "--format", "huggingface")
-    assert result.exit_code == 0, result.output
-    from transformers import AutoImageProcessor, AutoModelForSemanticSegmentation
-
-    model = AutoModelForSemanticSegmentation.from_pretrained(tmp_path / "hf")
-    processor = AutoImageProcessor.from_pretrained(tmp_path / "hf")
-    with Image.open(root / "JPEGImages/val_00000.jpg") as picture:
-        inputs = processor(picture, return_tensors="pt")
-    assert model(**inputs).logits.shape[1] == 11
-    assert model.config.id2label[0] == "background"
-    assert model.config.id2label[10] == "starfish"
 
 
 PREDICT = ["predict", "--images", "{images}", "--out", "o"]

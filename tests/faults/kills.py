@@ -1,10 +1,11 @@
 """kill -9 at random moments, over every command that writes for long: ``python -m tests.faults.kills``.
 
-Campaigns: generate-masks with each method in 1 and in 4 processes, propose-regions, merge, relabel, learn-prompts,
-export-masks, preview, compare, a chain, train-seg. In each, the command is started again and again and killed after
-a random part of the time that it takes undisturbed. After each kill what was finished before must still be there,
-whole and the same; a last run must then end with what an undisturbed one made. Each run is a fork of this process,
-which has imported everything: the kills fall into the work, not into the imports.
+Campaigns: generate-masks with each method in 1 and in 4 processes (``--small``: with the default one in 1, with each
+in 2), propose-regions, merge, relabel, learn-prompts, export-masks, preview, compare, a chain, train-seg. In each,
+the command is started again and again and killed after a random part of the time that it takes undisturbed. After
+each kill what was finished before must still be there, whole and the same; a last run must then end with what an
+undisturbed one made. Each run is a fork of this process, which has imported everything: the kills fall into the
+work, not into the imports.
 
     python -m tests.faults.kills --kills 100 --seed 0
 """
@@ -83,9 +84,8 @@ def regions(folder: Path) -> State:
 
 def learned(folder: Path, file: str) -> State:
     """Digest of what was learned at the end of training, once it is there."""
-    if not (folder / file).exists() or (
-        json.loads((folder / "state" / "progress.json").read_text())["step"] < STEPS
-    ):
+    progress = folder / "state" / "progress.json"  # written after the first file
+    if not progress.exists() or json.loads(progress.read_text())["step"] < STEPS:
         return {}
     # of the tensors: the file's own description comes in any order
     tensors = sorted(load_file(folder / file).items())
@@ -133,7 +133,7 @@ def generating(root: Path, method: str, count: int) -> Campaign:
     )
 
 
-def campaigns(root: Path) -> list[Campaign]:
+def campaigns(root: Path, is_small: bool) -> list[Campaign]:
     """On the drawn scenes in ``root / "voc"``; merge has its sources in ``root / "share-0"`` and ``"share-1"``."""
     voc = root / "voc"
     common = ["--images", str(voc / "JPEGImages"), "--classes", "demo", "--workers", "0", "--device", "cpu"]
@@ -168,7 +168,11 @@ def campaigns(root: Path) -> list[Campaign]:
         return {**masks(folder / "cache"), **files(folder / "files")}
 
     return [
-        *(generating(root, method, count) for method in method_names() for count in (1, 4)),
+        *(
+            generating(root, method, count)
+            for method in method_names()
+            for count in ((1, 4) if not is_small else (1, 2) if method == DEFAULT_METHOD else (2,))
+        ),
         Campaign(
             "propose-regions, 2 processes",
             lambda folder: [[*propose, "--out", str(folder), "--shard", f"{index}/2"] for index in range(2)],
@@ -301,6 +305,7 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--images", type=int, default=160, help="drawn scenes to make masks of")
+    parser.add_argument("--small", action="store_true", help="fewer campaigns, of fewer processes")
     parser.add_argument("--only", default="", help="campaigns whose name begins so")
     options = parser.parse_args()
     from wsss_pipeline.cache import writer
@@ -314,7 +319,9 @@ def main() -> None:
         os.environ["FAULTS_OUTPUT"] = str(root / "output.txt")
         prepare(root, options.images)
         chance = random.Random(options.seed)
-        chosen = [campaign for campaign in campaigns(root) if campaign.name.startswith(options.only)]
+        chosen = [
+            campaign for campaign in campaigns(root, options.small) if campaign.name.startswith(options.only)
+        ]
         known: dict[str, tuple[float, State]] = {}
         for campaign in chosen:
             if campaign.result not in known:

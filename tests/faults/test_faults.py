@@ -20,8 +20,8 @@ from wsss_pipeline.methods import method_names
 
 def test_kills_of_every_long_command_lose_nothing(forks: ForkServer) -> None:
     """A small round of the harness; ``make faults`` does a hundred kills."""
-    campaigns = 2 * len(method_names()) + 10
-    arguments = ("--kills", campaigns, "--images", "32", "--seed", "1")
+    campaigns = 1 + len(method_names()) + 10
+    arguments = ("--small", "--kills", campaigns, "--images", "24", "--seed", "1")
     code, stdout, stderr = forks.run(*arguments, module="tests.faults.kills", timeout=400)
     assert code == 0, stderr
     assert stdout.count("ended as undisturbed ones") == campaigns

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,8 @@ import pytest
 
 from wsss_pipeline.refine import dense_crf_cpu
 from wsss_pipeline.refine.dense_crf_cpu import compiled, folder_for_code
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
@@ -87,14 +90,23 @@ def test_without_a_folder_to_keep_it_the_code_is_compiled_each_time(monkeypatch:
     assert asked == [{"cache": True, "nogil": True}, {"nogil": True}]
 
 
-def test_the_dense_crf_works_with_a_cache_folder_that_cannot_be_written(tmp_path: Path) -> None:
+def test_a_cache_folder_that_cannot_be_written_costs_nothing_but_time(tmp_path: Path) -> None:
+    """The functions of the dense CRF are decorated as their module is imported; to compile them too takes long."""
     (tmp_path / "file").write_bytes(b"")
     code = (
-        "import numpy as np, torch; from wsss_pipeline.config import CrfConfig; "
-        "from wsss_pipeline.refine import DenseCrf; "
-        "print(DenseCrf(CrfConfig())([np.zeros((4, 5, 3), np.uint8)], [torch.ones(2, 4, 5)])[0].sum().item())"
+        "from wsss_pipeline.refine import dense_crf_cpu, par_cpu; "
+        "from tests.refine.test_compiled import double; "
+        "print(dense_crf_cpu.compiled(double)(21))"
     )
-    environment = {**os.environ, "NUMBA_CACHE_DIR": str(tmp_path / "file" / "cache")}
+    environment = {**os.environ, "NUMBA_CACHE_DIR": str(tmp_path / "file" / "cache"), "PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
-    assert float(done.stdout) == pytest.approx(20)
+    assert done.stdout == "42\n"
+
+
+def test_all_that_is_compiled_is_compiled_so() -> None:
+    package = Path(dense_crf_cpu.__file__).parents[1]
+    importing = {
+        path.name for path in package.rglob("*.py") if re.search(r"import.*\bn?jit\b", path.read_text())
+    }
+    assert importing == {Path(dense_crf_cpu.__file__).name}

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import shutil
-import subprocess
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,8 +17,9 @@ from torch import Tensor
 
 from tests.end_to_end.conftest import wsss
 from tests.end_to_end.test_bad_input import only_error
+from tests.forks import ForkServer
 from tests.segmentation.conftest import Make, changed, online_config, other_clip
-from tests.segmentation.test_trainer import ROOT, TORCHRUN, DiesAtFive, Killed, log_of, losses
+from tests.segmentation.test_trainer import DiesAtFive, Killed, log_of, losses
 from wsss_pipeline.cache import MaskCache
 from wsss_pipeline.clip.weights import Clip
 from wsss_pipeline.config import to_yaml
@@ -478,53 +477,30 @@ def test_a_network_that_does_not_fit_helps_no_masks(
     assert "\n" not in str(caught.value)
 
 
-# trains each configuration of its arguments, as the command does it under torchrun
-TWO_PROCESSES = """
-import sys
-from pathlib import Path
-import torch
-from wsss_pipeline.segmentation.train_config import load_train_config
-from wsss_pipeline.stages.train_seg import TrainJob, train_seg
-root, *runs = map(Path, sys.argv[1:])
-for run in runs:
-    config = load_train_config(file=run.with_suffix(".yaml"))
-    changes = {"labels": root / "Annotations", "classes": "demo", "device": "cpu", "workers": 0}
-    train_seg(TrainJob(root / "JPEGImages", None, run, config, offline=True, **changes))
-torch.distributed.destroy_process_group()
-"""
-
-
-def test_two_processes_are_one_with_twice_the_batch(make_online: Make, root: Path, tmp_path: Path) -> None:
+@each_method
+def test_two_processes_are_one_with_twice_the_batch(
+    make_online: Make, root: Path, tmp_path: Path, forks: ForkServer, method: str
+) -> None:
     """ExCEL's similarities lose the mean of the whole batch, and gradients go through it."""
-    configs = {}
-    for method in METHODS:
-        # AdamW divides a gradient by its size, and so makes a step of what is rounding
-        helped = {"online__gate_from": 2, "online__guide_from": 3, "online__self_affinity_from": 4}
-        config = online_config(method, optimisation__optimizer="sgd", optimisation__lr=0.05, **helped)
-        config = changed(config, optimisation__iterations=4, optimisation__warm_up=0, loss__affinity=1.0)
-        configs[method] = changed(config, network__frozen__dropout=0.0)
-        (tmp_path / f"two-{method}.yaml").write_text(to_yaml(configs[method]))
-    (tmp_path / "two.py").write_text(TWO_PROCESSES)
-    runs = [tmp_path / f"two-{method}" for method in METHODS]
-    process = subprocess.run(
-        [*TORCHRUN, str(tmp_path / "two.py"), str(root), *map(str, runs)],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
+    # AdamW divides a gradient by its size, and so makes a step of what is rounding
+    helped = {"online__gate_from": 2, "online__guide_from": 3, "online__self_affinity_from": 4}
+    config = online_config(method, optimisation__optimizer="sgd", optimisation__lr=0.05, **helped)
+    config = changed(config, optimisation__iterations=4, optimisation__warm_up=0, loss__affinity=1.0)
+    config = changed(config, network__frozen__dropout=0.0)
+    assert method != "excel" or config.network.frozen.affinity_mean == "batch"
+    (tmp_path / "two.yaml").write_text(to_yaml(config))
+    codes, _, stderr = forks.run_two(
+        *("train-seg", "--config", tmp_path / "two.yaml", "--out", tmp_path / "two", "--classes", "demo"),
+        *("--images", root / "JPEGImages", "--labels", root / "Annotations"),
+        *("--device", "cpu", "--workers", 0, "--offline"),
     )
-    assert process.returncode == 0, process.stderr
-    assert configs["excel"].network.frozen.affinity_mean == "batch"
-    for method, run in zip(METHODS, runs, strict=True):
-        train_seg(make_online(f"one-{method}", changed(configs[method], optimisation__batch=4)))
-        one, two = (log_of(folder) for folder in (tmp_path / f"one-{method}", run))
-        for name in ("loss_segmentation", "loss_affinity"):
-            assert [line[name] for line in two] == pytest.approx([line[name] for line in one], rel=1e-4)
-        weights = [
-            load_file(folder / "last/model.safetensors") for folder in (tmp_path / f"one-{method}", run)
-        ]
-        assert max(float((weights[0][name] - weights[1][name]).abs().max()) for name in weights[0]) < 1e-5
+    assert codes == [0, 0], stderr
+    train_seg(make_online("one", changed(config, optimisation__batch=4)))
+    one, two = (log_of(tmp_path / name) for name in ("one", "two"))
+    for name in ("loss_segmentation", "loss_affinity"):
+        assert [line[name] for line in two] == pytest.approx([line[name] for line in one], rel=1e-4)
+    weights = [load_file(tmp_path / name / "last/model.safetensors") for name in ("one", "two")]
+    assert max(float((weights[0][name] - weights[1][name]).abs().max()) for name in weights[0]) < 1e-5
 
 
 @pytest.mark.usefixtures("make_online")  # its CLIP

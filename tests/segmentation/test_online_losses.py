@@ -5,6 +5,8 @@ The files under tests/golden hold what the published code of WeCLIP, WeCLIP+ and
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -16,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tests.forks import ForkServer
 from wsss_pipeline.segmentation.losses import (
     affinity_labels,
     affinity_loss,
@@ -243,9 +246,7 @@ def value_and_gradient(name: str, pictures: slice, **total: Any) -> tuple[float,
 
 
 def one_of_two(rank: int, folder: Path) -> None:
-    torch.set_num_threads(1)
-    store = f"file://{folder / 'store'}"
-    torch.distributed.init_process_group("gloo", init_method=store, rank=rank, world_size=2)
+    torch.distributed.init_process_group("gloo")
 
     def total(sums: Tensor) -> Tensor:
         sums = sums.clone()
@@ -259,11 +260,18 @@ def one_of_two(rank: int, folder: Path) -> None:
     torch.distributed.destroy_process_group()
 
 
-def test_parts_of_two_processes_add_up_to_the_loss_of_one_and_so_do_their_gradients(tmp_path: Path) -> None:
-    torch.multiprocessing.spawn(one_of_two, (tmp_path,), nprocs=2)
+def test_parts_of_two_processes_add_up_to_the_loss_of_one_and_so_do_their_gradients(
+    tmp_path: Path, forks: ForkServer
+) -> None:
+    codes, _, stderr = forks.run_two(tmp_path, module="tests.segmentation.test_online_losses")
+    assert codes == [0, 0], stderr
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
     for name in LOSSES:
         value, gradient = value_and_gradient(name, slice(None))
         assert first[name][0] + second[name][0] == pytest.approx(value, rel=1e-6), name
         parts = torch.cat([first[name][1], second[name][1]])
         assert torch.allclose(parts, gradient, rtol=1e-6, atol=1e-12), name
+
+
+if __name__ == "__main__":
+    one_of_two(int(os.environ["RANK"]), Path(sys.argv[1]))

@@ -1,4 +1,4 @@
-"""Each network can learn eight scenes by heart: the whole path from images to masks has no hole."""
+"""Each network can learn a few scenes by heart: the whole path from images to masks has no hole."""
 
 from __future__ import annotations
 
@@ -22,25 +22,25 @@ from wsss_pipeline.segmentation.train_config import (
 )
 from wsss_pipeline.stages.train_seg import TrainJob, train_seg
 
-# network, encoder, learning rate, updates, side of the images, images an update; deeplabv2 sees and answers
+# network, encoder, learning rate, updates, side of the images, images, images an update; deeplabv2 sees and answers
 # at an eighth of the size, so its objects have to be larger for as true an edge
 CASES = [
-    ("deeplabv3plus", "resnet18", 2e-3, 45, 48, 8),
-    ("segformer", "tiny", 3e-3, 130, 64, 8),
-    pytest.param("deeplabv2", "resnet10t", 2e-3, 180, 208, 2, marks=pytest.mark.slow),
-    pytest.param("weakclip", "demo", 3e-3, 50, 96, 8, marks=pytest.mark.slow),
+    ("deeplabv3plus", "resnet18", 2e-3, 45, 48, 4, 4),
+    ("segformer", "tiny", 3e-3, 110, 64, 4, 4),
+    pytest.param("deeplabv2", "resnet10t", 2e-3, 180, 208, 8, 2, marks=pytest.mark.slow),
+    pytest.param("weakclip", "demo", 3e-3, 50, 96, 8, 8, marks=pytest.mark.slow),
     *(
-        pytest.param(network_of(kind), kind, 3e-3, iterations, 64, 8, marks=pytest.mark.slow)
+        pytest.param(network_of(kind), kind, 3e-3, iterations, 64, 8, 8, marks=pytest.mark.slow)
         for kind, iterations in (("upernet", 130), ("mask2former", 300), ("eomt", 400))
     ),
 ]
 
 
-def write_near_views(root: Path, side: int) -> None:
-    """Eight squares around the largest object of a scene three times as wide."""
+def write_near_views(root: Path, side: int, count: int) -> None:
+    """Squares around the largest object of a scene three times as wide."""
     for folder in ("images", "truth"):
         (root / folder).mkdir(parents=True)
-    for number in range(8):
+    for number in range(count):
         scene = draw_scene((12, number), 3 * side, 9 * side // 4)
         largest = 1 + np.argmax(np.bincount(scene.mask.ravel())[1:])
         rows, columns = np.nonzero(scene.mask == largest)
@@ -53,11 +53,11 @@ def write_near_views(root: Path, side: int) -> None:
         Image.fromarray(scene.mask[cut]).save(root / "truth" / f"{number}.png")
 
 
-@pytest.mark.parametrize(("name", "encoder", "lr", "iterations", "side", "batch"), CASES)
-def test_eight_scenes_are_learnt_by_heart(
-    tmp_path: Path, name: str, encoder: str, lr: float, iterations: int, side: int, batch: int
+@pytest.mark.parametrize(("name", "encoder", "lr", "iterations", "side", "count", "batch"), CASES)
+def test_a_few_scenes_are_learnt_by_heart(
+    tmp_path: Path, name: str, encoder: str, lr: float, iterations: int, side: int, count: int, batch: int
 ) -> None:
-    write_near_views(tmp_path, side)
+    write_near_views(tmp_path, side, count)
     if name in TRANSFORMERS:
         encoder = str(write_model(tmp_path / encoder, encoder))
     images, truth = tmp_path / "images", tmp_path / "truth"

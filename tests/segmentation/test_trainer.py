@@ -25,6 +25,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from tests.end_to_end.conftest import wsss
+from tests.forks import TORCHRUN, ForkServer
 from tests.segmentation.conftest import CONFIG, Make, changed
 from tests.tiny_transformers import network_of, write_model
 from wsss_pipeline.data.image_ids import find_images
@@ -628,9 +629,6 @@ def test_schedules() -> None:
     assert schedule(109, cosine) == pytest.approx(0.5 * (1 + math.cos(math.pi * 0.99)))
 
 
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-
-
 def train_arguments(root: Path, out: Path, *more: object) -> list[str]:
     arguments = [
         *("train-seg", "--gt-masks", root / "SegmentationClass", "--classes", "demo"),
@@ -642,8 +640,9 @@ def train_arguments(root: Path, out: Path, *more: object) -> list[str]:
 
 def in_two_processes(root: Path, out: Path, *more: object) -> subprocess.Popen[str]:
     """``train-seg`` as torchrun begins it."""
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     return subprocess.Popen(
-        [*TORCHRUN, "-m", "wsss_pipeline", *train_arguments(root, out, *more)],
+        [*torchrun, "-m", "wsss_pipeline", *train_arguments(root, out, *more)],
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -668,7 +667,7 @@ def in_two_processes(root: Path, out: Path, *more: object) -> subprocess.Popen[s
     ],
 )
 def test_two_processes_are_one_with_twice_the_batch(
-    root: Path, tmp_path: Path, name: str, encoder: str, changes: dict[str, Any]
+    root: Path, tmp_path: Path, forks: ForkServer, name: str, encoder: str, changes: dict[str, Any]
 ) -> None:
     """With frozen batch norm, or without any; statistics of a batch would be those of a process's own part of it.
 
@@ -686,9 +685,8 @@ def test_two_processes_are_one_with_twice_the_batch(
         more += ("--set", "optimisation.clip_norm=1")
     more += ("--seeds", 2, "--val-gt", root / "SegmentationClass", "--val-split", tmp_path / "seven.txt")
     alone = wsss(*train_arguments(root, tmp_path / "one", *more, "--batch-size", 4))
-    process = in_two_processes(root, tmp_path / "two", *more, "--batch-size", 2)
-    stdout, stderr = process.communicate(timeout=300)
-    assert (alone.exit_code, process.returncode) == (0, 0), alone.stderr + stderr
+    codes, stdout, stderr = forks.run_two(*train_arguments(root, tmp_path / "two", *more, "--batch-size", 2))
+    assert (alone.exit_code, codes) == (0, [0, 0]), alone.stderr + stderr
     for out, said in (("one", alone.stdout), ("two", stdout)):
         assert said.splitlines() == [str(tmp_path / out / "seed-1" / "best")]
     for seed in ("seed-0", "seed-1"):
@@ -726,15 +724,14 @@ def test_what_two_processes_began_one_ends(root: Path, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("form", ["frozen", "published"])
-def test_two_processes_train_weakclip(root: Path, tmp_path: Path, form: str) -> None:
+def test_two_processes_train_weakclip(root: Path, tmp_path: Path, forks: ForkServer, form: str) -> None:
     """Every weight has a gradient, or the second update would fail; batch norm's statistics are each one's own."""
     settings = {"clip": form, "width": 32, "channels": 32}
     more: list[object] = ["--network", "weakclip", "--encoder", "demo", "--iterations", 3, "--batch-size", 2]
     for key, value in settings.items():
         more += ["--set", f"network.weakclip.{key}={value}"]
-    process = in_two_processes(root, tmp_path / "run", *more)
-    _, stderr = process.communicate(timeout=300)
-    assert process.returncode == 0, stderr
+    codes, _, stderr = forks.run_two(*train_arguments(root, tmp_path / "run", *more))
+    assert codes == [0, 0], stderr
     assert [line["step"] for line in log_of(tmp_path / "run")] == [1, 2, 3]
 
 
@@ -754,7 +751,9 @@ def test_a_signal_to_one_of_two_processes_stops_both(root: Path, tmp_path: Path)
             assert process.poll() is None, process.communicate()[1]
             time.sleep(0.05)
         children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-        ranks = {_environment(int(child)).get("RANK", ""): int(child) for child in children}
+        environments = {int(child): _environment(int(child)) for child in children}
+        assert all(set(TORCHRUN) <= environment.keys() for environment in environments.values())
+        ranks = {environment["RANK"]: child for child, environment in environments.items()}
         os.kill(ranks["1"], signal.SIGUSR1)
         _, stderr = process.communicate(timeout=60)
     finally:
