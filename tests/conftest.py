@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib
 import os
 import sys
@@ -15,6 +16,12 @@ from tests.forks import ForkServer
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
+
+
+def pytest_collection_finish() -> None:
+    """What was imported stays: the garbage collector needn't go through it again and again."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ from cache_samples import MASK_SET, start_writer
 from wsss_pipeline.cache import MaskCache, open_mask_set, verify
 from wsss_pipeline.cache.records import escape_id
 
-KILLS = 24
+KILLS = 12
 IMAGES = 400
 
 

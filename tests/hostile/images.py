@@ -34,12 +34,14 @@ FORMATS |= {"AVIF": "avif"} if HAS_AVIF else {}
 Sample = tuple[str, bytes, bool | None]
 
 
-def build(folder: Path, count: int = 1000, seed: int = 0) -> dict[str, bool | None]:
+def build(
+    folder: Path, count: int = 1000, seed: int = 0, *, has_bombs: bool = True
+) -> dict[str, bool | None]:
     """Write ``count`` images; their ids, and whether each must be usable (None: either will do)."""
     folder.mkdir(parents=True, exist_ok=True)
     chance = random.Random(seed)
     expected: dict[str, bool | None] = {}
-    rounds = 0
+    rounds = 0 if has_bombs else 1
     while len(expected) < count:
         for name, (suffix, content, is_usable) in _samples(chance, rounds):
             if len(expected) < count:

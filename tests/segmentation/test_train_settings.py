@@ -44,7 +44,8 @@ CONFIG = TrainConfig.model_validate(
     }
 )
 
-DECODER = {"network__name": "unet", "network__encoder": "mobilenet_v2"}
+# at ten times this rate the second update is no number, with some numbers of threads
+DECODER = {"network__name": "unet", "network__encoder": "mobilenet_v2", "optimisation__lr": 0.001}
 LEARNT = {"loss", "trained", "kept"}
 # key -> another value, and what has to change; all else has to stay
 ROWS: dict[str, tuple[Any, set[str]]] = {
