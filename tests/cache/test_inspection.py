@@ -77,6 +77,8 @@ def test_a_sector_that_went_bad_behind_the_notes_is_noticed(folder: Path) -> Non
     with MaskCache.open(folder) as cache, pytest.raises(CacheRecordError, match="took over"):
         cache[IDS[0]]
     assert not verify(folder).ok
+    report = gc(folder)
+    assert (report.set_aside, report.images) == ([f"{shard.name}.damaged"], 0)
 
 
 def test_notes_that_come_with_a_cache_are_not_believed(folder: Path, tmp_path: Path) -> None:
