@@ -232,6 +232,25 @@ def test_an_error_inside_keeps_what_was_written(folder: Path) -> None:
     assert not read_manifest(folder).completion.complete
 
 
+def test_an_error_inside_hides_no_second_one(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The first is the one that is raised."""
+
+    def fail(descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    def interrupted() -> None:
+        with MaskWriter(folder) as writer:
+            writer.write("a", make_mask("a"), image_digest="0" * 64, seconds=0.0)
+            monkeypatch.setattr(os, "fsync", fail)
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert "No space left on device" in caplog.text
+
+
 def test_a_record_that_fails_half_way_leaves_nothing(folder: Path) -> None:
     with MaskWriter(folder) as writer:
         with pytest.raises(ValueError, match="NULL"):

@@ -126,13 +126,16 @@ def test_a_class_that_covers_too_much_is_one_and_pixels_without_label_count_noth
     assert mixed() > mixed(largest_share=1.0) > 5 > mixed(largest_share=0.0)
 
 
-def test_a_picture_of_one_class_ends_after_ten_tries(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("value", "share"), [(255, 0.75), (1, 0.5)], ids=["one class", "just too much"])
+def test_a_picture_without_a_mixed_crop_ends_after_ten_tries(
+    monkeypatch: pytest.MonkeyPatch, value: int, share: float
+) -> None:
     drawn: list[int] = []
     draw = module.integer
     monkeypatch.setattr(module, "integer", lambda low, high: drawn.append(high) or draw(low, high))
     mask = torch.zeros(64, 400, dtype=torch.uint8)
-    mask[:, ::2] = 255  # no class
-    sample(mask, 0, photometric=False)
+    mask[:, ::2] = value
+    sample(mask, 0, photometric=False, largest_share=share)
     assert len(drawn) == 2 * 11
 
 
