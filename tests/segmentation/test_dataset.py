@@ -263,6 +263,16 @@ def test_every_second_image_is_mirrored_and_none_stands_on_its_head() -> None:
     assert augmented(image, crop=32, scale_min=1, scale_max=1, flip=False)[1][0, 0] == 100
 
 
+def test_brightness_changes_by_up_to_two_fifths() -> None:
+    """Of a grey image nothing else can change: it has neither contrast nor colour."""
+    torch.manual_seed(0)
+    grey = torch.full((3, 16, 16), 100, dtype=torch.uint8)
+    found = [augmented(grey, crop=16, scale_min=1, scale_max=1, photometric=True)[0] for _ in range(60)]
+    levels = [255 * float(red.mean()) for red in found]
+    assert 59 <= min(levels) < 70
+    assert 130 < max(levels) <= 141
+
+
 def test_what_is_finer_than_a_pixel_of_a_smaller_image_is_its_mean() -> None:
     image = torch.zeros(3, 64, 64, dtype=torch.uint8)
     image[..., 1::4] = image[..., 2::4] = 255  # the very columns that interpolation alone would look at

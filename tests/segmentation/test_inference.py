@@ -89,9 +89,11 @@ def test_the_mean_is_of_probabilities_and_the_maximum_of_logits(image: np.ndarra
     network.logits = lambda images: torch.cat([0 * columns, columns], dim=1)  # type: ignore[method-assign]
     mean = Segmenter(network, ["left"], inference=InferenceConfig(flip=True))(image)
     largest = Segmenter(network, ["left"], inference=InferenceConfig(flip=True, combine="max"))(image)
+    between = Segmenter(network, ["left"], inference=InferenceConfig(flip=True, combine="logits"))(image)
     at_left = torch.sigmoid(torch.tensor([4.0, 0.0]))
     assert mean.mask[0, 0] == largest.mask[0, 0] == largest.mask[0, -1] == 1
     assert mean.confidence[0, 0] == int(200 * at_left.mean())
+    assert between.confidence[0, 0] == int(200 * torch.sigmoid(torch.tensor(2.0))), "or that of logits"
     assert largest.confidence[0, 0] == largest.confidence[0, -1] == int(200 * at_left[0])
 
 

@@ -365,6 +365,19 @@ def test_masks_hang_on_all_of_a_decoder_but_what_acts_in_training(tmp_path: Path
     assert decoder_digest(tmp_path) != before
 
 
+def test_more_calibrated_blocks_than_clip_has_are_all_but_the_first(demo_clip: Clip) -> None:
+    images = torch.randn(1, 3, 48, 48, generator=torch.Generator().manual_seed(0))
+
+    def logits(blocks: int) -> Tensor:
+        config = FrozenClipConfig(width=32, depth=1, in_place=True, last_block=-1, calibrated_blocks=blocks)
+        torch.manual_seed(0)
+        return FrozenClip(config, 3, demo_clip).eval().logits(images)
+
+    depth = int(demo_clip.vision.config.num_hidden_layers)
+    assert torch.equal(logits(depth - 1), logits(1000))
+    assert not torch.equal(logits(1), logits(1000))
+
+
 def mask_generator(method: str, **settings: Any) -> MaskGenerator:
     settings = {"clip.weights": "demo", "classes": "demo", "method": method, **settings}
     return MaskGenerator(settings=settings, device="cpu", offline=True)

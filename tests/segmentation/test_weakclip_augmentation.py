@@ -139,6 +139,15 @@ def test_a_picture_without_a_mixed_crop_ends_after_ten_tries(
     assert len(drawn) == 2 * 11
 
 
+def test_every_second_sample_is_mirrored() -> None:
+    mask = torch.zeros(64, 64, dtype=torch.uint8)
+    mask[:8, :16] = 1
+    found = [sample(mask, seed, crop=64, long_side=64, largest_share=0.0)[1] for seed in range(40)]
+    assert all(torch.equal(labels, mask) or torch.equal(labels, mask.flip(1)) for labels in found)
+    assert 10 < sum(torch.equal(labels, mask) for labels in found) < 30
+    assert torch.equal(sample(mask, 0, crop=64, long_side=64, largest_share=0.0, flip=False)[1], mask)
+
+
 def test_what_is_beyond_the_edge_has_no_label_and_the_mean_colour() -> None:
     mask = torch.ones(40, 50, dtype=torch.uint8)
     pixels, labels, confidence = sample(
