@@ -73,6 +73,8 @@ def test_a_sector_that_went_bad_behind_the_notes_is_noticed(folder: Path) -> Non
     with MaskCache.open(folder) as cache, pytest.raises(CacheRecordError, match="took over"):
         cache[IDS[0]]
     assert not verify(folder).ok
+    report = gc(folder)
+    assert (report.set_aside, report.images) == ([f"{shard.name}.damaged"], 0)
 
 
 def test_notes_that_come_with_a_cache_are_not_believed(folder: Path, tmp_path: Path) -> None:
@@ -169,6 +171,22 @@ def test_what_only_has_the_name_of_a_shard_is_left_alone(folder: Path, suffix: s
     assert precious.read_bytes() == b"precious"
     assert kind != "folder" or (other / "photo.jpg").exists()
     assert sorted(MaskCache.open(folder)) == [*IDS[:2], "late"]
+
+
+def test_a_link_to_nowhere_is_reported_and_left_alone(folder: Path, tmp_path: Path) -> None:
+    write_images(folder, ["a"])
+    link = folder / "shard-0of1-00000.h5"
+    link.symlink_to(tmp_path / "nowhere")
+    with MaskCache.open(folder) as cache:
+        assert list(cache) == ["a"]
+        assert list(cache.unreadable) == [link.name]
+    assert list(verify(folder).unreadable) == [link.name]
+    report = merge([folder], tmp_path / "merged")
+    assert (report.images, report.unreadable) == (1, 1)
+    assert gc(folder).set_aside == []
+    assert link.is_symlink()
+    write_images(folder, ["b"])
+    assert status(folder).images == 2
 
 
 def test_a_shard_of_300_gib_is_not_read(folder: Path, tmp_path: Path) -> None:

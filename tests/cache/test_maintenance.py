@@ -105,9 +105,11 @@ def test_status_and_verify_name_their_files(folder: Path, monkeypatch: pytest.Mo
 
 
 def test_verify_follows_a_gc_that_runs_meanwhile(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in "abc":
-        write_images(folder, [name])
-    before = shards(folder)
+    """What it had still to look at it looks at then, whether it is in a new shard or in one that stays."""
+    monkeypatch.setattr(maintenance, "SMALL_SHARD", 2)
+    for names in ("a", "b", "c", "xy"):
+        write_images(folder, [*names])
+    *before, stays = shards(folder)
 
     def gc_first(*arguments: Any) -> Any:
         monkeypatch.setattr(maintenance, "inspect", inspect)
@@ -117,7 +119,8 @@ def test_verify_follows_a_gc_that_runs_meanwhile(folder: Path, monkeypatch: pyte
     monkeypatch.setattr(maintenance, "inspect", gc_first)
     report = verify(folder)
     assert report.ok
-    assert report.sound == 3
+    assert report.sound == 5
+    assert stays.exists()
     assert not any(path.exists() for path in before)
 
 

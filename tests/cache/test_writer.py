@@ -19,6 +19,7 @@ from cache_samples import (
     shards,
     start_writer,
     write_images,
+    write_one,
 )
 
 from wsss_pipeline.cache import FinishedImages, MaskCache, MaskSet, MaskWriter, open_mask_set, status, verify
@@ -231,6 +232,25 @@ def test_an_error_inside_keeps_what_was_written(folder: Path) -> None:
     assert not read_manifest(folder).completion.complete
 
 
+def test_an_error_inside_hides_no_second_one(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The first is the one that is raised."""
+
+    def fail(descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    def interrupted() -> None:
+        with MaskWriter(folder) as writer:
+            writer.write("a", make_mask("a"), image_digest="0" * 64, seconds=0.0)
+            monkeypatch.setattr(os, "fsync", fail)
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert "No space left on device" in caplog.text
+
+
 def test_a_record_that_fails_half_way_leaves_nothing(folder: Path) -> None:
     with MaskWriter(folder) as writer:
         with pytest.raises(ValueError, match="NULL"):
@@ -421,6 +441,15 @@ def test_the_last_of_several_writers_makes_the_index(folder: Path) -> None:
         assert sorted(index["images"]) == ["image-0", "image-1", "image-2"]
     # all are believed: flipped bytes with the old stamp go unnoticed, so nothing is read again
     assert set(read_checked(folder)) == {path.name for path in shards(folder)}
+
+
+def test_a_writer_that_was_interrupted_sees_to_the_index_too(folder: Path) -> None:
+    write_images(folder, ["a"])
+    write_one(folder, "b", like="b")
+    with h5py.File(folder / "index.h5") as index:
+        assert sorted(index["images"]) == ["a", "b"]
+    assert set(read_checked(folder)) == {path.name for path in shards(folder)}
+    assert read_manifest(folder).completion.images == 2
 
 
 def test_what_others_have_checked_is_believed_before_there_is_an_index(

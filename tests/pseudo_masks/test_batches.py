@@ -143,6 +143,7 @@ def test_batches_are_of_one_size_never_too_large_and_written_in_order(
         assert {image_id: cache[image_id].mask.shape for image_id in cache} == {
             name: (16, width) for name, width in SIZES.items()
         }
+        assert not any(cache.record_info(image_id).has_cams for image_id in cache), "nobody asked for them"
 
 
 def test_batches_are_looked_for_among_a_few_images_only(

@@ -94,6 +94,18 @@ def test_clip_is_loaded_when_the_first_mask_is_asked_for(clip: Path, monkeypatch
     assert generator.lines()[-1] == "CRF: none"
 
 
+def test_the_choices_are_told_in_lines(clip: Path) -> None:
+    generator = make(clip, ["cat", "sofa"], templates=["a {}.", "the {}."], confidence="posterior")
+    background = generator.class_set.background
+    assert generator.lines()[:5] == [
+        "classes (2): cat, sofa",
+        f"background words ({len(background)}): {', '.join(background) or 'none'}",
+        "templates (2): a {}. | the {}.",
+        f"method: clip-es; CLIP: {clip}, fp32 on cpu",
+        "confidence: posterior",
+    ]
+
+
 def test_classes_are_needed_and_a_single_name_will_do(clip: Path) -> None:
     with pytest.raises(ConfigError, match="no classes given"):
         make(clip, "")

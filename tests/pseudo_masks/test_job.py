@@ -17,7 +17,7 @@ from wsss_pipeline.data.classes import load_class_set
 from wsss_pipeline.data.image_ids import find_images
 from wsss_pipeline.errors import ClassSetError, ConfigError, ImageError, LabelError
 from wsss_pipeline.methods import load_mask_config
-from wsss_pipeline.pseudo_masks.job import MaskJob, check_work, plan_masks
+from wsss_pipeline.pseudo_masks.job import JobPaths, MaskJob, check_work, plan_masks
 from wsss_pipeline.pseudo_masks.run import run_share
 
 VOC = load_class_set("voc12")
@@ -62,6 +62,49 @@ def test_a_generator_stores_the_names_of_classes_each_once(clip: Path) -> None:
     prepared = generator.prepare(pixels, ["tv", "cat", "tvmonitor"])
     assert prepared.labels == ("tvmonitor", "cat")
     assert prepared.classes == [20, 8]
+
+
+@pytest.mark.parametrize("quiet", [False, True])
+def test_a_run_tells_its_choices_unless_another_process_does(
+    tmp_path: Path, clip: Path, caplog: pytest.LogCaptureFixture, quiet: bool
+) -> None:
+    config = load_mask_config(None, flags={"clip.weights": str(clip), "refine": "none"})
+    labels: dict[str, tuple[str, ...]] = {"cat": ("cat",)}
+    job = MaskJob(IMAGES, labels, VOC, config, cache_dir=tmp_path, device="cpu", offline=True)
+    maker = job.maker()
+    with caplog.at_level("INFO"):
+        run_share(job, maker, quiet=quiet)
+    assert all((line in caplog.messages) != quiet for line in maker.lines())
+
+
+def test_254_classes_are_the_most_that_fit_into_8_bits(tmp_path: Path, clip: Path) -> None:
+    """With a class or without one."""
+    classes = load_class_set(",".join(f"c{number}" for number in range(1, 255)))
+    config = load_mask_config(None, flags={"clip.weights": str(clip), "refine": "none"})
+    labels: dict[str, tuple[str, ...]] = {"cat": ("c254",), "tiny_odd": ()}
+    job = MaskJob(IMAGES, labels, classes, config, cache_dir=tmp_path, device="cpu", offline=True)
+    with MaskCache.open(run_share(job, quiet=True).path) as cache:
+        assert {cache[image_id].mask.dtype for image_id in labels} == {np.dtype(np.uint8)}
+
+
+CONTRADICTIONS: list[tuple[JobPaths, str]] = [
+    ({}, "give the images once"),
+    ({"images": "i", "voc": "v", "split": "s"}, "give the images once"),
+    ({"voc": "v"}, "--split goes with --voc or --coco"),
+    ({"images": "i", "split": "s"}, "--split goes with --voc or --coco"),
+    ({"voc": "v", "split": "s", "image_suffix": ".png"}, "--image-suffix goes with --images"),
+    ({"coco": "c", "split": "s", "labels": "l"}, "--labels goes with --images"),
+    ({"voc": "v", "split": "s", "labels_format": "csv"}, "--labels-format goes with --labels"),
+    ({"images": "i"}, "no classes given"),
+]
+
+
+@pytest.mark.parametrize(("paths", "message"), CONTRADICTIONS)
+def test_options_that_contradict_each_other_are_refused_before_anything_is_read(
+    paths: JobPaths, message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        MaskJob.read(**paths)
 
 
 def test_masks_do_not_go_into_an_input(tmp_path: Path) -> None:

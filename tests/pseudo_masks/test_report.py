@@ -41,6 +41,21 @@ def test_a_run_tells_what_it_did(caplog: pytest.LogCaptureFixture) -> None:
     assert report.as_dict()["path"] == "cache/voc12-1"
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+def test_one_thread_has_the_time_of_one(workers: int) -> None:
+    times = {"reading": 1.0, "CLIP": 3.0, "writing": 0.0}
+    report = MaskReport(
+        Path("cache"),
+        images=1,
+        computed=1,
+        computing=4.0,
+        busy=times,
+        workers=workers,
+        shared=("reading", "CLIP"),
+    )
+    assert report.lines()[1] == "busy: reading 25 %, CLIP 75 %; waiting on CLIP"
+
+
 def test_a_run_that_found_everything_says_why_it_was_so_fast() -> None:
     lines = MaskReport(Path("cache"), images=5, reused=5, seconds=1.0).lines()
     assert lines == ["5 masks reused from the cache", "nothing was left to compute, so CLIP was not loaded"]

@@ -156,6 +156,8 @@ HOSTILE: dict[str, Callable[[dict[str, Any]], object]] = {
     "two means": lambda values: values.update(image_mean=[0.1, 0.2]),
     "an infinite mean": lambda values: values.update(image_mean=[0.1, 0.2, float("inf")]),
     "a negative deviation": lambda values: values.update(image_std=[0.1, 0.2, -0.1]),
+    "four means": lambda values: values.update(image_mean=[0.5] * 4),
+    "four deviations": lambda values: values.update(image_std=[0.5] * 4),
     "no mean": lambda values: values.pop("image_mean"),
 }
 

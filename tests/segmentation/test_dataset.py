@@ -179,8 +179,10 @@ def test_images_that_failed_in_stage_one_stop_no_training(
         usable_ids({**data.images, "new": Path("new.jpg")}, masks)
 
 
-def test_missing_masks_are_refused_or_left_out(root: Path) -> None:
+def test_missing_masks_are_refused_or_left_out(root: Path, caplog: pytest.LogCaptureFixture) -> None:
     data = dataset(root)
+    assert usable_ids(data.images, data.masks) == list(data.images)
+    assert not caplog.messages, "nothing is left out"
     images = {**data.images, "new": Path("new.jpg")}
     with pytest.raises(TrainingError, match=r"1 of the 7 images aren't in the ground truth .* \(new\)"):
         usable_ids(images, data.masks)
@@ -205,6 +207,77 @@ def test_a_scaled_mask_lies_where_the_scaled_image_does() -> None:
     pixels, labels, _ = Augmentation(config, MEAN, STD)(image, mask, torch.ones(32, 32, dtype=torch.uint8))
     bright = pixels[0] * STD[0] + MEAN[0] > 0.5
     assert torch.equal(bright, labels == 1)
+
+
+def augmented(image: torch.Tensor, **values: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """The red of a crop in 0..1 and its labels; the mask has the image's own red, halved."""
+    config = AugmentationConfig.model_validate({"photometric": False, **values})
+    mask = image[0] // 2
+    pixels, labels, _ = Augmentation(config, MEAN, STD)(image, mask, torch.ones_like(mask))
+    return pixels[0] * STD[0] + MEAN[0], labels
+
+
+def test_scales_and_places_are_any_between_their_bounds() -> None:
+    torch.manual_seed(0)
+    heights, widths, tops, lefts = [], [], [], []
+    for _ in range(60):
+        _, labels = augmented(torch.zeros(3, 40, 60, dtype=torch.uint8), crop=100)
+        rows, columns = (labels != 255).nonzero(as_tuple=True)
+        tops.append(int(rows.min()))
+        lefts.append(int(columns.min()))
+        heights.append(int(rows.max()) + 1 - tops[-1])
+        widths.append(int(columns.max()) + 1 - lefts[-1])
+        assert (labels != 255).sum() == heights[-1] * widths[-1]
+    assert 20 <= min(heights) < 24
+    assert 56 < max(heights) <= 60
+    assert all(abs(width - 1.5 * height) <= 1 for height, width in zip(heights, widths, strict=True))
+    for starts, sizes in ((tops, heights), (lefts, widths)):
+        places = [start / (100 - size) for start, size in zip(starts, sizes, strict=True) if size < 99]
+        assert min(places) < 0.1
+        assert max(places) > 0.9
+
+
+def test_crops_of_a_large_image_lie_within_it_and_reach_its_edges() -> None:
+    image = torch.arange(200, dtype=torch.uint8).expand(3, 50, 200)
+    torch.manual_seed(0)
+    crops = [augmented(image, crop=40, scale_min=1, scale_max=1, flip=False)[1] for _ in range(120)]
+    assert not any((labels == 255).any() for labels in crops)
+    starts = {2 * int(labels[0, 0]) for labels in crops}
+    assert min(starts) < 10
+    assert max(starts) > 150
+
+
+def test_every_second_image_is_mirrored_and_none_stands_on_its_head() -> None:
+    image = torch.zeros(3, 32, 32, dtype=torch.uint8)
+    image[:, :8, :16] = 200  # above, on the left
+    torch.manual_seed(0)
+    mirrored = 0
+    for _ in range(40):
+        red, labels = augmented(image, crop=32, scale_min=1, scale_max=1)
+        assert torch.equal(red > 0.5, labels == 100)
+        left, right = bool(labels[:8, :16].all()), bool(labels[:8, 16:].all())
+        assert left != right
+        assert not labels[8:].any()
+        mirrored += right
+    assert 10 < mirrored < 30
+    assert augmented(image, crop=32, scale_min=1, scale_max=1, flip=False)[1][0, 0] == 100
+
+
+def test_brightness_changes_by_up_to_two_fifths() -> None:
+    """Of a grey image nothing else can change: it has neither contrast nor colour."""
+    torch.manual_seed(0)
+    grey = torch.full((3, 16, 16), 100, dtype=torch.uint8)
+    found = [augmented(grey, crop=16, scale_min=1, scale_max=1, photometric=True)[0] for _ in range(60)]
+    levels = [255 * float(red.mean()) for red in found]
+    assert 59 <= min(levels) < 70
+    assert 130 < max(levels) <= 141
+
+
+def test_what_is_finer_than_a_pixel_of_a_smaller_image_is_its_mean() -> None:
+    image = torch.zeros(3, 64, 64, dtype=torch.uint8)
+    image[..., 1::4] = image[..., 2::4] = 255  # the very columns that interpolation alone would look at
+    red, _ = augmented(image, crop=16, scale_min=0.25, scale_max=0.25)
+    assert 0.3 < red.min() <= red.max() < 0.7
 
 
 @pytest.mark.parametrize(

@@ -11,8 +11,8 @@ from PIL import Image
 from pydantic import ValidationError
 from torch import Tensor, nn
 
-from wsss_pipeline.config import CrfConfig, InferenceConfig
-from wsss_pipeline.data.masks import MaskSource
+from wsss_pipeline.config import ConfidenceName, CrfConfig, InferenceConfig
+from wsss_pipeline.data.masks import MaskSource, PseudoMask
 from wsss_pipeline.errors import CheckpointError, ImageError, MaskError
 from wsss_pipeline.segmentation import inference
 from wsss_pipeline.segmentation.checkpoint import save_network
@@ -89,10 +89,23 @@ def test_the_mean_is_of_probabilities_and_the_maximum_of_logits(image: np.ndarra
     network.logits = lambda images: torch.cat([0 * columns, columns], dim=1)  # type: ignore[method-assign]
     mean = Segmenter(network, ["left"], inference=InferenceConfig(flip=True))(image)
     largest = Segmenter(network, ["left"], inference=InferenceConfig(flip=True, combine="max"))(image)
+    between = Segmenter(network, ["left"], inference=InferenceConfig(flip=True, combine="logits"))(image)
     at_left = torch.sigmoid(torch.tensor([4.0, 0.0]))
     assert mean.mask[0, 0] == largest.mask[0, 0] == largest.mask[0, -1] == 1
     assert mean.confidence[0, 0] == int(200 * at_left.mean())
+    assert between.confidence[0, 0] == int(200 * torch.sigmoid(torch.tensor(2.0))), "or that of logits"
     assert largest.confidence[0, 0] == largest.confidence[0, -1] == int(200 * at_left[0])
+
+
+def test_the_chosen_confidence_is_that_of_the_most_refined_mask_alone(image: np.ndarray) -> None:  # type: ignore[type-arg]
+    def variants(confidence: ConfidenceName) -> dict[str, PseudoMask]:
+        flip, network = InferenceConfig(flip=True), LeftIsOne().eval()
+        return Segmenter(network, ["left"], inference=flip, confidence=confidence).variants(image)
+
+    plain, margin = variants("posterior"), variants("margin")
+    assert list(plain) == list(margin) == ["raw", "scales 1 flip"]
+    assert not np.array_equal(plain["raw"].confidence, plain["scales 1 flip"].confidence)
+    assert np.array_equal(plain["raw"].confidence, margin["raw"].confidence)
 
 
 def test_settings_have_names_and_ranges() -> None:

@@ -11,7 +11,7 @@ from torch import nn
 
 from wsss_pipeline.errors import NetworkError
 from wsss_pipeline.segmentation.network import SegmentationNetwork
-from wsss_pipeline.segmentation.networks import DeepLabV2, build_network
+from wsss_pipeline.segmentation.networks import DeepLabV2, SegFormer, build_network
 from wsss_pipeline.segmentation.pretrained import load_pretrained
 from wsss_pipeline.segmentation.train_config import NetworkConfig
 
@@ -121,6 +121,14 @@ def test_deeplabv2_keeps_its_batch_norm() -> None:
 def test_what_does_not_exist_is_named(name: str, encoder: str, message: str) -> None:
     with pytest.raises(NetworkError, match=message):
         make(name, encoder)
+
+
+def test_each_segformer_has_as_many_parameters_as_the_published_one() -> None:
+    """With the 150 classes of ADE20K: 3.8, 13.7, 27.5, 47.3, 64.1 and 84.7 million in the paper (table 1)."""
+    with torch.device("meta"):
+        networks = [SegFormer(f"mit-b{number}", 150) for number in range(6)]
+    found = [sum(value.numel() for value in network.parameters()) for network in networks]
+    assert found == [3_752_694, 13_715_798, 27_461_974, 47_337_814, 64_108_374, 84_708_694]
 
 
 @pytest.mark.parametrize(

@@ -32,7 +32,7 @@ from wsss_pipeline.errors import CheckpointError, TrainingError
 from wsss_pipeline.methods import load_method
 from wsss_pipeline.pseudo_masks.generator import MaskGenerator
 from wsss_pipeline.segmentation import trainer as trainer_module
-from wsss_pipeline.segmentation.checkpoint import load_network, save_network
+from wsss_pipeline.segmentation.checkpoint import decoder_digest, load_network, save_network
 from wsss_pipeline.segmentation.frozen_clip import FrozenClip
 from wsss_pipeline.segmentation.networks import build_network
 from wsss_pipeline.segmentation.objectives import weighted_losses
@@ -332,6 +332,49 @@ def saved_network(folder: Path, demo_clip: Clip, **frozen: Any) -> Path:
     network = build_network(config, 11, clip=demo_clip)
     save_network(network, folder, config, load_class_set("demo").names)
     return folder
+
+
+OF_A_DECODER = [
+    *(("frozen.heads", 4, True), ("frozen.affinity", "centred", True), ("frozen.in_place", True, True)),
+    *(("frozen.dropout", 0.5, False), ("frozen.affinity_mean", "image", False)),
+    *(("frozen.dino", "elsewhere/dino", False), ("weights", "imagenet", False)),
+]
+
+
+def test_masks_hang_on_all_of_a_decoder_but_what_acts_in_training(tmp_path: Path, demo_clip: Clip) -> None:
+    folder = saved_network(tmp_path / "last", demo_clip)
+    before, text = decoder_digest(tmp_path), (folder / "config.json").read_text()
+    assert decoder_digest(folder) == before
+    for key, value, is_another in OF_A_DECODER:
+        content = json.loads(text)
+        *sections, name = ("network", *key.split("."))
+        section = content
+        for part in sections:
+            section = section[part]
+        assert section[name] != value
+        section[name] = value
+        (folder / "config.json").write_text(json.dumps(content))
+        assert (decoder_digest(tmp_path) != before) == is_another, key
+    (folder / "config.json").write_text(text.replace(json.loads(text)["frozen"]["clip"], "0" * 64))
+    assert decoder_digest(tmp_path) != before
+    (folder / "config.json").write_text(text)
+    tensors = load_file(folder / "model.safetensors")
+    name = min(tensors)
+    save_file({**tensors, name: tensors[name] + 1}, folder / "model.safetensors")
+    assert decoder_digest(tmp_path) != before
+
+
+def test_more_calibrated_blocks_than_clip_has_are_all_but_the_first(demo_clip: Clip) -> None:
+    images = torch.randn(1, 3, 48, 48, generator=torch.Generator().manual_seed(0))
+
+    def logits(blocks: int) -> Tensor:
+        config = FrozenClipConfig(width=32, depth=1, in_place=True, last_block=-1, calibrated_blocks=blocks)
+        torch.manual_seed(0)
+        return FrozenClip(config, 3, demo_clip).eval().logits(images)
+
+    depth = int(demo_clip.vision.config.num_hidden_layers)
+    assert torch.equal(logits(depth - 1), logits(1000))
+    assert not torch.equal(logits(1), logits(1000))
 
 
 def mask_generator(method: str, **settings: Any) -> MaskGenerator:

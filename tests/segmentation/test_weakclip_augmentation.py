@@ -126,14 +126,26 @@ def test_a_class_that_covers_too_much_is_one_and_pixels_without_label_count_noth
     assert mixed() > mixed(largest_share=1.0) > 5 > mixed(largest_share=0.0)
 
 
-def test_a_picture_of_one_class_ends_after_ten_tries(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("value", "share"), [(255, 0.75), (1, 0.5)], ids=["one class", "just too much"])
+def test_a_picture_without_a_mixed_crop_ends_after_ten_tries(
+    monkeypatch: pytest.MonkeyPatch, value: int, share: float
+) -> None:
     drawn: list[int] = []
     draw = module.integer
     monkeypatch.setattr(module, "integer", lambda low, high: drawn.append(high) or draw(low, high))
     mask = torch.zeros(64, 400, dtype=torch.uint8)
-    mask[:, ::2] = 255  # no class
-    sample(mask, 0, photometric=False)
+    mask[:, ::2] = value
+    sample(mask, 0, photometric=False, largest_share=share)
     assert len(drawn) == 2 * 11
+
+
+def test_every_second_sample_is_mirrored() -> None:
+    mask = torch.zeros(64, 64, dtype=torch.uint8)
+    mask[:8, :16] = 1
+    found = [sample(mask, seed, crop=64, long_side=64, largest_share=0.0)[1] for seed in range(40)]
+    assert all(torch.equal(labels, mask) or torch.equal(labels, mask.flip(1)) for labels in found)
+    assert 10 < sum(torch.equal(labels, mask) for labels in found) < 30
+    assert torch.equal(sample(mask, 0, crop=64, long_side=64, largest_share=0.0, flip=False)[1], mask)
 
 
 def test_what_is_beyond_the_edge_has_no_label_and_the_mean_colour() -> None:

@@ -23,6 +23,7 @@ from pydantic import BaseModel
 from wsss_pipeline.cache.index import (
     Listing,
     SoundShard,
+    Stamp,
     add_lines,
     checked_shard,
     list_records,
@@ -103,7 +104,10 @@ class FinishedImages:
 
     def list_again(self) -> Listing:
         """Look what the finished shards hold now; ``listing`` from then on."""
-        now = {path.name: stamp(path) for path in shard_files(self._folder)}
+        now: dict[str, Stamp] = {}
+        for path in shard_files(self._folder):
+            with suppress(OSError):  # which the listing reports
+                now[path.name] = stamp(path)
         if now != self.listing.stamps:
             self.listing = Listing()  # a second one of a million images isn't to lie beside it
             self.listing = self._list()

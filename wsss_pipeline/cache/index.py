@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -102,9 +103,10 @@ def list_records(
     known = read_checked(folder)
     listing = Listing(noted=frozenset(known))
     known |= checked or {}
-    waiting = shard_files(folder)
+    waiting, seen = shard_files(folder), set[Path]()
     while waiting:
         path = waiting.pop(0)
+        seen.add(path)
         try:
             before = stamp(path)
             if (sound := known.get(path.name)) is not None and sound.stamp == before:
@@ -113,9 +115,8 @@ def list_records(
             else:
                 found = inspect(path, fingerprint, kind, "ids").ids
         except (OSError, UnreadableShardError) as error:
-            if not path.exists():  # `wsss cache gc` has put its records into a later one
-                done = {*listing.stamps, *listing.unreadable}
-                waiting = [other for other in shard_files(folder) if other.name not in done]
+            if not os.path.lexists(path):  # `wsss cache gc` has put its records into a later one
+                waiting = [other for other in shard_files(folder) if other not in seen]
                 continue
             if isinstance(error, OSError):
                 error = UnreadableShardError(f"{path} can't be opened ({error.strerror})", False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -289,7 +290,7 @@ def _copy_shards(
                 with replacing(report.path / name) as copy:
                     shutil.copyfileobj(file, copy)
         except (OSError, CacheFormatError) as error:
-            if not path.exists():  # a gc runs in the source
+            if not os.path.lexists(path):  # a gc runs in the source
                 waiting = [other for other in shard_files(source) if other not in seen]
                 continue
             if isinstance(error, OSError):

@@ -322,9 +322,9 @@ def _tiles(
 
 
 def _stretches(side: int, at_most: int) -> Iterator[tuple[slice, slice, slice]]:
-    """``seen``, ``kept`` and ``inner`` of each tile along a side, see ``_Tile``."""
+    """``seen``, ``kept`` and ``inner`` of each tile of ``at_most`` so many pixels along a side, see ``_Tile``."""
     margin = at_most // MARGIN_PART
-    count = 1 if side <= at_most else math.ceil((side - 2 * margin) / (at_most - 2 * margin))
+    count = math.ceil((side - 2 * margin) / (at_most - 2 * margin))
     length = math.ceil((side + 2 * margin * (count - 1)) / count)
     starts = [(side - length) * number // max(1, count - 1) for number in range(count)]
     middles = [(start + length + following) // 2 for start, following in pairwise(starts)]
