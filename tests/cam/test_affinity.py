@@ -13,6 +13,7 @@ from wsss_pipeline.cam.affinity import (
     box_masks,
     boxes_by_labelling,
     boxes_by_reachability,
+    gated_attention,
     refine_cams,
     sinkhorn_scaling,
 )
@@ -147,6 +148,17 @@ def test_each_class_has_a_threshold_of_its_own() -> None:
     assert masks.dtype == torch.float32
     assert box_masks(cams.double(), 0.4).dtype == torch.float64
     assert box_masks(cams, 0.38)[0].nonzero().tolist() == [[0, 0], [2, 2]]
+
+
+def test_the_gate_takes_layers_that_look_at_patches_as_much_as_their_mean() -> None:
+    layers = torch.stack([attention(6, seed).float() * share for seed, share in enumerate((0.9, 0.2, 0.8))])
+    gate = torch.rand(6, 6, generator=torch.Generator().manual_seed(3))
+    torch.testing.assert_close(
+        gated_attention(layers, gate), layers[[0, 2]].mean(dim=0) * gate, rtol=1e-4, atol=0
+    )
+    # rounding doesn't choose among layers that are alike
+    alike = layers[:1].expand(7, -1, -1)
+    torch.testing.assert_close(gated_attention(alike, gate), layers[0] * gate, rtol=1e-4, atol=0)
 
 
 @pytest.mark.parametrize("folder", FOLDERS)

@@ -91,6 +91,13 @@ def test_images_of_a_batch_do_not_touch_each_other() -> None:
         assert torch.allclose(together[image], full[image], atol=1e-7)
 
 
+def test_an_image_without_classes_has_no_map() -> None:
+    tokens, pooled, texts = example(2)
+    none, some = maps_of(tokens, pooled, [texts, texts], [0, 2])
+    assert none.shape == (0, 2, 3)
+    assert some.shape == (2, 2, 3)
+
+
 def test_background_words_change_the_maps() -> None:
     tokens, pooled, texts = example(1)
     (without,) = maps_of(tokens, pooled, [texts[:2]], [2])

@@ -74,6 +74,14 @@ def test_a_compressed_file_is_read(tmp_path: Path) -> None:
     assert (JsonRegions(tmp_path)("a", PIXELS).masks()[0] == MASKS[0]).all()
 
 
+def test_a_region_may_begin_with_the_first_pixel_or_be_of_no_pixel(tmp_path: Path) -> None:
+    masks = np.zeros((3, *SIZE), bool)
+    masks[0, 0, 0], masks[1] = True, True
+    counts = [run_lengths(mask).tolist() for mask in masks]
+    put(tmp_path, "a.json", [{"segmentation": {"size": SIZE, "counts": runs}} for runs in counts])
+    assert (JsonRegions(tmp_path)("a", PIXELS).masks() == masks).all()
+
+
 def segmentation(**values: object) -> dict[str, Any]:
     return {"annotations": [{"segmentation": {"size": list(SIZE), "counts": COUNTS[0], **values}}]}
 
@@ -101,6 +109,7 @@ def segmentation(**values: object) -> dict[str, Any]:
         ({"annotations": [annotation(0, level=3)]}, "level"),
         ({"annotations": [annotation(0, predicted_iou="nan")]}, "predicted_iou"),
         ({"annotations": [annotation(0)] * (2**14 + 1)}, "an image may have"),
+        ({"annotations": [annotation(0, point_coords=[[0, 0]] * (2**16 + 1))]}, "point_coords"),
     ],
 )
 def test_foreign_json_brings_regions_or_a_line(tmp_path: Path, content: object, why: str | None) -> None:
@@ -143,8 +152,26 @@ def test_a_folder_is_known_by_names_and_content(tmp_path: Path) -> None:
     assert JsonRegions(tmp_path).identity == first
     put(tmp_path, "a.json", [annotation(1)])
     second = JsonRegions(tmp_path).identity
-    put(tmp_path, "b.json", [annotation(1)])
-    assert len({str(first), str(second), str(JsonRegions(tmp_path).identity)}) == 3
+    put(tmp_path, "b.json", [annotation(1, level=1)])
+    third = JsonRegions(tmp_path).identity
+    put(tmp_path, "b.json", [annotation(1, level=2)])  # of the same size
+    assert len({str(first), str(second), str(third), str(JsonRegions(tmp_path).identity)}) == 4
+
+
+def test_of_a_large_folder_a_part_is_read_spread_evenly(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(outside, "_LOOKED_INTO", 3)
+    for number in range(7):
+        put(tmp_path, f"{number}.json", [annotation(0, level=1)])
+    before, noticed = JsonRegions(tmp_path).identity, []
+    for number in range(7):
+        put(tmp_path, f"{number}.json", [annotation(0, level=2)])
+        noticed.append(JsonRegions(tmp_path).identity != before)
+        put(tmp_path, f"{number}.json", [annotation(0, level=1)])
+    assert noticed == [True, False, False, True, False, False, True]
+    put(tmp_path, "4.json", [annotation(0, level=1, stability_score=1)])  # another size is seen in any file
+    assert JsonRegions(tmp_path).identity != before
 
 
 @given(arrays.arrays(np.int64, st.tuples(st.integers(1, 7), st.integers(1, 7)), elements=st.integers(-2, 4)))
@@ -214,6 +241,13 @@ def test_superpixels_cover_the_image_and_follow_their_settings() -> None:
 
 def test_a_pixel_is_a_superpixel() -> None:
     assert len(open_regions("slic")("a", np.zeros((1, 1, 3), np.uint8))) == 1
+
+
+def test_more_superpixels_than_an_image_may_have_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("wsss_pipeline.regions.regions.MAX_REGIONS", 10)
+    pixels = np.random.default_rng(0).integers(0, 255, (40, 40, 3)).astype(np.uint8)
+    with pytest.raises(RegionError, match=r"a/b: .*an image may have 10"):
+        open_regions("slic", SlicConfig(segments=40, compactness=100.0))("a/b", pixels)
 
 
 def test_without_scikit_image_its_command_is_said(monkeypatch: pytest.MonkeyPatch) -> None:

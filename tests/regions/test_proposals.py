@@ -188,11 +188,12 @@ def test_masks_of_low_predicted_iou_are_not_enlarged_and_others_a_few_at_a_time(
         (np.mgrid[:12, :12][::-1].reshape(2, -1).T + 0.5) / 12 * PART_OF_IMAGE.shape[1::-1]
     )
     assert 0 < sum(predictor.enlarged) == (iou + torch.tensor([0, 0, 0.1]) > 0.86).sum() < 3 * 144
-    monkeypatch.setattr(proposals, "LOGITS_AT_A_TIME", 3 * 100 * 120)
     monkeypatch.setattr(proposals, "LEAST_ENLARGED", 1)
-    predictor = ScenePredictor()
-    assert not differing(propose(PART_OF_IMAGE, predictor, config), whole)
-    assert max(predictor.enlarged) == 3
+    for limit, together in ((3 * 100 * 120, 3), (1, 1)):
+        monkeypatch.setattr(proposals, "LOGITS_AT_A_TIME", limit)
+        predictor = ScenePredictor()
+        assert not differing(propose(PART_OF_IMAGE, predictor, config), whole)
+        assert max(predictor.enlarged) == together
 
 
 class Limited(ScenePredictor):

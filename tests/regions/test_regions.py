@@ -42,7 +42,8 @@ def test_runs_are_those_of_coco() -> None:
         ({"levels": np.array([WHOLE + 1], np.uint8)}, "level 3"),
         ({"iou": np.array([np.nan], np.float32)}, "no number"),
         ({"points": np.zeros((1, 3), np.float32)}, "another number"),
-        ({"size": (0, 4)}, "0 x 4"),
+        ({"size": (0, 4)}, "an image of 0 x 4"),
+        ({"size": (4, 0)}, "an image of 4 x 0"),
     ],
 )
 def test_what_is_no_regions_is_refused(damage: dict[str, object], word: str) -> None:

@@ -167,9 +167,10 @@ def _union_of_boxes(reach: Tensor, rows: Tensor, columns: Tensor, grid: tuple[in
     count = height * width
     top, bottom = rows.where(reach, count).amin(1), rows.where(reach, -1).amax(1)
     left, right = columns.where(reach, count).amin(1), columns.where(reach, -1).amax(1)
-    # 1 at a box's corner and behind its end, summed up along both axes: over 0 inside a box
+    # 1 at a box's corner and behind its end, summed up along both axes: over 0 inside a box; the corners of an empty
+    # one fall together and sum to 0
     corners = torch.zeros((height + 1) * (width + 1), device=reach.device, dtype=torch.int32)
-    exists = (bottom >= 0) & (top < height - 1) & (left < width - 1)
+    exists = bottom >= 0
     bottom, right = (bottom + 1).clamp(max=height - 1), (right + 1).clamp(max=width - 1)
     ones = exists.int()
     for row, column, sign in ((top, left, 1), (top, right, -1), (bottom, left, -1), (bottom, right, 1)):
