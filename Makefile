@@ -6,6 +6,8 @@ BIN := $(VENV)/bin
 DEMO := demo-out
 # libgomp's default spinning costs a time slice per parallel region as soon as cores are shared
 export OMP_WAIT_POLICY ?= PASSIVE
+# else pytest compiles all test modules anew, in each process: ten seconds
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: help demo test lint format types pytest slow coverage faults attack fuzz mutants browser clean
 .DEFAULT_GOAL := help

@@ -105,8 +105,8 @@ def test_batches_before_pydensecrf_change_nothing(
 ) -> None:
     options, _ = expected
     found = []
-    for size in (1, 3, 5):
+    for size in (1, 3):
         cache = tmp_path / str(size)
         generate(root, cache, *options, "--crf", "pydensecrf", "--batch-size", size)
         found.append(masks(cache))
-    assert found[0] == found[1] == found[2]
+    assert found[0] == found[1]
