@@ -1,9 +1,9 @@
 """Coverage-guided fuzzing of what reads files that others may have written: ``python -m tests.fuzz.readers``.
 
-    python -m tests.fuzz.readers TARGET [-max_total_time=60] [further options of libFuzzer]
+    python -m tests.fuzz.readers TARGET[,TARGET...] [-max_total_time=60] [further options of libFuzzer]
 
-TARGET is one of labels, archives, manifest, known, settings and prompts. Any exception but the package's own, and any
-message that isn't short, is a finding.
+TARGET is one of labels, archives, manifest, known, settings and prompts; of several each has a fork of its own, one
+after the other. Any exception but the package's own, and any message that isn't short, is a finding.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import copy
 import io
 import json
 import logging
+import os
 import pickle
 import random
 import sys
@@ -356,13 +357,21 @@ def replaced(data: atheris.FuzzedDataProvider, value: Any) -> Any:
 
 
 def main() -> None:
-    """Fuzz one of them until a finding, or libFuzzer's own limit."""
+    """Fuzz them until a finding, or libFuzzer's own limit."""
+    names = sys.argv.pop(1).split(",")
+    for name in names[:-1]:
+        child = os.fork()
+        if not child:
+            names = [name]
+            break
+        if status := os.waitpid(child, 0)[1]:
+            sys.exit(os.waitstatus_to_exitcode(status))
     targets = {"labels": labels, "archives": archives, "manifest": manifest, "known": known}
     targets |= {"settings": settings, "prompts": prompts}
-    target = targets[sys.argv.pop(1)]
+    target = targets[names[-1]]
     corpus = Path(tempfile.mkdtemp())
-    seeds = {labels: label_seeds(), settings: settings_seeds()}
-    for number, seed in enumerate(seeds.get(target, SEEDS)):
+    seeds = {labels: label_seeds, settings: settings_seeds}
+    for number, seed in enumerate(seeds[target]() if target in seeds else SEEDS):
         (corpus / str(number)).write_bytes(seed)
     logging.disable()
     atheris.Setup([*sys.argv, str(corpus)], target)
