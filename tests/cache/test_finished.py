@@ -267,6 +267,20 @@ def test_a_list_of_images_that_are_known_already_does_not_grow(
     assert (folder / "known-0-of-1.json").stat().st_size == size
 
 
+def test_nor_does_one_of_images_that_were_only_looked_at_again(
+    folder: Path, image: Path, write: Write, reads: Reads
+) -> None:
+    write("image")
+    os.utime(image, (1, 1))
+    with MaskWriter(folder) as writer:
+        assert cache_samples.is_current(writer, "image", image, LABELS)
+        writer.finish(["image"])
+    assert reads.files == [image]
+    assert known_ids(folder) == ["image"]
+    assert is_current(folder, image)
+    assert reads.files == [image]
+
+
 def test_what_was_known_stays_known(folder: Path, image: Path, write: Write, reads: Reads) -> None:
     write("image")
     write("other")

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from tests.end_to_end.conftest import mask_set, wsss
@@ -69,6 +70,12 @@ def test_batches_on_a_device_give_the_masks_of_threads(
         assert (ours.cams is None) == (theirs.cams is None) == ("--store-cams" not in further)
         if ours.cams is not None and theirs.cams is not None:
             assert np.abs(ours.cams.astype(np.float32) - theirs.cams).max() < 1e-2
+
+
+def test_an_image_has_its_part_of_its_batchs_time() -> None:
+    zeros = torch.zeros(2, 3, dtype=torch.uint8)
+    made = Generated((), zeros, zeros, None, (1.0, 3.0, 7.0), 1 / 4)
+    assert made.wait()[1:] == (0.5, 1.0)
 
 
 class Watched:

@@ -183,6 +183,21 @@ def test_the_backgrounds_score_is_what_the_largest_class_leaves_to_the_methods_p
     assert np.abs(confidence.numpy().astype(int) - found.confidence).max() <= 1
 
 
+@pytest.mark.parametrize(("ties", "winner"), [("label", 18), ("index", 8)])
+def test_of_classes_that_score_alike_the_first_label_wins_or_the_smallest_index(
+    clip: Path, monkeypatch: pytest.MonkeyPatch, ties: str, winner: int
+) -> None:
+    def alike(method: object, pixels: Tensor, classes: Sequence[Sequence[int]]) -> list[Tensor]:
+        return [torch.linspace(0, 1, 6).expand(len(present), 4, 6) for present in classes]
+
+    monkeypatch.setattr("wsss_pipeline.methods.clip_es.ClipEs.scores", alike)
+    monkeypatch.setattr("wsss_pipeline.methods.clip_es.ClipEs.ties", ties, raising=False)
+    found = make(clip, refine="none")(CAT, ["sofa", "cat"])
+    assert set(np.unique(found.mask)) == {0, winner}
+    assert (found.mask[:, -20:] == winner).all()
+    assert found.labels == ("sofa", "cat")
+
+
 def test_maps_that_are_no_number_are_an_image_error(clip: Path) -> None:
     generator = make(clip)
     with torch.no_grad():

@@ -75,6 +75,7 @@ def test_a_run_tells_its_choices_unless_another_process_does(
     with caplog.at_level("INFO"):
         run_share(job, maker, quiet=quiet)
     assert all((line in caplog.messages) != quiet for line in maker.lines())
+    assert ("1 images: 0 in the cache, 1 to compute" in caplog.messages) != quiet
 
 
 def test_254_classes_are_the_most_that_fit_into_8_bits(tmp_path: Path, clip: Path) -> None:
@@ -105,6 +106,14 @@ def test_options_that_contradict_each_other_are_refused_before_anything_is_read(
 ) -> None:
     with pytest.raises(ConfigError, match=message):
         MaskJob.read(**paths)
+
+
+def test_a_folder_for_each_class_stands_for_labels(tmp_path: Path) -> None:
+    for name in ("cat", "dog"):
+        (tmp_path / name).mkdir()
+        Image.new("RGB", (8, 8)).save(tmp_path / name / "a.png")
+    job = MaskJob.read(images=tmp_path, classes="cat,dog")
+    assert job.labels == {"cat/a": ("cat",), "dog/a": ("dog",)}
 
 
 def test_masks_do_not_go_into_an_input(tmp_path: Path) -> None:

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from wsss_pipeline.pseudo_masks.report import FAILURES_SHOWN, MaskReport
+from wsss_pipeline.pseudo_masks.ray_tasks import _add
+from wsss_pipeline.pseudo_masks.report import FAILURES_SHOWN, MISSING, MaskReport
 
 
 def test_a_run_tells_what_it_did(caplog: pytest.LogCaptureFixture) -> None:
@@ -59,6 +60,21 @@ def test_one_thread_has_the_time_of_one(workers: int) -> None:
 def test_a_run_that_found_everything_says_why_it_was_so_fast() -> None:
     lines = MaskReport(Path("cache"), images=5, reused=5, seconds=1.0).lines()
     assert lines == ["5 masks reused from the cache", "nothing was left to compute, so CLIP was not loaded"]
+
+
+def test_what_tasks_on_a_cluster_did_is_counted_together() -> None:
+    whole = MaskReport(Path("cache"), images=9)
+    for name in "ab":
+        part = MaskReport(Path("cache"), computed=2, reused=1, without_labels=1, scaled=1)
+        part.failed = {f"{name} broken": "cut short", f"{name} missing": MISSING}
+        _add(whole, part)
+    assert (whole.computed, whole.reused, whole.without_labels, whole.scaled) == (4, 2, 2, 2)
+    assert whole.failed == {
+        "a missing": MISSING,
+        "a broken": "cut short",
+        "b missing": MISSING,
+        "b broken": "cut short",
+    }
 
 
 @pytest.mark.parametrize("more", [0, 1, 7])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import colorsys
 import logging
 from itertools import islice
 from pathlib import Path
@@ -263,14 +264,26 @@ def test_every_second_image_is_mirrored_and_none_stands_on_its_head() -> None:
     assert augmented(image, crop=32, scale_min=1, scale_max=1, flip=False)[1][0, 0] == 100
 
 
-def test_brightness_changes_by_up_to_two_fifths() -> None:
-    """Of a grey image nothing else can change: it has neither contrast nor colour."""
+def test_brightness_contrast_and_saturation_change_by_two_fifths_and_the_hue_by_a_tenth() -> None:
+    """Greys tell brightness and contrast; beside them a red patch has its saturation and its hue."""
+    image = torch.full((3, 16, 16), 60, dtype=torch.uint8)
+    image[..., 6:] = 140
+    image[1:, :, 12:] = 80
+    config = AugmentationConfig(crop=16, scale_min=1, scale_max=1, flip=False)
     torch.manual_seed(0)
-    grey = torch.full((3, 16, 16), 100, dtype=torch.uint8)
-    found = [augmented(grey, crop=16, scale_min=1, scale_max=1, photometric=True)[0] for _ in range(60)]
-    levels = [255 * float(red.mean()) for red in found]
-    assert 59 <= min(levels) < 70
-    assert 130 < max(levels) <= 141
+    found = []
+    for _ in range(60):
+        pixels, *_ = Augmentation(config, MEAN, STD)(image, image[0], image[0])
+        levels = pixels * torch.tensor(STD)[:, None, None] + torch.tensor(MEAN)[:, None, None]
+        dark, light, patch = (levels[:, 0, column].tolist() for column in (0, 8, 14))
+        steepness = (light[0] - dark[0]) * 255 / 80
+        saturation = (max(patch) - min(patch)) * 255 / 60 / steepness
+        hue, _, _ = colorsys.rgb_to_hsv(*patch)
+        found.append((steepness, saturation, (hue + 0.5) % 1 - 0.5))
+    lowest, highest = ([choose(values) for values in zip(*found, strict=True)] for choose in (min, max))
+    assert 0.35 < lowest[0] < 0.6 < 1.5 < highest[0] < 1.98, "brightness times contrast"
+    assert 0.55 < lowest[1] < 0.7 < 1.3 < highest[1] < 1.45
+    assert -0.11 < lowest[2] < -0.08 < 0.08 < highest[2] < 0.11
 
 
 def test_what_is_finer_than_a_pixel_of_a_smaller_image_is_its_mean() -> None:

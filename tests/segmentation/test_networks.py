@@ -140,6 +140,13 @@ def test_a_damaged_folder_of_a_segformer_is_named(tmp_path: Path, text: str) -> 
         make("segformer", str(tmp_path))
 
 
+def test_a_folder_without_weights_is_named(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    config = NetworkConfig(name="segformer", encoder="tiny", weights=str(tmp_path))
+    with pytest.raises(NetworkError, match=rf"weights {tmp_path}: no \.safetensors, \.pth or \.bin file"):
+        load_pretrained(make("segformer", "tiny"), config)
+
+
 @pytest.mark.parametrize("prefix", ["", "backbone.", "module."])
 def test_an_encoder_takes_weights_from_a_file(tmp_path: Path, prefix: str) -> None:
     donor, network = (

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -27,6 +28,8 @@ from wsss_pipeline.segmentation.losses import (
     override_labels,
     segmentation_loss,
 )
+from wsss_pipeline.segmentation.objectives import weighted_losses
+from wsss_pipeline.segmentation.train_config import LossConfig, NetworkConfig, OnlineConfig, TrainConfig
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 GRID, RADIUS = (5, 6), 2
@@ -40,6 +43,36 @@ def golden(name: str) -> dict[str, Any]:
 def balanced(logits: Tensor, labels: Tensor) -> float:
     labels = labels.long()
     return segmentation_loss({"logits": logits}, labels, torch.ones(labels.shape), balanced=True).item()
+
+
+@pytest.mark.parametrize(
+    ("start", "loss"), [("self_affinity_from", "affinity"), ("override_from", "segmentation")]
+)
+def test_the_network_helps_from_the_very_update_that_is_named(start: str, loss: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    logits = 4 * torch.randn(1, 3, 4, 4, generator=generator)
+    features = SimpleNamespace(features=SimpleNamespace(grid=(4, 4)))
+    outputs = {
+        "logits": logits,
+        "similarity": torch.randn(1, 16, 16, generator=generator),
+        "encoded": features,
+    }
+    target, confidence = (
+        torch.zeros(1, 4, 4, dtype=torch.int64),
+        torch.full((1, 4, 4), 200, dtype=torch.uint8),
+    )
+
+    def value(first: int, update: int) -> float:
+        online = OnlineConfig.model_validate({start: first})
+        network = NetworkConfig(name="frozen-clip", encoder="demo")
+        config = TrainConfig(network=network, loss=LossConfig(affinity=1.0))
+        config = config.model_copy(update={"online": online})
+        return weighted_losses(outputs, target, confidence, config, update, lambda sums: sums)[loss].item()
+
+    alone, helped = value(0, 1), value(1, 1)
+    assert alone != helped
+    assert [value(2, update) for update in (1, 2, 3)] == [alone, helped, helped]
+    assert value(0, 10**6) == alone, "0 is never"
 
 
 def test_balanced_cross_entropy_is_the_published_one() -> None:

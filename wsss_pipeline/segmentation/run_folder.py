@@ -37,7 +37,7 @@ def run_folder(
     data: Mapping[str, Any],
     read_config: Callable[[Path], Settings],
     *,
-    overwrite: bool = False,
+    overwrite: bool,
 ) -> Iterator[None]:
     """A run's folder, this process's alone, with what the run is written into it.
 
