@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
 
 from tests.methods import toy_method
+from wsss_pipeline.clip import trunk
 from wsss_pipeline.config import fields, section
 from wsss_pipeline.demo.scenes import Scene, draw_scene
 from wsss_pipeline.methods import load_mask_config, load_method, method_names, preset_names
@@ -86,6 +89,32 @@ def test_two_images_in_a_batch_get_what_each_gets_alone(name: str) -> None:
         assert alone.cams is not None
         assert np.abs(found.cams.astype(np.float32) - alone.cams).max() < 2e-3
         assert np.abs(found.confidence.astype(int) - alone.confidence).mean() < 0.05
+
+
+@pytest.mark.parametrize("name", method_names())
+def test_positions_are_rounded_where_the_published_results_were_made_so(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    resize, rounded = trunk.resize_position_table, []
+
+    def noted(*arguments: Any, **options: Any) -> torch.Tensor:
+        rounded.append(options["rounded"])
+        return resize(*arguments, **options)
+
+    monkeypatch.setattr(trunk, "resize_position_table", noted)
+    generator(name)(SCENES[0].image, SCENES[0].labels)
+    assert set(rounded) == {name == "clip-es"}
+
+
+@pytest.mark.parametrize("refine", ["par", "crf"])
+def test_what_a_refiner_sees_of_excels_square_has_the_images_colours(refine: str) -> None:
+    made = generator("excel", refine=refine, **{"excel.size": "square", "excel.side": 64})
+    for level in (0, 1, 99, 255):
+        seen = made.method.prepare(np.full((40, 70, 3), level, np.uint8)).seen
+        assert seen is not None
+        assert seen.shape == (40, 70, 3)
+        assert seen.dtype == (np.uint8 if refine == "crf" else np.float32)
+        assert np.abs(seen.astype(np.float64) - level).max() < 1e-3
 
 
 def miou_of_classes(masks: list[np.ndarray], scenes: list[Scene]) -> float:

@@ -62,6 +62,12 @@ def test_another_users_folder_is_not_taken(installed: Path, monkeypatch: pytest.
     assert folder_for_code() is None
 
 
+@pytest.mark.usefixtures("installed")
+def test_where_users_have_no_numbers_the_choice_is_numbas_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(os, "getuid")
+    assert folder_for_code() == ""
+
+
 def test_code_in_the_users_folder_is_found_again(installed: Path) -> None:
     assert compiled(double)(21) == 42
     assert list((installed / "home/.cache/wsss-pipeline").rglob("*.nbc"))

@@ -154,6 +154,17 @@ def test_the_posterior_has_the_painted_regions_label_and_score(
     assert np.abs(posterior[0].numpy()[~covered] - rest).max() < 1e-6
 
 
+@pytest.mark.parametrize("number", [0, 1, 2, 5])
+def test_later_regions_are_painted_over_earlier_ones(number: int) -> None:
+    rng = np.random.default_rng(number)
+    masks = rng.random((number, 7, 9)) < 0.3
+    order = rng.permutation(number).tolist()
+    expected = np.full((7, 9), -1)
+    for place in order:
+        expected[masks[place]] = place
+    assert (painted(Regions.of_masks(masks), order) == expected).all()
+
+
 def test_one_region_alone_is_background(golden: tuple[dict[str, Any], Regions]) -> None:
     numbers, _ = golden
     alone = Regions.of_masks(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import sys
@@ -15,7 +16,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 from PIL import Image
 
-from wsss_pipeline.errors import ConfigError, ImageError, MissingDependencyError, RegionError
+from wsss_pipeline.errors import ConfigError, ImageError, MissingDependencyError, RegionError, ResourceError
 from wsss_pipeline.regions import outside
 from wsss_pipeline.regions.outside import JsonRegions, LabelImages, uncompressed
 from wsss_pipeline.regions.regions import PART, WHOLE, Regions, run_lengths
@@ -172,6 +173,19 @@ def test_of_a_large_folder_a_part_is_read_spread_evenly(
     assert noticed == [True, False, False, True, False, False, True]
     put(tmp_path, "4.json", [annotation(0, level=1, stability_score=1)])  # another size is seen in any file
     assert JsonRegions(tmp_path).identity != before
+
+
+def test_a_folder_is_not_taken_for_another_where_files_cannot_be_opened(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put(tmp_path, "a.json", [annotation(0)])
+
+    def too_many(file: Path) -> str:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    monkeypatch.setattr(outside, "file_digest", too_many)
+    with pytest.raises(ResourceError, match="Too many open files"):
+        JsonRegions(tmp_path)
 
 
 @given(arrays.arrays(np.int64, st.tuples(st.integers(1, 7), st.integers(1, 7)), elements=st.integers(-2, 4)))

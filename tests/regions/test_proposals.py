@@ -14,6 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from wsss_pipeline.cache.manifest import fingerprint
 from wsss_pipeline.regions import proposals
 from wsss_pipeline.regions.proposals import (
     PRESETS,
@@ -174,6 +175,11 @@ def test_every_setting_is_in_that_table() -> None:
     )
 
 
+def test_the_defaults_are_those_of_the_region_sets_that_there_are() -> None:
+    """With others, all of them would be made anew."""
+    assert fingerprint(ProposalConfig().model_dump(mode="json"))[:12] == "30110a62ede0"
+
+
 @pytest.mark.parametrize("batch", [1, 7, 10_000])
 def test_proposals_do_not_depend_on_the_points_of_a_batch(batch: int) -> None:
     assert not differing(proposed(**COARSE), proposed(batch=batch, **COARSE))
@@ -233,6 +239,11 @@ def test_one_colour_is_one_whole() -> None:
     regions = proposed(np.full((60, 80, 3), 50, np.uint8), **COARSE)
     assert regions.levels.tolist() == [WHOLE]
     assert regions.masks().all()
+
+
+def test_a_mask_of_just_the_threshold_stays() -> None:
+    uniform = np.full((60, 80, 3), 50, np.uint8)
+    assert len(proposed(uniform, stability_threshold=1.0, stability_offset=0.0, **COARSE)) == 1
 
 
 def test_where_nothing_survives_there_are_no_regions() -> None:

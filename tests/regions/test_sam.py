@@ -239,6 +239,10 @@ def test_pixel_statistics_are_the_models_own(copied: Path, tiny: SamPredictor) -
         image_processor={"image_mean": [0.5] * 3, "image_std": [0.229, 0.224, 0.225]},
     )
     assert load(copied).digest == other.digest
+    # a file that doesn't say both is passed over
+    (copied / "preprocessor_config.json").write_text('{"image_mean": [0.1, 0.1, 0.1]}')
+    assert load(copied).digest == other.digest
+    (copied / "preprocessor_config.json").unlink()
     (copied / "processor_config.json").unlink()
     assert load(copied).digest == tiny.digest
 
