@@ -44,7 +44,7 @@ def test_a_posterior_that_is_no_number_is_refused_as_a_pseudo_mask() -> None:
     posterior = torch.tensor([[[0.5, float("nan"), 0.1]], [[0.5, 0.2, float("nan")]]])
     mask, confidence = label(posterior, [1], (1, 3))
     assert confidence.tolist() == [[100, 255, 255]]
-    with pytest.raises(MaskError, match="255"):
+    with pytest.raises(MaskError, match="NaN"):
         PseudoMask(mask.numpy(), confidence.numpy())
 
 

@@ -80,6 +80,8 @@ class PseudoMask:
             problem = f"the mask is {mask.dtype} {mask.shape}, not uint8 or uint16 (H, W)"
         elif confidence.dtype != np.uint8 or confidence.shape != mask.shape:
             problem = f"the confidence is {confidence.dtype} {confidence.shape}, not uint8 {mask.shape}"
+        elif np.max(confidence) == np.iinfo(np.uint8).max:
+            problem = "what it was made of isn't a number (NaN)"  # 255 stands for it
         elif np.max(confidence) > CERTAIN:
             problem = f"the confidence goes up to {np.max(confidence)}, half percents end at {CERTAIN}"
         elif cams is not None and (cams.dtype != np.float16 or cams.shape != expected):
