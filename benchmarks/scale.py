@@ -3,10 +3,10 @@
     OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE python -m benchmarks.scale --images 100 1000 10000 [--method clip-es]
     OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE python -m benchmarks.scale --finished 1000000 [--work DIR]
 
---images runs the embedded CLIP over drawn scenes of 80x64, each number in a process of its own, for its memory: every
-method, ``regions`` (``propose-regions`` with a tiny SAM of random weights), ``vote`` (these regions vote), ``slic``
-(superpixels do) and ``prompts`` (learned ones). Seconds are those of the processor, which other work on the machine
-hardly changes; the second run finds everything finished.
+--images runs the embedded CLIP, or that of ``--clip``, over drawn scenes of 80x64, each number in a process of its own,
+for its memory: every method, ``regions`` (``propose-regions`` with a tiny SAM of random weights), ``vote`` (these
+regions vote), ``slic`` (superpixels do) and ``prompts`` (learned ones). Seconds are those of the processor, which other
+work on the machine hardly changes; the second run finds everything finished.
 
 --finished fills a mask set without computing: one record, copied for each of so many images under its own id and
 digest, and images that are links to a few files. Then commands are started on it, each in a process of its own. With
@@ -114,16 +114,16 @@ def _image_id(number: int) -> str:
     return f"{number // PER_FOLDER:05}/{number % PER_FOLDER:03}"
 
 
-def job_of(method: str, count: int, work: Path) -> Job:
+def job_of(method: str, count: int, work: Path, clip: str) -> Job:
     """The job of a method, or of regions, over so many drawn scenes, in one thread."""
     images, labels = write_images(work, count)
-    settings: dict[str, object] = {"clip.weights": "demo", "method": method}
+    settings: dict[str, object] = {"clip.weights": clip, "method": method}
     if method == "regions":
         # the tiny SAM is unsure of most that it sees
         layers = [("benchmark", {"points": [4], "iou_threshold": 0.5, "stability_threshold": 0.3})]
         return replace(ProposeJob.read(str(SAM), images, work / f"regions-{count}", layers=layers), workers=1)
     if method == "prompts":
-        settings = {"clip.weights": "demo", "prompts": str(write_prompts(work))}
+        settings = {"clip.weights": clip, "prompts": str(write_prompts(work, clip))}
     elif method in ("slic", "vote"):
         settings |= {"method": "clip-es", "refine": "vote", "vote.regions": "slic"}
     elif method == "excel":
@@ -131,7 +131,7 @@ def job_of(method: str, count: int, work: Path) -> Job:
     elif method == "fma":
         settings["vote.regions"] = "slic"
     if method == "vote":
-        regions = run_share(job_of("regions", count, work), quiet=True)
+        regions = run_share(job_of("regions", count, work, clip), quiet=True)
         settings["vote.regions"] = str(regions.path)
     job = MaskJob.read(
         settings, images=images, labels=labels, classes="demo", cache=work / f"{method}-{count}"
@@ -139,10 +139,10 @@ def job_of(method: str, count: int, work: Path) -> Job:
     return replace(job, workers=1, offline=True)
 
 
-def write_prompts(work: Path) -> Path:
+def write_prompts(work: Path, weights: str) -> Path:
     """Learned prompts that nobody learned: a seeded context."""
     classes = load_class_set("demo")
-    clip = load_clip(locate_clip(ClipConfig(weights="demo"), offline=True), torch.device("cpu"))
+    clip = load_clip(locate_clip(ClipConfig(weights=weights), offline=True), torch.device("cpu"))
     texts = tuple(entry.texts() for entry in classes.classes)
     context = initial_context((4, clip.text.config.hidden_size), 0.3, "7")
     prompts = LearnedPrompts(
@@ -152,9 +152,9 @@ def write_prompts(work: Path) -> Path:
     return work / "prompts.safetensors"
 
 
-def measure(method: str, count: int, work: Path) -> None:
+def measure(method: str, count: int, work: Path, clip: str) -> None:
     """Two runs over so many images, and a row about them."""
-    job = job_of(method, count, work)
+    job = job_of(method, count, work, clip)
     before = time.process_time()
     first = run_share(job, quiet=True)
     computing, middle = time.process_time() - before, time.process_time()
@@ -239,6 +239,7 @@ def main() -> None:
     )
     parser.add_argument("--images", type=int, nargs="+", metavar="N", default=[])
     parser.add_argument("--method", nargs="+", choices=METHODS, default=METHODS)
+    parser.add_argument("--clip", default="demo", help="of --images")
     parser.add_argument("--finished", type=int, metavar="N")
     parser.add_argument("--work", type=Path, help="folder to work in; kept")
     options = parser.parse_args()
@@ -250,7 +251,7 @@ def main() -> None:
         for method in options.method if options.images else ():
             for count in sorted(options.images):
                 process = multiprocessing.get_context("spawn").Process(
-                    target=measure, args=(method, count, work)
+                    target=measure, args=(method, count, work, options.clip)
                 )
                 process.start()
                 process.join()

@@ -535,6 +535,7 @@ class _QuietPillow:
 
     def __init__(self) -> None:
         self._lock, self._readers = threading.Lock(), 0
+        self._nothing = logging.NullHandler()
 
     def __enter__(self) -> None:
         with self._lock:
@@ -543,15 +544,17 @@ class _QuietPillow:
                 self._filters = warnings.catch_warnings()
                 self._filters.__enter__()
                 warnings.filterwarnings("ignore", module=r"PIL\.")
-                self._level = _pillow_log.level
-                _pillow_log.setLevel(logging.CRITICAL)
+                # not its level: to set one takes a look at every logger there is, a millisecond an image
+                self._propagates, _pillow_log.propagate = _pillow_log.propagate, False
+                _pillow_log.addHandler(self._nothing)
 
     def __exit__(self, *_: object) -> None:
         with self._lock:
             self._readers -= 1
             if self._readers == 0:
                 self._filters.__exit__(None, None, None)
-                _pillow_log.setLevel(self._level)
+                _pillow_log.propagate = self._propagates
+                _pillow_log.removeHandler(self._nothing)
 
 
 _quiet_pillow = _QuietPillow()
