@@ -3,10 +3,10 @@
     OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE python -m benchmarks.scale --images 100 1000 10000 [--method clip-es]
     OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE python -m benchmarks.scale --finished 1000000 [--work DIR]
 
---images runs the embedded CLIP, or that of ``--clip``, over drawn scenes of 80x64, each number in a process of its own,
-for its memory: every method, ``regions`` (``propose-regions`` with a tiny SAM of random weights), ``vote`` (these
-regions vote), ``slic`` (superpixels do) and ``prompts`` (learned ones). Seconds are those of the processor, which other
-work on the machine hardly changes; the second run finds everything finished.
+--images runs the embedded CLIP, or that of ``--clip``, over drawn scenes of 80x64, each number in a process of its
+own, for its memory: every method, ``regions`` (``propose-regions`` with a tiny SAM of random weights), ``vote``
+(these regions vote), ``slic`` (superpixels do) and ``prompts`` (learned ones). Seconds are those of the processor,
+which other work on the machine hardly changes; the second run finds everything finished.
 
 --finished fills a mask set without computing: one record, copied for each of so many images under its own id and
 digest, and images that are links to a few files. Then commands are started on it, each in a process of its own. With
