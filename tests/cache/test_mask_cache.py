@@ -10,6 +10,7 @@ import pytest
 from cache_samples import MASK_SET, assert_equal, make_digest, make_mask, write_images
 
 from wsss_pipeline.cache import MaskCache, MaskSet, open_mask_set
+from wsss_pipeline.cache.shards import METADATA_BYTES, open_shard
 from wsss_pipeline.errors import CacheError, CacheFormatError, CacheRecordError
 
 IDS = [f"folder/{number}" for number in range(40)]
@@ -47,6 +48,16 @@ def test_worker_processes_read_what_the_parent_reads(folder: Path, method: str) 
     assert [worker.exitcode for worker in workers] == [0] * 4
     for part in found:
         assert sorted(part) == sorted(expected)
+
+
+def test_little_of_what_was_read_of_a_shard_stays_in_memory(folder: Path) -> None:
+    """HDF5 would keep what it knows of all records of 64 open shards: gigabytes, in each worker of a training."""
+    write_images(folder, [f"{number}" for number in range(400)])
+    (path,) = folder.glob("shard-*.h5")
+    with open_shard(path, MASK_SET.fingerprint) as file:
+        for record in file["images"].values():
+            assert {name: values[...].shape for name, values in record.items()}["mask"] == (12, 16)
+        assert file.id.get_mdc_size()[2] < 1.1 * METADATA_BYTES, "bytes that are kept at the moment"
 
 
 def test_a_pickled_cache_carries_no_handles(folder: Path) -> None:

@@ -28,6 +28,7 @@ PARTIAL_SUFFIX = ".partial"
 DAMAGED_SUFFIX = ".damaged"
 # a shard is finished once it has 64 MiB, and the record of one image more takes at most 2.5 GiB, CAMs included
 MAX_SHARD_BYTES = 3 * 2**30
+METADATA_BYTES = 2**18  # that HDF5 keeps in memory of an open shard
 
 # what a killed process was writing, in this mask set, with or without random digits in its name
 _LEFT_OVER = re.compile(
@@ -152,6 +153,11 @@ def open_shard(path: Path, fingerprint: str) -> h5py.File:
         check_plain(path, MAX_SHARD_BYTES)
         # "best-effort": file systems without locks can be read as well; a finished shard needs none
         file = h5py.File(path, "r", locking="best-effort")
+        # HDF5 keeps what it knows of up to a thousand records, 20 to 40 MB a file, and many files are open
+        kept = file.id.get_mdc_config()
+        kept.set_initial_size, kept.incr_mode, kept.flash_incr_mode, kept.decr_mode = True, 0, 0, 0
+        kept.initial_size = kept.min_size = kept.max_size = METADATA_BYTES
+        file.id.set_mdc_config(kept)
         version, owner = file.attrs["format_version"], str(file.attrs["fingerprint"])
         if not isinstance(version, np.integer):
             raise ValueError(f"its format version is of type {type(version).__name__}")
