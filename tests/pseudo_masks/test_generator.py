@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -196,6 +197,21 @@ def test_of_classes_that_score_alike_the_first_label_wins_or_the_smallest_index(
     assert set(np.unique(found.mask)) == {0, winner}
     assert (found.mask[:, -20:] == winner).all()
     assert found.labels == ("sofa", "cat")
+
+
+def test_regions_vote_with_what_the_method_gave_and_not_with_the_scores(
+    clip: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The 1e-7 of the min-max keeps a weak map weak, unless it was scaled up before."""
+    generator = make(clip, method="fma", vote__regions="slic")
+    scores = generator.method.scores
+    for largest, is_object in ((1e-2, True), (3e-8, False)):
+
+        def scaled(*arguments: Any, largest: float = largest) -> list[Tensor]:
+            return [largest * maps / maps.max() for maps in scores(*arguments)]
+
+        monkeypatch.setattr(generator.method, "scores", scaled)
+        assert generator(CAT, ["cat"]).mask.any() == is_object
 
 
 def test_maps_that_are_no_number_are_an_image_error(clip: Path) -> None:
