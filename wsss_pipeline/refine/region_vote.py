@@ -131,7 +131,7 @@ class RegionVote:
     def determinants(self) -> Mapping[str, Any]:
         """What determines the regions, and the settings that are of use."""
         settings = {"background_power": self.config.background_power, "uncovered": self.config.uncovered}
-        # raw maps vote since masks of scaled ones were made
+        # "raw": masks for which scaled maps voted aren't to be taken for these
         found = {"vote": {**settings, "maps": "raw", "regions": dict(self.source.identity)}}
         return {**found, **self._crf.determinants()} if self._crf else found
 
